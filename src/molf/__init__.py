@@ -1,0 +1,41 @@
+"""MoLF: fine-tune with full fine-tuning and LoRA as experts of every layer, and let the optimizer choose at every step.
+
+optimizer = molf.MoLF(model, ranks=(128,), lr=5e-5)                                       # any PyTorch loop
+SFTTrainer(model, ..., optimizer_cls_and_kwargs=molf.trainer_optimizer(ranks=(128,)))     # any Hugging Face trainer
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from molf.groups import param_groups
+    from molf.integrations.routing_log import RoutingLog
+    from molf.integrations.trainer import trainer_optimizer
+    from molf.optimizer import MoLF
+    from molf.routing import Routing
+    from molf.scores import Score
+
+__version__ = "0.1.0"
+__all__ = ["MoLF", "Routing", "RoutingLog", "Score", "__version__", "param_groups", "trainer_optimizer"]
+
+# Public names are imported at first use, so that `molf --help` needs no torch and the optimizer no transformers.
+_HOMES = {
+    "MoLF": "molf.optimizer",
+    "Routing": "molf.routing",
+    "RoutingLog": "molf.integrations.routing_log",
+    "Score": "molf.scores",
+    "param_groups": "molf.groups",
+    "trainer_optimizer": "molf.integrations.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'molf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,128 @@
+"""Which layers of a model can be routed, found by name, and clear words where one cannot."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+__all__ = ["check_rank", "routed_linears"]
+
+# Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+def routed_linears(
+    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str]
+) -> dict[str, nn.Linear]:
+    """Return the layers to route, by name, in the model's order: targeted, not excluded, with a trainable weight.
+
+    Raises:
+        ValueError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
+            floating point or shared with another module.
+    """
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    modules = {_WRAPPERS.sub("", name).lstrip("."): module for name, module in model.named_modules()}
+    everything = isinstance(target_modules, str) and target_modules == "all-linear"
+    output = _output_embedding(model) if everything else None
+    matched: dict[str, nn.Linear] = {}
+    for name, module in modules.items():
+        wanted = (
+            isinstance(module, nn.Linear) and module is not output if everything else _matches(name, target_modules)
+        )
+        if not wanted or _matches(name, exclude_modules):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"target_modules={target_modules!r} matches {name}, a {type(module).__name__}: only nn.Linear layers can be "
+                "routed; name them more exactly or exclude this one"
+            )
+        _check_weight(name, module.weight)
+        matched[name] = module
+    linears = {name: linear for name, linear in matched.items() if linear.weight.requires_grad}
+    if not linears:
+        raise ValueError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
+    _refuse_tied(modules, linears)
+    return linears
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _nothing_to_route(
+    modules: dict[str, nn.Module],
+    matched: dict[str, nn.Linear],
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str],
+) -> str:
+    if matched:
+        return (
+            f"the weights of all {len(matched)} matching layers are frozen ({next(iter(matched))}, ...): there is no base "
+            "weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
+            "LoRA experts only, as PEFT adapters"
+        )
+    linear = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    if not linear:
+        kinds = sorted(
+            {type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+        )
+        return f"this model has no nn.Linear layer to route; its layers with weights are {', '.join(kinds) or 'none'}"
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    near = [hit for name in wanted for hit in difflib.get_close_matches(name, linear, n=1)]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return (
+        f"no layer matches target_modules={target_modules!r} with exclude_modules={exclude_modules!r}; the linear layers "
+        f"here are named {', '.join(linear)}{hint}"
+    )
+
+
+def _refuse_tied(modules: dict[str, nn.Module], linears: dict[str, nn.Linear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for key, p in module.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
+    for name, linear in linears.items():
+        shared = owners[id(linear.weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; "
+                f"add {name!r} to exclude_modules"
+            )
+
+
+def _check_weight(name: str, weight: torch.Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the weight of {name} is {weight.dtype}, not floating point: a quantised base can't be trained; exclude the "
+            "layer, or keep the base frozen and train LoRA experts only, as PEFT adapters"
+        )
+    if weight.ndim != 2:
+        raise ValueError(
+            f"the weight of {name} has shape {list(weight.shape)}: only 2-D weights [out, in] can be routed"
+        )
+
+
+def check_rank(name: str, linear: nn.Linear, ranks: Sequence[int]) -> None:
+    """Refuse ranks that a layer's weight ``[out, in]`` cannot have.
+
+    Raises:
+        ValueError: If a rank is above ``max(out, in)``.
+    """
+    weight = linear.weight
+    too_large = [r for r in ranks if r > max(weight.shape)]
+    if too_large:
+        raise ValueError(
+            f"ranks={tuple(ranks)} exceeds the smallest routed layer, {name} {list(weight.shape)}; use r <= "
+            f"{max(weight.shape)} or exclude it (exclude_modules)"
+        )

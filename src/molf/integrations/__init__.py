@@ -1,0 +1,1 @@
+"""MoLF in the Hugging Face libraries: nothing here is needed in a plain PyTorch loop."""

@@ -1,0 +1,147 @@
+"""A Trainer callback that writes down what the router decided."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molf.optimizer import MoLF
+from molf.routing import Routing
+
+__all__ = ["FILE_NAME", "RoutingLog", "selection_record"]
+
+FILE_NAME = "molf_expert_selection.jsonl"
+
+
+def selection_record(step: int, routing: Routing) -> dict[str, Any]:
+    """Return one line of the log: the winners (best first) and all scores of every module at a step."""
+    winners = routing.winners()
+    scores = routing.scores.tolist()
+    return {
+        "step": step,
+        "selections": {
+            module: {"winners": winners[module], "scores": dict(zip(routing.experts, row, strict=True))}
+            for module, row in zip(routing.modules, scores, strict=True)
+        },
+    }
+
+
+class RoutingLog(TrainerCallback):  # type: ignore[misc]
+    """Write every step's decision to ``molf_expert_selection.jsonl`` and add MoLF's numbers to the Trainer's logs.
+
+    Each line is ``{"step": 3, "selections": {module: {"winners": [...], "scores": {expert: score}}}}``. The logs get
+    ``lr/fft``, ``lr/lora``, ``molf/fft_share`` (share of the wins since the last log), ``molf/skipped_steps`` and
+    ``grad_norm``. On resuming, lines of steps after the checkpoint are dropped, so there are neither gaps nor duplicates.
+
+    Args:
+        output_dir: Folder of the log file, created when training starts. Only the main process writes.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str]):
+        self.path = Path(output_dir) / FILE_NAME
+        self._file: TextIO | None = None
+        self._shares: list[float] = []
+        self._last: Routing | None = None
+
+    def attach(self, trainer: Trainer) -> RoutingLog:
+        """Add this callback to a trainer, ahead of the reporting ones, so that trackers receive its numbers too."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Open the log: a new one, or on resuming the old one up to the checkpoint's step."""
+        molf = _molf(optimizer)
+        self._last, self._shares = molf.routing, []
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_until(self.path, state.global_step) if state.global_step else []
+        beside = self.path.with_name(self.path.name + ".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the decision of the step just taken; a step that was left out has none."""
+        routing = _molf(optimizer).routing
+        if routing is None or routing is self._last:
+            return
+        self._last = routing
+        if "fft" in routing.experts:
+            self._shares.append(routing.share("fft"))
+        if self._file is not None:
+            self._file.write(json.dumps(selection_record(state.global_step + 1, routing)) + "\n")
+            self._file.flush()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add MoLF's numbers to a training log."""
+        if logs is None or "loss" not in logs:
+            return
+        molf = _molf(optimizer)
+        group = next(group for group in molf.param_groups if "module" in group)
+        # What was logged is the rate after the scheduler's step; ours follow it.
+        ours = {
+            "lr/fft": float(group["lr"]),
+            "lr/lora": float(group["lr"]) * group["lora_lr_ratio"],
+            "molf/skipped_steps": molf.skipped_steps,
+        }
+        if self._shares:
+            ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
+            self._shares = []
+        if molf.grad_norm is not None:
+            ours["grad_norm"] = float(molf.grad_norm)
+        logs.update(ours)
+        if state.log_history:
+            state.log_history[-1].update(ours)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _molf(optimizer: Any) -> MoLF:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, MoLF):
+        raise TypeError(
+            f"RoutingLog logs what MoLF decides, but this trainer's optimizer is {type(inner).__name__}: pass "
+            "optimizer_cls_and_kwargs=molf.trainer_optimizer(...) too"
+        )
+    return inner
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Return the whole lines of a log up to a step; a torn last line (the run was killed) is left out."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]

@@ -1,0 +1,288 @@
+"""``MoLF``, the optimizer: it carries state and order; the mathematics is in the modules around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from molf.adamw import Rates, Slot, adamw_, observe_
+from molf.checkpoint import check_compatible, restore_dtypes
+from molf.experts import Experts
+from molf.gradients import prepare_gradients
+from molf.groups import expert_names, param_groups
+from molf.merged import MergedLayer, init_moments, init_state
+from molf.precision import BF16_UPDATES
+from molf.routing import Routing, choose
+from molf.scores import Score, get_score
+
+__all__ = ["MoLF"]
+
+logger = logging.getLogger(__name__)
+
+
+class MoLF(torch.optim.Optimizer):
+    """Route every linear layer's update to full fine-tuning or to a LoRA expert, at every step.
+
+    Each targeted layer holds an ``fft`` expert (its weight and bias) and one LoRA expert per rank. At each step all
+    experts' Adam moments move; the ``top_k`` experts with the best score take the AdamW step, the others keep their
+    weights bit for bit (Tang et al. 2026). The model stays made of plain layers whose weights are the merged ones at all
+    times, so every checkpoint is an ordinary checkpoint. Everything else that trains takes plain AdamW.
+
+    Args:
+        model: The model, or the groups that ``molf.param_groups`` made of it.
+        ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
+        lr: Learning rate of ``fft`` experts and ordinary parameters.
+        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``.
+        weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices (never of norms and biases).
+        lora_weight_decay: Decoupled decay of A and B.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        lora_alpha: One number, or one for each rank.
+        use_rslora: Scale ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        top_k: Number of experts of a layer that move at each step.
+        score: ``"epd"`` (default), ``"pfn"``, or a ``molf.Score``.
+        target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
+        exclude_modules: Modules never routed, in the same notation.
+        max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
+        bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
+            ``"stochastic"`` (rounding at random, no memory).
+
+    Attributes:
+        routing: The last step's decision, a ``molf.Routing``; None before the first step.
+        grad_norm: Norm of all gradients at the last step before clipping, 0-dim; with LoRA gradients if ``max_grad_norm``.
+        experts: Live views, ``optimizer.experts[module][expert]``.
+
+    Raises:
+        ValueError, TypeError: For anything that can't work, at construction.
+    """
+
+    # GradScaler then hands scale and overflow flag to ``step`` instead of skipping it unseen.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[dict[str, Any]],
+        *,
+        ranks: Sequence[int] | None = None,
+        lr: float | Tensor = 5e-5,
+        lora_lr: float | None = None,
+        weight_decay: float = 0.1,
+        lora_weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lora_alpha: float | Sequence[float] = 32.0,
+        use_rslora: bool = True,
+        top_k: int = 1,
+        score: str | Score = "epd",
+        target_modules: str | Sequence[str] = "all-linear",
+        exclude_modules: str | Sequence[str] = ("lm_head",),
+        max_grad_norm: float | None = None,
+        bf16_update: str = "split",
+    ):
+        _check_options(betas, eps, max_grad_norm, bf16_update)
+        if isinstance(model, nn.Module):
+            groups = param_groups(
+                model,
+                ranks=ranks,
+                lr=lr,
+                lora_lr=lora_lr,
+                weight_decay=weight_decay,
+                lora_weight_decay=lora_weight_decay,
+                lora_alpha=lora_alpha,
+                use_rslora=use_rslora,
+                target_modules=target_modules,
+                exclude_modules=exclude_modules,
+            )
+        else:
+            groups = _given_groups(model, ranks)
+        self.top_k = _check_top_k(top_k, groups)
+        self.score = get_score(score)
+        self.max_grad_norm = max_grad_norm
+        self.bf16_update = bf16_update
+        self.routing: Routing | None = None
+        self.grad_norm: Tensor | None = None
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
+        super().__init__(groups, defaults)
+
+    @property
+    def experts(self) -> Experts:
+        """Live views of all experts by module and expert name."""
+        return Experts(self)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because of a non-finite gradient."""
+        return int(self.param_groups[0]["skipped_steps"])
+
+    def routed_group(self, module: str) -> dict[str, Any]:
+        """Return the parameter group of a routed module, its state in place.
+
+        Raises:
+            KeyError: If no such module is routed.
+        """
+        for group in self.param_groups:
+            if group.get("module") == module:
+                init_state(group, self.state, self.bf16_update == "split")
+                return group
+        names = [group["module"] for group in self.param_groups if "module" in group]
+        raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
+
+    def noise(self, device: torch.device) -> torch.Generator | None:
+        """Return the generator of this step's stochastic rounding, None with low parts.
+
+        It is seeded anew from the LoRA seed and the step count, so a resumed run rounds exactly as an uninterrupted one.
+        """
+        if self.bf16_update == "split":
+            return None
+        group = next(group for group in self.param_groups if "module" in group)
+        step = int(self.state[group["params"][0]].get("step", 0))
+        return torch.Generator(device).manual_seed(group["lora_seed"] * 1_000_003 + step)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Decide, then move the winners.
+
+        A step with a non-finite gradient is left out whole (moments too), counted in ``skipped_steps`` and logged.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._init_states()
+        routed = [g for g in self.param_groups if "module" in g and g["params"][0].grad is not None]
+        ordinary = [g for g in self.param_groups if "module" not in g]
+        if self._is_dry():
+            return loss
+        noise = next((self.noise(group["params"][0].device) for group in [*routed, *ordinary]), None)
+        layers = [MergedLayer(group, self.state, noise) for group in routed]
+        if not self._prepare(layers, ordinary):
+            return loss
+        self._route(layers)
+        for group in ordinary:
+            self._adamw(group, noise)
+        return loss
+
+    def _init_states(self) -> None:
+        keep_low = self.bf16_update == "split"
+        for group in self.param_groups:
+            if "module" in group:
+                init_state(group, self.state, keep_low)
+                continue
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
+                    init_moments(p, self.state[p], keep_low)
+
+    def _is_dry(self) -> bool:
+        """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(grad.any()) for grad in grads)
+
+    def _prepare(self, layers: list[MergedLayer], ordinary: list[dict[str, Any]]) -> bool:
+        """Unscale, measure and clip the gradients; return whether the step can be taken."""
+        dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
+        dense += [grad for layer in layers for grad in layer.gradients()]
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.grad_norm = prepare_gradients(dense, layers, self.max_grad_norm, scale)
+        if self.grad_norm.isfinite() and not overflow:
+            return True
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        logger.warning(
+            "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
+            self.skipped_steps,
+        )
+        return False
+
+    def _route(self, layers: list[MergedLayer]) -> None:
+        """Move all moments, score all experts, decide, and update the winners."""
+        if not layers:
+            return
+        totals, sizes = [], []
+        for layer in layers:
+            self.state[layer.group["params"][0]]["step"] += 1
+            for slots in layer.slots():
+                totals.append(torch.stack(observe_(slots, layer.group["betas"], layer.group["eps"], self.score)).sum())
+                sizes.append(sum(slot.param.numel() for slot in slots))
+            layer.release()
+        shape = (len(layers), len(layers[0].experts))
+        total = torch.stack(totals).cpu().double().view(shape)  # the step's one transfer of scores
+        n = torch.tensor(sizes, dtype=torch.float64).view(shape)
+        lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64)
+        scores = self.score.finish(total=total, n=n, lr=lr)
+        chosen = choose(scores, self.top_k)
+        self.routing = Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
+        for layer, row in zip(layers, chosen.tolist(), strict=True):
+            layer.update([i for i, won in enumerate(row) if won])
+
+    def _adamw(self, group: dict[str, Any], noise: torch.Generator | None) -> None:
+        by_step: dict[float, list[Slot]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                own = self.state[p]
+                own["step"] += 1
+                slot = Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
+                by_step.setdefault(float(own["step"]), []).append(slot)
+        for step, slots in by_step.items():
+            adamw_(slots, Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step), noise)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state exactly, in the dtypes it was saved in.
+
+        Raises:
+            ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
+        """
+        check_compatible(self.param_groups, state_dict)
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}}
+
+
+def _check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas}: give two numbers in [0, 1)")
+    if not eps > 0:
+        raise ValueError(f"eps={eps}: must be above 0, the scores divide by sqrt(v) + eps")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
+    if bf16_update not in BF16_UPDATES:
+        raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
+
+
+def _check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
+    experts = expert_names(next(group["ranks"] for group in groups if "module" in group))
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
+        raise ValueError(
+            f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
+        )
+    return top_k
+
+
+def _given_groups(groups: Iterable[Any], ranks: Sequence[int] | None) -> list[dict[str, Any]]:
+    groups = list(groups)
+    if not any(isinstance(group, dict) and "module" in group for group in groups):
+        raise TypeError(
+            "MoLF has to know the layers: pass the model, MoLF(model, ...), or MoLF(molf.param_groups(model, ...)), not bare "
+            "parameters"
+        )
+    if ranks is not None:
+        raise ValueError("ranks belongs to param_groups(model, ranks=...) when groups are given")
+    if len({group["ranks"] for group in groups if "module" in group}) > 1:
+        raise ValueError("all routed groups must have the same ranks")
+    return groups

@@ -1,0 +1,56 @@
+"""The decision: which experts of each layer win the step.
+
+Letters: M routed modules, E experts; ``scores [M, E]``, ``chosen [M, E]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Routing", "choose"]
+
+
+def choose(scores: Tensor, top_k: int) -> Tensor:
+    """Mark the ``top_k`` best experts of every module; ties go to the earlier expert.
+
+    Args:
+        scores: ``[M, E]``, higher is better.
+        top_k: Number of winners per module, 1 <= top_k <= E.
+
+    Returns:
+        Boolean ``[M, E]`` with exactly ``top_k`` true entries a row.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one optimizer step decided.
+
+    Attributes:
+        modules: Names of the M modules that were routed at this step (those that had a gradient).
+        experts: Names of the E experts, in the order of the columns: ``fft``, then ``lora_r{rank}`` as given.
+        scores: ``[M, E]`` float64 on the CPU.
+        chosen: ``[M, E]`` bool on the CPU, true for the winners.
+    """
+
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+    scores: Tensor
+    chosen: Tensor
+
+    def winners(self) -> dict[str, list[str]]:
+        """Return each module's winning experts, best score first."""
+        order = self.scores.argsort(dim=1, descending=True, stable=True).tolist()
+        chosen = self.chosen.tolist()
+        return {module: [self.experts[e] for e in order[i] if chosen[i][e]] for i, module in enumerate(self.modules)}
+
+    def share(self, expert: str) -> float:
+        """Return the share of all wins of this step that went to ``expert``, in [0, 1]."""
+        if expert not in self.experts:
+            raise ValueError(f"no expert {expert!r} here: the experts are {list(self.experts)}")
+        return float(self.chosen[:, self.experts.index(expert)].sum() / self.chosen.sum())

@@ -1,0 +1,86 @@
+"""The recorded trajectories of the published implementation, reproduced by the merged form in float64."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOLERANCE
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from molf import MoLF
+
+CASES = [
+    path
+    for path in sorted((Path(__file__).parent / "golden").glob("*.json"))
+    if json.loads(path.read_text())["train_base"]
+]
+
+
+def build(case, init):
+    shape = {k: v for k, v in case["model"].items() if k != "family"}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=64)).double().train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(init[name])
+    optimizer = MoLF(
+        model,
+        ranks=tuple(case["ranks"]),
+        lr=case["lr_fft"],
+        lora_lr=case["lr_lora"],
+        weight_decay=case["weight_decay_fft"],
+        lora_weight_decay=case["weight_decay_lora"],
+        betas=tuple(case["betas"]),
+        eps=case["eps"],
+        lora_alpha=case["lora_alphas"],
+        use_rslora=case["use_rslora"],
+        top_k=case["top_k"],
+        score=case["score"],
+    )
+    for module in optimizer.experts:
+        for i, rank in enumerate(case["ranks"]):
+            pair = {"A": init[f"{module}.lora_A.{i}"], "B": init[f"{module}.lora_B.{i}"]}
+            optimizer.experts[module][f"lora_r{rank}"].assign(**pair)
+    return model, optimizer
+
+
+def tensor_named(name, model, optimizer, ranks):
+    """Find a recorded tensor: `W` of a routed layer, one of its pairs, or an ordinary parameter."""
+    parts = name.split(".")
+    if parts[-1].isdigit():
+        expert = optimizer.experts[".".join(parts[:-2])][f"lora_r{ranks[int(parts[-1])]}"]
+        return expert.A if parts[-2] == "lora_A" else expert.B
+    module, leaf = name.rsplit(".", 1)
+    if module in optimizer.experts:
+        return getattr(optimizer.experts[module]["fft"], leaf)
+    return dict(model.named_parameters())[name].detach()
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_recorded_trajectory(path):
+    case, data = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    model, optimizer = build(case, {k.removeprefix("init/"): v for k, v in data.items() if k.startswith("init/")})
+    scheduler = LambdaLR(optimizer, lambda step: case["lr_factor"][min(step, case["steps"] - 1)])
+    for step in range(case["steps"]):
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(case["accumulation"]):
+            ids = data["input_ids"][step * case["accumulation"] + micro]
+            loss = model(input_ids=ids, labels=ids).loss / case["accumulation"]
+            loss.backward()
+            total += loss.item()
+        assert total == pytest.approx(case["loss"][step], abs=TOLERANCE[torch.float64])
+        optimizer.step()
+        scheduler.step()
+        recorded = {m: [w.replace("base", "fft") for w in ws] for m, ws in case["selection"][step].items()}
+        assert optimizer.routing.winners() == recorded
+        for key, value in data.items():
+            if key.startswith(f"step{step}/"):
+                got = tensor_named(key.split("/", 1)[1], model, optimizer, case["ranks"])
+                torch.testing.assert_close(
+                    got, value, rtol=0, atol=TOLERANCE[torch.float64], msg=lambda m, k=key: f"{k}: {m}"
+                )
+    logits = model(input_ids=data["input_ids"][0]).logits
+    torch.testing.assert_close(logits, data["merged_logits"], rtol=0, atol=TOLERANCE[torch.float64])
