@@ -1,0 +1,64 @@
+"""Answers a task's requests with a language model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molf.study.generation import generate_texts
+from molf.study.likelihood import score_targets
+from molf.tasks.base import Answer, Generate, Likelihood, Request
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> list[Answer]:
+    """Answer every request, in their order, with the model in evaluation mode.
+
+    Prompt and target are tokenized together, as TRL's ``SFTTrainer`` does in training: the target's tokens are those
+    of ``prompt + target`` after the longest beginning it shares with the tokens of ``prompt`` alone. So where the two
+    texts merge at their border, the merged token belongs to the target.
+
+    Args:
+        model: A causal language model, or a PEFT model around one. Its training flags are restored.
+        tokenizer: Its tokenizer; not changed.
+        requests: What to ask.
+        batch_tokens: The most tokens a batch may have, padding and room for generated tokens included. A longer
+            request is a batch of its own. Memory grows with it; answers change by no more than rounding.
+        progress: Show progress bars.
+
+    Returns:
+        ``TargetScores`` for a ``Likelihood``, the new text for a ``Generate``.
+
+    Raises:
+        ValueError: If a target has no tokens, or no token comes before what is asked for.
+        FloatingPointError: If the model gives NaN.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
+    distinct = dict.fromkeys(requests)
+    likelihoods = [request for request in distinct if isinstance(request, Likelihood)]
+    generations = [request for request in distinct if isinstance(request, Generate)]
+    answers: dict[Request, Answer] = {}
+    with _evaluating(model), torch.inference_mode():
+        answers.update(score_targets(model, tokenizer, likelihoods, batch_tokens=batch_tokens, progress=progress))
+        answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
+    return [answers[request] for request in requests]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in evaluation mode; afterwards every module has its own training flag again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

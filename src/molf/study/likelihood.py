@@ -1,0 +1,145 @@
+"""Log-probabilities of targets after prompts, batched.
+
+Legend: R rows of a batch, K last positions whose logits are computed, V vocabulary. A target's *input* is what the
+network must read to score it: the tokens of prompt and target without the last one.
+"""
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from molf.study.batching import Ids, base_model, batches, left_pad, tokenize
+from molf.tasks.base import Likelihood, Request, TargetScores
+
+_TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]
+
+
+@dataclass(frozen=True)
+class EncodedTarget:
+    """The tokens of prompt and target together; the target's own begin at ``start``."""
+
+    ids: Ids
+    start: int
+
+    @property
+    def input(self) -> Ids:
+        """What the network must read to score the target."""
+        return self.ids[:-1]
+
+    @property
+    def token_ids(self) -> Ids:
+        """The target's tokens."""
+        return self.ids[self.start :]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Likelihood]) -> list[EncodedTarget]:
+    """Tokenize likelihoods as TRL's ``SFTTrainer`` tokenizes prompt and completion.
+
+    Raises:
+        ValueError: If a target has no tokens, or there is no token before it.
+    """
+    ids = tokenize(tokenizer, [text for r in requests for text in (r.prompt, r.prompt + r.target)])
+    return [_encoded(request, ids[request.prompt], ids[request.prompt + request.target]) for request in requests]
+
+
+def _encoded(request: Likelihood, prompt: Ids, both: Ids) -> EncodedTarget:
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, both, strict=False)))
+    if start == len(both):
+        raise ValueError(f"the target {request.target!r} adds no token to the prompt {request.prompt!r}")
+    if start == 0:
+        raise ValueError(
+            f"no token comes before the target {request.target!r} of the prompt {request.prompt!r}, so that nothing "
+            "predicts it; use a longer prompt or a tokenizer that adds a BOS token"
+        )
+    return EncodedTarget(both, start)
+
+
+def longest_inputs(inputs: Sequence[Ids]) -> dict[Ids, Ids]:
+    """Map every input to one that begins with it and that no other input extends; often that is itself."""
+    longest: dict[Ids, Ids] = {}
+    following: Ids = ()
+    # In sorted order an input stands directly before the inputs that begin with it.
+    for ids in sorted(set(inputs), reverse=True):
+        longest[ids] = longest[following] if following[: len(ids)] == ids else ids
+        following = ids
+    return longest
+
+
+def score_targets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Likelihood],
+    *,
+    batch_tokens: int,
+    progress: bool,
+) -> dict[Request, TargetScores]:
+    """Score the target of every distinct request; the network reads no input that another one begins with.
+
+    Raises:
+        ValueError: If a target has no tokens, or there is no token before it.
+        FloatingPointError: If the model gives NaN.
+    """
+    encoded = dict(zip(requests, encode(tokenizer, requests), strict=True))
+    longest = longest_inputs([target.input for target in encoded.values()])
+    on_row: dict[Ids, list[Likelihood]] = defaultdict(list)
+    for request, target in encoded.items():
+        on_row[longest[target.input]].append(request)
+    kept = {row: len(row) + 1 - min(encoded[r].start for r in on_row[row]) for row in on_row}
+    # By length for little padding, then by the logits they need. The largest first: a lack of memory shows at once.
+    rows = sorted(on_row, key=lambda row: (len(row), kept[row]), reverse=True)
+    scores: dict[Request, TargetScores] = {}
+    with logging.tqdm(total=len(rows), desc="Likelihoods", disable=not progress) as bar:
+        for batch in batches(rows, len, batch_tokens):
+            targets = [[encoded[request] for request in on_row[row]] for row in batch]
+            logits = _last_logits(model, batch, max(kept[row] for row in batch))
+            found = _read_scores(logits, batch, targets)
+            scores.update(zip([request for row in batch for request in on_row[row]], found, strict=True))
+            bar.update(len(batch))
+    return scores
+
+
+def _last_logits(model: PreTrainedModel, batch: Sequence[Ids], count: int) -> Tensor:
+    """Return the logits [R, K, V] of the last ``count`` positions of the left-padded rows."""
+    input_ids, attention_mask = left_pad(batch, model.device)
+    wanted = {
+        # Not every model counts positions from the mask by itself.
+        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+        "logits_to_keep": count,
+    }
+    known = inspect.signature(base_model(model).forward).parameters
+    accepted = {name: value for name, value in wanted.items() if name in known}
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **accepted).logits
+    return logits[:, -count:]
+
+
+def _read_scores(
+    logits: Tensor, batch: Sequence[Ids], targets: Sequence[Sequence[EncodedTarget]]
+) -> list[TargetScores]:
+    """Score the targets of every row of a batch, row after row, from its last logits [R, K, V]."""
+    places = []  # (row, position in K, token), one per token of a target
+    for row, (ids, row_targets) in enumerate(zip(batch, targets, strict=True)):
+        shift = logits.shape[1] - len(ids) - 1  # a token is predicted one position before its own
+        for target in row_targets:
+            places += [(row, target.start + i + shift, token) for i, token in enumerate(target.token_ids)]
+    logprobs: list[float] = []
+    for first in range(0, len(places), _TOKENS_PER_SOFTMAX):
+        row_at, column_at, tokens = torch.tensor(places[first : first + _TOKENS_PER_SOFTMAX], device=logits.device).T
+        logprobs += (-cross_entropy(logits[row_at, column_at].float(), tokens, reduction="none")).tolist()
+    if any(map(math.isnan, logprobs)):
+        raise FloatingPointError("the model's logits hold NaN: its weights are broken, most likely training diverged")
+    values = iter(logprobs)
+    return [
+        TargetScores(tuple(islice(values, len(target.token_ids))), target.token_ids)
+        for row_targets in targets
+        for target in row_targets
+    ]

@@ -1,0 +1,47 @@
+"""The benchmarks, by name. A new one is a file in this folder and a line in ``TASKS``."""
+
+import difflib
+
+from molf.tasks.base import (
+    Answer,
+    Generate,
+    Likelihood,
+    Metric,
+    Request,
+    Row,
+    Split,
+    TargetScores,
+    Task,
+)
+from molf.tasks.fact import Fact
+
+__all__ = [
+    "TASKS",
+    "Answer",
+    "Generate",
+    "Likelihood",
+    "Metric",
+    "Request",
+    "Row",
+    "Split",
+    "TargetScores",
+    "Task",
+    "get_task",
+]
+
+TASKS: dict[str, Task] = {
+    "fact": Fact(),
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the benchmark called ``name``.
+
+    Raises:
+        ValueError: If there is none; the message names the nearest one and all there are.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    nearest = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    raise ValueError(f"unknown task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")

@@ -1,0 +1,153 @@
+"""What every benchmark shares: requests to a model, the answers, the metrics, and the task protocol.
+
+A task never sees a model. It turns each row into requests, an engine answers them, and the task turns the answers
+into metrics. So a benchmark is one file without any tensor, and every benchmark gets the same batched inference.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+"""One record of a benchmark, with the field names its authors published."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Ask how likely ``target`` is as the continuation of ``prompt``.
+
+    Attributes:
+        prompt: The text the model is given.
+        target: The text to score; it begins with its own white space, for example ``" English"``.
+    """
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Ask for the greedy continuation of ``prompt``.
+
+    Attributes:
+        prompt: The text the model is given.
+        max_new_tokens: The most tokens to generate; the end-of-text token stops earlier.
+        stop: Strings that end the continuation; the answer is cut before the first of them.
+    """
+
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """The answer to a ``Likelihood``.
+
+    Attributes:
+        logprobs: The natural-log probability of each token of the target, given all tokens before it.
+        token_ids: The target's tokens, one for each of ``logprobs``.
+    """
+
+    logprobs: tuple[float, ...]
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.logprobs or len(self.logprobs) != len(self.token_ids):
+            raise ValueError(
+                f"TargetScores needs one log-probability per target token and at least one token; "
+                f"got {len(self.logprobs)} log-probabilities for {len(self.token_ids)} tokens"
+            )
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean of ``logprobs``: comparable between targets of different lengths."""
+        return math.fsum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def probability(self) -> float:
+        """The geometric mean of the tokens' probabilities, in 0..1."""
+        return math.exp(self.mean_logprob)
+
+
+Request: TypeAlias = Likelihood | Generate
+Answer: TypeAlias = TargetScores | str
+"""``TargetScores`` to a ``Likelihood``, the generated text to a ``Generate``."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation.
+
+    Attributes:
+        value: A percentage, unless the metric's name says otherwise.
+        n: How many things were averaged.
+    """
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a benchmark.
+
+    Attributes:
+        train: Rows to train on.
+        eval: Rows to evaluate on.
+        origin: Where the rows came from, for the record of the run.
+    """
+
+    train: list[Row]
+    eval: list[Row]
+    origin: str
+
+
+class Task(Protocol):
+    """A benchmark: its rows, how to train on one, what to ask about one, and the metrics.
+
+    Attributes:
+        name: The name users select it by.
+        headline: The metric that runs are compared by.
+    """
+
+    name: str
+    headline: str
+
+    def load(self, data_path: str | None, *, sample: bool, limit: int | None, seed: int) -> Split:
+        """Load the rows.
+
+        Args:
+            data_path: A file or folder of the user's; None for the published data.
+            sample: Use the small slice that is part of the package.
+            limit: The most rows per split; None for all.
+            seed: For tasks that split or choose at random.
+
+        Raises:
+            ValueError: If the data or the arguments are not usable.
+            OSError: If the data cannot be read or downloaded.
+        """
+        ...
+
+    def example(self, row: Row) -> dict[str, str]:
+        """Return the training example of ``row``, ``{"prompt": ..., "completion": ...}``.
+
+        The completion begins with its own white space and has no end-of-text token: the trainer adds it.
+        """
+        ...
+
+    def requests(self, row: Row) -> list[Request]:
+        """Return what to ask the model about ``row``."""
+        ...
+
+    def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
+        """Turn answers into metrics.
+
+        Args:
+            rows: The evaluated rows.
+            answers: For each row the answers to ``requests(row)``, in that order.
+
+        Returns:
+            Metrics by name. A metric that no row could decide is absent, never 0.
+        """
+        ...

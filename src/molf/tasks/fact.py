@@ -1,0 +1,219 @@
+"""CounterFact: teach a model counterfactual answers and see what else changes.
+
+The data set and its metrics are those of K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual
+Associations in GPT", NeurIPS 2022. With P(target) the geometric mean of the probabilities of all the target's tokens,
+an edit should raise P(new) above P(true) for its own prompt (efficacy) and for paraphrases of it, and leave
+P(true) above P(new) for prompts about other subjects (neighborhood).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from statistics import fmean, harmonic_mean
+from typing import cast
+
+from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, Split, TargetScores
+from molf.tasks.data import cache_folder, download_once, read_records
+
+URL = "https://rome.baulab.info/data/dsets/counterfact.json"
+SAMPLE = "counterfact_sample.jsonl.gz"
+MAX_NEW_TOKENS = 16
+
+_FIELDS: dict[str, type] = {
+    "case_id": int,
+    "requested_rewrite.prompt": str,
+    "requested_rewrite.subject": str,
+    "requested_rewrite.target_new.str": str,
+    "requested_rewrite.target_true.str": str,
+    "paraphrase_prompts": list,
+    "neighborhood_prompts": list,
+}
+_SCORES = ("efficacy_score", "paraphrase_score", "neighborhood_score")
+
+
+class Fact:
+    """The CounterFact benchmark. Train and evaluation rows are the same: what is measured is the edit itself."""
+
+    name: str = "fact"
+    headline: str = "efficacy_score"
+
+    def load(
+        self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
+    ) -> Split:
+        """Load the edits; ``limit`` takes the first ones in file order, so that 200 edits are always the same 200.
+
+        Args:
+            data_path: A file or folder in the published format; None downloads the published file once.
+            sample: Use the packaged slice of 1,000 records instead.
+            limit: The most edits; None for all.
+            seed: Not used, nothing is chosen at random.
+
+        Raises:
+            ValueError: If the arguments contradict each other or a record is not usable.
+            OSError: If the data cannot be read or downloaded.
+        """
+        if data_path is not None and sample:
+            raise ValueError(f"--data_path {data_path} and --sample are two sources of data; pass one of them")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} leaves no rows; use a limit of at least 1, or none for all rows")
+        if sample:
+            origin = f"the package's {SAMPLE}"
+            with as_file(files("molf.tasks") / "data" / SAMPLE) as path:
+                rows = read_records(path, _FIELDS)
+        elif data_path is not None:
+            origin, rows = data_path, read_records(data_path, _FIELDS)
+        else:
+            origin, rows = URL, read_records(download_once(URL, cache_folder() / self.name), _FIELDS)
+        for row in rows:
+            _check(row, origin)
+        rows = rows[:limit]
+        return Split(train=rows, eval=rows, origin=origin)
+
+    def example(self, row: Row) -> dict[str, str]:
+        """Return the edit as a prompt and its new answer."""
+        return {"prompt": edit_prompt(row), "completion": f" {_target(row, 'target_new')}"}
+
+    def requests(self, row: Row) -> list[Request]:
+        """Ask for both targets after every prompt, then for the model's own answer to the edit prompt."""
+        targets = [f" {_target(row, name)}" for name in ("target_new", "target_true")]
+        prompts = [edit_prompt(row), *_prompts(row, "paraphrase_prompts"), *_prompts(row, "neighborhood_prompts")]
+        likelihoods = [Likelihood(prompt, target) for prompt in prompts for target in targets]
+        return [*likelihoods, Generate(edit_prompt(row), MAX_NEW_TOKENS)]
+
+    def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
+        """Return the metrics of Meng et al. 2022, and three about the edit prompt alone.
+
+        A prompt type's metrics are averaged over a record's prompts first, then over the records that have
+        such prompts. In all of them a tie is not a success.
+
+        Returns:
+            ``efficacy_score``, ``paraphrase_score``: percentage of prompts with P(new) > P(true).
+            ``neighborhood_score``: percentage of prompts with P(true) > P(new).
+            ``*_magnitude``: mean difference of the two probabilities, in percentage points, positive when it
+            goes the way that the score counts.
+            ``score``: the harmonic mean of the three scores, 0 if one of them is; its n is the least of theirs.
+            ``es_first_token``: as ``efficacy_score``, but by the targets' first tokens only, over the records
+            where these differ.
+            ``exact_new``, ``exact_true``: percentage of records whose greedy continuation, white space stripped,
+            is exactly that target.
+        """
+        records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
+        metrics = {
+            **_prompt_metrics("efficacy", [[record.edit] for record in records]),
+            **_prompt_metrics("paraphrase", [record.paraphrases for record in records]),
+            **_prompt_metrics("neighborhood", [[p.swapped() for p in record.neighbors] for record in records]),
+        }
+        scores = [metrics[name] for name in _SCORES if name in metrics]
+        if len(scores) == len(_SCORES):
+            metrics["score"] = Metric(float(harmonic_mean([m.value for m in scores])), min(m.n for m in scores))
+        first_tokens = [record.edit for record in records if record.edit.first_tokens_differ]
+        metrics |= _percentage("es_first_token", [pair.wins_first_token for pair in first_tokens])
+        for name in ("new", "true"):
+            expected = [_target(row, f"target_{name}") for row in rows]
+            exact = [record.generated == target for record, target in zip(records, expected, strict=True)]
+            metrics |= _percentage(f"exact_{name}", exact)
+        return metrics
+
+
+def edit_prompt(row: Row) -> str:
+    """Return the prompt of the edit, with the subject in its place."""
+    rewrite = row["requested_rewrite"]
+    # Not str.format: it would also read braces that belong to the text.
+    return str(rewrite["prompt"]).replace("{}", rewrite["subject"]).strip()
+
+
+def contradictions(rows: Sequence[Row]) -> int:
+    """Return how many of the edits share their prompt with an edit that asks for another new answer.
+
+    No model can satisfy all of these. The published set has 514, for 198 prompts.
+    """
+    wanted = defaultdict(list)
+    for row in rows:
+        wanted[edit_prompt(row)].append(_target(row, "target_new"))
+    return sum(len(targets) for targets in wanted.values() if len(set(targets)) > 1)
+
+
+def _target(row: Row, name: str) -> str:
+    return str(row["requested_rewrite"][name]["str"]).strip()
+
+
+def _prompts(row: Row, field: str) -> list[str]:
+    return [prompt.strip() for prompt in row[field]]
+
+
+def _check(row: Row, origin: str) -> None:
+    """Raise a ValueError if a record with all its fields still cannot be used."""
+    where = f"{origin}, case_id {row['case_id']}"
+    template = row["requested_rewrite"]["prompt"]
+    if template.count("{}") != 1:
+        raise ValueError(f"{where}: the prompt must hold the subject's place {{}} exactly once, found {template!r}")
+    for name in ("target_new", "target_true"):
+        if not _target(row, name):
+            raise ValueError(f"{where}: {name} is empty")
+    for field in ("paraphrase_prompts", "neighborhood_prompts"):
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in row[field]):
+            raise ValueError(f"{where}: {field} must be a list of non-empty strings, found {row[field]!r}")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The scores of two targets after the same prompt; ``wanted`` is the one that should win."""
+
+    wanted: TargetScores
+    other: TargetScores
+
+    def swapped(self) -> "_Pair":
+        return _Pair(self.other, self.wanted)
+
+    @property
+    def wins(self) -> bool:
+        # Not by probability: two long targets can both round to 0.
+        return self.wanted.mean_logprob > self.other.mean_logprob
+
+    @property
+    def margin(self) -> float:
+        return self.wanted.probability - self.other.probability
+
+    @property
+    def first_tokens_differ(self) -> bool:
+        return self.wanted.token_ids[0] != self.other.token_ids[0]
+
+    @property
+    def wins_first_token(self) -> bool:
+        return self.wanted.logprobs[0] > self.other.logprobs[0]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The answers about one row, by what they are for. The new target is the wanted one in every pair."""
+
+    edit: _Pair
+    paraphrases: list[_Pair]
+    neighbors: list[_Pair]
+    generated: str
+
+
+def _read_answers(row: Row, answers: list[Answer]) -> _Record:
+    """Take apart the answers to ``Fact.requests(row)``."""
+    paraphrases, neighbors = len(row["paraphrase_prompts"]), len(row["neighborhood_prompts"])
+    assert len(answers) == 2 * (1 + paraphrases + neighbors) + 1
+    scores, generated = cast(list[TargetScores], answers[:-1]), cast(str, answers[-1])
+    pairs = [_Pair(new, true) for new, true in zip(scores[::2], scores[1::2], strict=True)]
+    return _Record(pairs[0], pairs[1 : 1 + paraphrases], pairs[1 + paraphrases :], generated.strip())
+
+
+def _prompt_metrics(kind: str, records: list[list[_Pair]]) -> dict[str, Metric]:
+    """Return ``{kind}_score`` and ``{kind}_magnitude``, over the records that have prompts of this kind."""
+    asked = [pairs for pairs in records if pairs]
+    if not asked:
+        return {}
+    return {
+        f"{kind}_score": Metric(fmean(100 * fmean(pair.wins for pair in pairs) for pairs in asked), len(asked)),
+        f"{kind}_magnitude": Metric(fmean(100 * fmean(pair.margin for pair in pairs) for pairs in asked), len(asked)),
+    }
+
+
+def _percentage(name: str, outcomes: list[bool]) -> dict[str, Metric]:
+    """Return the metric ``name``, or nothing if there is nothing to average."""
+    return {name: Metric(fmean(100 * outcome for outcome in outcomes), len(outcomes))} if outcomes else {}

@@ -1,0 +1,63 @@
+import gzip
+import json
+
+import pytest
+
+from molf.study.evaluate import evaluate, write_predictions
+from molf.study.inference import answer
+from molf.tasks.fact import Fact
+
+FACT = Fact()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return FACT.load(sample=True, limit=3).eval
+
+
+def test_metrics_are_the_tasks_own_of_the_engines_answers(tiny_model, tiny_tokenizer, rows):
+    evaluation = evaluate(tiny_model, tiny_tokenizer, FACT, rows)
+    answers = [answer(tiny_model, tiny_tokenizer, FACT.requests(row)) for row in rows]
+    expected = FACT.score(rows, answers)
+    assert evaluation.metrics.keys() == expected.keys()
+    for name, metric in expected.items():
+        assert evaluation.metrics[name].value == pytest.approx(metric.value, abs=1e-3)
+        assert evaluation.metrics[name].n == metric.n
+
+
+def test_a_number_can_be_traced_to_its_predictions(tiny_model, tiny_tokenizer, rows):
+    evaluation = evaluate(tiny_model, tiny_tokenizer, FACT, rows)
+    assert [prediction["row"] for prediction in evaluation.predictions] == [0, 1, 2]
+    wins = 0
+    for row, prediction in zip(rows, evaluation.predictions, strict=True):
+        new, true, *_, generated = prediction["answers"]
+        assert new["prompt"] == generated["prompt"] == FACT.example(row)["prompt"]
+        assert new["target"] == FACT.example(row)["completion"]
+        assert len(new["logprobs"]) == len(new["token_ids"])
+        assert isinstance(generated["text"], str)
+        wins += sum(new["logprobs"]) / len(new["logprobs"]) > sum(true["logprobs"]) / len(true["logprobs"])
+    assert evaluation.metrics["efficacy_score"].value == pytest.approx(100 * wins / 3)
+
+
+def test_no_rows_is_an_error(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="no rows to evaluate the task 'fact' on"):
+        evaluate(tiny_model, tiny_tokenizer, FACT, [])
+
+
+def test_predictions_are_written_whole_and_alike(tmp_path):
+    predictions = [{"row": 0, "answers": [{"text": "東京"}]}, {"row": 1, "answers": []}]
+    one, other = tmp_path / "one.jsonl.gz", tmp_path / "other.jsonl.gz"
+    write_predictions(one, predictions)
+    write_predictions(other, predictions)
+    assert one.read_bytes() == other.read_bytes()
+    with gzip.open(one, "rt", encoding="utf-8") as file:
+        assert [json.loads(line) for line in file] == predictions
+    with pytest.raises(TypeError):
+        write_predictions(one, [{"row": 0}, {"row": object()}])
+    assert one.read_bytes() == other.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [one, other]
+
+
+def test_predictions_need_the_name_of_their_format(tmp_path):
+    with pytest.raises(ValueError, match="must end in .jsonl.gz"):
+        write_predictions(tmp_path / "predictions.json", [])

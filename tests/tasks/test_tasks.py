@@ -1,0 +1,27 @@
+import pytest
+
+from molf.tasks import TASKS, get_task
+from molf.tasks.base import TargetScores
+
+
+def test_a_task_is_found_by_its_own_name():
+    assert all(get_task(name).name == name for name in TASKS)
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown task 'facts' \(did you mean 'fact'\?\); the tasks are: fact"):
+        get_task("facts")
+    with pytest.raises(ValueError, match="unknown task 'zzz'; the tasks are: fact"):
+        get_task("zzz")
+
+
+def test_probability_is_the_geometric_mean():
+    scores = TargetScores(logprobs=(-1.0, -3.0), token_ids=(5, 6))
+    assert scores.mean_logprob == -2.0
+    assert scores.probability == pytest.approx(0.1353352832366127)
+
+
+@pytest.mark.parametrize("logprobs, token_ids", [((), ()), ((-1.0,), (5, 6))])
+def test_scores_need_one_logprob_per_token(logprobs, token_ids):
+    with pytest.raises(ValueError, match="one log-probability per target token"):
+        TargetScores(logprobs, token_ids)
