@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.adamw import Rates, Slot, update_
+from molf.adamw import Rates, Slot
 from molf.groups import expert_names, lora_scales
 from molf.precision import load, master_dtype, store
 
@@ -103,6 +103,10 @@ def pairs(group: dict[str, Any], state: dict[Any, dict[str, Any]]) -> list[Pair]
     return [Pair(own[f"{n}.A"], own[f"{n}.B"], s) for n, s in zip(names, lora_scales(group), strict=True)]
 
 
+def _snapshot(pair: Pair) -> Pair:
+    return Pair(pair.A.clone(), pair.B.clone(), pair.scale)
+
+
 class MergedLayer:
     """One routed layer at one step: what the optimizer asks of any form of holding the experts.
 
@@ -121,6 +125,7 @@ class MergedLayer:
         self._pairs = pairs(group, state)
         lora_lr = float(group["lr"]) * group["lora_lr_ratio"]
         self.lrs = (float(group["lr"]), *(lora_lr for _ in self._pairs))
+        self.numel = sum(p.numel() for p in group["params"])
         self._slots: list[list[Slot]] | None = None
 
     def gradients(self) -> list[Tensor]:
@@ -142,24 +147,33 @@ class MergedLayer:
         """Drop the LoRA gradients: phase 2 needs moments only."""
         self._slots = [[slot._replace(grad=None) for slot in expert] for expert in self.slots()]
 
-    def update(self, winners: Sequence[int]) -> None:
-        """Step the winning experts (indices into ``experts``) and keep ``W_eff`` consistent; losers are not touched."""
-        slots = self.slots()
-        weight, low = slots[0][0].param, slots[0][0].low
-        effective = load(weight, low)
+    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
+        """Prepare the winners' step and return what AdamW has to move; losers are not touched.
+
+        Args:
+            winners: Indices into ``experts``.
+        """
+        dense, *lora = self.slots()
+        self._effective = load(dense[0].param, dense[0].low)
+        work = []
         if 0 in winners:
             rates = self._rates(self.lrs[0], self.group["weight_decay"])
-            decay_base_(effective, self._pairs, rates.lr * rates.weight_decay)
-            without_decay = rates._replace(weight_decay=0.0)
-            update_([slots[0][0]._replace(param=effective, low=None)], without_decay)
-            update_(slots[0][1:], without_decay, self._generator)
-        for i in winners:
-            if i > 0:
-                pair = self._pairs[i - 1]
-                before = Pair(pair.A.clone(), pair.B.clone(), pair.scale)
-                update_(slots[i], self._rates(self.lrs[i], self.group["lora_weight_decay"]))
-                fold_(effective, before, pair)
-        store(effective, weight, low, self._generator)
+            decay_base_(self._effective, self._pairs, rates.lr * rates.weight_decay)
+            bare = rates._replace(weight_decay=0.0)
+            work = [(bare, dense[0]._replace(param=self._effective, low=None)), *((bare, slot) for slot in dense[1:])]
+        self._before = {i: _snapshot(self._pairs[i - 1]) for i in winners if i > 0}
+        for i in self._before:
+            rates = self._rates(self.lrs[i], self.group["lora_weight_decay"])
+            work += [(rates, slot) for slot in lora[i - 1]]
+        return work
+
+    def finish_update(self) -> None:
+        """Fold the pairs' changes into ``W_eff`` and put it back into the model."""
+        weight = self.slots()[0][0]
+        for i, before in self._before.items():
+            fold_(self._effective, before, self._pairs[i - 1])
+        store(self._effective, weight.param, weight.low, self._generator)
+        del self._effective, self._before
 
     def _rates(self, lr: float, weight_decay: float) -> Rates:
         step = float(self._state[self.group["params"][0]]["step"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from molf.adamw import Rates, Slot, adamw_, observe_
+from molf.adamw import Rates, Slot, adamw_, observe_, update_
 from molf.checkpoint import check_compatible, restore_dtypes
 from molf.experts import Experts
 from molf.gradients import prepare_gradients
@@ -22,6 +22,9 @@ from molf.scores import Score, get_score
 __all__ = ["MoLF"]
 
 logger = logging.getLogger(__name__)
+
+# Weights (elements) whose layers share launches on an accelerator; a CPU takes layer by layer, while it is in the cache.
+_CHUNK = 1 << 26
 
 
 class MoLF(torch.optim.Optimizer):
@@ -168,7 +171,7 @@ class MoLF(torch.optim.Optimizer):
         layers = [MergedLayer(group, self.state, noise) for group in routed]
         if not self._prepare(layers, ordinary):
             return loss
-        self._route(layers)
+        self._route(layers, noise)
         for group in ordinary:
             self._adamw(group, noise)
         return loss
@@ -207,26 +210,41 @@ class MoLF(torch.optim.Optimizer):
         )
         return False
 
-    def _route(self, layers: list[MergedLayer]) -> None:
+    def _route(self, layers: list[MergedLayer], noise: torch.Generator | None) -> None:
         """Move all moments, score all experts, decide, and update the winners."""
         if not layers:
             return
-        totals, sizes = [], []
-        for layer in layers:
-            self.state[layer.group["params"][0]]["step"] += 1
-            for slots in layer.slots():
-                totals.append(torch.stack(observe_(slots, layer.group["betas"], layer.group["eps"], self.score)).sum())
-                sizes.append(sum(slot.param.numel() for slot in slots))
-            layer.release()
+        sums: list[Tensor] = []
+        owner: list[int] = []
+        sizes: list[int] = []
+        for chunk in _chunks(layers):
+            slots: list[Slot] = []
+            for layer in chunk:
+                self.state[layer.group["params"][0]]["step"] += 1
+                for expert in layer.slots():
+                    slots += expert
+                    owner += [len(sizes)] * len(expert)
+                    sizes.append(sum(slot.param.numel() for slot in expert))
+            group = chunk[0].group
+            sums += observe_(slots, group["betas"], group["eps"], self.score)
+            for layer in chunk:
+                layer.release()
+        on_host = (
+            torch.stack([part.to(sums[0].device) for part in sums]).cpu().double()
+        )  # the step's transfer of scores
+        total = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, torch.tensor(owner), on_host)
+        self.routing = self._decide(layers, total, sizes)
+        rows = iter(self.routing.chosen.tolist())
+        for chunk in _chunks(layers):
+            _update(chunk, [[i for i, won in enumerate(next(rows)) if won] for _ in chunk], noise)
+
+    def _decide(self, layers: list[MergedLayer], total: Tensor, sizes: list[int]) -> Routing:
         shape = (len(layers), len(layers[0].experts))
-        total = torch.stack(totals).cpu().double().view(shape)  # the step's one transfer of scores
         n = torch.tensor(sizes, dtype=torch.float64).view(shape)
         lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64)
-        scores = self.score.finish(total=total, n=n, lr=lr)
-        chosen = choose(scores, self.top_k)
-        self.routing = Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
-        for layer, row in zip(layers, chosen.tolist(), strict=True):
-            layer.update([i for i, won in enumerate(row) if won])
+        scores = self.score.finish(total=total.view(shape), n=n, lr=lr)
+        names = tuple(layer.name for layer in layers)
+        return Routing(names, layers[0].experts, scores, choose(scores, self.top_k))
 
     def _adamw(self, group: dict[str, Any], noise: torch.Generator | None) -> None:
         by_step: dict[float, list[Slot]] = {}
@@ -252,6 +270,30 @@ class MoLF(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in options}}
+
+
+def _chunks(layers: list[MergedLayer]) -> Iterator[list[MergedLayer]]:
+    """Cut the layers into runs that are worked on together: temporaries are bounded, and all have one setting of Adam."""
+    chunk: list[MergedLayer] = []
+    for layer in layers:
+        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
+        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
+            yield chunk
+            chunk = []
+        chunk.append(layer)
+    yield chunk
+
+
+def _update(layers: list[MergedLayer], winners: list[list[int]], noise: torch.Generator | None) -> None:
+    work: dict[Rates, list[Slot]] = {}
+    for layer, won in zip(layers, winners, strict=True):
+        for rates, slot in layer.begin_update(won):
+            work.setdefault(rates, []).append(slot)
+    for rates, slots in work.items():
+        update_(slots, rates, noise)
+    for layer in layers:
+        layer.finish_update()
 
 
 def _check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:

@@ -124,7 +124,8 @@ class ReferenceMoLF:
 def _experts(group: dict[str, Any]) -> list[Expert]:
     weight, *bias = (p.data for p in group["params"])
     fft = {"weight": Weight(weight.clone(), group["weight_decay"])}
-    fft |= {"bias": Weight(b, 0.0) for b in bias}
+    if bias:
+        fft["bias"] = Weight(bias[0], 0.0)
     experts = [Expert("fft", fft)]
     generator = torch.Generator().manual_seed(group["lora_seed"])
     for r, alpha in zip(group["ranks"], group["lora_alpha"], strict=True):
