@@ -50,7 +50,9 @@ def main():
     seconds = take_turns({name: optimizer.step for name, optimizer in optimizers.items()}, args.rounds, warmup=2)
     routed = optimizers["fft_wins"].experts
     lora = sum(pair.A.numel() + pair.B.numel() for m in routed for pair in [routed[m][f"lora_r{args.rank}"]])
-    print(f"{args.shape}, r = {args.rank}: {model.num_parameters() / 1e6:.0f}M parameters, {lora / 1e6:.0f}M in LoRA pairs")
+    print(
+        f"{args.shape}, r = {args.rank}: {model.num_parameters() / 1e6:.0f}M parameters, {lora / 1e6:.0f}M in LoRA pairs"
+    )
     print(f"{machine()}, {args.rounds} rounds, optimizer step against torch.optim.AdamW(fused=True):")
     ratios = {name: ratio(seconds[name], seconds["adamw_fused"]) for name in ("fft_wins", "lora_wins")}
     for name, (middle, least, most) in ratios.items():

@@ -63,7 +63,9 @@ def contenders(shape, rank, tokens, only):
         "molf_branched": lambda: lora_model(shape, rank, dropout=0.05, train_base=True),
     }
     built = {name: models[name]() for name in only}
-    optimizers = {n: MoLF(m, ranks=(rank,), lr=1e-5, lora_alpha=32) if n == "molf" else adamw(m) for n, m in built.items()}
+    optimizers = {
+        n: MoLF(m, ranks=(rank,), lr=1e-5, lora_alpha=32) if n == "molf" else adamw(m) for n, m in built.items()
+    }
     return {name: contender(model, optimizers[name], tokens) for name, model in built.items()}
 
 
@@ -94,7 +96,9 @@ def main():
         print(line)
     if {"molf", "molf_branched"} <= set(only):
         ratios["molf/molf_branched"], least, most = ratio(seconds["molf_branched"], seconds["molf"])
-        print(f"  merged MoLF trains x{ratios['molf/molf_branched']:.2f} as fast as branched ({least:.2f} to {most:.2f})")
+        print(
+            f"  merged MoLF trains x{ratios['molf/molf_branched']:.2f} as fast as branched ({least:.2f} to {most:.2f})"
+        )
     if args.json:
         print(json.dumps({"tokens_per_s": speed, "ratios": ratios, "tokens": args.tokens, "rank": args.rank}))
 
