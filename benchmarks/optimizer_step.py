@@ -9,11 +9,11 @@ import argparse
 import json
 
 import torch
-from models import SHAPES, random_model
-from timing import machine, ratio, take_turns
 
+from models import SHAPES, random_model
 from molf import MoLF
 from molf.scores import EPD
+from timing import machine, ratio, take_turns
 
 
 class Always(EPD):

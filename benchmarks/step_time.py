@@ -16,11 +16,11 @@ import json
 import statistics
 
 import torch
-from models import SHAPES, random_model
 from peft import LoraConfig, get_peft_model
-from timing import machine, ratio, take_turns
 
+from models import SHAPES, random_model
 from molf import MoLF
+from timing import machine, ratio, take_turns
 
 SEQUENCE, MICRO = 128, 1024
 

@@ -15,12 +15,10 @@ class TotalDescent(Score):
     name = "total_descent"
 
     def term(self, m, v, eps):
-        """Per element; summed by MoLF."""
         return m * m / (v.sqrt() + eps)
 
     def finish(self, total, n, lr):
-        """From the sums [M, E] to the scores [M, E]."""
-        return lr * total
+        return lr * total  # [M, E], modules x experts
 
 
 def main(steps=20):

@@ -31,9 +31,8 @@ def main(name="bundled:smollm2-135m", rank=32, steps=8):
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        print(
-            f"step {step}: loss {losses[-1]:.3f}, full fine-tuning won {optimizer.routing.share('fft'):.0%} of the layers"
-        )
+        share = optimizer.routing.share("fft")
+        print(f"step {step}: loss {losses[-1]:.3f}, full fine-tuning won {share:.0%} of the layers")
     return losses
 
 

@@ -13,6 +13,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 
+from small import save_tiny_checkpoint
+
 # How far two computations of the same thing may lie apart (largest absolute difference), by the dtype they run in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -20,3 +22,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """The folder of a tiny random model with its tokenizer."""
+    save_tiny_checkpoint(tmp_path / "tiny")
+    return str(tmp_path / "tiny")

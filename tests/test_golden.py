@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from conftest import TOLERANCE
 from molf import MoLF
 
 CASES = [

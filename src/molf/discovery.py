@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 __all__ = ["check_rank", "routed_linears"]
@@ -24,7 +23,7 @@ def routed_linears(
         ValueError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
             floating point or shared with another module.
     """
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = _unwrapped(model)
     modules = {_WRAPPERS.sub("", name).lstrip("."): module for name, module in model.named_modules()}
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
     output = _output_embedding(model) if everything else None
@@ -40,13 +39,25 @@ def routed_linears(
                 f"target_modules={target_modules!r} matches {name}, a {type(module).__name__}: only nn.Linear layers can be "
                 "routed; name them more exactly or exclude this one"
             )
-        _check_weight(name, module.weight)
+        _check_weight(name, module)
         matched[name] = module
     linears = {name: linear for name, linear in matched.items() if linear.weight.requires_grad}
     if not linears:
         raise ValueError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
     _refuse_tied(modules, linears)
     return linears
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = (
+            model.module
+            if isinstance(model, nn.parallel.DistributedDataParallel)
+            else getattr(model, "_orig_mod", None)
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -81,6 +92,8 @@ def _nothing_to_route(
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     near = [hit for name in wanted for hit in difflib.get_close_matches(name, linear, n=1)]
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    if target_modules in linear:
+        hint = f"; a string is a regular expression for the whole name, so write [{target_modules!r}]"
     return (
         f"no layer matches target_modules={target_modules!r} with exclude_modules={exclude_modules!r}; the linear layers "
         f"here are named {', '.join(linear)}{hint}"
@@ -93,15 +106,22 @@ def _refuse_tied(modules: dict[str, nn.Module], linears: dict[str, nn.Linear]) -
         for key, p in module.named_parameters(recurse=False):
             owners.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
     for name, linear in linears.items():
-        shared = owners[id(linear.weight)]
-        if len(shared) > 1:
-            raise ValueError(
-                f"the weight of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; "
-                f"add {name!r} to exclude_modules"
-            )
+        for key, p in linear.named_parameters(recurse=False):
+            shared = owners[id(p)]
+            if len(shared) > 1:
+                raise ValueError(
+                    f"the {key} of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; add "
+                    f"{name!r} to exclude_modules"
+                )
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    weight = linear.weight
+    if "weight" not in dict(linear.named_parameters(recurse=False)):
+        raise ValueError(
+            f"the weight of {name} is parametrized (weight norm or the like), so it is no parameter that could be updated: "
+            "remove the parametrization or exclude the layer (exclude_modules)"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"the weight of {name} is {weight.dtype}, not floating point: a quantised base can't be trained; exclude the "

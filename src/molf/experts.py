@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molf.groups import expert_names
 from molf.merged import Pair, base_weight, fold_, pairs
-from molf.precision import load, store
+from molf.precision import load, master_dtype, store
 
 if TYPE_CHECKING:
     from molf.optimizer import MoLF
@@ -39,15 +39,13 @@ class _Expert:
         weight = self._group["params"][0]
         return weight.detach(), self._optimizer.state[weight].get("low")
 
-    def _store(self, effective: Tensor) -> None:
-        weight, low = self._effective()
-        store(effective, weight, low, self._optimizer.noise(weight.device))
+    def _store(self, value: Tensor, p: Tensor) -> None:
+        store(value, p.detach(), self._optimizer.state[p].get("low"), self._optimizer.noise())
 
-    @staticmethod
-    def _checked(name: str, value: Tensor, like: Tensor) -> Tensor:
+    def _checked(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         if value.shape != like.shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}, it must be {list(like.shape)}")
-        return value.detach().to(like)
+            raise ValueError(f"{self.module} {name} has shape {list(value.shape)}, it must be {list(like.shape)}")
+        return value.detach().to(like.device, master_dtype(like.dtype))
 
 
 class FftExpert(_Expert):
@@ -71,15 +69,16 @@ class FftExpert(_Expert):
         Raises:
             ValueError: If a shape differs, or the layer has no bias that trains.
         """
-        if weight is not None:
-            effective = load(*self._effective())
-            own = self.weight
-            effective += self._checked(f"{self.module} weight", weight, own) - own
-            self._store(effective)
+        params, own = self._group["params"], self.weight
+        if bias is not None and len(params) < 2:
+            raise ValueError(f"{self.module} has no bias that trains")
+        weight = self._checked("weight", own if weight is None else weight, own)
         if bias is not None:
-            if self.bias is None:
-                raise ValueError(f"{self.module} has no bias that trains")
-            self.bias.copy_(self._checked(f"{self.module} bias", bias, self.bias))
+            value = self._checked("bias", bias, params[1])
+            master = load(params[1].detach(), self._optimizer.state[params[1]].get("low"))
+            self._store(master.copy_(value), params[1])
+        effective = load(*self._effective())
+        self._store(effective.add_(weight - own), params[0])
 
 
 class LoraExpert(_Expert):
@@ -112,12 +111,13 @@ class LoraExpert(_Expert):
         """
         pair = self._pair()
         before = Pair(pair.A.clone(), pair.B.clone(), pair.scale)
-        for key, value, own in (("A", A, pair.A), ("B", B, pair.B)):
-            if value is not None:
-                own.copy_(self._checked(f"{self.module} {self.name}.{key}", value, own))
+        A = self._checked(f"{self.name}.A", pair.A if A is None else A, pair.A)
+        B = self._checked(f"{self.name}.B", pair.B if B is None else B, pair.B)
+        pair.A.copy_(A)
+        pair.B.copy_(B)
         effective = load(*self._effective())
         fold_(effective, before, pair)
-        self._store(effective)
+        self._store(effective, self._group["params"][0])
 
 
 class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):

@@ -34,7 +34,7 @@ def prepare_gradients(
     if not dense:
         return torch.zeros(())
     if grad_scale is not None:
-        torch._foreach_mul_(list(dense), grad_scale.double().reciprocal().to(dense[0].dtype))
+        torch._foreach_mul_(list(dense), grad_scale.double().reciprocal())
     norm = _norm(dense)
     if max_grad_norm is None or not norm.isfinite():
         return norm

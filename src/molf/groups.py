@@ -47,7 +47,7 @@ def param_groups(
 
     Every trainable parameter lands in exactly one group. Linear layers that are targeted and whose weight requires a
     gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases)
-    without. Draws one number from torch's global generator: the LoRA start depends on it and the module order only.
+    without. The LoRA start depends on torch's seed and the module order only; no random number is drawn here.
 
     Args:
         model: Any module; wrappers of torch.compile and DDP are looked through.
@@ -67,23 +67,26 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
+    if isinstance(ranks, int | str):
+        raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
     ranks = (128,) if ranks is None else tuple(ranks)
     alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
     _check_numbers(ranks, alphas, float(lr), lora_lr, weight_decay, lora_weight_decay)
     _refuse_adapters(model, ranks)
     linears = routed_linears(model, target_modules, exclude_modules)
-    for name, linear in linears.items():
+    for name, linear in sorted(linears.items(), key=lambda item: max(item[1].weight.shape)):
         check_rank(name, linear, ranks)
 
     routed = {id(p) for linear in linears.values() for p in linear.parameters(recurse=False)}
     rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in routed]
-    for name, p in [*rest, *((f"{n}.weight", m.weight) for n, m in linears.items())]:
-        _check_parameter(name, p)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            _check_parameter(name, p)
     ordinary = [
         {"params": [p for _, p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    seed = int(torch.randint(2**31, ()).item())
+    seed = torch.initial_seed() * 1_000_003
     groups: list[dict[str, Any]] = [group for group in ordinary if group["params"]]
     groups += [
         {
@@ -93,9 +96,9 @@ def param_groups(
             "ranks": ranks,
             "lora_alpha": alphas,
             "use_rslora": use_rslora,
-            "lora_lr_ratio": 1.0 if lora_lr is None else lora_lr / float(lr),
+            "lora_lr_ratio": 1.0 if lora_lr is None or lora_lr == float(lr) else lora_lr / float(lr),
             "lora_weight_decay": lora_weight_decay,
-            "lora_seed": seed + i,
+            "lora_seed": (seed + i) % 2**63,
         }
         for i, (name, linear) in enumerate(linears.items())
     ]

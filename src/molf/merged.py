@@ -20,7 +20,7 @@ from torch import Tensor
 
 from molf.adamw import Rates, Slot
 from molf.groups import expert_names, lora_scales
-from molf.precision import load, master_dtype, store
+from molf.precision import Noise, load, master_dtype, store
 
 __all__ = ["MergedLayer", "Pair", "base_weight", "decay_base_", "expert_gradients", "fold_", "init_state", "pairs"]
 
@@ -48,6 +48,8 @@ def base_weight(effective: Tensor, experts: Sequence[Pair]) -> Tensor:
 
 def decay_base_(effective: Tensor, experts: Sequence[Pair], decay: float) -> None:
     """Decay ``W`` alone inside ``W_eff``: ``W_eff -= decay * (W_eff - sum_i s_i B_i A_i)``."""
+    if decay == 0:
+        return
     if not experts:
         effective.mul_(1 - decay)
     for i, (A, B, scale) in enumerate(experts):
@@ -71,16 +73,17 @@ def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low
     weight = group["params"][0]
     fresh = "step" not in state[weight]
     if fresh:
-        state[weight]["step"] = torch.zeros((), dtype=torch.float32)
+        state[weight]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     for p in group["params"]:
         init_moments(p, state[p], keep_low)
     if not fresh:
         return
-    generator = torch.Generator().manual_seed(group["lora_seed"])
+    generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
     dtype, (n_out, n_in) = master_dtype(weight.dtype), weight.shape
     for name, r in zip(expert_names(group["ranks"])[1:], group["ranks"], strict=True):
         bound = 1 / math.sqrt(n_in)
-        A = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator).to(weight.device, dtype)
+        A = torch.empty(r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        A = A.to(weight.device, dtype)
         for key, value in (("A", A), ("B", torch.zeros(n_out, r, dtype=dtype, device=weight.device))):
             state[weight][f"{name}.{key}"] = value
             state[weight][f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
@@ -92,8 +95,8 @@ def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool) -> None:
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
         state["exp_avg_sq"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
-        if keep_low and p.dtype == torch.bfloat16:
-            state["low"] = torch.zeros_like(p, dtype=torch.int16)
+    if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
+        state["low"] = torch.zeros_like(p, dtype=torch.int16)
 
 
 def pairs(group: dict[str, Any], state: dict[Any, dict[str, Any]]) -> list[Pair]:
@@ -113,15 +116,15 @@ class MergedLayer:
     Args:
         group: The layer's parameter group.
         state: The optimizer's state.
-        generator: Noise for stochastic rounding, None where low parts are kept.
+        noise: For stochastic rounding, None where low parts are kept.
     """
 
-    def __init__(self, group: dict[str, Any], state: dict[Any, dict[str, Any]], generator: torch.Generator | None):
+    def __init__(self, group: dict[str, Any], state: dict[Any, dict[str, Any]], noise: Noise | None):
         self.group = group
         self.name: str = group["module"]
         self.experts = expert_names(group["ranks"])
         self._state = state
-        self._generator = generator
+        self._noise = noise
         self._pairs = pairs(group, state)
         lora_lr = float(group["lr"]) * group["lora_lr_ratio"]
         self.lrs = (float(group["lr"]), *(lora_lr for _ in self._pairs))
@@ -142,6 +145,10 @@ class MergedLayer:
                 gradients = dict(zip("AB", expert_gradients(grad, pair), strict=True))
                 self._slots.append([self._lora_slot(name, key, gradients[key]) for key in "AB"])
         return self._slots
+
+    def count_step(self) -> None:
+        """Count this step: there is one count for all experts of the layer."""
+        self._state[self.group["params"][0]]["step"] += 1
 
     def release(self) -> None:
         """Drop the LoRA gradients: phase 2 needs moments only."""
@@ -172,7 +179,7 @@ class MergedLayer:
         weight = self.slots()[0][0]
         for i, before in self._before.items():
             fold_(self._effective, before, self._pairs[i - 1])
-        store(self._effective, weight.param, weight.low, self._generator)
+        store(self._effective, weight.param, weight.low, self._noise)
         del self._effective, self._before
 
     def _rates(self, lr: float, weight_decay: float) -> Rates:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from molf.adamw import Rates, Slot, adamw_, observe_, update_
+from molf.adamw import Rates, Slot, adamw_
 from molf.checkpoint import check_compatible, restore_dtypes
 from molf.experts import Experts
 from molf.gradients import prepare_gradients
-from molf.groups import expert_names, param_groups
+from molf.groups import param_groups
 from molf.merged import MergedLayer, init_moments, init_state
-from molf.precision import BF16_UPDATES
-from molf.routing import Routing, choose
+from molf.options import check_given_groups, check_options, check_top_k
+from molf.precision import Noise
+from molf.router import route
+from molf.routing import Routing
 from molf.scores import Score, get_score
 
 __all__ = ["MoLF"]
 
 logger = logging.getLogger(__name__)
-
-# Weights (elements) whose layers share launches on an accelerator; a CPU takes layer by layer, while it is in the cache.
-_CHUNK = 1 << 26
 
 
 class MoLF(torch.optim.Optimizer):
@@ -86,23 +85,21 @@ class MoLF(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         bf16_update: str = "split",
     ):
-        _check_options(betas, eps, max_grad_norm, bf16_update)
+        check_options(betas, eps, max_grad_norm, bf16_update)
+        grouping: dict[str, Any] = {
+            "ranks": ranks,
+            "lora_lr": lora_lr,
+            "lora_weight_decay": lora_weight_decay,
+            "lora_alpha": lora_alpha,
+            "use_rslora": use_rslora,
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+        }
         if isinstance(model, nn.Module):
-            groups = param_groups(
-                model,
-                ranks=ranks,
-                lr=lr,
-                lora_lr=lora_lr,
-                weight_decay=weight_decay,
-                lora_weight_decay=lora_weight_decay,
-                lora_alpha=lora_alpha,
-                use_rslora=use_rslora,
-                target_modules=target_modules,
-                exclude_modules=exclude_modules,
-            )
+            groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
         else:
-            groups = _given_groups(model, ranks)
-        self.top_k = _check_top_k(top_k, groups)
+            groups = check_given_groups(model, grouping)
+        self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
@@ -134,16 +131,13 @@ class MoLF(torch.optim.Optimizer):
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 
-    def noise(self, device: torch.device) -> torch.Generator | None:
-        """Return the generator of this step's stochastic rounding, None with low parts.
-
-        It is seeded anew from the LoRA seed and the step count, so a resumed run rounds exactly as an uninterrupted one.
-        """
+    def noise(self) -> Noise | None:
+        """Return the noise of this step's stochastic rounding, None where low parts are kept."""
         if self.bf16_update == "split":
             return None
-        group = next(group for group in self.param_groups if "module" in group)
-        step = int(self.state[group["params"][0]].get("step", 0))
-        return torch.Generator(device).manual_seed(group["lora_seed"] * 1_000_003 + step)
+        routed = [group for group in self.param_groups if "module" in group]
+        steps = max(int(self.state[group["params"][0]].get("step", 0)) for group in routed)
+        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -167,11 +161,12 @@ class MoLF(torch.optim.Optimizer):
         ordinary = [g for g in self.param_groups if "module" not in g]
         if self._is_dry():
             return loss
-        noise = next((self.noise(group["params"][0].device) for group in [*routed, *ordinary]), None)
+        noise = self.noise()
         layers = [MergedLayer(group, self.state, noise) for group in routed]
         if not self._prepare(layers, ordinary):
             return loss
-        self._route(layers, noise)
+        if layers:
+            self.routing = route(layers, self.score, self.top_k, noise)
         for group in ordinary:
             self._adamw(group, noise)
         return loss
@@ -184,7 +179,7 @@ class MoLF(torch.optim.Optimizer):
                 continue
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
+                    self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
                     init_moments(p, self.state[p], keep_low)
 
     def _is_dry(self) -> bool:
@@ -210,43 +205,7 @@ class MoLF(torch.optim.Optimizer):
         )
         return False
 
-    def _route(self, layers: list[MergedLayer], noise: torch.Generator | None) -> None:
-        """Move all moments, score all experts, decide, and update the winners."""
-        if not layers:
-            return
-        sums: list[Tensor] = []
-        owner: list[int] = []
-        sizes: list[int] = []
-        for chunk in _chunks(layers):
-            slots: list[Slot] = []
-            for layer in chunk:
-                self.state[layer.group["params"][0]]["step"] += 1
-                for expert in layer.slots():
-                    slots += expert
-                    owner += [len(sizes)] * len(expert)
-                    sizes.append(sum(slot.param.numel() for slot in expert))
-            group = chunk[0].group
-            sums += observe_(slots, group["betas"], group["eps"], self.score)
-            for layer in chunk:
-                layer.release()
-        on_host = (
-            torch.stack([part.to(sums[0].device) for part in sums]).cpu().double()
-        )  # the step's transfer of scores
-        total = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, torch.tensor(owner), on_host)
-        self.routing = self._decide(layers, total, sizes)
-        rows = iter(self.routing.chosen.tolist())
-        for chunk in _chunks(layers):
-            _update(chunk, [[i for i, won in enumerate(next(rows)) if won] for _ in chunk], noise)
-
-    def _decide(self, layers: list[MergedLayer], total: Tensor, sizes: list[int]) -> Routing:
-        shape = (len(layers), len(layers[0].experts))
-        n = torch.tensor(sizes, dtype=torch.float64).view(shape)
-        lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64)
-        scores = self.score.finish(total=total.view(shape), n=n, lr=lr)
-        names = tuple(layer.name for layer in layers)
-        return Routing(names, layers[0].experts, scores, choose(scores, self.top_k))
-
-    def _adamw(self, group: dict[str, Any], noise: torch.Generator | None) -> None:
+    def _adamw(self, group: dict[str, Any], noise: Noise | None) -> None:
         by_step: dict[float, list[Slot]] = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -270,61 +229,3 @@ class MoLF(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in options}}
-
-
-def _chunks(layers: list[MergedLayer]) -> Iterator[list[MergedLayer]]:
-    """Cut the layers into runs that are worked on together: temporaries are bounded, and all have one setting of Adam."""
-    chunk: list[MergedLayer] = []
-    for layer in layers:
-        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
-        same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
-        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
-            yield chunk
-            chunk = []
-        chunk.append(layer)
-    yield chunk
-
-
-def _update(layers: list[MergedLayer], winners: list[list[int]], noise: torch.Generator | None) -> None:
-    work: dict[Rates, list[Slot]] = {}
-    for layer, won in zip(layers, winners, strict=True):
-        for rates, slot in layer.begin_update(won):
-            work.setdefault(rates, []).append(slot)
-    for rates, slots in work.items():
-        update_(slots, rates, noise)
-    for layer in layers:
-        layer.finish_update()
-
-
-def _check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas={betas}: give two numbers in [0, 1)")
-    if not eps > 0:
-        raise ValueError(f"eps={eps}: must be above 0, the scores divide by sqrt(v) + eps")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
-    if bf16_update not in BF16_UPDATES:
-        raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
-
-
-def _check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
-    experts = expert_names(next(group["ranks"] for group in groups if "module" in group))
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
-        raise ValueError(
-            f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
-        )
-    return top_k
-
-
-def _given_groups(groups: Iterable[Any], ranks: Sequence[int] | None) -> list[dict[str, Any]]:
-    groups = list(groups)
-    if not any(isinstance(group, dict) and "module" in group for group in groups):
-        raise TypeError(
-            "MoLF has to know the layers: pass the model, MoLF(model, ...), or MoLF(molf.param_groups(model, ...)), not bare "
-            "parameters"
-        )
-    if ranks is not None:
-        raise ValueError("ranks belongs to param_groups(model, ranks=...) when groups are given")
-    if len({group["ranks"] for group in groups if "module" in group}) > 1:
-        raise ValueError("all routed groups must have the same ranks")
-    return groups

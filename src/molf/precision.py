@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BF16_UPDATES", "join", "load", "master_dtype", "split", "stochastic_round", "store"]
+__all__ = ["BF16_UPDATES", "Noise", "join", "load", "master_dtype", "split", "stochastic_round", "store"]
 
 BF16_UPDATES = ("split", "stochastic")
 
@@ -31,8 +31,31 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """Return the float32 tensor whose bf16 rounding is ``high`` and whose rest is ``low``."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    """Return the float32 tensor whose bf16 rounding is ``high`` and whose rest is ``low``.
+
+    A weight that was zeroed by hand keeps its old rest, and below zero there is no float: such a rest counts as none.
+    """
+    bits = high.view(torch.int16).to(torch.int32)
+    rest = torch.where(bits & 0x7FFF == 0, low.clamp(min=0), low)
+    return ((bits << 16) + rest).view(torch.float32)
+
+
+class Noise:
+    """The random numbers of one step's stochastic rounding: a generator per device, each seeded alike.
+
+    Args:
+        seed: Of this step, so that a resumed run rounds exactly as an uninterrupted one.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """Return the generator of a device, which goes on where its last use left it."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,14 +71,14 @@ def load(param: Tensor, low: Tensor | None) -> Tensor:
     return param.to(master_dtype(param.dtype))
 
 
-def store(value: Tensor, param: Tensor, low: Tensor | None, generator: torch.Generator | None) -> None:
+def store(value: Tensor, param: Tensor, low: Tensor | None, noise: Noise | None) -> None:
     """Write a full-precision value back where ``load`` took it from.
 
     Args:
         value: The updated float32 copy; or ``param`` itself, which was then updated in place, and nothing is to be done.
         param: The model's parameter (or a slice of it).
         low: Its low part, where it has one.
-        generator: Source of the noise for stochastic rounding, needed for a bf16 parameter without a low part.
+        noise: For stochastic rounding, needed for a bf16 parameter without a low part.
     """
     if value.dtype == param.dtype:
         return
@@ -64,5 +87,5 @@ def store(value: Tensor, param: Tensor, low: Tensor | None, generator: torch.Gen
         param.copy_(high)
         low.copy_(rest)
     else:
-        assert generator is not None, "a bf16 parameter without a low part is rounded stochastically"
-        param.copy_(stochastic_round(value, generator))
+        assert noise is not None, "a bf16 parameter without a low part is rounded stochastically"
+        param.copy_(stochastic_round(value, noise.on(param.device)))

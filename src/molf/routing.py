@@ -14,7 +14,7 @@ __all__ = ["Routing", "choose"]
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
-    """Mark the ``top_k`` best experts of every module; ties go to the earlier expert.
+    """Mark the ``top_k`` best experts of every module; ties go to the earlier expert, and a NaN score loses.
 
     Args:
         scores: ``[M, E]``, higher is better.
@@ -23,7 +23,7 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
     Returns:
         Boolean ``[M, E]`` with exactly ``top_k`` true entries a row.
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
 
 

@@ -61,3 +61,12 @@ def tiny_model(tiny_tokenizer) -> LlamaForCausalLM:
     with torch.no_grad():
         model.lm_head.weight[odd] = 0  # a logit of 0 is never the largest
     return model
+
+
+@pytest.fixture
+def saved_model(tiny_model, tiny_tokenizer, tmp_path) -> str:
+    """The folder of the tiny model and its tokenizer, as ``save_pretrained`` leaves them."""
+    folder = tmp_path / "tiny"
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -46,6 +46,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._file: TextIO | None = None
         self._shares: list[float] = []
         self._last: Routing | None = None
+        self._rates: dict[str, float] = {}
 
     def attach(self, trainer: Trainer) -> RoutingLog:
         """Add this callback to a trainer, ahead of the reporting ones, so that trackers receive its numbers too."""
@@ -81,7 +82,11 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Write the decision of the step just taken; a step that was left out has none."""
-        routing = _molf(optimizer).routing
+        molf = _molf(optimizer)
+        group = next(group for group in molf.param_groups if "module" in group)
+        lr = float(group["lr"])  # the scheduler has not moved yet: this is the rate of the step just taken
+        self._rates = {"lr/fft": lr, "lr/lora": lr * group["lora_lr_ratio"]}
+        routing = molf.routing
         if routing is None or routing is self._last:
             return
         self._last = routing
@@ -104,17 +109,11 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if logs is None or "loss" not in logs:
             return
         molf = _molf(optimizer)
-        group = next(group for group in molf.param_groups if "module" in group)
-        # What was logged is the rate after the scheduler's step; ours follow it.
-        ours = {
-            "lr/fft": float(group["lr"]),
-            "lr/lora": float(group["lr"]) * group["lora_lr_ratio"],
-            "molf/skipped_steps": molf.skipped_steps,
-        }
+        ours: dict[str, float] = {**self._rates, "molf/skipped_steps": molf.skipped_steps}
         if self._shares:
             ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
             self._shares = []
-        if molf.grad_norm is not None:
+        if molf.grad_norm is not None and (molf.max_grad_norm is not None or "grad_norm" not in logs):
             ours["grad_norm"] = float(molf.grad_norm)
         logs.update(ours)
         if state.log_history:

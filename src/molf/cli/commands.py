@@ -1,0 +1,164 @@
+"""The commands: parse, call, print."""
+
+import argparse
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from molf.cli.parsing import UsageError, parse_run, print_help
+from molf.study.config import RunConfig
+
+if TYPE_CHECKING:
+    from molf.study.plan import Plan
+    from molf.study.results import Result
+
+
+def dispatch(command: str, argv: Sequence[str]) -> int:
+    """Run a command; what the user can put right is told in one line instead of a traceback.
+
+    Args:
+        command: A name of ``COMMANDS``.
+        argv: Its arguments.
+    """
+    try:
+        COMMANDS[command](list(argv))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        message = Text.assemble((f"molf {command}", "bold"), f": {error}")
+        Console(stderr=True, soft_wrap=True, highlight=False).print(message)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Say whether this package raised an error, to tell the user something, or code that it called failed."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")).startswith("molf.")
+
+
+def train(argv: list[str]) -> None:
+    """``molf train``."""
+    if _wants_help(argv):
+        return print_help("train")
+    _carry_out(parse_run(argv))
+
+
+def evaluate(argv: list[str]) -> None:
+    """``molf eval``: a run that does not train."""
+    if _wants_help(argv):
+        return print_help("eval")
+    _carry_out(parse_run(argv, preset={"only_eval": True}))
+
+
+def demo(argv: list[str]) -> None:
+    """``molf demo``: a training run with a preset, which flags may change."""
+    from molf.study.presets import DEMO
+
+    if _wants_help(argv):
+        return print_help("demo")
+    config = parse_run(argv, preset=DEMO)
+    _console().print(
+        f"MoLF teaches {config.model.model_name_or_path} facts that are not true, so that what it learns is new to it.\n"
+        f"It evaluates, trains and evaluates again: some minutes on a CPU. Everything is written to {config.output_dir}."
+    )
+    _carry_out(config)
+
+
+def report(argv: list[str]) -> None:
+    """``molf report``: tables of finished runs, and the routing pictures drawn anew."""
+    from molf.study.report import draw_routing, metrics_table, runs_table
+    from molf.study.results import read_result
+    from molf.study.routing import ROUTING_FILE, read_routing
+
+    parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    folders = parser.parse_args(argv).runs
+    results = {str(folder): read_result(folder) for folder in folders}
+    console = _console()
+    for folder, result in zip(folders, results.values(), strict=True):
+        console.print(metrics_table(result))
+        if (folder / ROUTING_FILE).is_file():
+            picture = folder / "routing.png"
+            draw_routing(read_routing(folder / ROUTING_FILE), picture, title=str(result.config["run_name"]))
+            console.print(f"routing: {picture}")
+    if len(results) > 1:
+        console.print(runs_table(results))
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {"train": train, "eval": evaluate, "demo": demo, "report": report}
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def _console() -> Console:
+    """Return where to print: nowhere on all but the first process of a distributed run."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+
+
+def _carry_out(config: RunConfig) -> None:
+    console = _console()
+    if config.output.dry_run:
+        from molf.study.plan import make_plan
+
+        return _show_plan(console, make_plan(config))
+    from molf.study.train import run
+
+    result = run(config)
+    if result is not None:
+        _show_result(console, result)
+
+
+def _show_result(console: Console, result: "Result") -> None:
+    from molf.study.report import metrics_table
+
+    console.print(metrics_table(result))
+    if result.training is not None:
+        training = result.training
+        speed = f", {training.tokens_per_second:.0f} tokens/s" if training.tokens_per_second else ""
+        console.print(f"{training.steps} steps in {training.seconds:.1f} s{speed}, mean loss {training.loss:.4f}")
+    if result.routing is not None:
+        shares = ", ".join(f"{expert} {share:.1%}" for expert, share in result.routing.items())
+        console.print(f"updates won: {shares}")
+    folder = Path(result.config["output_dir"])
+    console.print(f"written to {folder}:", ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
+
+
+def _show_plan(console: Console, plan: "Plan") -> None:
+    console.rule("settings")
+    console.print(
+        yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True).strip(), markup=False, highlight=False
+    )
+    console.rule("first example (green: in the loss)")
+    pieces = [(text, "bold green" if in_loss else "dim") for text, in_loss in plan.example]
+    console.print(Text.assemble(*pieces))
+    console.rule("size")
+    console.print(_sizes_table(plan))
+    for warning in plan.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    console.print(f"dry run: nothing was trained; {plan.rows[0]} rows to train on, {plan.rows[1]} to evaluate on")
+
+
+def _sizes_table(plan: "Plan") -> Table:
+    sizes, table = plan.sizes, Table()
+    for column in ("", "parameters", "memory (MiB)"):
+        table.add_column(column, justify="left" if not column else "right")
+    lines = [
+        ("model weights", sizes.parameters, sizes.weights_bytes),
+        ("trained, with gradients", sizes.trainable, sizes.gradients_bytes),
+        ("optimizer moments", None, sizes.optimizer_bytes),
+        ("LoRA pairs", sizes.lora, sizes.lora_pairs_bytes),
+        ("total between steps, without activations", None, sizes.total_bytes),
+    ]
+    for label, count, size in lines:
+        table.add_row(label, "" if count is None else f"{count:,}", f"{size / 2**20:,.1f}")
+    return table

@@ -1,0 +1,178 @@
+"""From a command line and YAML files to a ``RunConfig``.
+
+All sources are laid over each other by field name first and typed once, by transformers' ``HfArgumentParser``, so that a
+value means the same in a file and on the command line. Importing this module is cheap; parsing imports torch.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from molf.cli.names import PUBLISHED_NAMES, canonical
+from molf.study.config import SECTIONS, RunConfig
+
+CONFIG_FLAG = "config"
+
+
+class UsageError(ValueError):
+    """The command line or a configuration file cannot be understood."""
+
+
+def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> RunConfig:
+    """Build the configuration of a run.
+
+    Args:
+        argv: Flags, among them any number of ``--config FILE``. Flags win over files, later files over earlier ones.
+        preset: Settings that files and flags are laid over.
+
+    Raises:
+        UsageError: A name is unknown, a value does not fit its setting, or two settings contradict each other.
+        OSError: A configuration file cannot be read.
+    """
+    parser = _parser()
+    known = _hints()
+    flags = read_flags(argv)
+    settings = dict(preset or {})
+    try:
+        for path in [value for name, value in flags if name == CONFIG_FLAG]:
+            settings |= canonical(read_yaml(path).items(), known, str(path))
+        given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
+        settings |= canonical(given, known, "the command line")
+        return RunConfig.from_dict(_typed(settings, known, parser))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
+    """Split a command line into names and values.
+
+    A flag without a value gives True, one value gives a string, several give a list of strings.
+
+    Raises:
+        UsageError: Something stands before the first flag.
+    """
+    found: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            found.append((name.replace("-", "_"), [value] if equals else []))
+        elif found:
+            found[-1][1].append(token)
+        else:
+            raise UsageError(f"unexpected {token!r}; settings are given as --name value")
+    return [(name, _unwrap(values)) for name, values in found]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file: one flat mapping of setting to value.
+
+    Raises:
+        UsageError: The file is not such a mapping.
+        OSError: The file cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        raise UsageError(f"--{CONFIG_FLAG} takes one file at a time, got {path!r}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{path} must hold one mapping of setting to value, such as 'learning_rate: 5e-5'")
+    return content
+
+
+def print_help(command: str) -> None:
+    """Print every setting with its default."""
+    parser = _parser()
+    parser.usage = f"molf {command} [--{CONFIG_FLAG} FILE] [--SETTING VALUE ...]"
+    parser.epilog = "Published flags are understood too: " + ", ".join(
+        f"--{alias} (--{name})" for alias, name in PUBLISHED_NAMES.items()
+    )
+    parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of settings by the same names; flags win")
+    parser.print_help()
+
+
+def _unwrap(values: list[str]) -> Any:
+    if not values:
+        return True
+    return values[0] if len(values) == 1 else values
+
+
+def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Read ``--no_x`` as ``--x False``, as HfArgumentParser offers it."""
+    negated = {f"no_{name}": name for name, hint in known.items() if hint is bool or bool in get_args(hint)}
+    return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
+
+
+def _config_types() -> list[Any]:
+    from molf.study.train_config import TrainConfig
+
+    return [*SECTIONS.values(), TrainConfig]
+
+
+def _hints() -> dict[str, Any]:
+    """Return the declared type of every setting."""
+    found: dict[str, Any] = {}
+    for kind in _config_types():
+        hints = get_type_hints(kind)
+        found |= {f.name: hints[f.name] for f in fields(kind) if f.init}
+    return found
+
+
+def _parser() -> Any:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is not typed here
+        def error(self, message: str) -> None:
+            raise UsageError(message)
+
+    return Parser(_config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+
+def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -> dict[str, Any]:
+    """Give every value the type of its field."""
+    direct: dict[str, Any] = {}
+    tokens: list[str] = []
+    for name, given in settings.items():
+        value = _items(given) if get_origin(hints[name]) is list else given
+        if isinstance(value, bool) and not _allows(hints[name], bool):
+            raise UsageError(f"{name} needs a value other than true or false")
+        if value is None or value == [] or isinstance(value, dict) or _plain_list(value, hints[name]):
+            # What argparse has no flag for is taken as it is.
+            if not _allows(hints[name], type(value)):
+                raise UsageError(f"{name} cannot be {value!r}")
+            direct[name] = value
+        else:
+            tokens += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    parsed = vars(parser.parse_args(tokens))
+    return {name: direct[name] if name in direct else parsed[name] for name in settings}
+
+
+def _plain_list(value: Any, hint: Any) -> bool:
+    return isinstance(value, list) and get_origin(hint) is not list and _allows(hint, list)
+
+
+def _allows(hint: Any, kind: type) -> bool:
+    """Say whether a declared type, or one alternative of it, is a plain type such as bool, dict or list."""
+    return any(option is kind or get_origin(option) is kind for option in (hint, *get_args(hint)))
+
+
+def _items(value: Any) -> Any:
+    """Read a list written as ``[32,128]``, ``32,128`` or ``32 128``; other values are returned as they are."""
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str) for word in words):
+        return words if value is not None else None
+    if words[0].startswith("["):
+        try:
+            return yaml.safe_load(" ".join(words))
+        except yaml.YAMLError as error:
+            raise UsageError(f"{' '.join(words)!r} is not a list such as [32,128]") from error
+    return [part.strip() for word in words for part in word.split(",")]

@@ -1,0 +1,68 @@
+"""Checks of the optimizer's options, at construction rather than in the middle of a run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from molf.groups import expert_names, param_groups
+from molf.precision import BF16_UPDATES
+
+__all__ = ["check_given_groups", "check_options", "check_top_k"]
+
+
+def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
+    """Refuse numbers that can't work.
+
+    Raises:
+        ValueError: Naming the option, its value and what is allowed.
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas}: give two numbers in [0, 1)")
+    if not eps > 0:
+        raise ValueError(f"eps={eps}: must be above 0, the scores divide by sqrt(v) + eps")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
+    if bf16_update not in BF16_UPDATES:
+        raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
+
+
+def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
+    """Return ``top_k`` if there are that many experts.
+
+    Raises:
+        ValueError: Naming the experts there are.
+    """
+    experts = expert_names(next(group["ranks"] for group in groups if "module" in group))
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
+        raise ValueError(
+            f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
+        )
+    return top_k
+
+
+def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return groups that were made before, refusing what does not come from ``param_groups``.
+
+    Args:
+        groups: What was given in place of the model.
+        grouping: Options that take effect in ``param_groups`` only, by name.
+
+    Raises:
+        TypeError: For bare parameters.
+        ValueError: For an option that would be ignored, or groups of different experts.
+    """
+    groups = list(groups)
+    if not any(isinstance(group, dict) and "module" in group for group in groups):
+        raise TypeError(
+            "MoLF has to know the layers: pass the model, MoLF(model, ...), or MoLF(molf.param_groups(model, ...)), not bare "
+            "parameters"
+        )
+    options = inspect.signature(param_groups).parameters
+    for name, value in grouping.items():
+        if value != options[name].default:
+            raise ValueError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
+    if len({group["ranks"] for group in groups if "module" in group}) > 1:
+        raise ValueError("all routed groups must have the same ranks")
+    return groups

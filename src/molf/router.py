@@ -1,0 +1,92 @@
+"""One routed step over all layers: move every expert's moments, score, decide, step the winners.
+
+Layers are worked on in chunks, so that temporaries (LoRA gradients, float32 copies, snapshots) stay bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from molf.adamw import Rates, Slot, observe_, update_
+from molf.merged import MergedLayer
+from molf.precision import Noise
+from molf.routing import Routing, choose
+from molf.scores import Score
+
+__all__ = ["route"]
+
+# Weights (elements) whose layers share launches on an accelerator; a CPU takes layer by layer, while it is in the cache.
+_CHUNK = 1 << 26
+
+
+def route(layers: Sequence[MergedLayer], score: Score, top_k: int, noise: Noise | None) -> Routing:
+    """Take the step of all routed layers.
+
+    Args:
+        layers: The M layers that have a gradient, at least one; all with the same E experts.
+        score: What ranks the experts of a layer.
+        top_k: How many of them move.
+        noise: For stochastic rounding, None where low parts are kept.
+
+    Returns:
+        The decision.
+    """
+    total, n = _observe(layers, score)
+    lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
+    scores = score.finish(total=total, n=n, lr=lr)
+    chosen = choose(scores, top_k)
+    winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
+    for chunk in _chunks(layers):
+        _update(chunk, [next(winners) for _ in chunk], noise)
+    return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
+
+
+def _observe(layers: Sequence[MergedLayer], score: Score) -> tuple[Tensor, Tensor]:
+    """Move all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
+    sums: list[Tensor] = []
+    owner: list[int] = []
+    sizes: list[int] = []
+    for chunk in _chunks(layers):
+        slots: list[Slot] = []
+        for layer in chunk:
+            layer.count_step()
+            for expert in layer.slots():
+                slots += expert
+                owner += [len(sizes)] * len(expert)
+                sizes.append(sum(slot.param.numel() for slot in expert))
+        sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score)
+        for layer in chunk:
+            layer.release()
+    # The step's one transfer of scores. Everything on the host says so: the default device may be another.
+    on_host = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double()
+    shape = (len(layers), len(layers[0].experts))
+    total = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+    total.index_add_(0, torch.tensor(owner, device="cpu"), on_host)
+    return total.view(shape), torch.tensor(sizes, dtype=torch.float64, device="cpu").view(shape)
+
+
+def _update(layers: Sequence[MergedLayer], winners: Sequence[Sequence[int]], noise: Noise | None) -> None:
+    work: dict[Rates, list[Slot]] = {}
+    for layer, won in zip(layers, winners, strict=True):
+        for rates, slot in layer.begin_update(won):
+            work.setdefault(rates, []).append(slot)
+    for rates, slots in work.items():
+        update_(slots, rates, noise)
+    for layer in layers:
+        layer.finish_update()
+
+
+def _chunks(layers: Sequence[MergedLayer]) -> Iterator[list[MergedLayer]]:
+    """Cut the layers into runs that are worked on together, each with one setting of Adam."""
+    chunk: list[MergedLayer] = []
+    for layer in layers:
+        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
+        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
+            yield chunk
+            chunk = []
+        chunk.append(layer)
+    yield chunk

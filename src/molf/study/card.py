@@ -1,0 +1,96 @@
+"""The model card that goes with a trained checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molf.integrations import bundled
+from molf.study.results import Result
+
+HUB_DATASETS = {
+    "fact": "NeelNanda/counterfact-tracing",
+    "med": "openlifescienceai/medmcqa",
+    "sql": "gretelai/synthetic_text_to_sql",
+}
+"""Task -> the Hub's name of its data."""
+
+METHODS = {"molf": "MoLF (full fine-tuning and LoRA, routed)", "fft": "full fine-tuning", "lora": "LoRA, merged"}
+
+
+def model_card(result: Result) -> str:
+    """Write the model card of a trained model, in Markdown with a YAML header.
+
+    Args:
+        result: The run that made the model.
+    """
+    config = result.config
+    name = config.get("run_name") or "model"
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(_header(config), sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"{_base_name(config)} fine-tuned on the task `{config['task']}` by {METHODS[config['method']]}, with molf "
+            f"{result.versions['molf']}. It is a plain `transformers` checkpoint.",
+            "",
+            "## Results",
+            "",
+            *_metric_lines(result),
+            "",
+            f"Data: {result.data_origin}. Device: {result.device}.",
+            "",
+            "## Settings",
+            "",
+            "```yaml",
+            yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+            "## Result row",
+            "",
+            "```yaml",
+            yaml.safe_dump(_measurements(result), sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _header(config: dict[str, Any]) -> dict[str, Any]:
+    base, dataset = hub_id(config), HUB_DATASETS.get(config["task"])
+    return {
+        **({"base_model": base} if base else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(("molf", config["method"], config["task"]))),
+        **({"datasets": [dataset]} if dataset else {}),
+    }
+
+
+def hub_id(config: dict[str, Any]) -> str | None:
+    """Return the Hub id of the model that was trained, or None for a folder, which nobody else has."""
+    name = str(config.get("model_name_or_path") or "")
+    if bundled.is_bundled(name):
+        return bundled.lookup(name).upstream
+    is_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
+    return name if is_id and not Path(name).exists() else None
+
+
+def _base_name(config: dict[str, Any]) -> str:
+    return f"`{hub_id(config)}`" if hub_id(config) else "A model"
+
+
+def _metric_lines(result: Result) -> list[str]:
+    before = result.metrics_before or {}
+    lines = ["| metric | before | after | n |", "| --- | ---: | ---: | ---: |"]
+    for name, metric in result.metrics.items():
+        earlier = f"{before[name].value:.2f}" if name in before else ""
+        lines.append(f"| {name} | {earlier} | {metric.value:.2f} | {metric.n} |")
+    return lines
+
+
+def _measurements(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in result.row().items() if name not in result.config}

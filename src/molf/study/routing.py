@@ -1,0 +1,76 @@
+"""Reading back which experts won, from the log that a MoLF run leaves."""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROUTING_FILE = "molf_expert_selection.jsonl"
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Shares of wins, each in 0..1. With top_k above 1 the shares of a layer add up to top_k.
+
+    Attributes:
+        steps: The logged steps, in order.
+        by_step: Per expert and step, the share of layers it won.
+        by_module: Per layer and expert, the share of steps it won.
+    """
+
+    steps: list[int]
+    by_step: dict[str, list[float]]
+    by_module: dict[str, dict[str, float]]
+
+    def shares(self) -> dict[str, float]:
+        """Return each expert's share over all layers and steps."""
+        return {expert: sum(series) / len(series) for expert, series in self.by_step.items()}
+
+
+def read_routing(path: Path) -> RoutingSummary:
+    """Summarise a routing log.
+
+    Of a step that was logged twice, as after a resumption, the later line counts. A step at a learning rate of 0, as at the
+    start of a warm-up, has scores of 0 throughout: it decided nothing and is left out (unless all steps are of that kind).
+
+    Args:
+        path: The log, one JSON object a line.
+
+    Raises:
+        ValueError: The log is empty, or a line is not of its format.
+    """
+    winners: dict[int, dict[str, list[str]]] = {}
+    decided: set[int] = set()
+    experts: set[str] = set()
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                selections = entry["selections"]
+                winners[entry["step"]] = {name: chosen["winners"] for name, chosen in selections.items()}
+                experts.update(*(chosen["scores"] for chosen in selections.values()), *winners[entry["step"]].values())
+                if any(score for chosen in selections.values() for score in chosen["scores"].values()):
+                    decided.add(entry["step"])
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}:{number} is not a line of a routing log: {error!r}") from error
+    if not winners:
+        raise ValueError(f"{path} holds no routed step")
+    # An expert that never won has a share too: 0.
+    names = sorted(experts, key=lambda name: (name != "fft", len(name), name))
+    return _summary({step: winners[step] for step in sorted(decided or winners)}, names)
+
+
+def _summary(winners: dict[int, dict[str, list[str]]], names: list[str]) -> RoutingSummary:
+    by_step = {name: [0.0] * len(winners) for name in names}
+    wins: dict[str, Counter[str]] = defaultdict(Counter)
+    logged: Counter[str] = Counter()
+    for position, selections in enumerate(winners.values()):
+        for module, experts in selections.items():
+            logged[module] += 1
+            wins[module].update(experts)
+            for expert in experts:
+                by_step[expert][position] += 1 / len(selections)
+    by_module = {
+        module: {expert: count / logged[module] for expert, count in counts.items()} for module, counts in wins.items()
+    }
+    return RoutingSummary(list(winners), by_step, by_module)

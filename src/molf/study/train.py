@@ -1,0 +1,213 @@
+"""A run from its configuration to its result: train, leave a plain checkpoint, evaluate, write everything down."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.card import model_card
+from molf.study.config import RunConfig
+from molf.study.device import device_name, peak_memory_bytes
+from molf.study.evaluate import Evaluation, evaluate, write_predictions
+from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
+from molf.study.recipe import Recipe
+from molf.study.report import draw_routing
+from molf.study.results import (
+    RESULT_FILE,
+    Result,
+    Training,
+    append_csv,
+    library_versions,
+    read_result,
+    source_commit,
+    write_result,
+)
+from molf.study.routing import read_routing
+from molf.study.sizes import measure
+from molf.tasks.data import written_whole
+
+CONFIG_FILE, PREDICTIONS_FILE, CARD_FILE, PICTURE_FILE = (
+    "config.yaml",
+    "predictions.jsonl.gz",
+    "README.md",
+    "routing.png",
+)
+
+
+def run(config: RunConfig) -> Result | None:
+    """Carry out a run and leave everything about it in its folder.
+
+    The folder becomes a plain ``transformers`` checkpoint (LoRA merged), with ``result.json``, ``predictions.jsonl.gz``,
+    ``config.yaml``, a model card, and for MoLF the routing log and its picture. ``$LOG_FILE`` gets a CSV row where it is set.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The result, or None on all but the main process of a distributed run.
+
+    Raises:
+        ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced.
+        OSError: Data or model cannot be had.
+    """
+    started = time.perf_counter()
+    config = config.resolved()
+    check_folder(config)
+    if config.output.only_eval:
+        return _evaluate_only(config, started)
+    job = load_job(config)
+    recipe = job_recipe(job)
+    use_cache = job.model.config.use_cache  # the trainer switches it off for good
+    trainer = make_trainer(job, recipe)
+    main = trainer.is_world_process_zero()
+    if main and not config.resume_from:
+        clear_folder(config.output_dir)
+    before = _evaluate(job, trainer.model) if main and config.task.eval_before else None
+    trainer.accelerator.wait_for_everyone()
+    training = _train(trainer, job, recipe)
+    if not main:
+        return None
+    model = _plain_model(trainer)
+    model.config.use_cache = use_cache
+    save_checkpoint(model, job.tokenizer, config.output_dir)
+    after = _evaluate(job, model)
+    result = _result(job, started, after, before, training)
+    _write_all(job, result, after)
+    if config.output.clean_ckpt_at_end:
+        remove_checkpoints(config.output_dir)
+    return result
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse to write over what an earlier run left, or over the model to be trained.
+
+    An evaluation may replace an evaluation, and leaves checkpoints alone.
+
+    Raises:
+        ValueError: The folder holds a run and neither overwriting nor resuming was asked for, or it is the model's own.
+    """
+    folder, evaluating = config.output_dir, config.output.only_eval
+    model = config.model.model_name_or_path
+    if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
+        raise ValueError(f"output_dir={folder} is the folder of the model to be trained; choose another output_dir")
+    if config.output.overwrite or config.resume_from:
+        return
+    finished = (folder / RESULT_FILE).exists()
+    unfinished = not finished and not evaluating and any(_checkpoints(folder))
+    if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
+        raise ValueError(
+            f"{folder} holds {'a finished run' if finished else 'checkpoints of an unfinished run'}; pass --overwrite to "
+            "replace it, --resume_from_checkpoint True to go on from its last checkpoint, or another --output_dir"
+        )
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run left that could be taken for this one's: its result, log, picture and checkpoints."""
+    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    remove_checkpoints(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the trainer's ``checkpoint-N`` folders."""
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = folder.glob("checkpoint-*")
+    return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
+
+
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a checkpoint that plain ``from_pretrained`` loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train(trainer: Any, job: Job, recipe: Recipe) -> Training:
+    layers = routed_layers(trainer.model, job.config.method).values() if recipe.molf else ()
+    sizes = measure(trainer.model, layers, job.config.method.ranks)
+    outcome = trainer.train(resume_from_checkpoint=job.config.resume_from or None)
+    counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    seconds = float(outcome.metrics["train_runtime"])
+    tokens = int(max(counts)) if counts else None
+    return Training(
+        steps=outcome.global_step,
+        seconds=seconds,
+        loss=outcome.training_loss,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if tokens and seconds else None,
+        parameters=sizes.parameters,
+        trainable_parameters=sizes.trainable,
+        lora_parameters=sizes.lora,
+    )
+
+
+def _plain_model(trainer: Any) -> Any:
+    """Return the trained model without wrappers, LoRA merged into the weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def _evaluate_only(config: RunConfig, started: float) -> Result | None:
+    job = load_job(config)
+    args = training_settings(job)
+    if args.process_index != 0:
+        return None
+    evaluation = _evaluate(job, job.model.to(args.device))
+    result = _result(job, started, evaluation)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_predictions(config.output_dir / PREDICTIONS_FILE, evaluation.predictions)
+    _record(config, result)
+    return result
+
+
+def _evaluate(job: Job, model: Any) -> Evaluation:
+    rows, batch_tokens = job.eval_rows, job.config.task.eval_batch_tokens
+    progress = not job.config.train.get("disable_tqdm", False)
+    return evaluate(model, job.tokenizer, job.task, rows, batch_tokens=batch_tokens, progress=progress)
+
+
+def _result(
+    job: Job, started: float, after: Evaluation, before: Evaluation | None = None, training: Training | None = None
+) -> Result:
+    log = job.config.output_dir / ROUTING_FILE
+    routed = training is not None and job.config.method.method == "molf" and log.exists() and log.stat().st_size > 0
+    return Result(
+        config=job.config.to_dict(),
+        headline=job.task.headline,
+        metrics=after.metrics,
+        metrics_before=before.metrics if before else None,
+        data_origin=job.split.origin,
+        device=device_name(),
+        versions=library_versions(),
+        commit=source_commit(),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        training=training,
+        routing=read_routing(log).shares() if routed else None,
+    )
+
+
+def _write_all(job: Job, result: Result, evaluation: Evaluation) -> None:
+    folder = job.config.output_dir
+    write_predictions(folder / PREDICTIONS_FILE, evaluation.predictions)
+    if result.routing is not None:
+        draw_routing(read_routing(folder / ROUTING_FILE), folder / PICTURE_FILE, title=job.config.run_name)
+    with written_whole(folder / CARD_FILE) as partial:
+        partial.write_text(model_card(result), encoding="utf-8")
+    _record(job.config, result)
+
+
+def _record(config: RunConfig, result: Result) -> None:
+    """Write settings and result; the result comes last, because it says that the run is finished."""
+    with written_whole(config.output_dir / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if log_file := os.environ.get("LOG_FILE"):
+        append_csv(Path(log_file), result.row())
+    write_result(config.output_dir, result)

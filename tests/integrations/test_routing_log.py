@@ -1,0 +1,216 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molf import MoLF, Routing, RoutingLog, trainer_optimizer
+from molf.integrations.routing_log import FILE_NAME, selection_record
+from small import mlp, tiny_llama, train
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run by hand: what the Trainer would call, one event at a time."""
+    model = mlp(torch.float32)
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3, lora_lr=3e-3)
+    log, state = RoutingLog(tmp_path / "deep" / "folder"), TrainerState()
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+
+    def event(name, **extra):
+        getattr(log, name)(arguments, state, TrainerControl(), optimizer=optimizer, **extra)
+
+    def step(spoilt=False):
+        if spoilt:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            optimizer.step()
+        else:
+            train(model, optimizer, range(state.global_step, state.global_step + 1))
+        event("on_optimizer_step")
+        state.global_step += 1
+
+    def logged(**numbers):
+        state.log_history.append({**numbers, "step": state.global_step})
+        event("on_log", logs=numbers)
+        return numbers
+
+    yield SimpleNamespace(log=log, state=state, optimizer=optimizer, event=event, step=step, logged=logged)
+    event("on_train_end")
+
+
+def steps(log):
+    return [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
+
+
+def routing():
+    scores = torch.tensor([[1.0, 2.0], [0.25, 0.125]], dtype=torch.float64)
+    return Routing(("a.q", "a.k"), ("fft", "lora_r2"), scores, torch.tensor([[True, True], [True, False]]))
+
+
+def test_format_of_a_record():
+    assert selection_record(3, routing()) == {
+        "step": 3,
+        "selections": {
+            "a.q": {"winners": ["lora_r2", "fft"], "scores": {"fft": 1.0, "lora_r2": 2.0}},
+            "a.k": {"winners": ["fft"], "scores": {"fft": 0.25, "lora_r2": 0.125}},
+        },
+    }
+
+
+def test_format_of_a_line():
+    q = '"a.q": {"winners": ["lora_r2", "fft"], "scores": {"fft": 1.0, "lora_r2": 2.0}}'
+    k = '"a.k": {"winners": ["fft"], "scores": {"fft": 0.25, "lora_r2": 0.125}}'
+    assert json.dumps(selection_record(3, routing())) == '{"step": 3, "selections": {' + q + ", " + k + "}}"
+
+
+def test_a_line_for_every_step(run):
+    assert not run.log.path.parent.exists()
+    run.event("on_train_begin")
+    assert run.log.path.name == FILE_NAME == "molf_expert_selection.jsonl"
+    for t in range(3):
+        run.step()
+        last = json.loads(run.log.path.read_text().splitlines()[-1])  # on disk at once
+        assert last == selection_record(t + 1, run.optimizer.routing)
+    assert steps(run.log) == [1, 2, 3]
+    assert [path.name for path in run.log.path.parent.iterdir()] == [FILE_NAME]
+
+
+def test_steps_left_out_have_no_line(run):
+    run.event("on_train_begin")
+    for spoilt in (True, False, True, False):
+        run.step(spoilt)
+    assert steps(run.log) == [2, 4]
+    assert run.logged(loss=1.0)["molf/skipped_steps"] == 2
+
+
+def test_a_new_run_starts_a_new_log(run):
+    run.log.path.parent.mkdir(parents=True)
+    run.log.path.write_text('{"step": 1, "selections": {}}\n')
+    run.event("on_train_begin")
+    run.step()
+    assert steps(run.log) == [1]
+    assert len(json.loads(run.log.path.read_text())["selections"]) == 3
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "selec', '{"step": 3, "selections": {}}'])
+def test_resuming_drops_later_and_torn_lines(run, torn):
+    run.log.path.parent.mkdir(parents=True)
+    run.log.path.write_text("".join(f'{{"step": {t}, "selections": {{}}}}\n' for t in (1, 2, 3, 4)) + torn)
+    run.state.global_step = 2
+    run.event("on_train_begin")
+    assert steps(run.log) == [1, 2]
+    run.step()
+    assert steps(run.log) == [1, 2, 3]
+
+
+def test_resuming_without_a_log(run):
+    run.state.global_step = 2
+    run.event("on_train_begin")
+    run.step()
+    assert steps(run.log) == [3]
+
+
+def test_decisions_of_before_are_not_logged_again(run):
+    run.step()
+    run.state.global_step = 0
+    run.event("on_train_begin")
+    run.step(spoilt=True)
+    assert steps(run.log) == []
+
+
+def test_numbers_in_the_logs(run):
+    run.event("on_train_begin")
+    shares = []
+    for _ in range(2):
+        run.step()
+        shares.append(run.optimizer.routing.share("fft"))
+    logs = run.logged(loss=1.0, learning_rate=5.0)
+    assert logs["lr/fft"] == pytest.approx(1e-3) and logs["lr/lora"] == pytest.approx(3e-3)
+    assert logs["molf/fft_share"] == pytest.approx(sum(shares) / 2)
+    assert logs["molf/skipped_steps"] == 0
+    assert logs["grad_norm"] == pytest.approx(run.optimizer.grad_norm.item())
+    assert (logs["loss"], logs["learning_rate"]) == (1.0, 5.0)
+    assert run.state.log_history[-1] == {**logs, "step": 2}
+    json.dumps(run.state.log_history)
+
+
+def test_share_is_that_since_the_last_log(run):
+    run.event("on_train_begin")
+    run.step()
+    run.logged(loss=1.0)
+    run.step()
+    assert run.logged(loss=1.0)["molf/fft_share"] == run.optimizer.routing.share("fft")
+    assert "molf/fft_share" not in run.logged(loss=1.0)
+
+
+@pytest.mark.parametrize("logs", [{"eval_loss": 1.0}, {"train_runtime": 1.0, "train_loss": 1.0}], ids=str)
+def test_other_logs_are_left_alone(run, logs):
+    run.event("on_train_begin")
+    run.step()
+    assert run.logged(**logs) == logs
+    assert run.state.log_history[-1] == {**logs, "step": 1}
+    run.event("on_log", logs=None)
+
+
+def test_only_the_main_process_writes(run):
+    run.state.is_world_process_zero = False
+    run.event("on_train_begin")
+    run.step()
+    assert not run.log.path.parent.exists()
+    assert "molf/fft_share" in run.logged(loss=1.0)
+
+
+class Spy(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def trainer_with(folder, max_grad_norm=0.0, **options):
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    quiet["max_grad_norm"] = max_grad_norm
+    arguments = TrainingArguments(output_dir=str(folder), max_steps=2, logging_steps=1, **quiet)
+    return Trainer(tiny_llama(), arguments, train_dataset=rows, **options)
+
+
+def test_attached_it_comes_before_the_trackers(tmp_path):
+    spy = Spy()
+    trainer = trainer_with(tmp_path, callbacks=[spy], optimizer_cls_and_kwargs=trainer_optimizer(ranks=(2,)))
+    log = RoutingLog(tmp_path)
+    assert log.attach(trainer) is log
+    assert trainer.callback_handler.callbacks[0] is log
+    trainer.train()
+    assert {"lr/fft", "lr/lora", "molf/fft_share", "molf/skipped_steps"} <= spy.seen[0].keys()
+    assert spy.seen[0]["lr/fft"] == pytest.approx(5e-5)
+    assert steps(log) == [1, 2]
+
+
+def test_rates_are_those_of_the_logged_step(tmp_path):
+    trainer = trainer_with(tmp_path, optimizer_cls_and_kwargs=trainer_optimizer(ranks=(2,), lr=1e-3, lora_lr=2e-3))
+    RoutingLog(tmp_path).attach(trainer)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["lr/fft"] for row in rows] == pytest.approx([1e-3, 5e-4])  # linear decay over two steps
+    assert [row["lr/lora"] for row in rows] == pytest.approx([2e-3, 1e-3])
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3], ids=["clipped in the step", "clipped by the trainer"])
+def test_logged_norm_is_that_before_clipping(tmp_path, max_grad_norm):
+    inside = None if max_grad_norm else 1e-3
+    options = trainer_optimizer(ranks=(2,), max_grad_norm=inside)
+    trainer = trainer_with(tmp_path, max_grad_norm=max_grad_norm, optimizer_cls_and_kwargs=options)
+    RoutingLog(tmp_path).attach(trainer)
+    trainer.train()
+    assert all(row["grad_norm"] > 0.1 for row in trainer.state.log_history if "loss" in row)
+
+
+def test_another_optimizer_is_an_error(tmp_path):
+    trainer = trainer_with(tmp_path, callbacks=[RoutingLog(tmp_path)])
+    with pytest.raises(TypeError, match=r"this trainer's optimizer is AdamW.*molf\.trainer_optimizer"):
+        trainer.train()
+    assert not (tmp_path / FILE_NAME).exists()

@@ -1,0 +1,98 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from molf.study.config import PUBLISHED_RECIPE, MethodConfig, RunConfig, TaskConfig, suggestion
+
+
+def test_the_published_recipe_fills_in_what_is_not_given():
+    config = RunConfig(train={"learning_rate": 1e-4})
+    assert config.train["learning_rate"] == 1e-4
+    assert config.train["weight_decay"] == 0.1
+    effective = (config.train["per_device_train_batch_size"], config.train["gradient_accumulation_steps"])
+    assert effective == (8, 4)
+    assert PUBLISHED_RECIPE["learning_rate"] == 5e-5, "a run must not change the recipe"
+
+
+def test_every_setting_survives_yaml():
+    settings = {
+        "model_name_or_path": "org/model",
+        "task": "sql",
+        "limit": 7,
+        "method": "lora",
+        "ranks": [4, 8],
+        "lora_learning_rate": 3e-5,
+        "learning_rate": 1e-5,
+        "max_length": None,
+        "output_dir": "somewhere",
+    }
+    config = RunConfig.from_dict(settings)
+    again = RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.resolved().to_dict())))
+    assert again == config.resolved()
+    assert {name: again.to_dict()[name] for name in settings} == settings
+
+
+def test_secrets_are_never_written():
+    assert "hub_token" not in RunConfig(train={"hub_token": "hf_secret"}).to_dict()
+
+
+def test_output_dir_is_named_after_what_differs():
+    base = {"model_name_or_path": "org/Small-1B", "output_root": "root"}
+    names = [
+        RunConfig.from_dict(base | change).output_dir.name
+        for change in (
+            {},
+            {"method": "fft"},
+            {"method": "lora"},
+            {"lora_learning_rate": 1e-4},
+            {"learning_rate": 1e-4},
+            {"ranks": [8, 32]},
+            {"score": "pfn"},
+            {"task": "med"},
+            {"limit": 5},
+            {"seed": 1},
+            {"lr_scheduler_type": "linear"},
+            {"only_eval": True},
+            {"model_name_or_path": "bundled:smollm2-135m"},
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert names[0] == "molf-Small-1B-fact-r128-epd-lr5e-05-lora5e-05-cosine-s42"
+    assert RunConfig.from_dict(base).output_dir.parent.name == "root"
+
+
+def test_a_given_folder_and_name_win():
+    config = RunConfig.from_dict({"output_dir": "here", "run_name": "mine"}).resolved()
+    assert str(config.output_dir) == "here"
+    assert config.train["run_name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, False), ("True", True), (True, True), ("false", False), ("runs/x/checkpoint-3", "runs/x/checkpoint-3")],
+)
+def test_resume_from(given, expected):
+    assert RunConfig(train={"resume_from_checkpoint": given}).resume_from == expected
+
+
+@pytest.mark.parametrize("name", ["limit", "eval_limit", "eval_batch_tokens"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        TaskConfig(**{name: 0})
+
+
+def test_lists_are_not_shared_between_configurations():
+    MethodConfig().ranks.append(4)
+    assert MethodConfig().ranks == [128]
+
+
+def test_suggestion():
+    assert suggestion("learning_rte", ["learning_rate", "seed"]) == "; did you mean 'learning_rate'?"
+    assert suggestion("zzz", ["learning_rate"]) == ""
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys, molf.study.config, molf.study.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

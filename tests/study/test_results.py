@@ -1,0 +1,140 @@
+import csv
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import subprocess
+
+import pytest
+
+from molf.study import results
+from molf.study.results import Result, Training, append_csv, library_versions, read_result, source_commit, write_result
+from molf.tasks.base import Metric
+
+
+@pytest.fixture
+def result():
+    return Result(
+        config={"method": "molf", "ranks": [4, 8], "limit": None},
+        headline="score",
+        metrics={"score": Metric(50.0, 12), "other": Metric(1.5, 4)},
+        metrics_before={"score": Metric(25.0, 12)},
+        data_origin="the sample",
+        device="CPU",
+        versions={"molf": "0.1.0"},
+        commit=None,
+        seconds=1.5,
+        peak_memory_bytes=None,
+        training=Training(6, 1.0, 2.5, 800, 800.0, 1000, 900, 64),
+        routing={"fft": 0.25, "lora_r4": 0.75},
+    )
+
+
+def test_a_result_survives_its_file(result, tmp_path):
+    path = write_result(tmp_path, result)
+    assert path.name == "result.json"
+    assert read_result(tmp_path) == read_result(path) == result
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_an_evaluation_has_no_training(result, tmp_path):
+    evaluation = dataclasses.replace(result, training=None, routing=None, metrics_before=None)
+    write_result(tmp_path, evaluation)
+    assert read_result(tmp_path) == evaluation
+    assert not [name for name in evaluation.row() if name.startswith(("training/", "routing/", "before/"))]
+
+
+def test_a_row_is_flat(result):
+    row = result.row()
+    assert row["ranks"] == "[4, 8]"
+    assert row["metric/score"] == 50.0
+    assert row["metric/score/n"] == 12
+    assert row["before/score"] == 25.0
+    assert row["training/steps"] == 6
+    assert row["routing/fft"] == 0.25
+    assert not [value for value in row.values() if isinstance(value, list | dict)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"metrics": {}, "unknown": 1}'])
+def test_what_is_no_result_is_refused(content, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a result of this version"):
+        read_result(tmp_path)
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no finished run"):
+        read_result(tmp_path)
+
+
+def test_csv_columns_may_grow(tmp_path):
+    path = tmp_path / "new" / "log.csv"
+    append_csv(path, {"a": 1, "b": "x, y\nz"})
+    append_csv(path, {"b": 2, "c": 3})
+    append_csv(path, {"a": 4})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["a", "b", "c"]
+    assert [list(row.values()) for row in rows] == [["1", "x, y\nz", ""], ["", "2", "3"], ["4", "", ""]]
+
+
+def _append_many(path, writer):
+    for number in range(5):
+        append_csv(path, {f"writer{writer}": number})
+
+
+def test_csv_of_several_processes_loses_no_row(tmp_path):
+    path = tmp_path / "log.csv"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_append_many, args=(path, writer)) for writer in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["writer0"] for row in rows if row["writer0"]) == list("01234")
+    assert sorted(row["writer1"] for row in rows if row["writer1"]) == list("01234")
+
+
+def test_versions_are_all_known():
+    versions = library_versions()
+    assert {"molf", "torch", "transformers", "trl", "peft"} <= set(versions)
+    assert all(versions.values())
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git repository with this package's results module in it."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    module = tmp_path / "results.py"
+    module.write_text("")
+    for command in (
+        ["init", "-q"],
+        ["add", "results.py"],
+        ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(results, "__file__", str(module))
+    return tmp_path
+
+
+def test_the_commit_of_a_checkout(checkout, monkeypatch):
+    head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert source_commit() == head
+    (checkout / "results.py").write_text("changed")
+    assert source_commit() == f"{head}-dirty"
+    (checkout / "site-packages.py").write_text("installed here, but not part of the repository")
+    monkeypatch.setattr(results, "__file__", str(checkout / "site-packages.py"))
+    assert source_commit() is None
+
+
+def test_no_commit_without_git(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert source_commit() is None
+
+
+def test_result_json_is_plain(result, tmp_path):
+    content = json.loads(write_result(tmp_path, result).read_text())
+    assert content["metrics"]["score"] == {"value": 50.0, "n": 12}

@@ -1,0 +1,36 @@
+"""The benchmark scripts run and report what they promise; how fast is not a test."""
+
+import json
+import sys
+
+import pytest
+
+import optimizer_step
+import step_time
+
+
+def last_line(script, monkeypatch, capsys, *argv):
+    monkeypatch.setattr(
+        sys, "argv", [script.__name__, "--shape", "tiny", "--rank", "4", "--rounds", "1", "--json", *argv]
+    )
+    script.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_step_time(monkeypatch, capsys):
+    report = last_line(step_time, monkeypatch, capsys, "--tokens", "256")
+    assert set(report["tokens_per_s"]) == {"fft", "lora", "molf", "molf_branched"}
+    assert all(speed > 0 for speed in report["tokens_per_s"].values())
+    assert report["ratios"]["fft/fft"] == 1.0
+
+
+@pytest.mark.parametrize("tokens", ["100", "0", "-128"])
+def test_step_time_refuses_odd_tokens(monkeypatch, capsys, tokens):
+    with pytest.raises(SystemExit):
+        last_line(step_time, monkeypatch, capsys, "--tokens", tokens)
+    assert "multiple of 128" in capsys.readouterr().err
+
+
+def test_optimizer_step(monkeypatch, capsys):
+    report = last_line(optimizer_step, monkeypatch, capsys)
+    assert set(report) == {"fft_wins", "lora_wins"} and min(report.values()) > 0

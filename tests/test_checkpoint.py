@@ -1,0 +1,193 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from molf import MoLF
+from small import differing, mlp, snapshot, train
+
+KINDS = {
+    "float64": (torch.float64, {}),
+    "float32": (torch.float32, {}),
+    "bf16 split": (torch.bfloat16, {"bf16_update": "split"}),
+    "bf16 stochastic": (torch.bfloat16, {"bf16_update": "stochastic"}),
+}
+kinds = pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.keys())
+
+
+def build(dtype=torch.float32, seed=3, **options):
+    model = mlp(dtype, seed)
+    torch.manual_seed(seed)
+    return model, MoLF(model, **{"ranks": (2, 3), "lr": 1e-3, "lora_lr": 3e-3, **options})
+
+
+def through_a_file(*objects):
+    file = io.BytesIO()
+    torch.save([o.state_dict() for o in objects], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@kinds
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_interrupted_and_resumed_is_uninterrupted(dtype, options, steps, top_k):
+    model, optimizer = build(dtype, top_k=top_k, **options)
+    scheduler = CosineAnnealingLR(optimizer, 12)
+    train(model, optimizer, steps, scheduler)
+    saved = through_a_file(model, optimizer, scheduler)
+
+    resumed, other = build(dtype, seed=99, top_k=top_k, **options)
+    other_scheduler = CosineAnnealingLR(other, 12)
+    for o, state in zip((resumed, other, other_scheduler), saved, strict=True):
+        o.load_state_dict(state)
+    rest = range(steps, steps + 5)
+    assert train(model, optimizer, rest, scheduler) == train(resumed, other, rest, other_scheduler)
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    for group, own in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in own.items() if k != "params"}
+
+
+@kinds
+def test_state_comes_back_in_its_own_dtypes(dtype, options):
+    model, optimizer = build(dtype, **options)
+    train(model, optimizer, 3)
+    resumed, other = build(dtype, seed=99, **options)
+    other.load_state_dict(through_a_file(optimizer)[0])
+    resumed.load_state_dict(model.state_dict())
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    for state in other.state.values():
+        for key, value in state.items():
+            assert value.dtype == {"low": torch.int16, "step": torch.float32}.get(key, master), key
+    assert any("low" in state for state in other.state.values()) == (options.get("bf16_update") == "split")
+
+
+def test_loading_replaces_what_was_there():
+    model, optimizer = build()
+    train(model, optimizer, 3)
+    resumed, other = build(seed=99)
+    train(resumed, other, 7)
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(through_a_file(optimizer)[0])
+    train(model, optimizer, range(3, 6))
+    train(resumed, other, range(3, 6))
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+
+
+def test_a_copy_of_the_state_is_not_moved_by_training():
+    model, optimizer = build(torch.bfloat16)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(state)
+    resumed, other = build(torch.bfloat16, seed=99)
+    other.load_state_dict(state)
+    assert state["param_groups"] == kept["param_groups"]
+    for key, own in kept["state"].items():
+        assert all(torch.equal(value, state["state"][key][name]) for name, value in own.items())
+
+
+def test_state_holds_tensors_and_plain_values_only():
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    assert all(isinstance(v, torch.Tensor) for own in state["state"].values() for v in own.values())
+    plain = (bool, int, float, str, tuple, list, type(None))
+    assert all(isinstance(v, plain) for group in state["param_groups"] for v in group.values())
+
+
+def wider(model):
+    model[5] = nn.Linear(5, 4)
+
+
+def larger_vocabulary(model):
+    model[0] = nn.Embedding(12, 7)
+
+
+def other_middle(model):
+    model[1], model[3], model[4] = nn.Linear(7, 12), nn.LayerNorm(12), nn.Linear(12, 5, bias=False)
+
+
+def extra_bias(model):
+    model[4] = nn.Linear(13, 5)
+
+
+def extra_layer(model):
+    model.append(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wider, r"5 is \[4, 5\] here and \[3, 5\] in the state"),
+        (larger_vocabulary, r"ordinary parameter is \[12, 7\] here and \[11, 7\] in the state"),
+        (other_middle, r"13.* in the state"),
+        (extra_bias, "doesn't match the size of optimizer's group"),
+        (extra_layer, r"3 routed modules, this optimizer has 4; missing in the state: \['6'\], unknown here: none"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_state_of_another_model(change, words):
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    other_model = mlp(torch.float32)
+    change(other_model)
+    other = MoLF(other_model, ranks=(2, 3))
+    before = snapshot(other_model, other)
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(optimizer.state_dict())
+    assert not differing(before, snapshot(other_model, other))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranks": (2,)}, r"1 has ranks=\(2, 3\) in the state and ranks=\(2,\) here; construct MoLF with"),
+        ({"ranks": (3, 2)}, r"ranks=\(2, 3\) in the state and ranks=\(3, 2\)"),
+        ({"lora_alpha": 16}, r"lora_alpha=\(32\.0, 32\.0\) in the state and lora_alpha=\(16\.0, 16\.0\) here"),
+        ({"use_rslora": False}, "use_rslora=True in the state and use_rslora=False here"),
+        ({"target_modules": ["1", "4"]}, r"missing in the state: none, unknown here: \['5'\]"),
+        ({"exclude_modules": ["1"]}, r"3 routed modules, this optimizer has 2"),
+    ],
+    ids=str,
+)
+def test_state_of_other_experts(options, words):
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    _, other = build(**options)
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"),
+    [
+        ("bf16 stochastic", "bf16 split"),
+        ("float32", "bf16 split"),
+        ("bf16 split", "float32"),
+        ("float64", "float32"),
+    ],
+)
+def test_state_of_another_precision_is_refused_or_works(saved, here):
+    """Whatever is decided, it must not load silently and fail in the next step."""
+    model, optimizer = build(KINDS[saved][0], **KINDS[saved][1])
+    train(model, optimizer, 2)
+    other_model, other = build(KINDS[here][0], **KINDS[here][1])
+    try:
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    except ValueError as error:
+        assert "float" in str(error) or "bf16" in str(error)
+        return
+    train(other_model, other, 1)
+    assert all(p.isfinite().all() for p in other_model.parameters())
+
+
+def test_state_of_plain_adamw_is_refused():
+    model = mlp()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, 1)
+    with pytest.raises(ValueError, match="0 routed modules, this optimizer has 3"):
+        MoLF(model, ranks=(2,)).load_state_dict(adamw.state_dict())

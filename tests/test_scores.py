@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+
+from molf.scores import EPD, PFN, SCORES, Score, get_score
+
+EPS = 1e-3
+
+
+@pytest.fixture
+def moments():
+    return torch.randn(6, 7, dtype=torch.float64), torch.rand(6, 7, dtype=torch.float64)
+
+
+def by_hand(name, m, v, lr):
+    """The two equations, element by element."""
+    m, v = m.flatten().tolist(), v.flatten().tolist()
+    if name == "epd":
+        return lr / len(m) * sum(a * a / (math.sqrt(b) + EPS) for a, b in zip(m, v, strict=True))
+    return math.sqrt(sum((a / (math.sqrt(b) + EPS)) ** 2 for a, b in zip(m, v, strict=True)) / len(m))
+
+
+@pytest.mark.parametrize("name", ["epd", "pfn"])
+def test_score_is_its_equation(name, moments):
+    m, v = moments
+    score, n = get_score(name), torch.tensor([[m.numel()]])
+    lr = torch.tensor([[0.5]], dtype=torch.float64)
+    got = score.finish(score.term(m, v, EPS).sum().view(1, 1), n, lr)
+    assert got.item() == pytest.approx(by_hand(name, m, v, 0.5), rel=1e-14)
+
+
+@pytest.mark.parametrize("score", [EPD(), PFN()], ids=lambda s: s.name)
+def test_partial_is_the_sum_of_terms(score, moments):
+    m, v = (x.flatten() for x in moments)
+    u = m / (v.sqrt() + EPS)
+    assert score.partial(m, v, u, EPS).item() == pytest.approx(score.term(m, v, EPS).sum().item(), rel=1e-14)
+    pieces = [score.partial(m[i : i + 10], v[i : i + 10], u[i : i + 10], EPS) for i in range(0, len(m), 10)]
+    assert sum(pieces).item() == pytest.approx(score.partial(m, v, u, EPS).item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("score", [EPD(), PFN()], ids=lambda s: s.name)
+def test_no_gradient_scores_zero(score):
+    m, v = torch.zeros(4), torch.zeros(4)
+    total = score.term(m, v, 1e-8).sum().view(1, 1)
+    assert score.finish(total, torch.tensor([[4.0]]), torch.tensor([[1.0]])).item() == 0.0
+
+
+def test_only_epd_follows_size_and_rate(moments):
+    m, v = moments
+    n, lr = torch.tensor([[42.0]]), torch.tensor([[1e-3]])
+
+    def scored(score, c, lr):
+        return score.finish(score.term(c * m, c * c * v, 0.0).sum().view(1, 1), n, lr).item()
+
+    assert scored(PFN(), 10.0, 7 * lr) == pytest.approx(scored(PFN(), 1.0, lr))
+    assert scored(EPD(), 10.0, 7 * lr) == pytest.approx(70 * scored(EPD(), 1.0, lr))
+
+
+def test_finish_works_on_all_modules_at_once():
+    total, n = torch.tensor([[8.0, 2.0], [0.0, 9.0]]), torch.tensor([[2.0, 2.0], [1.0, 1.0]])
+    lr = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
+    assert EPD().finish(total, n, lr).tolist() == [[2.0, 1.0], [0.0, 9.0]]
+    assert PFN().finish(total, n, lr).tolist() == [[2.0, 1.0], [0.0, 3.0]]
+
+
+def test_own_score_needs_term_and_finish_only():
+    class MeanMoment(Score):
+        name = "mean_moment"
+
+        def term(self, m, v, eps):
+            return m.abs()
+
+        def finish(self, total, n, lr):
+            return total / n
+
+    score = MeanMoment()
+    assert get_score(score) is score
+    m = torch.tensor([1.0, -3.0])
+    assert score.partial(m, m, m, 1e-8).item() == 4.0
+
+
+def test_names_lead_to_scores():
+    assert {name: get_score(name).name for name in SCORES} == {"epd": "epd", "pfn": "pfn"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ("edp", ValueError, "unknown score 'edp'.*'epd', 'pfn'.*did you mean 'epd'"),
+        ("zzzzzz", ValueError, r"unknown score 'zzzzzz'.*of your own$"),
+        (None, TypeError, "got NoneType"),
+        (EPD, TypeError, "molf.Score"),
+    ],
+)
+def test_unknown_score(given, error, words):
+    with pytest.raises(error, match=words):
+        get_score(given)
+
+
+def test_score_without_its_formulas_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Score()
