@@ -147,8 +147,8 @@ def test_state_of_another_model(change, words):
     [
         ({"ranks": (2,)}, r"1 has ranks=\(2, 3\) in the state and ranks=\(2,\) here; construct MoLF with"),
         ({"ranks": (3, 2)}, r"ranks=\(2, 3\) in the state and ranks=\(3, 2\)"),
-        ({"lora_alpha": 16}, r"lora_alpha=\(32\.0, 32\.0\) in the state and lora_alpha=\(16\.0, 16\.0\) here"),
-        ({"use_rslora": False}, "use_rslora=True in the state and use_rslora=False here"),
+        ({"lora_alpha": 16}, r"scales=\(22\.6.*\) in the state and scales=\(11\.3.*\) here"),
+        ({"use_rslora": False}, r"scales=\(22\.6.*\) in the state and scales=\(16\.0.*\) here"),
         ({"target_modules": ["1", "4"]}, r"missing in the state: none, unknown here: \['5'\]"),
         ({"exclude_modules": ["1"]}, r"3 routed modules, this optimizer has 2"),
     ],

@@ -1,4 +1,4 @@
-"""The recorded trajectories of the published implementation, reproduced by the merged form in float64."""
+"""The recorded trajectories of the published implementation, reproduced by both forms in float64."""
 
 import json
 from pathlib import Path
@@ -10,43 +10,47 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import TOLERANCE
-from molf import MoLF
+from molf import MoLF, add_lora_experts
 
-CASES = [
-    path
-    for path in sorted((Path(__file__).parent / "golden").glob("*.json"))
-    if json.loads(path.read_text())["train_base"]
+CASES = sorted((Path(__file__).parent / "golden").glob("*.json"))
+FORMS = [
+    pytest.param(path, form, id=f"{path.stem}-{form}")
+    for path in CASES
+    for form in ("merged", "branched")
+    if form == "branched" or json.loads(path.read_text())["train_base"]
 ]
 
 
-def build(case, init):
+def build(case, init, form):
     shape = {k: v for k, v in case["model"].items() if k != "family"}
     model = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=64)).double().train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(init[name])
+    lora = {"ranks": tuple(case["ranks"]), "lora_alpha": case["lora_alphas"], "use_rslora": case["use_rslora"]}
+    trained = dict(model.named_parameters())
+    if form == "branched":
+        model, lora = add_lora_experts(model, freeze_base=not case["train_base"], **lora), {}
     optimizer = MoLF(
         model,
-        ranks=tuple(case["ranks"]),
         lr=case["lr_fft"],
         lora_lr=case["lr_lora"],
         weight_decay=case["weight_decay_fft"],
         lora_weight_decay=case["weight_decay_lora"],
         betas=tuple(case["betas"]),
         eps=case["eps"],
-        lora_alpha=case["lora_alphas"],
-        use_rslora=case["use_rslora"],
         top_k=case["top_k"],
         score=case["score"],
+        **lora,
     )
     for module in optimizer.experts:
         for i, rank in enumerate(case["ranks"]):
             pair = {"A": init[f"{module}.lora_A.{i}"], "B": init[f"{module}.lora_B.{i}"]}
             optimizer.experts[module][f"lora_r{rank}"].assign(**pair)
-    return model, optimizer
+    return model, optimizer, trained
 
 
-def tensor_named(name, model, optimizer, ranks):
+def tensor_named(name, trained, optimizer, ranks):
     """Find a recorded tensor: `W` of a routed layer, one of its pairs, or an ordinary parameter."""
     parts = name.split(".")
     if parts[-1].isdigit():
@@ -55,13 +59,14 @@ def tensor_named(name, model, optimizer, ranks):
     module, leaf = name.rsplit(".", 1)
     if module in optimizer.experts:
         return getattr(optimizer.experts[module]["fft"], leaf)
-    return dict(model.named_parameters())[name].detach()
+    return trained[name].detach()
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_recorded_trajectory(path):
+@pytest.mark.parametrize(("path", "form"), FORMS)
+def test_recorded_trajectory(path, form):
     case, data = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
-    model, optimizer = build(case, {k.removeprefix("init/"): v for k, v in data.items() if k.startswith("init/")})
+    init = {k.removeprefix("init/"): v for k, v in data.items() if k.startswith("init/")}
+    model, optimizer, trained = build(case, init, form)
     scheduler = LambdaLR(optimizer, lambda step: case["lr_factor"][min(step, case["steps"] - 1)])
     for step in range(case["steps"]):
         optimizer.zero_grad()
@@ -78,7 +83,7 @@ def test_recorded_trajectory(path):
         assert optimizer.routing.winners() == recorded
         for key, value in data.items():
             if key.startswith(f"step{step}/"):
-                got = tensor_named(key.split("/", 1)[1], model, optimizer, case["ranks"])
+                got = tensor_named(key.split("/", 1)[1], trained, optimizer, case["ranks"])
                 torch.testing.assert_close(
                     got, value, rtol=0, atol=TOLERANCE[torch.float64], msg=lambda m, k=key: f"{k}: {m}"
                 )

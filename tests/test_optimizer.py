@@ -466,7 +466,7 @@ def test_options_of_the_groups_belong_to_param_groups():
 
 
 def test_groups_of_different_ranks():
-    with pytest.raises(ValueError, match="same ranks"):
+    with pytest.raises(ValueError, match="same experts"):
         MoLF(param_groups(mlp(), ranks=(2,)) + param_groups(mlp(), ranks=(3,)))
 
 

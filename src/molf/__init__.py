@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molf.groups import param_groups
+    from molf.integrations.lora_experts import add_lora_experts
     from molf.integrations.routing_log import RoutingLog
     from molf.integrations.trainer import trainer_optimizer
     from molf.optimizer import MoLF
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
     from molf.scores import Score
 
 __version__ = "0.1.0"
-__all__ = ["MoLF", "Routing", "RoutingLog", "Score", "__version__", "param_groups", "trainer_optimizer"]
+__all__ = [
+    "MoLF",
+    "Routing",
+    "RoutingLog",
+    "Score",
+    "__version__",
+    "add_lora_experts",
+    "param_groups",
+    "trainer_optimizer",
+]
 
 # Public names are imported at first use, so that `molf --help` needs no torch and the optimizer no transformers.
 _HOMES = {
@@ -26,6 +36,7 @@ _HOMES = {
     "Routing": "molf.routing",
     "RoutingLog": "molf.integrations.routing_log",
     "Score": "molf.scores",
+    "add_lora_experts": "molf.integrations.lora_experts",
     "param_groups": "molf.groups",
     "trainer_optimizer": "molf.integrations.trainer",
 }

@@ -11,7 +11,7 @@ from molf.precision import master_dtype
 
 __all__ = ["check_compatible", "restore_dtypes"]
 
-_TAGS = ("module", "ranks", "use_rslora", "lora_alpha")
+_TAGS = ("module", "form", "ranks", "experts", "scales")
 
 
 def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-__all__ = ["check_rank", "routed_linears"]
+__all__ = ["check_rank", "module_names", "refuse_tied", "routed_linears"]
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -23,10 +23,9 @@ def routed_linears(
         ValueError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
             floating point or shared with another module.
     """
-    model = _unwrapped(model)
-    modules = {_WRAPPERS.sub("", name).lstrip("."): module for name, module in model.named_modules()}
+    modules = module_names(model)
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
-    output = _output_embedding(model) if everything else None
+    output = _output_embedding(_unwrapped(model)) if everything else None
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
         wanted = (
@@ -44,8 +43,14 @@ def routed_linears(
     linears = {name: linear for name, linear in matched.items() if linear.weight.requires_grad}
     if not linears:
         raise ValueError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
-    _refuse_tied(modules, linears)
+    refuse_tied(modules, linears)
     return linears
+
+
+def module_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by the names they have in the plain model: no wrapper of torch, and none of PEFT, shows."""
+    names = {_WRAPPERS.sub("", n).lstrip("."): module for n, module in _unwrapped(model).named_modules()}
+    return {n.removeprefix("base_model.model.") if hasattr(model, "peft_config") else n: m for n, m in names.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -100,7 +105,16 @@ def _nothing_to_route(
     )
 
 
-def _refuse_tied(modules: dict[str, nn.Module], linears: dict[str, nn.Linear]) -> None:
+def refuse_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weight or bias belongs to another module too.
+
+    Args:
+        modules: All modules by name.
+        linears: The layers to be routed by name.
+
+    Raises:
+        ValueError: Naming all that share it.
+    """
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for key, p in module.named_parameters(recurse=False):

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from molf.groups import expert_names
-from molf.merged import Pair, base_weight, fold_, pairs
-from molf.precision import load, master_dtype, store
+from molf.layers import RoutedLayer
+from molf.precision import master_dtype
 
 if TYPE_CHECKING:
     from molf.optimizer import MoLF
@@ -28,19 +27,8 @@ class _Expert:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.module!r}, {self.name!r})"
 
-    @property
-    def _group(self) -> dict[str, Any]:
-        return self._optimizer.routed_group(self.module)
-
-    def _pairs(self) -> list[Pair]:
-        return pairs(self._group, self._optimizer.state)
-
-    def _effective(self) -> tuple[Tensor, Tensor | None]:
-        weight = self._group["params"][0]
-        return weight.detach(), self._optimizer.state[weight].get("low")
-
-    def _store(self, value: Tensor, p: Tensor) -> None:
-        store(value, p.detach(), self._optimizer.state[p].get("low"), self._optimizer.noise())
+    def _layer(self) -> RoutedLayer:
+        return self._optimizer.routed_layer(self.module)
 
     def _checked(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         if value.shape != like.shape:
@@ -53,71 +41,70 @@ class FftExpert(_Expert):
 
     @property
     def weight(self) -> Tensor:
-        """``W = W_eff - sum_i s_i B_i A_i``, computed at each access (in float32 for bf16 weights)."""
-        return base_weight(load(*self._effective()), self._pairs())
+        """``W`` without the LoRA parts; in the merged form ``W_eff - sum_i s_i B_i A_i``, computed at each access."""
+        return self._layer().base_weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The live bias of the layer, None where it has none that trains."""
-        params = self._group["params"]
-        return params[1].detach() if len(params) > 1 else None
+        base = self._layer().base
+        return base[1].detach() if len(base) > 1 else None
 
     @torch.no_grad()
     def assign(self, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Set ``W`` or the bias; the effective weight follows.
+        """Set ``W`` or the bias, or both or neither if something is wrong; an effective weight follows.
 
         Raises:
             ValueError: If a shape differs, or the layer has no bias that trains.
         """
-        params, own = self._group["params"], self.weight
-        if bias is not None and len(params) < 2:
+        layer = self._layer()
+        if bias is not None and len(layer.base) < 2:
             raise ValueError(f"{self.module} has no bias that trains")
-        weight = self._checked("weight", own if weight is None else weight, own)
-        if bias is not None:
-            value = self._checked("bias", bias, params[1])
-            master = load(params[1].detach(), self._optimizer.state[params[1]].get("low"))
-            self._store(master.copy_(value), params[1])
-        effective = load(*self._effective())
-        self._store(effective.add_(weight - own), params[0])
+        new_weight = None if weight is None else self._checked("weight", weight, layer.base[0])
+        new_bias = None if bias is None else self._checked("bias", bias, layer.base[1])
+        if new_weight is not None:
+            layer.set_base_weight(new_weight)
+        if new_bias is not None:
+            layer.set_bias(new_bias)
 
 
 class LoraExpert(_Expert):
     """A low-rank expert of a layer: ``A [r, in]``, ``B [out, r]`` and ``scale``."""
 
-    def _pair(self) -> Pair:
-        return self._pairs()[expert_names(self._group["ranks"]).index(self.name) - 1]
+    def _index(self, layer: RoutedLayer) -> int:
+        return [name for name in layer.experts if name != "fft"].index(self.name)
 
     @property
     def A(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live down-projection ``[r, in]``. Change it through ``assign``."""
-        return self._pair().A
+        layer = self._layer()
+        return layer.pairs[self._index(layer)].A
 
     @property
     def B(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live up-projection ``[out, r]``. Change it through ``assign``."""
-        return self._pair().B
+        layer = self._layer()
+        return layer.pairs[self._index(layer)].B
 
     @property
     def scale(self) -> float:
         """The scale ``s`` of the product ``B A``."""
-        return self._pair().scale
+        layer = self._layer()
+        return layer.pairs[self._index(layer)].scale
 
     @torch.no_grad()
     def assign(self, *, A: Tensor | None = None, B: Tensor | None = None) -> None:  # noqa: N803 - the paper's letters
-        """Set A, B or both; the effective weight follows, ``W`` stays.
+        """Set A, B or both, or neither if something is wrong; an effective weight follows, ``W`` stays.
 
         Raises:
             ValueError: If a shape differs.
         """
-        pair = self._pair()
-        before = Pair(pair.A.clone(), pair.B.clone(), pair.scale)
-        A = self._checked(f"{self.name}.A", pair.A if A is None else A, pair.A)
-        B = self._checked(f"{self.name}.B", pair.B if B is None else B, pair.B)
-        pair.A.copy_(A)
-        pair.B.copy_(B)
-        effective = load(*self._effective())
-        fold_(effective, before, pair)
-        self._store(effective, self._group["params"][0])
+        layer = self._layer()
+        i = self._index(layer)
+        pair = layer.pairs[i]
+        new_A = self._checked(f"{self.name}.A", pair.A if A is None else A, pair.A)
+        new_B = self._checked(f"{self.name}.B", pair.B if B is None else B, pair.B)
+        layer.set_pair(i, new_A, new_B)
 
 
 class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
@@ -127,10 +114,9 @@ class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
         self._optimizer = optimizer
 
     def __getitem__(self, module: str) -> dict[str, Any]:
-        group = self._optimizer.routed_group(module)
+        layer = self._optimizer.routed_layer(module)
         return {
-            name: (FftExpert if name == "fft" else LoraExpert)(self._optimizer, module, name)
-            for name in expert_names(group["ranks"])
+            name: (FftExpert if name == "fft" else LoraExpert)(self._optimizer, module, name) for name in layer.experts
         }
 
     def __iter__(self) -> Iterator[str]:

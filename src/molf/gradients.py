@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molf.merged import MergedLayer
+from molf.layers import RoutedLayer
 
 __all__ = ["prepare_gradients"]
 
 
 def prepare_gradients(
-    dense: Sequence[Tensor], layers: Sequence[MergedLayer], max_grad_norm: float | None, grad_scale: Tensor | None
+    dense: Sequence[Tensor], layers: Sequence[RoutedLayer], max_grad_norm: float | None, grad_scale: Tensor | None
 ) -> Tensor:
     """Return the gradients' norm after unscaling and before clipping, 0-dim; a non-finite one means a non-finite gradient.
 
@@ -38,7 +38,7 @@ def prepare_gradients(
     norm = _norm(dense)
     if max_grad_norm is None or not norm.isfinite():
         return norm
-    lora = [slot.grad for layer in layers for expert in layer.slots()[1:] for slot in expert if slot.grad is not None]
+    lora = [grad for layer in layers for grad in layer.derived_gradients()]
     norm = _norm([*dense, *lora])
     torch._foreach_mul_([*dense, *lora], (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

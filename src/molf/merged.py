@@ -13,24 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
-from molf.groups import expert_names, lora_scales
-from molf.precision import Noise, load, master_dtype, store
+from molf.layers import Pair, RoutedLayer, init_moments, init_step
+from molf.precision import load, master_dtype, store
 
-__all__ = ["MergedLayer", "Pair", "base_weight", "decay_base_", "expert_gradients", "fold_", "init_state", "pairs"]
-
-
-class Pair(NamedTuple):
-    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale of their product."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
+__all__ = ["MergedLayer", "base_weight", "decay_base_", "expert_gradients", "fold_"]
 
 
 def expert_gradients(grad: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -63,133 +55,110 @@ def fold_(effective: Tensor, before: Pair, after: Pair) -> None:
     effective.addmm_(left, right, alpha=after.scale)
 
 
-def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
-    """Create the state of a routed group where it is missing: moments, low parts, LoRA pairs and their moments.
+class MergedLayer(RoutedLayer):
+    """A layer whose weight is the effective weight; its pairs are tensors in the state of that weight."""
 
-    All entries are flat tensors keyed by name in the state of the weight (``lora_r8.A``, ``lora_r8.A.exp_avg``, ...); the
-    bias has AdamW's usual entries. ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at zero; the start depends on the
-    group's seed only.
-    """
-    weight = group["params"][0]
-    fresh = "step" not in state[weight]
-    if fresh:
-        state[weight]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-    for p in group["params"]:
-        init_moments(p, state[p], keep_low)
-    if not fresh:
-        return
-    generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
-    dtype, (n_out, n_in) = master_dtype(weight.dtype), weight.shape
-    for name, r in zip(expert_names(group["ranks"])[1:], group["ranks"], strict=True):
-        bound = 1 / math.sqrt(n_in)
-        A = torch.empty(r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-        A = A.to(weight.device, dtype)
-        for key, value in (("A", A), ("B", torch.zeros(n_out, r, dtype=dtype, device=weight.device))):
-            state[weight][f"{name}.{key}"] = value
-            state[weight][f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
-            state[weight][f"{name}.{key}.exp_avg_sq"] = torch.zeros_like(value)
+    @staticmethod
+    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
+        """Create moments, low parts, LoRA pairs and their moments where they are missing.
 
+        All entries are flat tensors keyed by name in the state of the weight (``lora_r8.A``, ``lora_r8.A.exp_avg``, ...);
+        the bias has AdamW's usual entries. ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at zero; the start depends on
+        the group's seed only.
+        """
+        weight = group["params"][0]
+        fresh = init_step(state[weight])
+        for p in group["params"]:
+            init_moments(p, state[p], keep_low)
+        if not fresh:
+            return
+        generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
+        dtype, (n_out, n_in) = master_dtype(weight.dtype), weight.shape
+        for name, r in zip(group["experts"][1:], group["ranks"], strict=True):
+            bound = 1 / math.sqrt(n_in)
+            A = torch.empty(r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+            A = A.to(weight.device, dtype)
+            for key, value in (("A", A), ("B", torch.zeros(n_out, r, dtype=dtype, device=weight.device))):
+                state[weight][f"{name}.{key}"] = value
+                state[weight][f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
+                state[weight][f"{name}.{key}.exp_avg_sq"] = torch.zeros_like(value)
 
-def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool) -> None:
-    """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing."""
-    if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
-    if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
-        state["low"] = torch.zeros_like(p, dtype=torch.int16)
+    @property
+    def base(self) -> list[Tensor]:
+        """The layer's weight, which is ``W_eff``, and its bias if that trains."""
+        return list(self.group["params"])
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """The live pairs, in the order of the ranks."""
+        own, scales = self._state[self.base[0]], self.group["scales"]
+        return [Pair(own[f"{n}.A"], own[f"{n}.B"], s) for n, s in zip(self.experts[1:], scales, strict=True)]
 
-def pairs(group: dict[str, Any], state: dict[Any, dict[str, Any]]) -> list[Pair]:
-    """Return the live pairs of a routed group, in the order of its ranks."""
-    own = state[group["params"][0]]
-    names = expert_names(group["ranks"])[1:]
-    return [Pair(own[f"{n}.A"], own[f"{n}.B"], s) for n, s in zip(names, lora_scales(group), strict=True)]
+    @property
+    def active(self) -> bool:
+        """Whether the weight has a gradient: all experts' gradients follow from it."""
+        return self.base[0].grad is not None
 
+    def base_weight(self) -> Tensor:
+        """Return ``W = W_eff - sum_i s_i B_i A_i``, a new tensor."""
+        return base_weight(self._full(self.base[0]), self.pairs)
 
-def _snapshot(pair: Pair) -> Pair:
-    return Pair(pair.A.clone(), pair.B.clone(), pair.scale)
+    def set_base_weight(self, value: Tensor) -> None:
+        """Set ``W``; the effective weight follows."""
+        self._write(self.base[0], self._full(self.base[0]) + (value - self.base_weight()))
 
+    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+        """Set a pair; the effective weight follows, ``W`` stays."""
+        pair = self.pairs[i]
+        before = _snapshot(pair)
+        pair.A.copy_(A)
+        pair.B.copy_(B)
+        effective = self._full(self.base[0]).clone()
+        fold_(effective, before, pair)
+        self._write(self.base[0], effective)
 
-class MergedLayer:
-    """One routed layer at one step: what the optimizer asks of any form of holding the experts.
-
-    Args:
-        group: The layer's parameter group.
-        state: The optimizer's state.
-        noise: For stochastic rounding, None where low parts are kept.
-    """
-
-    def __init__(self, group: dict[str, Any], state: dict[Any, dict[str, Any]], noise: Noise | None):
-        self.group = group
-        self.name: str = group["module"]
-        self.experts = expert_names(group["ranks"])
-        self._state = state
-        self._noise = noise
-        self._pairs = pairs(group, state)
-        lora_lr = float(group["lr"]) * group["lora_lr_ratio"]
-        self.lrs = (float(group["lr"]), *(lora_lr for _ in self._pairs))
-        self.numel = sum(p.numel() for p in group["params"])
-        self._slots: list[list[Slot]] | None = None
-
-    def gradients(self) -> list[Tensor]:
-        """Return the dense gradients that backward left (weight, then bias)."""
-        return [p.grad for p in self.group["params"] if p.grad is not None]
+    def derived_gradients(self) -> list[Tensor]:
+        """Return ``dA`` and ``dB`` of all pairs."""
+        return [slot.grad for expert in self.slots()[1:] for slot in expert if slot.grad is not None]
 
     def slots(self) -> list[list[Slot]]:
         """Return each expert's tensors with their gradients; LoRA gradients are computed at the first call."""
         if self._slots is None:
-            dense = [self._slot(p) for p in self.group["params"] if p.grad is not None]
+            dense = [self._slot(p) for p in self.base if p.grad is not None]
             grad = self.gradients()[0].to(dense[0].exp_avg.dtype)
             self._slots = [dense]
-            for name, pair in zip(self.experts[1:], self._pairs, strict=True):
+            for name, pair in zip(self.experts[1:], self.pairs, strict=True):
                 gradients = dict(zip("AB", expert_gradients(grad, pair), strict=True))
                 self._slots.append([self._lora_slot(name, key, gradients[key]) for key in "AB"])
         return self._slots
 
-    def count_step(self) -> None:
-        """Count this step: there is one count for all experts of the layer."""
-        self._state[self.group["params"][0]]["step"] += 1
-
-    def release(self) -> None:
-        """Drop the LoRA gradients: phase 2 needs moments only."""
-        self._slots = [[slot._replace(grad=None) for slot in expert] for expert in self.slots()]
-
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
-        """Prepare the winners' step and return what AdamW has to move; losers are not touched.
-
-        Args:
-            winners: Indices into ``experts``.
-        """
+        """Decay ``W`` inside ``W_eff`` if it won, remember the winning pairs, and return what AdamW has to move."""
         dense, *lora = self.slots()
         self._effective = load(dense[0].param, dense[0].low)
         work = []
         if 0 in winners:
-            rates = self._rates(self.lrs[0], self.group["weight_decay"])
-            decay_base_(self._effective, self._pairs, rates.lr * rates.weight_decay)
-            bare = rates._replace(weight_decay=0.0)
+            rates = self._rates(0)
+            decay_base_(self._effective, self.pairs, rates.lr * rates.weight_decay)
+            bare = self._rates(0, decayed=False)
             work = [(bare, dense[0]._replace(param=self._effective, low=None)), *((bare, slot) for slot in dense[1:])]
-        self._before = {i: _snapshot(self._pairs[i - 1]) for i in winners if i > 0}
+        self._before = {i: _snapshot(self.pairs[i - 1]) for i in winners if i > 0}
         for i in self._before:
-            rates = self._rates(self.lrs[i], self.group["lora_weight_decay"])
-            work += [(rates, slot) for slot in lora[i - 1]]
+            work += [(self._rates(i), slot) for slot in lora[i - 1]]
         return work
 
     def finish_update(self) -> None:
         """Fold the pairs' changes into ``W_eff`` and put it back into the model."""
         weight = self.slots()[0][0]
         for i, before in self._before.items():
-            fold_(self._effective, before, self._pairs[i - 1])
+            fold_(self._effective, before, self.pairs[i - 1])
         store(self._effective, weight.param, weight.low, self._noise)
         del self._effective, self._before
 
-    def _rates(self, lr: float, weight_decay: float) -> Rates:
-        step = float(self._state[self.group["params"][0]]["step"])
-        return Rates(lr, weight_decay, self.group["betas"], self.group["eps"], step)
-
-    def _slot(self, p: Tensor) -> Slot:
-        own = self._state[p]
-        return Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
-
     def _lora_slot(self, name: str, key: str, grad: Tensor) -> Slot:
-        own, key = self._state[self.group["params"][0]], f"{name}.{key}"
+        own, key = self._state[self.base[0]], f"{name}.{key}"
         return Slot(own[key], grad, own[f"{key}.exp_avg"], own[f"{key}.exp_avg_sq"])
+
+
+def _snapshot(pair: Pair) -> Pair:
+    return Pair(pair.A.clone(), pair.B.clone(), pair.scale)

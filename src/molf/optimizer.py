@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from molf.adamw import Rates, Slot, adamw_
 from molf.checkpoint import check_compatible, restore_dtypes
 from molf.experts import Experts
+from molf.forms import FORMS
 from molf.gradients import prepare_gradients
 from molf.groups import param_groups
-from molf.merged import MergedLayer, init_moments, init_state
+from molf.layers import RoutedLayer, init_moments, init_step
 from molf.options import check_given_groups, check_options, check_top_k
 from molf.precision import Noise
 from molf.router import route
@@ -118,16 +119,17 @@ class MoLF(torch.optim.Optimizer):
         """How many steps were left out because of a non-finite gradient."""
         return int(self.param_groups[0]["skipped_steps"])
 
-    def routed_group(self, module: str) -> dict[str, Any]:
-        """Return the parameter group of a routed module, its state in place.
+    def routed_layer(self, module: str) -> RoutedLayer:
+        """Return the routed layer of that name as it is now, its state in place.
 
         Raises:
             KeyError: If no such module is routed.
         """
         for group in self.param_groups:
             if group.get("module") == module:
-                init_state(group, self.state, self.bf16_update == "split")
-                return group
+                form = FORMS[group["form"]]
+                form.init_state(group, self.state, self.bf16_update == "split")
+                return form(group, self.state, self.noise())
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 
@@ -157,12 +159,12 @@ class MoLF(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._init_states()
-        routed = [g for g in self.param_groups if "module" in g and g["params"][0].grad is not None]
         ordinary = [g for g in self.param_groups if "module" not in g]
         if self._is_dry():
             return loss
         noise = self.noise()
-        layers = [MergedLayer(group, self.state, noise) for group in routed]
+        routed = [FORMS[g["form"]](g, self.state, noise) for g in self.param_groups if "module" in g]
+        layers = [layer for layer in routed if layer.active]
         if not self._prepare(layers, ordinary):
             return loss
         if layers:
@@ -175,11 +177,11 @@ class MoLF(torch.optim.Optimizer):
         keep_low = self.bf16_update == "split"
         for group in self.param_groups:
             if "module" in group:
-                init_state(group, self.state, keep_low)
+                FORMS[group["form"]].init_state(group, self.state, keep_low)
                 continue
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+                    init_step(self.state[p])
                     init_moments(p, self.state[p], keep_low)
 
     def _is_dry(self) -> bool:
@@ -189,7 +191,7 @@ class MoLF(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return not any(bool(grad.any()) for grad in grads)
 
-    def _prepare(self, layers: list[MergedLayer], ordinary: list[dict[str, Any]]) -> bool:
+    def _prepare(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]]) -> bool:
         """Unscale, measure and clip the gradients; return whether the step can be taken."""
         dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
         dense += [grad for layer in layers for grad in layer.gradients()]

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from molf.groups import expert_names, param_groups
+from molf.groups import param_groups
 from molf.precision import BF16_UPDATES
 
 __all__ = ["check_given_groups", "check_options", "check_top_k"]
@@ -34,7 +34,7 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
     Raises:
         ValueError: Naming the experts there are.
     """
-    experts = expert_names(next(group["ranks"] for group in groups if "module" in group))
+    experts = next(group["experts"] for group in groups if "module" in group)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
         raise ValueError(
             f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
@@ -63,6 +63,6 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
     for name, value in grouping.items():
         if value != options[name].default:
             raise ValueError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
-    if len({group["ranks"] for group in groups if "module" in group}) > 1:
-        raise ValueError("all routed groups must have the same ranks")
+    if len({group["experts"] for group in groups if "module" in group}) > 1:
+        raise ValueError("all routed groups must have the same experts")
     return groups

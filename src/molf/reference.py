@@ -128,12 +128,11 @@ def _experts(group: dict[str, Any]) -> list[Expert]:
         fft["bias"] = Weight(bias[0], 0.0)
     experts = [Expert("fft", fft)]
     generator = torch.Generator().manual_seed(group["lora_seed"])
-    for r, alpha in zip(group["ranks"], group["lora_alpha"], strict=True):
+    for r, scale in zip(group["ranks"], group["scales"], strict=True):
         bound = 1 / math.sqrt(weight.shape[1])  # Kaiming-uniform with a = sqrt(5)
         A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator).to(weight)
         B = torch.zeros(weight.shape[0], r).to(weight)
         pair = {"A": Weight(A, group["lora_weight_decay"]), "B": Weight(B, group["lora_weight_decay"])}
-        scale = alpha / math.sqrt(r) if group["use_rslora"] else alpha / r
         experts.append(Expert(f"lora_r{r}", pair, group["lora_lr_ratio"], scale))
     return experts
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot, observe_, update_
-from molf.merged import MergedLayer
+from molf.layers import RoutedLayer
 from molf.precision import Noise
 from molf.routing import Routing, choose
 from molf.scores import Score
@@ -22,7 +22,7 @@ __all__ = ["route"]
 _CHUNK = 1 << 26
 
 
-def route(layers: Sequence[MergedLayer], score: Score, top_k: int, noise: Noise | None) -> Routing:
+def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise | None) -> Routing:
     """Take the step of all routed layers.
 
     Args:
@@ -44,7 +44,7 @@ def route(layers: Sequence[MergedLayer], score: Score, top_k: int, noise: Noise 
     return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
 
 
-def _observe(layers: Sequence[MergedLayer], score: Score) -> tuple[Tensor, Tensor]:
+def _observe(layers: Sequence[RoutedLayer], score: Score) -> tuple[Tensor, Tensor]:
     """Move all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
     sums: list[Tensor] = []
     owner: list[int] = []
@@ -68,7 +68,7 @@ def _observe(layers: Sequence[MergedLayer], score: Score) -> tuple[Tensor, Tenso
     return total.view(shape), torch.tensor(sizes, dtype=torch.float64, device="cpu").view(shape)
 
 
-def _update(layers: Sequence[MergedLayer], winners: Sequence[Sequence[int]], noise: Noise | None) -> None:
+def _update(layers: Sequence[RoutedLayer], winners: Sequence[Sequence[int]], noise: Noise | None) -> None:
     work: dict[Rates, list[Slot]] = {}
     for layer, won in zip(layers, winners, strict=True):
         for rates, slot in layer.begin_update(won):
@@ -79,9 +79,9 @@ def _update(layers: Sequence[MergedLayer], winners: Sequence[Sequence[int]], noi
         layer.finish_update()
 
 
-def _chunks(layers: Sequence[MergedLayer]) -> Iterator[list[MergedLayer]]:
+def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     """Cut the layers into runs that are worked on together, each with one setting of Adam."""
-    chunk: list[MergedLayer] = []
+    chunk: list[RoutedLayer] = []
     for layer in layers:
         budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
         same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))

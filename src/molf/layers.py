@@ -1,0 +1,140 @@
+"""What the optimizer asks of a routed layer, whichever way its experts are held."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from molf.adamw import Rates, Slot
+from molf.precision import Noise, load, master_dtype, store
+
+__all__ = ["Pair", "RoutedLayer", "init_moments"]
+
+
+class Pair(NamedTuple):
+    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale of their product."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class RoutedLayer(abc.ABC):
+    """One routed layer at one step. Looks everything up in its group and the optimizer's state; keeps nothing itself.
+
+    The order of calls in a step: ``count_step``, ``slots``, ``release``, ``begin_update``, ``finish_update``.
+
+    Args:
+        group: The layer's parameter group.
+        state: The optimizer's state, where the layer's own was made by ``init_state``.
+        noise: For stochastic rounding, None where low parts are kept.
+    """
+
+    def __init__(self, group: dict[str, Any], state: dict[Any, dict[str, Any]], noise: Noise | None):
+        self.group, self._state, self._noise = group, state, noise
+        self.name: str = group["module"]
+        self.experts: tuple[str, ...] = group["experts"]
+        lr = float(group["lr"])
+        self.lrs = tuple(lr if name == "fft" else lr * group["lora_lr_ratio"] for name in self.experts)
+        self.numel = sum(p.numel() for p in group["params"])
+        self._slots: list[list[Slot]] | None = None
+
+    @staticmethod
+    @abc.abstractmethod
+    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
+        """Create the state of a group where it is missing."""
+
+    @property
+    @abc.abstractmethod
+    def pairs(self) -> list[Pair]:
+        """The live pairs of the LoRA experts, in their order."""
+
+    @property
+    @abc.abstractmethod
+    def base(self) -> list[Tensor]:
+        """The parameters of the model that the ``fft`` expert moves: weight, then bias; none where there is no such expert."""
+
+    @abc.abstractmethod
+    def base_weight(self) -> Tensor:
+        """Return ``W`` without the LoRA parts, in full precision."""
+
+    @abc.abstractmethod
+    def set_base_weight(self, value: Tensor) -> None:
+        """Set ``W``; the LoRA parts stay."""
+
+    @abc.abstractmethod
+    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+        """Set the i-th pair; ``W`` stays."""
+
+    @property
+    def active(self) -> bool:
+        """Whether backward left gradients to route by."""
+        return any(p.grad is not None for p in self.group["params"])
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that backward left on parameters."""
+        return [p.grad for p in self.group["params"] if p.grad is not None]
+
+    def derived_gradients(self) -> list[Tensor]:
+        """Return gradients that no parameter carries, because they follow from others."""
+        return []
+
+    def count_step(self) -> None:
+        """Count this step: there is one count for all experts of the layer."""
+        self._state[self.group["params"][0]]["step"] += 1
+
+    @abc.abstractmethod
+    def slots(self) -> list[list[Slot]]:
+        """Return each expert's tensors with their gradients, those that have one."""
+
+    def release(self) -> None:
+        """Drop the gradients: phase 2 needs moments only."""
+        self._slots = [[slot._replace(grad=None) for slot in expert] for expert in self.slots()]
+
+    @abc.abstractmethod
+    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
+        """Prepare the step of the winners (indices into ``experts``) and return what AdamW has to move."""
+
+    @abc.abstractmethod
+    def finish_update(self) -> None:
+        """Do what is left after AdamW has moved the winners' tensors."""
+
+    def set_bias(self, value: Tensor) -> None:
+        """Set the bias."""
+        self._write(self.base[1], value)
+
+    def _rates(self, i: int, decayed: bool = True) -> Rates:
+        decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
+        step = float(self._state[self.group["params"][0]]["step"])
+        return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], step)
+
+    def _slot(self, p: Tensor) -> Slot:
+        own = self._state[p]
+        return Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
+
+    def _full(self, p: Tensor) -> Tensor:
+        return load(p.detach(), self._state[p].get("low"))
+
+    def _write(self, p: Tensor, value: Tensor) -> None:
+        store(self._full(p).copy_(value), p.detach(), self._state[p].get("low"), self._noise)
+
+
+def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool) -> None:
+    """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing."""
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
+    if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
+        state["low"] = torch.zeros_like(p, dtype=torch.int16)
+
+
+def init_step(state: dict[str, Any]) -> bool:
+    """Create the step count of a layer or parameter where it is missing, and return whether it was."""
+    fresh = "step" not in state
+    if fresh:
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+    return fresh
