@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molf.groups import expert_names
+from molf.integrations.joint_forward import join_experts
 
 __all__ = ["add_lora_experts"]
 
@@ -27,7 +28,8 @@ def add_lora_experts(
     """Give a model one PEFT LoRA adapter per rank, named ``lora_r{rank}``, all active together.
 
     ``molf.MoLF(model)`` then routes between them, and with ``freeze_base=False`` the base weight too. The model is PEFT's:
-    it saves, loads, merges and takes quantised bases as always.
+    it saves, loads, merges and takes quantised bases as always. In training all experts of a layer run in one pass
+    (``JointLinear``), with one dropout mask.
 
     Args:
         model: A plain model; it is changed in place.
@@ -73,6 +75,7 @@ def add_lora_experts(
     for name, config in zip(names[1:], configs[1:], strict=True):
         adapted.add_adapter(name, config)
     adapted.base_model.set_adapter(list(names))
+    join_experts(adapted)
     if not freeze_base:
         for p in trained:
             p.requires_grad_(True)

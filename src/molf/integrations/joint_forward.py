@@ -1,0 +1,53 @@
+"""Several LoRA experts of a layer in one pass: their A side by side, their scaled B side by side, like one adapter.
+
+PEFT runs its active adapters one after the other, each with its own products and sums over the layer's output. While training,
+``JointLinear`` computes ``x W^T + drop(x) [A_1; A_2]^T [s_1 B_1, s_2 B_2]^T`` instead; the parameters stay PEFT's own, so
+saving, loading, merging and exporting know nothing of it. Dropout draws one mask for all experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+__all__ = ["JointLinear", "join_experts"]
+
+
+class JointLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer, with one pass for all active adapters in training."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT's layer returns.
+
+        Args:
+            x: Input ``[..., in]``.
+            *args: Passed on to the base layer.
+            **kwargs: Passed on to the base layer.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = not (self.disable_adapters or self.merged or self.lora_variant or kwargs)
+        rates = {getattr(self.lora_dropout[name], "p", 0.0) for name in names}
+        # Without gradients (evaluation, token by token) putting the pairs together would cost more than it saves.
+        if not (plain and len(names) > 1 and len(rates) == 1 and torch.is_grad_enabled()):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result = self.base_layer(x, *args)
+        A = torch.cat([self.lora_A[name].weight for name in names])
+        B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+        inner = linear(self.lora_dropout[names[0]](self._cast_input_dtype(x, A.dtype)), A)
+        total: Tensor = (result + linear(inner, B)).to(result.dtype)
+        return total
+
+
+def join_experts(model: nn.Module) -> None:
+    """Give all plain LoRA layers of a PEFT model the joint pass; layers over quantised bases and Conv1D keep PEFT's own.
+
+    Args:
+        model: A PEFT model; changed in place.
+    """
+    for module in model.modules():
+        if type(module) is lora.Linear and isinstance(module.get_base_layer(), nn.Linear):
+            module.__class__ = JointLinear
