@@ -86,7 +86,7 @@ def _nothing_to_route(
         return (
             f"the weights of all {len(matched)} matching layers are frozen ({next(iter(matched))}, ...): there is no base "
             "weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
-            "LoRA experts only, as PEFT adapters"
+            "LoRA experts only: molf.add_lora_experts(model)"
         )
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
     if not linear:
@@ -139,7 +139,7 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
     if not weight.is_floating_point():
         raise ValueError(
             f"the weight of {name} is {weight.dtype}, not floating point: a quantised base can't be trained; exclude the "
-            "layer, or keep the base frozen and train LoRA experts only, as PEFT adapters"
+            "layer, or keep the base frozen and train LoRA experts only: molf.add_lora_experts(model)"
         )
     if weight.ndim != 2:
         raise ValueError(
