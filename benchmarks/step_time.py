@@ -8,6 +8,8 @@ Contenders, all on random weights of one shape, float32 on a CPU and bf16 autoca
   molf           molf.MoLF, merged form
   molf_branched  the experts as layers, the published way: PEFT LoRA branches with dropout 0.05 and every part trained. Its
                  optimizer here is AdamW(fused=True) on all of it, which is less work than routing: a lower bound of its cost.
+  molf_e         MoLF-Efficient: experts of rank r/4 and r on a frozen base (with --only)
+  lora_sum       one PEFT LoRA of rank r/4 + r on a frozen base, AdamW(fused=True), to compare it with (with --only)
 A step is as many micro-batches of at most 1,024 tokens (sequences of 128) as `--tokens` asks for, and one optimizer step.
 """
 
@@ -19,10 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from models import SHAPES, random_model
-from molf import MoLF
+from molf import MoLF, add_lora_experts
 from timing import machine, ratio, take_turns
 
 SEQUENCE, MICRO = 128, 1024
+CONTENDERS = ("fft", "lora", "molf", "molf_branched", "molf_e", "lora_sum")
 
 
 def lora_model(shape, rank, dropout, train_base):
@@ -61,11 +64,12 @@ def contenders(shape, rank, tokens, only):
         "lora": lambda: lora_model(shape, rank, dropout=0.0, train_base=False),
         "molf": lambda: random_model(shape),
         "molf_branched": lambda: lora_model(shape, rank, dropout=0.05, train_base=True),
+        "molf_e": lambda: add_lora_experts(random_model(shape), ranks=(rank // 4, rank)),
+        "lora_sum": lambda: lora_model(shape, rank // 4 + rank, dropout=0.0, train_base=False),
     }
     built = {name: models[name]() for name in only}
-    optimizers = {
-        n: MoLF(m, ranks=(rank,), lr=1e-5, lora_alpha=32) if n == "molf" else adamw(m) for n, m in built.items()
-    }
+    molf = {"molf": {"ranks": (rank,)}, "molf_e": {}}
+    optimizers = {n: MoLF(m, lr=1e-5, **molf[n]) if n in molf else adamw(m) for n, m in built.items()}
     return {name: contender(model, optimizers[name], tokens) for name, model in built.items()}
 
 
@@ -81,8 +85,8 @@ def main():
     if args.tokens < SEQUENCE or args.tokens % SEQUENCE:
         parser.error(f"--tokens {args.tokens}: must be a positive multiple of {SEQUENCE}")
     only = args.only.split(",")
-    if unknown := set(only) - {"fft", "lora", "molf", "molf_branched"}:
-        parser.error(f"--only: unknown {sorted(unknown)}")
+    if unknown := set(only) - set(CONTENDERS):
+        parser.error(f"--only: unknown {sorted(unknown)}; there are {', '.join(CONTENDERS)}")
 
     seconds = take_turns(contenders(args.shape, args.rank, args.tokens, only), args.rounds)
     print(f"{args.shape}, r = {args.rank}, {args.tokens} tokens a step; {machine()}; {args.rounds} rounds")
@@ -98,6 +102,11 @@ def main():
         ratios["molf/molf_branched"], least, most = ratio(seconds["molf_branched"], seconds["molf"])
         print(
             f"  merged MoLF trains x{ratios['molf/molf_branched']:.2f} as fast as branched ({least:.2f} to {most:.2f})"
+        )
+    if {"molf_e", "lora_sum"} <= set(only):
+        ratios["molf_e/lora_sum"], least, most = ratio(seconds["molf_e"], seconds["lora_sum"])
+        print(
+            f"  a MoLF-Efficient step takes x{ratios['molf_e/lora_sum']:.3f} of one LoRA's ({least:.3f} to {most:.3f})"
         )
     if args.json:
         print(json.dumps({"tokens_per_s": speed, "ratios": ratios, "tokens": args.tokens, "rank": args.rank}))

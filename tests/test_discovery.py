@@ -151,7 +151,7 @@ def test_a_model_of_nothing():
 
 def test_frozen_base():
     with pytest.raises(
-        ValueError, match=r"the weights of all 3 matching layers are frozen \(1, \.\.\.\).*PEFT adapters"
+        ValueError, match=r"the weights of all 3 matching layers are frozen \(1, \.\.\.\).*add_lora_experts"
     ):
         found(mlp().requires_grad_(False))
 
