@@ -57,6 +57,20 @@ def test_an_empty_list():
     assert parse("--ranks []").method.ranks == []
 
 
+def test_molf_efficient_by_its_published_flags():
+    published = parse("--mode molf --molf_fft False --molf_lora_ranks [32,128] --molf_freeze_non_linear True").method
+    assert published == parse("--method molf_e").method
+    assert parse("--method molf_e --molf_freeze_non_linear False").method.freeze_non_linear is False
+    with pytest.raises(UsageError, match="fft_expert=True with method molf_e"):
+        parse("--method molf_e --molf_fft True")
+
+
+def test_the_published_baseline_is_rank_stabilised():
+    assert parse("--mode lora --use_rslora True").method.use_rslora is True
+    assert parse("--mode lora").method.use_rslora is False
+    assert parse("--mode rslora").method.use_rslora is True
+
+
 @pytest.mark.parametrize("flags", ["--no_use_rslora", "--no-use-rslora", "--use_rslora False", "--use_rslora=0"])
 def test_switching_off(flags):
     assert parse(flags).method.use_rslora is False

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from molf import MoLF, add_lora_experts
+from small import tiny_llama
 
 CONFIGS = {"4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8bit": {"load_in_8bit": True}}
 

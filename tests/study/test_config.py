@@ -46,6 +46,9 @@ def test_output_dir_is_named_after_what_differs():
             {},
             {"method": "fft"},
             {"method": "lora"},
+            {"method": "dora"},
+            {"method": "molf_e"},
+            {"lora_dropout": 0.05},
             {"lora_learning_rate": 1e-4},
             {"learning_rate": 1e-4},
             {"ranks": [8, 32]},
@@ -86,6 +89,40 @@ def test_counts_below_one_are_refused(name):
 def test_lists_are_not_shared_between_configurations():
     MethodConfig().ranks.append(4)
     assert MethodConfig().ranks == [128]
+
+
+def test_what_a_method_fills_in():
+    molf, efficient, lora = MethodConfig(), MethodConfig(method="molf_e"), MethodConfig(method="lora")
+    assert (molf.ranks, molf.fft_expert, molf.freeze_non_linear, molf.use_rslora) == ([128], True, False, True)
+    assert (efficient.ranks, efficient.fft_expert, efficient.freeze_non_linear) == ([32, 128], False, True)
+    assert (lora.use_rslora, MethodConfig(method="rslora").use_rslora) == (False, True)
+    assert MethodConfig(method="molf_e", ranks=[4], freeze_non_linear=False).ranks == [4]
+    assert MethodConfig(method="molf_e", freeze_non_linear=False).freeze_non_linear is False
+
+
+def test_molf_without_its_fft_expert_is_molf_efficient():
+    assert MethodConfig(fft_expert=False) == MethodConfig(method="molf_e")
+    assert MethodConfig(method="lora", fft_expert=False).method == "lora", "molf's settings mean nothing to others"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "molf_e", "fft_expert": True}, "fft_expert=True with method molf_e"),
+        ({"method": "rslora", "use_rslora": False}, "use method lora"),
+        ({"method": "adalora", "use_rslora": True}, "alpha/rank"),
+        ({"method": "lora_plus", "loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5"),
+    ],
+)
+def test_contradictions(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**settings)
+
+
+@pytest.mark.parametrize("method", ["molf_e", "lora", "rslora", "adalora"])
+def test_what_was_filled_in_survives_too(method):
+    config = RunConfig.from_dict({"method": method})
+    assert RunConfig.from_dict(config.to_dict()) == config
 
 
 def test_suggestion():

@@ -15,7 +15,10 @@ COMMANDS: dict[str, str] = {
     "train": "fine-tune a model, leave a plain checkpoint, evaluate it",
     "eval": "evaluate a model on a task",
     "demo": "teach a small pretrained model some facts with MoLF, in minutes on a CPU",
+    "compare": "compare methods on a task: a table, a bar chart, and how far they are apart",
+    "plan": "count parameters and estimate memory without loading weights",
     "report": "show finished runs: tables, and the picture of the routing",
+    "export": "write the LoRA experts of a run as one PEFT adapter, or merged into the weights",
 }
 
 

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from molf.cli.compare import compare
+from molf.cli.export import export
 from molf.cli.parsing import UsageError, parse_run, print_help
+from molf.cli.plan import plan
 from molf.study.config import RunConfig
 
 if TYPE_CHECKING:
@@ -93,7 +96,15 @@ def report(argv: list[str]) -> None:
         console.print(runs_table(results))
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {"train": train, "eval": evaluate, "demo": demo, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "train": train,
+    "eval": evaluate,
+    "demo": demo,
+    "compare": compare,
+    "plan": plan,
+    "report": report,
+    "export": export,
+}
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

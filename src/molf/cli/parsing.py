@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -142,7 +143,7 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
     direct: dict[str, Any] = {}
     tokens: list[str] = []
     for name, given in settings.items():
-        value = _items(given) if get_origin(hints[name]) is list else given
+        value = _items(given) if _is_list(hints[name]) else given
         if isinstance(value, bool) and not _allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         if value is None or value == [] or isinstance(value, dict) or _plain_list(value, hints[name]):
@@ -157,7 +158,13 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
 
 
 def _plain_list(value: Any, hint: Any) -> bool:
-    return isinstance(value, list) and get_origin(hint) is not list and _allows(hint, list)
+    return isinstance(value, list) and not _is_list(hint) and _allows(hint, list)
+
+
+def _is_list(hint: Any) -> bool:
+    """Say whether a declared type is a list, or a list or None."""
+    options = [option for option in get_args(hint) if option is not NoneType] if _allows(hint, NoneType) else [hint]
+    return all(get_origin(option) is list for option in options)
 
 
 def _allows(hint: Any, kind: type) -> bool:

@@ -49,5 +49,5 @@ def join_experts(model: nn.Module) -> None:
         model: A PEFT model; changed in place.
     """
     for module in model.modules():
-        if type(module) is lora.Linear and isinstance(module.get_base_layer(), nn.Linear):
+        if type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.__class__ = JointLinear

@@ -1,7 +1,7 @@
 """The model card that goes with a trained checkpoint."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -15,27 +15,44 @@ HUB_DATASETS = {
 }
 """Task -> the Hub's name of its data."""
 
-METHODS = {"molf": "MoLF (full fine-tuning and LoRA, routed)", "fft": "full fine-tuning", "lora": "LoRA, merged"}
+METHODS = {
+    "molf": "MoLF (full fine-tuning and LoRA, routed)",
+    "molf_e": "MoLF-Efficient (LoRA experts on a frozen base, routed), merged",
+    "fft": "full fine-tuning",
+    "lora": "LoRA, merged",
+    "rslora": "rank-stabilised LoRA, merged",
+    "dora": "DoRA, merged",
+    "adalora": "AdaLoRA, merged",
+    "pissa": "PiSSA, merged",
+    "eva": "EVA, merged",
+    "lora_plus": "LoRA+, merged",
+}
+"""Method -> what a model card calls it."""
 
 
-def model_card(result: Result) -> str:
+FORMS = {"transformers": "a plain `transformers` checkpoint", "peft": "a PEFT adapter"}
+"""Library -> what it loads."""
+
+
+def model_card(result: Result, library: Literal["transformers", "peft"] = "transformers") -> str:
     """Write the model card of a trained model, in Markdown with a YAML header.
 
     Args:
         result: The run that made the model.
+        library: What loads the model.
     """
     config = result.config
     name = config.get("run_name") or "model"
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(_header(config), sort_keys=False).strip(),
+            yaml.safe_dump(_header(config, library), sort_keys=False).strip(),
             "---",
             "",
             f"# {name}",
             "",
             f"{_base_name(config)} fine-tuned on the task `{config['task']}` by {METHODS[config['method']]}, with molf "
-            f"{result.versions['molf']}. It is a plain `transformers` checkpoint.",
+            f"{result.versions['molf']}. It is {FORMS[library]}.",
             "",
             "## Results",
             "",
@@ -59,11 +76,11 @@ def model_card(result: Result) -> str:
     )
 
 
-def _header(config: dict[str, Any]) -> dict[str, Any]:
+def _header(config: dict[str, Any], library: str) -> dict[str, Any]:
     base, dataset = hub_id(config), HUB_DATASETS.get(config["task"])
     return {
         **({"base_model": base} if base else {}),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(("molf", config["method"], config["task"]))),
         **({"datasets": [dataset]} if dataset else {}),

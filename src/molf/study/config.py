@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from molf.study.method_config import MethodConfig
+
 PUBLISHED_RECIPE: dict[str, Any] = {
     "learning_rate": 5e-5,
     "weight_decay": 0.1,
@@ -62,6 +64,12 @@ class TaskConfig:
         default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}
     )
     limit: int | None = field(default=None, metadata={"help": "Use at most this many rows of each split."})
+    selection_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train and evaluate on rows that no other run evaluates on, so many of them, to choose settings by."
+        },
+    )
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate at most this many rows."})
     eval_batch_tokens: int = field(
         default=4096, metadata={"help": "Tokens, padding included, that one evaluation batch may hold."}
@@ -69,58 +77,10 @@ class TaskConfig:
     eval_before: bool = field(default=False, metadata={"help": "Evaluate the model before training too."})
 
     def __post_init__(self) -> None:
-        for name in ("limit", "eval_limit", "eval_batch_tokens"):
+        for name in ("limit", "selection_limit", "eval_limit", "eval_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-
-
-@dataclass
-class MethodConfig:
-    """How the weights are updated: MoLF, full fine-tuning or LoRA."""
-
-    _argument_group_name: ClassVar[str] = "method"
-
-    method: Literal["molf", "fft", "lora"] = field(
-        default="molf", metadata={"help": "molf routes every layer's update; fft and lora are the baselines."}
-    )
-    ranks: list[int] = field(
-        default_factory=lambda: [128], metadata={"help": "molf: rank of each LoRA expert, e.g. 128 or [32,128]."}
-    )
-    lora_rank: int = field(default=128, metadata={"help": "lora: rank of the adapter."})
-    lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of LoRA weights; learning_rate if unset."}
-    )
-    lora_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of LoRA weights."})
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={"help": "LoRA alpha; if unset 32 for molf, for lora 2*sqrt(rank) with rsLoRA and 2*rank without."},
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "LoRA dropout; if unset 0.05 for lora, 0 for molf."}
-    )
-    use_rslora: bool = field(default=True, metadata={"help": "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank."})
-    top_k: int = field(default=1, metadata={"help": "molf: how many experts of a layer are updated at a step."})
-    score: Literal["epd", "pfn"] = field(
-        default="epd",
-        metadata={"help": "molf: expected preconditioned descent, or the preconditioned Frobenius norm."},
-    )
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that are routed or adapted: all-linear, or endings of their names."},
-    )
-    exclude_modules: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": "Layers left out of target_modules."}
-    )
-    freeze_non_linear: bool = field(
-        default=False,
-        metadata={"help": "molf, fft: train nothing but target_modules' weights (no norms, embeddings, biases)."},
-    )
-    fft_expert: bool = field(default=True, metadata={"help": "molf: whether full fine-tuning is one of the experts."})
-    bf16_update: Literal["split", "stochastic"] = field(
-        default="split",
-        metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
-    )
 
 
 @dataclass
@@ -222,9 +182,14 @@ class RunConfig:
     def _rate_labels(self) -> list[str]:
         method, rate = self.method, self.train["learning_rate"]
         lora_rate = rate if method.lora_learning_rate is None else method.lora_learning_rate
-        ranks = {"molf": [f"r{'_'.join(map(str, method.ranks))}", method.score], "lora": [f"r{method.lora_rank}"]}
-        rates = {"molf": [f"lr{rate:g}", f"lora{lora_rate:g}"], "lora": [f"lr{lora_rate:g}"], "fft": [f"lr{rate:g}"]}
-        return [*ranks.get(method.method, []), *rates[method.method], str(self.train["lr_scheduler_type"])]
+        schedule = str(self.train["lr_scheduler_type"])
+        if method.method == "fft":
+            return [f"lr{rate:g}", schedule]
+        if not method.routes:
+            return [f"r{method.lora_rank}", f"lr{lora_rate:g}", schedule]
+        rates = [f"lora{lora_rate:g}"] if method.method == "molf_e" else [f"lr{rate:g}", f"lora{lora_rate:g}"]
+        dropout = [f"drop{method.lora_dropout:g}"] if method.lora_dropout else []
+        return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *dropout, *rates, schedule]
 
     def resolved(self) -> "RunConfig":
         """Return the same configuration with its folder and name written out."""

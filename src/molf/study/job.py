@@ -2,20 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
 from torch import nn
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from molf.discovery import routed_linears
 from molf.integrations.routing_log import RoutingLog
-from molf.integrations.trainer import trainer_optimizer
-from molf.study.config import MethodConfig, RunConfig
+from molf.study.adalora import NO_RESUMING, AdaLoraAllocation
+from molf.study.adapters import add_adapters, optimizer_of
+from molf.study.config import RunConfig
+from molf.study.eva import initialise_eva
+from molf.study.method_config import MethodConfig
 from molf.study.models import load_model_and_tokenizer
 from molf.study.recipe import Recipe, method_recipe
+from molf.study.selection import load_split
 from molf.study.train_config import TrainConfig, build_train_config
+from molf.study.trained_base import TrainedBase, restore_base, trained_base
 from molf.tasks import Split, Task, get_task
 
 
@@ -51,9 +58,7 @@ def load_job(config: RunConfig) -> Job:
         OSError: Data or model cannot be read or fetched.
     """
     task = get_task(config.task.task)
-    split = task.load(
-        config.task.data_path, sample=config.task.sample, limit=config.task.limit, seed=int(config.train["seed"])
-    )
+    split = load_split(task, config.task, seed=int(config.train["seed"]))
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
     return Job(config, model, tokenizer, task, split)
 
@@ -73,25 +78,50 @@ def make_trainer(job: Job, recipe: Recipe, **settings: Any) -> SFTTrainer:
         **settings: Trainer settings that win over all others.
 
     Raises:
-        ValueError: A setting is unknown, or there is nothing to train.
+        ValueError: A setting is unknown, there is nothing to train, or the method cannot go on from the checkpoint.
     """
     args = build_train_config(job.config.train | recipe.train | settings)
     examples = [job.task.example(row) for row in job.split.train]
     if not examples:
         raise ValueError(f"the task {job.task.name} has no training rows in {job.split.origin}; nothing can be trained")
-    if job.config.method.freeze_non_linear and recipe.lora is None:
-        freeze_all_but_routed(job.model, job.config.method)
+    set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
+    method = job.config.method
+    if method.freeze_non_linear and not recipe.adapted:
+        freeze_all_but_routed(job.model, method)
+    model = add_adapters(job.model, recipe, freeze_rest=bool(method.freeze_non_linear))
     trainer = SFTTrainer(
-        model=job.model,
+        model=model,
         args=args,
         train_dataset=Dataset.from_list(examples),
         processing_class=job.tokenizer,
-        peft_config=None if recipe.lora is None else LoraConfig(**recipe.lora),
-        optimizer_cls_and_kwargs=None if recipe.molf is None else trainer_optimizer(**recipe.molf),
+        callbacks=_callbacks(job.config, recipe, model),
+        optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
+    if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
+        initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer
+
+
+def _callbacks(config: RunConfig, recipe: Recipe, model: nn.Module) -> list[TrainerCallback]:
+    """Return what the method needs at every step or checkpoint, going on from one included."""
+    if recipe.adalora is not None:
+        if config.resume_from:
+            raise ValueError(NO_RESUMING)
+        return [AdaLoraAllocation()]
+    if not recipe.adapted or not trained_base(model):
+        return []
+    if checkpoint := _checkpoint(config):
+        restore_base(model, checkpoint)
+    return [TrainedBase()]
+
+
+def _checkpoint(config: RunConfig) -> Path | None:
+    """Return the folder of the checkpoint to go on from, as the trainer finds it."""
+    chosen = config.resume_from
+    found = get_last_checkpoint(config.output_dir) if chosen is True else chosen
+    return Path(found) if found else None
 
 
 def training_settings(job: Job) -> TrainConfig:

@@ -46,12 +46,12 @@ def make_plan(config: RunConfig) -> Plan:
     recipe = job_recipe(job)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer makes its folder at once
         trainer = make_trainer(job, recipe, output_dir=scratch)
-    routed = routed_layers(trainer.model, config.method).values() if recipe.molf else ()
+    routed = routed_layers(trainer.model, config.method).values() if recipe.merged else ()
     return Plan(
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),
         rows=(len(job.split.train), len(job.eval_rows)),
-        sizes=measure(trainer.model, routed, config.method.ranks),
+        sizes=measure(trainer.model, routed, config.method.ranks or ()),
         warnings=_warnings(job, trainer),
     )
 

@@ -1,17 +1,13 @@
-"""What each method means in terms of the libraries: trainer settings, MoLF's arguments, PEFT's LoRA settings."""
+"""What each method means in terms of the libraries: trainer settings, MoLF's arguments, PEFT's settings."""
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from molf.study.config import MethodConfig
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a Llama-style block, which the published LoRA baseline adapts."""
+from molf.study.baselines import adalora_arguments, lora_arguments
+from molf.study.method_config import MethodConfig
 
 MOLF_ALPHA = 32.0
-LORA_DROPOUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -21,12 +17,28 @@ class Recipe:
     Attributes:
         train: Trainer settings that the method changes.
         molf: Arguments of ``MoLF``, or None for the baselines.
-        lora: Arguments of ``peft.LoraConfig``, or None where no adapter is trained.
+        experts: Arguments of ``add_lora_experts`` where MoLF's experts are PEFT adapters (branched form), else None.
+        lora: Arguments of ``peft.LoraConfig``, or None where no such adapter is trained.
+        adalora: Arguments of ``peft.AdaLoraConfig`` but its schedule, or None.
+        loraplus: Arguments of LoRA+'s optimizer, or None.
     """
 
     train: dict[str, Any]
     molf: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
+    adalora: dict[str, Any] | None = None
+    loraplus: dict[str, Any] | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether MoLF keeps its LoRA experts in the optimizer, and the model's weights are the effective ones."""
+        return self.molf is not None and self.experts is None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model is trained with PEFT adapters."""
+        return any(arguments is not None for arguments in (self.experts, self.lora, self.adalora))
 
 
 def method_recipe(method: MethodConfig, train: Mapping[str, Any], modules: Collection[str]) -> Recipe:
@@ -35,16 +47,22 @@ def method_recipe(method: MethodConfig, train: Mapping[str, Any], modules: Colle
     Args:
         method: The method and its settings.
         train: The trainer's settings, with ``learning_rate``, ``weight_decay`` and ``max_grad_norm`` among them.
-        modules: Names of the model's linear layers; they decide what LoRA adapts by default.
+        modules: Names of the model's linear layers; they decide what PEFT's baselines adapt by default.
 
     Raises:
         ValueError: The settings ask for what the method cannot do.
     """
-    if method.method == "molf":
+    if method.method == "fft":
+        return Recipe(train={})
+    if method.routes:
         return _molf(method, train)
-    if method.method == "lora":
-        return _lora(method, train, modules)
-    return Recipe(train={})
+    rates = {"learning_rate": _lora_rate(method, train), "weight_decay": method.lora_weight_decay}
+    if method.method == "adalora":
+        return Recipe(train=rates, adalora=adalora_arguments(method, train, modules))
+    lora = lora_arguments(method, modules)
+    if method.method == "lora_plus":
+        return Recipe(train=rates, lora=lora, loraplus=_loraplus(method, train))
+    return Recipe(train=rates, lora=lora)
 
 
 def _lora_rate(method: MethodConfig, train: Mapping[str, Any]) -> float:
@@ -52,70 +70,43 @@ def _lora_rate(method: MethodConfig, train: Mapping[str, Any]) -> float:
     return float(rate)
 
 
-def _targets(method: MethodConfig) -> str | list[str]:
-    return "all-linear" if method.target_modules == ["all-linear"] else list(method.target_modules)
+def _adam(train: Mapping[str, Any]) -> dict[str, Any]:
+    betas = (float(train.get("adam_beta1", 0.9)), float(train.get("adam_beta2", 0.999)))
+    return {"betas": betas, "eps": float(train.get("adam_epsilon", 1e-8))}
 
 
 def _molf(method: MethodConfig, train: Mapping[str, Any]) -> Recipe:
-    if method.lora_dropout:
-        raise ValueError(
-            f"lora_dropout={method.lora_dropout} with method molf needs LoRA branches in the forward pass, which are "
-            "not available yet; leave lora_dropout out (MoLF trains without dropout) or use --method lora"
-        )
-    if not method.fft_expert:
-        raise ValueError(
-            "fft_expert=False (molf_fft False, LoRA experts on a frozen base) is not available yet; "
-            "leave it out to route between full fine-tuning and LoRA, or use --method lora for a frozen base"
-        )
+    """Spell MoLF out: merged where the base trains without dropout, else with PEFT adapters as experts (branched)."""
+    optimizer = {
+        "lr": float(train["learning_rate"]),
+        "lora_lr": _lora_rate(method, train),
+        "weight_decay": float(train["weight_decay"]),
+        "lora_weight_decay": method.lora_weight_decay,
+        **_adam(train),
+        "top_k": method.top_k,
+        "score": method.score,
+        "max_grad_norm": float(train["max_grad_norm"]) if train["max_grad_norm"] else None,
+        "bf16_update": method.bf16_update,
+    }
+    experts = {
+        "ranks": tuple(method.ranks or ()),
+        "lora_alpha": MOLF_ALPHA if method.lora_alpha is None else method.lora_alpha,
+        "use_rslora": method.use_rslora,
+        "target_modules": "all-linear" if method.target_modules == ["all-linear"] else list(method.target_modules),
+        "exclude_modules": tuple(method.exclude_modules),
+    }
     # MoLF clips the gradients of all experts inside its step; the trainer sees those of the model only and must not.
-    return Recipe(
-        train={"max_grad_norm": 0.0},
-        molf={
-            "ranks": tuple(method.ranks),
-            "lr": float(train["learning_rate"]),
-            "lora_lr": _lora_rate(method, train),
-            "weight_decay": float(train["weight_decay"]),
-            "lora_weight_decay": method.lora_weight_decay,
-            "betas": (float(train.get("adam_beta1", 0.9)), float(train.get("adam_beta2", 0.999))),
-            "eps": float(train.get("adam_epsilon", 1e-8)),
-            "lora_alpha": MOLF_ALPHA if method.lora_alpha is None else method.lora_alpha,
-            "use_rslora": method.use_rslora,
-            "top_k": method.top_k,
-            "score": method.score,
-            "target_modules": _targets(method),
-            "exclude_modules": tuple(method.exclude_modules),
-            "max_grad_norm": float(train["max_grad_norm"]) if train["max_grad_norm"] else None,
-            "bf16_update": method.bf16_update,
-        },
-    )
+    settings = {"max_grad_norm": 0.0}
+    frozen, dropout = method.method == "molf_e", method.lora_dropout or 0.0
+    if not frozen and not dropout:
+        return Recipe(train=settings, molf=optimizer | experts)
+    return Recipe(train=settings, molf=optimizer, experts={**experts, "lora_dropout": dropout, "freeze_base": frozen})
 
 
-def _lora(method: MethodConfig, train: Mapping[str, Any], modules: Collection[str]) -> Recipe:
-    targets = _targets(method)
-    if targets == "all-linear" and set(PROJECTIONS) <= {name.rpartition(".")[2] for name in modules}:
-        targets = list(PROJECTIONS)
-    return Recipe(
-        train={"learning_rate": _lora_rate(method, train), "weight_decay": method.lora_weight_decay},
-        lora={
-            "r": method.lora_rank,
-            "lora_alpha": lora_alpha(method.lora_rank, method.use_rslora)
-            if method.lora_alpha is None
-            else method.lora_alpha,
-            "lora_dropout": LORA_DROPOUT if method.lora_dropout is None else method.lora_dropout,
-            "use_rslora": method.use_rslora,
-            "target_modules": targets,
-            "exclude_modules": list(method.exclude_modules),
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-        },
-    )
-
-
-def lora_alpha(rank: int, use_rslora: bool) -> float:
-    """Return the alpha of the LoRA baseline, which makes its scale 2 at every rank.
-
-    Args:
-        rank: Rank r of the adapter.
-        use_rslora: Whether the scale is alpha / sqrt(r) instead of alpha / r.
-    """
-    return 2 * math.sqrt(rank) if use_rslora else 2.0 * rank
+def _loraplus(method: MethodConfig, train: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "lr": _lora_rate(method, train),
+        "loraplus_lr_ratio": method.loraplus_lr_ratio,
+        "loraplus_weight_decay": method.lora_weight_decay,
+        **_adam(train),
+    }

@@ -53,15 +53,20 @@ def measure(model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[
         ranks: MoLF's LoRA ranks.
     """
     named = list(model.named_parameters())
-    adapter = sum(p.numel() for name, p in named if ".lora_" in name)
+    adapter = sum(p.numel() for name, p in named if is_adapter(name))
     trained = [p for _, p in named if p.requires_grad]
     pairs = sum(rank * (layer.in_features + layer.out_features) for layer in routed for rank in ranks)
     return Sizes(
         parameters=sum(p.numel() for _, p in named) - adapter,
-        trainable=sum(p.numel() for name, p in named if p.requires_grad and ".lora_" not in name),
-        lora=adapter + pairs,
+        trainable=sum(p.numel() for name, p in named if p.requires_grad and not is_adapter(name)),
+        lora=sum(p.numel() for name, p in named if p.requires_grad and is_adapter(name)) + pairs,
         weights_bytes=sum(p.numel() * p.element_size() for _, p in named),
         gradients_bytes=sum(p.numel() * p.element_size() for p in trained),
         optimizer_bytes=_MOMENTS * sum(p.numel() for p in trained),
         lora_pairs_bytes=(_PAIR + _MOMENTS) * pairs,
     )
+
+
+def is_adapter(name: str) -> bool:
+    """Tell a parameter of PEFT's from the model's own; AdaLoRA's rank count is one that does not train."""
+    return ".lora_" in name or ".ranknum." in name

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.card import model_card
 from molf.study.config import RunConfig
 from molf.study.device import device_name, peak_memory_bytes
@@ -28,6 +29,7 @@ from molf.study.results import (
 )
 from molf.study.routing import read_routing
 from molf.study.sizes import measure
+from molf.study.trained_base import trained_base
 from molf.tasks.data import written_whole
 
 CONFIG_FILE, PREDICTIONS_FILE, CARD_FILE, PICTURE_FILE = (
@@ -71,7 +73,7 @@ def run(config: RunConfig) -> Result | None:
     training = _train(trainer, job, recipe)
     if not main:
         return None
-    model = _plain_model(trainer)
+    model = _plain_model(trainer, recipe, config.output_dir)
     model.config.use_cache = use_cache
     save_checkpoint(model, job.tokenizer, config.output_dir)
     after = _evaluate(job, model)
@@ -109,6 +111,8 @@ def clear_folder(folder: Path) -> None:
     """Remove what an earlier run left that could be taken for this one's: its result, log, picture and checkpoints."""
     for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
         (folder / name).unlink(missing_ok=True)
+    if (folder / ADAPTERS_FOLDER).is_dir():
+        shutil.rmtree(folder / ADAPTERS_FOLDER)
     remove_checkpoints(folder)
 
 
@@ -130,8 +134,8 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _train(trainer: Any, job: Job, recipe: Recipe) -> Training:
-    layers = routed_layers(trainer.model, job.config.method).values() if recipe.molf else ()
-    sizes = measure(trainer.model, layers, job.config.method.ranks)
+    layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
+    sizes = measure(trainer.model, layers, job.config.method.ranks or ())
     outcome = trainer.train(resume_from_checkpoint=job.config.resume_from or None)
     counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     seconds = float(outcome.metrics["train_runtime"])
@@ -148,10 +152,16 @@ def _train(trainer: Any, job: Job, recipe: Recipe) -> Training:
     )
 
 
-def _plain_model(trainer: Any) -> Any:
-    """Return the trained model without wrappers, LoRA merged into the weights."""
+def _plain_model(trainer: Any, recipe: Recipe, folder: Path) -> Any:
+    """Return the trained model without wrappers, adapters merged into the weights.
+
+    MoLF-Efficient's experts are saved first, as they can still be exported as one adapter then. Where more was trained than
+    experts, they would not be what was trained.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if recipe.experts is not None and not trained_base(model):
+        save_adapters(model, folder / ADAPTERS_FOLDER)
+    return model.merge_and_unload() if recipe.adapted else model
 
 
 def _evaluate_only(config: RunConfig, started: float) -> Result | None:
@@ -177,7 +187,7 @@ def _result(
     job: Job, started: float, after: Evaluation, before: Evaluation | None = None, training: Training | None = None
 ) -> Result:
     log = job.config.output_dir / ROUTING_FILE
-    routed = training is not None and job.config.method.method == "molf" and log.exists() and log.stat().st_size > 0
+    routed = training is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
     return Result(
         config=job.config.to_dict(),
         headline=job.task.headline,

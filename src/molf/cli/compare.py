@@ -1,0 +1,153 @@
+"""``molf compare``: from a command line or a file to a comparison, and from its outcome to the terminal."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from molf.cli.names import PUBLISHED_NAMES, canonical
+from molf.cli.parsing import CONFIG_FLAG, UsageError, _hints, parse_run, read_flags, read_yaml
+from molf.study.config import RunConfig
+
+if TYPE_CHECKING:
+    from molf.study.compare import Comparison
+
+GRID = {"learning_rate": "lr", "lora_learning_rate": "lora", "lr_scheduler_type": ""}
+"""Settings that may be a list of values to choose among, and how they begin in a label."""
+
+_OWN = ("methods", "seeds", "selection_limit", "metric", "all_rates", "keep_models")
+_DEFAULTS: dict[str, Any] = {"seeds": [42], "selection_limit": 100, "output_root": "runs/compare"}
+_HELP = """usage: molf compare [--config FILE] [--SETTING VALUE ...]
+
+Compare methods on a task. Every cell is a `molf train` run; finished ones are not run again.
+
+  --config FILE           YAML file of all that follows
+  --methods NAME ...      methods, or some of the file's; in a file also a mapping of a name to settings
+  --seeds N ...           seeds of the runs that are compared (default: 42)
+  --selection_limit N     rows to choose rates and schedules by, none of them evaluated on otherwise (default: 100)
+  --metric NAME           metric to choose and compare by (default: the task's headline)
+  --all_rates             run every rate on the evaluation rows, not only the chosen one
+  --keep_models           keep the trained weights
+  --output_root FOLDER    where everything goes (default: runs/compare)
+
+learning_rate, lora_learning_rate and lr_scheduler_type may be lists. All other settings are those of `molf train`."""
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Carry out ``molf compare``.
+
+    Raises:
+        ValueError: The settings make no comparison, or some cells failed; what the others gave is shown before.
+    """
+    if "--help" in argv or "-h" in argv:
+        return print(_HELP)
+    comparison = parse_comparison(argv)
+
+    from molf.study import compare as study
+    from molf.study.compare_report import comparison_table, verdict, write_comparison
+
+    console = Console(soft_wrap=True, highlight=False)
+    outcome = study.compare(comparison, tell=lambda line: console.print(line, markup=False))
+    files = write_comparison(outcome, comparison.folder)
+    console.print(comparison_table(outcome))
+    console.print(verdict(outcome), markup=False)
+    console.print("written to " + ", ".join(map(str, files)), markup=False)
+    if outcome.failures:
+        raise ValueError(
+            f"{len(outcome.failures)} cells failed; once the cause is gone, the same command runs these only"
+        )
+
+
+def parse_comparison(argv: Sequence[str]) -> "Comparison":
+    """Build a comparison from flags and ``--config`` files; flags win over files, and what a method sets over both.
+
+    Raises:
+        UsageError: A setting is unknown, misplaced or not usable.
+        OSError: A file cannot be read.
+    """
+    flags = read_flags(argv)
+    settings: dict[str, Any] = dict(_DEFAULTS)
+    methods: Any = None
+    for path in [value for name, value in flags if name == CONFIG_FLAG]:
+        given = read_yaml(path)
+        methods = given.pop("methods", methods)
+        settings |= {_field(name): value for name, value in given.items()}
+    settings |= {_field(name): value for name, value in flags if name not in (CONFIG_FLAG, "methods")}
+    methods = _methods(methods, [_list(value) for name, value in flags if name == "methods"])
+    own = {name: settings.pop(name) for name in _OWN if name in settings}
+    root = Path(str(settings.pop("output_root")))
+    candidates = {name: _candidates(name, settings, more) for name, more in methods.items()}
+
+    from molf.study.compare import Comparison
+
+    try:
+        return Comparison(
+            candidates=candidates,
+            seeds=tuple(int(seed) for seed in _list(own["seeds"])),
+            selection_limit=int(own["selection_limit"]),
+            folder=root,
+            metric=own.get("metric"),
+            all_rates=_switch(own, "all_rates"),
+            keep_models=_switch(own, "keep_models"),
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _field(name: str) -> str:
+    spelled = name.replace("-", "_")
+    field = PUBLISHED_NAMES.get(spelled, spelled)
+    if field in ("seed", "output_dir", "run_name", "only_eval"):
+        raise UsageError(f"{name} is set for every cell by the comparison; use seeds and output_root")
+    return field
+
+
+def _methods(in_files: Any, in_flags: list[list[Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each contender by name."""
+    if isinstance(in_files, list):
+        in_files = dict.fromkeys(map(str, in_files))
+    if in_files is not None and not isinstance(in_files, Mapping):
+        raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
+    known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
+    chosen = [str(name) for name in in_flags[-1]] if in_flags else list(known)
+    return {name: known.get(name, {}) for name in chosen}
+
+
+def _candidates(name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """Return the settings to choose among, by label: all combinations of the listed rates and schedules."""
+    settings = {"method": name, **shared, **{_field(key): value for key, value in own.items()}}
+    grid = {field: _list(settings[field]) for field in GRID if field in settings}
+    found: dict[str, RunConfig] = {}
+    for point in product(*grid.values()):
+        values = dict(zip(grid, point, strict=True))
+        config = parse_run([], preset=_known({**settings, **values}, name))
+        varied = [field for field in grid if len(grid[field]) > 1] or list(grid)[:1]
+        found["-".join(_label(field, config) for field in varied) or "default"] = config
+    return found
+
+
+def _known(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    try:
+        return canonical(settings.items(), _hints(), f"the settings of {name}")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _label(field: str, config: RunConfig) -> str:
+    value = config.method.lora_learning_rate if field == "lora_learning_rate" else config.train[field]
+    return f"{GRID[field]}{value:g}" if isinstance(value, float) else str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("[]").split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _switch(own: Mapping[str, Any], name: str) -> bool:
+    value = own.get(name, False)
+    if str(value).lower() not in ("true", "false"):
+        raise UsageError(f"{name} is true or false, not {value!r}")
+    return str(value).lower() == "true"

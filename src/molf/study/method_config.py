@@ -1,0 +1,115 @@
+"""How a run updates its weights: the method and its settings. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
+"""Every way to update the weights."""
+
+
+@dataclass
+class MethodConfig:
+    """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or an adapter of PEFT's.
+
+    What depends on the method is filled in where it is left out: ``ranks``, ``use_rslora``, ``fft_expert``,
+    ``freeze_non_linear``.
+
+    Raises:
+        ValueError: A setting contradicts the method.
+    """
+
+    _argument_group_name: ClassVar[str] = "method"
+
+    method: Method = field(
+        default="molf",
+        metadata={"help": "molf routes every layer's update, molf_e does so on a frozen base; the rest are baselines."},
+    )
+    ranks: list[int] | None = field(
+        default=None,
+        metadata={"help": "molf, molf_e: rank of each LoRA expert, e.g. 128 or [32,128]; if unset [128] and [32,128]."},
+    )
+    lora_rank: int = field(
+        default=128, metadata={"help": "lora and its kind: rank of the adapter; for adalora and eva the mean rank."}
+    )
+    lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of LoRA weights; learning_rate if unset."}
+    )
+    lora_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of LoRA weights."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA alpha; if unset 32 for molf and molf_e, what makes the scale 1 for pissa, and 2 for the others "
+            "(2*sqrt(rank) with rsLoRA, 2*rank without)."
+        },
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA dropout; if unset 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
+            "experts as PEFT adapters."
+        },
+    )
+    use_rslora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; if unset, for molf, molf_e and rslora only."
+        },
+    )
+    loraplus_lr_ratio: float = field(default=16.0, metadata={"help": "lora_plus: learning rate of B over that of A."})
+    top_k: int = field(default=1, metadata={"help": "molf: how many experts of a layer are updated at a step."})
+    score: Literal["epd", "pfn"] = field(
+        default="epd",
+        metadata={"help": "molf: expected preconditioned descent, or the preconditioned Frobenius norm."},
+    )
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Layers that are routed or adapted: all-linear, or endings of their names."},
+    )
+    exclude_modules: list[str] = field(
+        default_factory=lambda: ["lm_head"], metadata={"help": "Layers left out of target_modules."}
+    )
+    freeze_non_linear: bool | None = field(
+        default=None,
+        metadata={
+            "help": "molf, molf_e, fft: train nothing but target_modules' weights and experts (no norms, embeddings, biases); "
+            "if unset for molf_e only."
+        },
+    )
+    fft_expert: bool | None = field(
+        default=None,
+        metadata={"help": "Whether full fine-tuning is one of molf's experts; molf without it is molf_e."},
+    )
+    bf16_update: Literal["split", "stochastic"] = field(
+        default="split",
+        metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.method == "molf_e" and self.fft_expert:
+            raise ValueError(
+                "fft_expert=True with method molf_e, which has a frozen base: leave it out or use method molf"
+            )
+        if self.method == "rslora" and self.use_rslora is False:
+            raise ValueError("use_rslora=False with method rslora: leave it out or use method lora")
+        if self.method == "adalora" and self.use_rslora:
+            raise ValueError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
+        if self.method == "molf" and self.fft_expert is False:
+            self.method = "molf_e"
+        efficient = self.method == "molf_e"
+        if self.routes:
+            self.fft_expert = not efficient
+        if self.use_rslora is None:
+            self.use_rslora = self.routes or self.method == "rslora"
+        if self.ranks is None:
+            self.ranks = [32, 128] if efficient else [128]
+        if self.freeze_non_linear is None:
+            self.freeze_non_linear = efficient
+        if self.loraplus_lr_ratio < 1:
+            raise ValueError(
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio}: B learns at least as fast as A; give 1 or more"
+            )
+
+    @property
+    def routes(self) -> bool:
+        """Whether the optimizer is MoLF, which routes updates between experts."""
+        return self.method in ("molf", "molf_e")

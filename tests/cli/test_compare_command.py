@@ -1,0 +1,116 @@
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from molf.cli import main
+from molf.cli.compare import parse_comparison
+from molf.cli.parsing import UsageError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
+SMALL = (
+    "--sample --limit 4 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 --lora_rank 2 "
+    "--gradient_checkpointing False --disable_tqdm True"
+)
+
+
+def parse(line):
+    return parse_comparison(shlex.split(line))
+
+
+def test_flags_alone():
+    comparison = parse("--methods fft lora --learning_rate 1e-4 5e-5 --seeds 1,2 --model_name_or_path m --all-rates")
+    assert {name: list(own) for name, own in comparison.candidates.items()} == {
+        "fft": ["lr0.0001", "lr5e-05"],
+        "lora": ["lr0.0001", "lr5e-05"],
+    }
+    assert comparison.candidates["lora"]["lr5e-05"].train["learning_rate"] == 5e-5
+    assert (comparison.seeds, comparison.selection_limit, comparison.all_rates) == ((1, 2), 100, True)
+    assert (comparison.folder, comparison.metric, comparison.keep_models) == (Path("runs/compare"), None, False)
+
+
+def test_a_method_has_its_own_settings_and_flags_choose_among_methods(tmp_path):
+    path = tmp_path / "c.yaml"
+    methods = {
+        "fft": None,
+        "small": {"method": "lora", "lora-rank": 4, "lr_scheduler_type": ["cosine", "linear"]},
+        "molf": {"lora_learning_rate": ["1e-3", 2e-3], "molf_lora_ranks": [2, 4]},
+    }
+    path.write_text(yaml.safe_dump({"methods": methods, "learning_rate": 1e-4, "lora_rank": 8, "limit": 7}))
+    candidates = parse(f"--config {path} --limit 5").candidates
+    assert {name: list(own) for name, own in candidates.items()} == {
+        "fft": ["lr0.0001"],
+        "small": ["cosine", "linear"],
+        "molf": ["lora0.001", "lora0.002"],
+    }
+    assert candidates["small"]["linear"].method.lora_rank == 4
+    assert candidates["small"]["linear"].train["lr_scheduler_type"] == "linear"
+    assert candidates["molf"]["lora0.002"].method.ranks == [2, 4]
+    assert candidates["fft"]["lr0.0001"].task.limit == 5
+    assert list(parse(f"--config {path} --methods molf lora").candidates) == ["molf", "lora"]
+
+
+def test_the_files_that_come_with_the_package():
+    small = parse(f"--config {CONFIGS / 'smollm2-fact.yaml'}")
+    assert list(small.candidates) == ["fft", "lora", "adalora", "dora", "molf", "molf_e"]
+    assert {len(own) for own in small.candidates.values()} == {2}
+    assert small.metric == "score"
+    paper = parse(f"--config {CONFIGS / 'paper.yaml'} --model_name_or_path google/gemma-3-1b-pt --task med")
+    assert len(paper.candidates["fft"]) == 6
+    assert len(paper.candidates["lora"]) == 4
+    assert paper.task == "med"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "nothing to compare"),
+        ("--methods fft --seed 1", "seed is set for every cell"),
+        ("--methods fft --output_dir here", "output_dir is set for every cell"),
+        ("--methods fft --seeds one", "invalid literal"),
+        ("--methods fft --seeds 1 1", "different seeds"),
+        ("--methods fft --selection_limit 0", "at least 1"),
+        ("--methods fft --all_rates maybe", "all_rates is true or false"),
+        ("--methods fft --learning_rte 1", "did you mean 'learning_rate'"),
+        ("--methods ffft", "invalid choice"),
+    ],
+)
+def test_mistakes(line, message):
+    with pytest.raises(UsageError, match=message):
+        parse(line)
+
+
+def test_methods_that_are_neither_list_nor_mapping(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("methods: fft")
+    with pytest.raises(UsageError, match="methods must be a list"):
+        parse(f"--config {path}")
+    path.write_text("methods: [fft, lora]")
+    assert list(parse(f"--config {path}").candidates) == ["fft", "lora"]
+
+
+def test_the_command(model_folder, capsys):
+    line = f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out"
+    assert main(shlex.split(line)) == 0
+    shown = capsys.readouterr().out
+    assert "out/fft-lr0.0001-s42 ..." in shown
+    assert "Nothing to say about MoLF" in shown
+    assert {path.name for path in Path("out").glob("comparison.*")} == {
+        f"comparison.{s}" for s in ("csv", "json", "md", "png")
+    }
+    assert main(shlex.split(line)) == 0
+    assert "..." not in capsys.readouterr().out, "the cell is finished"
+
+
+def test_a_failed_cell_fails_the_command(model_folder, capsys):
+    line = f"compare --methods fft --learning_rate 1e-4 {SMALL} --output_root out --model_name_or_path /no/such/model"
+    assert main(shlex.split(line)) == 1
+    captured = capsys.readouterr()
+    assert "failed with status 1" in captured.out and "/no/such/model" in captured.out
+    assert "1 cells failed" in captured.err
+
+
+def test_help(capsys):
+    assert main(["compare", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: molf compare ")
