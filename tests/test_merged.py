@@ -17,7 +17,7 @@ def product(pairs):
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_expert_gradients_are_those_of_autograd(rank):
-    A, B, scale = random_pair(rank)
+    A, B, scale, _ = random_pair(rank)
     W, x = torch.randn(6, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
     for tensor in (A, B, W):
         tensor.requires_grad_()
@@ -123,6 +123,42 @@ def test_effective_weight_stays_the_sum_of_the_experts(columns):
         assert moved > 0.1 if columns == (0,) else moved < TOLERANCE[torch.float64]
 
 
+def test_a_pair_that_never_won_costs_nothing_and_changes_nothing():
+    """Skipping the products with a zero B gives the same numbers as computing them."""
+    A, G, W = (torch.randn(n, 9, dtype=torch.float64) for n in (3, 6, 6))
+    fresh = Pair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, started=False)
+    computed = fresh._replace(started=True)
+    for got, want in zip(expert_gradients(G, fresh), expert_gradients(G, computed), strict=True):
+        assert torch.equal(got, want)
+    decayed, plain = W.clone(), W.clone()
+    decay_base_(decayed, [fresh], 0.25)
+    decay_base_(plain, [computed], 0.25)
+    assert torch.equal(decayed, plain)
+    after = Pair(A + 1, torch.ones(6, 3, dtype=torch.float64), 1.7)
+    folded, whole = W.clone(), W.clone()
+    fold_(folded, fresh._replace(A=A.clone(), B=fresh.B.clone()), after)
+    fold_(whole, computed._replace(A=A.clone(), B=fresh.B.clone()), after)
+    torch.testing.assert_close(folded, whole, rtol=0, atol=1e-12)
+
+
+def test_wins_are_counted_and_survive_loading():
+    model = mlp(torch.float32)
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3, score=Prefer(1))
+    train(model, optimizer, 3)
+    other = MoLF(mlp(torch.float32), ranks=(2,), lr=1e-3)
+    other.load_state_dict(optimizer.state_dict())
+    wins = other.state[other.param_groups[-1]["params"][0]]["lora_r2.wins"]
+    assert wins.item() == 3 and wins.dtype == torch.float32 and wins.device.type == "cpu"
+
+
+def test_an_assigned_pair_has_started():
+    model = mlp()
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3)
+    assert not optimizer.routed_layer("1").pairs[0].started
+    optimizer.experts["1"]["lora_r2"].assign(B=torch.ones(13, 2))
+    assert optimizer.routed_layer("1").pairs[0].started
+
+
 def test_state_is_flat_tensors_with_plain_names():
     model = mlp(torch.bfloat16)
     optimizer = MoLF(model, ranks=(2,), lr=1e-3)
@@ -130,7 +166,7 @@ def test_state_is_flat_tensors_with_plain_names():
     own = optimizer.state[model[1].weight]
     expected = {"step", "exp_avg", "exp_avg_sq", "low"}
     expected |= {f"lora_r2.{leaf}{end}" for leaf in "AB" for end in ("", ".exp_avg", ".exp_avg_sq")}
-    assert set(own) == expected
+    assert set(own) == expected | {"lora_r2.wins"}
     assert all(isinstance(value, torch.Tensor) for value in own.values())
     dtypes = {value.dtype for key, value in own.items() if key != "low"}
     assert dtypes == {torch.float32} and own["low"].dtype == torch.int16

@@ -17,7 +17,7 @@ from torch import Tensor
 from molf.precision import Noise, load, store
 from molf.scores import Score
 
-__all__ = ["Rates", "Slot", "adamw_", "observe_", "update_"]
+__all__ = ["Rates", "Slot", "Workspace", "adamw_", "observe_", "update_"]
 
 # Elements per block: on a CPU a few arrays of 4 MB share the last-level cache; on an accelerator, fewer launches matter.
 _CPU_BLOCK = 1 << 20
@@ -44,17 +44,34 @@ class Rates(NamedTuple):
     t: float
 
 
-def observe_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, score: Score) -> list[Tensor]:
+class Workspace:
+    """Scratch memory of one step, reused from block to block: fresh memory for each would cost page faults on a CPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return flat tensors as long as the given flat ones of one device and dtype; finite, otherwise of any content."""
+        sizes = [x.numel() for x in tensors]
+        kind = (tensors[0].device, tensors[0].dtype)
+        if kind not in self._buffers or self._buffers[kind].numel() < sum(sizes):
+            self._buffers[kind] = torch.zeros(sum(sizes), device=kind[0], dtype=kind[1])
+        return list(torch.split(self._buffers[kind][: sum(sizes)], sizes))
+
+
+def observe_(
+    slots: Sequence[Slot], betas: tuple[float, float], eps: float, score: Score, workspace: Workspace
+) -> list[Tensor]:
     """Phase 1: move the moments of every slot and return the score's sum over each slot (0-dim tensors).
 
     ``m += (1-b1)(g-m)`` and ``v = b2 v + (1-b2) g*g``. PyTorch's fused AdamW kernel does it in one pass over memory: with
-    bias corrections of 1 (a huge step count), lr = -1 and a zeroed scratch tensor as the parameter, that scratch becomes
-    ``u = m / (sqrt(v) + eps)``, which is what the scores are made of.
+    bias corrections of 1 (a huge step count), lr = weight decay = -1 and a scratch tensor as the parameter, it decays the scratch
+    to zero and leaves ``u = m / (sqrt(v) + eps)`` there, which is what the scores are made of.
     """
     sums: dict[int, Tensor] = {}
-    whole = Rates(lr=-1.0, weight_decay=0.0, betas=betas, eps=eps, t=math.inf)
+    whole = Rates(lr=-1.0, weight_decay=-1.0, betas=betas, eps=eps, t=math.inf)
     for batch in _blocks(slots):
-        scratch = [torch.zeros_like(slot.exp_avg) for _, slot in batch]
+        scratch = workspace.like([slot.exp_avg for _, slot in batch])
         never = torch.full((), 1e30, dtype=torch.float32, device=scratch[0].device)
         _fused([slot._replace(param=u) for u, (_, slot) in zip(scratch, batch, strict=True)], whole, never)
         for u, (i, slot) in zip(scratch, batch, strict=True):
@@ -63,7 +80,7 @@ def observe_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, scor
     return [sums[i] for i in range(len(slots))]
 
 
-def update_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
+def update_(slots: Sequence[Slot], rates: Rates, workspace: Workspace, noise: Noise | None = None) -> None:
     """Phase 2: one AdamW step of every slot from the moments as they are (decoupled weight decay).
 
     ``p = (1 - lr*wd) p - lr * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)``, with both corrections moved out of the quotient.
@@ -74,7 +91,9 @@ def update_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> 
         values = [load(slot.param, slot.low) for _, slot in batch]
         if rates.weight_decay:
             torch._foreach_mul_(values, 1 - rates.lr * rates.weight_decay)
-        denominators = torch._foreach_sqrt([slot.exp_avg_sq for _, slot in batch])
+        denominators = workspace.like([slot.exp_avg_sq for _, slot in batch])
+        torch._foreach_copy_(denominators, [slot.exp_avg_sq for _, slot in batch])
+        torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, rates.eps * correction2)
         moments = [slot.exp_avg for _, slot in batch]
         torch._foreach_addcdiv_(values, moments, denominators, value=-rates.lr * correction2 / correction1)

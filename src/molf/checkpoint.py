@@ -71,5 +71,9 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for key, p in zip(keys, params, strict=True):
         for name, value in saved.get(key, {}).items():
-            if isinstance(value, Tensor) and optimizer.state[p][name].dtype != value.dtype:
+            if not isinstance(value, Tensor):
+                continue
+            if value.ndim == 0:  # a count, which lives on the host
+                optimizer.state[p][name] = value.detach().clone().cpu()
+            elif optimizer.state[p][name].dtype != value.dtype:
                 optimizer.state[p][name] = value.detach().clone().to(p.device)

@@ -16,11 +16,16 @@ __all__ = ["Pair", "RoutedLayer", "init_moments"]
 
 
 class Pair(NamedTuple):
-    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale of their product."""
+    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale of their product.
+
+    ``started`` is False as long as ``B`` is still zero because the expert never won: ``B A`` and the gradient of ``A`` are zero
+    then, and need not be computed.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
+    started: bool = True
 
 
 class RoutedLayer(abc.ABC):

@@ -27,14 +27,15 @@ __all__ = ["MergedLayer", "base_weight", "decay_base_", "expert_gradients", "fol
 
 def expert_gradients(grad: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """Return ``(dA, dB)`` of a pair from the gradient ``G [out, in]`` of the effective weight."""
-    return pair.B.T.mm(grad).mul_(pair.scale), grad.mm(pair.A.T).mul_(pair.scale)
+    dA = pair.B.T.mm(grad).mul_(pair.scale) if pair.started else torch.zeros_like(pair.A)
+    return dA, grad.mm(pair.A.T).mul_(pair.scale)
 
 
 def base_weight(effective: Tensor, experts: Sequence[Pair]) -> Tensor:
     """Return ``W = W_eff - sum_i s_i B_i A_i``, a new tensor."""
     weight = effective.clone()
-    for A, B, scale in experts:
-        weight.addmm_(B, A, alpha=-scale)
+    for pair in experts:
+        weight.addmm_(pair.B, pair.A, alpha=-pair.scale)
     return weight
 
 
@@ -42,17 +43,26 @@ def decay_base_(effective: Tensor, experts: Sequence[Pair], decay: float) -> Non
     """Decay ``W`` alone inside ``W_eff``: ``W_eff -= decay * (W_eff - sum_i s_i B_i A_i)``."""
     if decay == 0:
         return
-    if not experts:
+    started = [pair for pair in experts if pair.started]
+    if not started:
         effective.mul_(1 - decay)
-    for i, (A, B, scale) in enumerate(experts):
-        effective.addmm_(B, A, beta=1 - decay if i == 0 else 1.0, alpha=decay * scale)
+    for i, pair in enumerate(started):
+        effective.addmm_(pair.B, pair.A, beta=1 - decay if i == 0 else 1.0, alpha=decay * pair.scale)
 
 
 def fold_(effective: Tensor, before: Pair, after: Pair) -> None:
-    """Add a pair's change to ``W_eff``: ``s (dB A' + B dA)``, because the difference ``B'A' - BA`` would cancel."""
-    left = torch.cat((after.B - before.B, before.B), dim=1)
-    right = torch.cat((after.A, after.A - before.A), dim=0)
-    effective.addmm_(left, right, alpha=after.scale)
+    """Add a pair's change to ``W_eff``: ``s (B dA + dB A')``, because the difference ``B'A' - BA`` would cancel.
+
+    Args:
+        effective: ``W_eff [out, in]``.
+        before: A copy of the pair before the change; its memory is used up.
+        after: The pair now.
+    """
+    dA = torch.sub(after.A, before.A, out=before.A)
+    if before.started:
+        effective.addmm_(before.B, dA, alpha=after.scale)
+    dB = torch.sub(after.B, before.B, out=before.B)
+    effective.addmm_(dB, after.A, alpha=after.scale)
 
 
 class MergedLayer(RoutedLayer):
@@ -62,9 +72,9 @@ class MergedLayer(RoutedLayer):
     def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
         """Create moments, low parts, LoRA pairs and their moments where they are missing.
 
-        All entries are flat tensors keyed by name in the state of the weight (``lora_r8.A``, ``lora_r8.A.exp_avg``, ...);
-        the bias has AdamW's usual entries. ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at zero; the start depends on
-        the group's seed only.
+        All entries are flat tensors keyed by name in the state of the weight: ``lora_r8.A``, ``lora_r8.A.exp_avg``, ..., and
+        ``lora_r8.wins``, how often the pair moved; the bias has AdamW's usual entries. ``A`` starts Kaiming-uniform
+        (a = sqrt 5), ``B`` at zero; the start depends on the group's seed only.
         """
         weight = group["params"][0]
         fresh = init_step(state[weight])
@@ -82,6 +92,7 @@ class MergedLayer(RoutedLayer):
                 state[weight][f"{name}.{key}"] = value
                 state[weight][f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
                 state[weight][f"{name}.{key}.exp_avg_sq"] = torch.zeros_like(value)
+            state[weight][f"{name}.wins"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
     @property
     def base(self) -> list[Tensor]:
@@ -92,7 +103,10 @@ class MergedLayer(RoutedLayer):
     def pairs(self) -> list[Pair]:
         """The live pairs, in the order of the ranks."""
         own, scales = self._state[self.base[0]], self.group["scales"]
-        return [Pair(own[f"{n}.A"], own[f"{n}.B"], s) for n, s in zip(self.experts[1:], scales, strict=True)]
+        return [
+            Pair(own[f"{name}.A"], own[f"{name}.B"], scale, started=bool(own[f"{name}.wins"]))
+            for name, scale in zip(self.experts[1:], scales, strict=True)
+        ]
 
     @property
     def active(self) -> bool:
@@ -113,6 +127,7 @@ class MergedLayer(RoutedLayer):
         before = _snapshot(pair)
         pair.A.copy_(A)
         pair.B.copy_(B)
+        self._count_win(i + 1)
         effective = self._full(self.base[0]).clone()
         fold_(effective, before, pair)
         self._write(self.base[0], effective)
@@ -144,6 +159,7 @@ class MergedLayer(RoutedLayer):
             work = [(bare, dense[0]._replace(param=self._effective, low=None)), *((bare, slot) for slot in dense[1:])]
         self._before = {i: _snapshot(self.pairs[i - 1]) for i in winners if i > 0}
         for i in self._before:
+            self._count_win(i)
             work += [(self._rates(i), slot) for slot in lora[i - 1]]
         return work
 
@@ -155,10 +171,14 @@ class MergedLayer(RoutedLayer):
         store(self._effective, weight.param, weight.low, self._noise)
         del self._effective, self._before
 
+    def _count_win(self, i: int) -> None:
+        """Count a move of a pair; the count is on the host, so asking whether a pair has started costs no transfer."""
+        self._state[self.base[0]][f"{self.experts[i]}.wins"] += 1
+
     def _lora_slot(self, name: str, key: str, grad: Tensor) -> Slot:
         own, key = self._state[self.base[0]], f"{name}.{key}"
         return Slot(own[key], grad, own[f"{key}.exp_avg"], own[f"{key}.exp_avg_sq"])
 
 
 def _snapshot(pair: Pair) -> Pair:
-    return Pair(pair.A.clone(), pair.B.clone(), pair.scale)
+    return pair._replace(A=pair.A.clone(), B=pair.B.clone())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from molf.adamw import Rates, Slot, observe_, update_
+from molf.adamw import Rates, Slot, Workspace, observe_, update_
 from molf.layers import RoutedLayer
 from molf.precision import Noise
 from molf.routing import Routing, choose
@@ -34,17 +34,18 @@ def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise 
     Returns:
         The decision.
     """
-    total, n = _observe(layers, score)
+    workspace = Workspace()
+    total, n = _observe(layers, score, workspace)
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
     scores = score.finish(total=total, n=n, lr=lr)
     chosen = choose(scores, top_k)
     winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
     for chunk in _chunks(layers):
-        _update(chunk, [next(winners) for _ in chunk], noise)
+        _update(chunk, [next(winners) for _ in chunk], workspace, noise)
     return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
 
 
-def _observe(layers: Sequence[RoutedLayer], score: Score) -> tuple[Tensor, Tensor]:
+def _observe(layers: Sequence[RoutedLayer], score: Score, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Move all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
     sums: list[Tensor] = []
     owner: list[int] = []
@@ -57,7 +58,7 @@ def _observe(layers: Sequence[RoutedLayer], score: Score) -> tuple[Tensor, Tenso
                 slots += expert
                 owner += [len(sizes)] * len(expert)
                 sizes.append(sum(slot.param.numel() for slot in expert))
-        sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score)
+        sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score, workspace)
         for layer in chunk:
             layer.release()
     # The step's one transfer of scores. Everything on the host says so: the default device may be another.
@@ -68,13 +69,15 @@ def _observe(layers: Sequence[RoutedLayer], score: Score) -> tuple[Tensor, Tenso
     return total.view(shape), torch.tensor(sizes, dtype=torch.float64, device="cpu").view(shape)
 
 
-def _update(layers: Sequence[RoutedLayer], winners: Sequence[Sequence[int]], noise: Noise | None) -> None:
+def _update(
+    layers: Sequence[RoutedLayer], winners: Sequence[Sequence[int]], workspace: Workspace, noise: Noise | None
+) -> None:
     work: dict[Rates, list[Slot]] = {}
     for layer, won in zip(layers, winners, strict=True):
         for rates, slot in layer.begin_update(won):
             work.setdefault(rates, []).append(slot)
     for rates, slots in work.items():
-        update_(slots, rates, noise)
+        update_(slots, rates, workspace, noise)
     for layer in layers:
         layer.finish_update()
 
