@@ -6,8 +6,7 @@ Contenders, all on random weights of one shape, float32 on a CPU and bf16 autoca
   fft            every weight trains, torch.optim.AdamW(fused=True)
   lora           PEFT LoRA of that rank on a frozen base, AdamW(fused=True)
   molf           molf.MoLF, merged form
-  molf_branched  the experts as layers, the published way: PEFT LoRA branches with dropout 0.05 and every part trained. Its
-                 optimizer here is AdamW(fused=True) on all of it, which is less work than routing: a lower bound of its cost.
+  molf_branched  molf.MoLF, branched form, the published way: PEFT LoRA branches with dropout 0.05, and every part trained
   molf_e         MoLF-Efficient: experts of rank r/4 and r on a frozen base (with --only)
   lora_sum       one PEFT LoRA of rank r/4 + r on a frozen base, AdamW(fused=True), to compare it with (with --only)
 A step is as many micro-batches of at most 1,024 tokens (sequences of 128) as `--tokens` asks for, and one optimizer step.
@@ -28,12 +27,9 @@ SEQUENCE, MICRO = 128, 1024
 CONTENDERS = ("fft", "lora", "molf", "molf_branched", "molf_e", "lora_sum")
 
 
-def lora_model(shape, rank, dropout, train_base):
-    config = LoraConfig(r=rank, lora_alpha=32, lora_dropout=dropout, use_rslora=True, target_modules="all-linear")
-    model = get_peft_model(random_model(shape), config)
-    if train_base:
-        model.requires_grad_(True)
-    return model
+def lora_model(shape, rank):
+    config = LoraConfig(r=rank, lora_alpha=32, use_rslora=True, target_modules="all-linear")
+    return get_peft_model(random_model(shape), config)
 
 
 def contender(model, optimizer, tokens):
@@ -61,14 +57,14 @@ def adamw(model):
 def contenders(shape, rank, tokens, only):
     models = {
         "fft": lambda: random_model(shape),
-        "lora": lambda: lora_model(shape, rank, dropout=0.0, train_base=False),
+        "lora": lambda: lora_model(shape, rank),
         "molf": lambda: random_model(shape),
-        "molf_branched": lambda: lora_model(shape, rank, dropout=0.05, train_base=True),
+        "molf_branched": lambda: add_lora_experts(random_model(shape), (rank,), lora_dropout=0.05, freeze_base=False),
         "molf_e": lambda: add_lora_experts(random_model(shape), ranks=(rank // 4, rank)),
-        "lora_sum": lambda: lora_model(shape, rank // 4 + rank, dropout=0.0, train_base=False),
+        "lora_sum": lambda: lora_model(shape, rank // 4 + rank),
     }
     built = {name: models[name]() for name in only}
-    molf = {"molf": {"ranks": (rank,)}, "molf_e": {}}
+    molf = {"molf": {"ranks": (rank,)}, "molf_branched": {}, "molf_e": {}}
     optimizers = {n: MoLF(m, lr=1e-5, **molf[n]) if n in molf else adamw(m) for n, m in built.items()}
     return {name: contender(model, optimizers[name], tokens) for name, model in built.items()}
 

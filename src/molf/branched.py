@@ -52,18 +52,17 @@ class BranchedLayer(RoutedLayer):
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
             self._write(p, value)
 
-    def slots(self) -> list[list[Slot]]:
-        """Return each expert's parameters that have a gradient."""
-        if self._slots is None:
-            lora = self.group["params"][len(self.base) :]
-            experts = [self.base] if self.base else []
-            experts += [list(pair) for pair in zip(lora[::2], lora[1::2], strict=True)]
-            self._slots = [[self._slot(p) for p in expert if p.grad is not None] for expert in experts]
-        return self._slots
+    def _find_slots(self, i: int) -> list[Slot]:
+        if self.experts[i] == "fft":
+            own = self.base
+        else:
+            start = len(self.base) + 2 * (i - (1 if self.base else 0))
+            own = self.group["params"][start : start + 2]
+        return [self._slot(p) for p in own if p.grad is not None]
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
         """Return the winners' parameters; a bias is not decayed."""
-        return [(self._rates(i, decayed=slot.param.ndim > 1), slot) for i in winners for slot in self.slots()[i]]
+        return [(self._rates(i, decayed=slot.param.ndim > 1), slot) for i in winners for slot in self.slots(i)]
 
     def finish_update(self) -> None:
         """Nothing is left: the parameters are the experts."""

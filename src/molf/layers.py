@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 class RoutedLayer(abc.ABC):
     """One routed layer at one step. Looks everything up in its group and the optimizer's state; keeps nothing itself.
 
-    The order of calls in a step: ``count_step``, ``slots``, ``release``, ``begin_update``, ``finish_update``.
+    The order of calls in a step: ``count_step``, ``slots`` of every expert, ``release``, ``begin_update``, ``finish_update``.
 
     Args:
         group: The layer's parameter group.
@@ -46,7 +46,7 @@ class RoutedLayer(abc.ABC):
         lr = float(group["lr"])
         self.lrs = tuple(lr if name == "fft" else lr * group["lora_lr_ratio"] for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])
-        self._slots: list[list[Slot]] | None = None
+        self._slots: dict[int, list[Slot]] = {}
 
     @staticmethod
     @abc.abstractmethod
@@ -92,13 +92,19 @@ class RoutedLayer(abc.ABC):
         """Count this step: there is one count for all experts of the layer."""
         self._state[self.group["params"][0]]["step"] += 1
 
+    def slots(self, i: int) -> list[Slot]:
+        """Return the tensors of the i-th expert with their gradients, those that have one; found out at the first call."""
+        if i not in self._slots:
+            self._slots[i] = self._find_slots(i)
+        return self._slots[i]
+
     @abc.abstractmethod
-    def slots(self) -> list[list[Slot]]:
-        """Return each expert's tensors with their gradients, those that have one."""
+    def _find_slots(self, i: int) -> list[Slot]:
+        """Find the i-th expert's tensors and gradients."""
 
     def release(self) -> None:
         """Drop the gradients: phase 2 needs moments only."""
-        self._slots = [[slot._replace(grad=None) for slot in expert] for expert in self.slots()]
+        self._slots = {i: [slot._replace(grad=None) for slot in slots] for i, slots in self._slots.items()}
 
     @abc.abstractmethod
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:

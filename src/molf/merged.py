@@ -27,8 +27,10 @@ __all__ = ["MergedLayer", "base_weight", "decay_base_", "expert_gradients", "fol
 
 def expert_gradients(grad: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """Return ``(dA, dB)`` of a pair from the gradient ``G [out, in]`` of the effective weight."""
-    dA = pair.B.T.mm(grad).mul_(pair.scale) if pair.started else torch.zeros_like(pair.A)
-    return dA, grad.mm(pair.A.T).mul_(pair.scale)
+    dA, dB = torch.zeros_like(pair.A), torch.empty_like(pair.B)
+    if pair.started:
+        torch.addmm(dA, pair.B.T, grad, beta=0, alpha=pair.scale, out=dA)
+    return dA, torch.addmm(dB, grad, pair.A.T, beta=0, alpha=pair.scale, out=dB)
 
 
 def base_weight(effective: Tensor, experts: Sequence[Pair]) -> Tensor:
@@ -134,49 +136,46 @@ class MergedLayer(RoutedLayer):
 
     def derived_gradients(self) -> list[Tensor]:
         """Return ``dA`` and ``dB`` of all pairs."""
-        return [slot.grad for expert in self.slots()[1:] for slot in expert if slot.grad is not None]
+        lora = range(1, len(self.experts))
+        return [slot.grad for i in lora for slot in self.slots(i) if slot.grad is not None]
 
-    def slots(self) -> list[list[Slot]]:
-        """Return each expert's tensors with their gradients; LoRA gradients are computed at the first call."""
-        if self._slots is None:
-            dense = [self._slot(p) for p in self.base if p.grad is not None]
-            grad = self.gradients()[0].to(dense[0].exp_avg.dtype)
-            self._slots = [dense]
-            for name, pair in zip(self.experts[1:], self.pairs, strict=True):
-                gradients = dict(zip("AB", expert_gradients(grad, pair), strict=True))
-                self._slots.append([self._lora_slot(name, key, gradients[key]) for key in "AB"])
-        return self._slots
+    def _find_slots(self, i: int) -> list[Slot]:
+        if i == 0:
+            return [self._slot(p) for p in self.base if p.grad is not None]
+        pair = self.pairs[i - 1]
+        gradients = expert_gradients(self.gradients()[0].to(pair.A.dtype), pair)
+        return [self._lora_slot(f"{self.experts[i]}.{key}", grad) for key, grad in zip("AB", gradients, strict=True)]
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
         """Decay ``W`` inside ``W_eff`` if it won, remember the winning pairs, and return what AdamW has to move."""
-        dense, *lora = self.slots()
-        self._effective = load(dense[0].param, dense[0].low)
+        weight, *bias = self.slots(0)
+        self._effective = load(weight.param, weight.low)
+        self._moved = [(i, pair, _snapshot(pair)) for i, pair in enumerate(self.pairs, start=1) if i in winners]
         work = []
         if 0 in winners:
             rates = self._rates(0)
             decay_base_(self._effective, self.pairs, rates.lr * rates.weight_decay)
             bare = self._rates(0, decayed=False)
-            work = [(bare, dense[0]._replace(param=self._effective, low=None)), *((bare, slot) for slot in dense[1:])]
-        self._before = {i: _snapshot(self.pairs[i - 1]) for i in winners if i > 0}
-        for i in self._before:
-            self._count_win(i)
-            work += [(self._rates(i), slot) for slot in lora[i - 1]]
+            work = [(bare, weight._replace(param=self._effective, low=None)), *((bare, slot) for slot in bias)]
+        for i, _, _ in self._moved:
+            work += [(self._rates(i), slot) for slot in self.slots(i)]
         return work
 
     def finish_update(self) -> None:
         """Fold the pairs' changes into ``W_eff`` and put it back into the model."""
-        weight = self.slots()[0][0]
-        for i, before in self._before.items():
-            fold_(self._effective, before, self.pairs[i - 1])
+        for i, pair, before in self._moved:
+            fold_(self._effective, before, pair)
+            self._count_win(i)
+        weight = self.slots(0)[0]
         store(self._effective, weight.param, weight.low, self._noise)
-        del self._effective, self._before
+        del self._effective, self._moved
 
     def _count_win(self, i: int) -> None:
         """Count a move of a pair; the count is on the host, so asking whether a pair has started costs no transfer."""
         self._state[self.base[0]][f"{self.experts[i]}.wins"] += 1
 
-    def _lora_slot(self, name: str, key: str, grad: Tensor) -> Slot:
-        own, key = self._state[self.base[0]], f"{name}.{key}"
+    def _lora_slot(self, key: str, grad: Tensor) -> Slot:
+        own = self._state[self.base[0]]
         return Slot(own[key], grad, own[f"{key}.exp_avg"], own[f"{key}.exp_avg_sq"])
 
 

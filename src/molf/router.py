@@ -47,26 +47,31 @@ def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise 
 
 def _observe(layers: Sequence[RoutedLayer], score: Score, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Move all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
+    shape = (len(layers), len(layers[0].experts))
+    sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
     sums: list[Tensor] = []
-    owner: list[int] = []
-    sizes: list[int] = []
+    owners: list[tuple[int, int]] = []
+    first = 0
     for chunk in _chunks(layers):
-        slots: list[Slot] = []
         for layer in chunk:
             layer.count_step()
-            for expert in layer.slots():
-                slots += expert
-                owner += [len(sizes)] * len(expert)
-                sizes.append(sum(slot.param.numel() for slot in expert))
-        sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score, workspace)
+        # Expert by expert: what phase 1 reads of a weight's gradient is in the cache when the LoRA gradients are taken of it.
+        for e in range(shape[1]):
+            slots: list[Slot] = []
+            for m, layer in enumerate(chunk, start=first):
+                own = layer.slots(e)
+                slots += own
+                owners += [(m, e)] * len(own)
+                sizes[m, e] = sum(slot.param.numel() for slot in own)
+            sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score, workspace)
         for layer in chunk:
             layer.release()
+        first += len(chunk)
     # The step's one transfer of scores. Everything on the host says so: the default device may be another.
     on_host = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double()
-    shape = (len(layers), len(layers[0].experts))
-    total = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
-    total.index_add_(0, torch.tensor(owner, device="cpu"), on_host)
-    return total.view(shape), torch.tensor(sizes, dtype=torch.float64, device="cpu").view(shape)
+    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    total.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
+    return total, sizes
 
 
 def _update(
