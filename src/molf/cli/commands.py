@@ -124,9 +124,20 @@ def _carry_out(config: RunConfig) -> None:
         return _show_plan(console, make_plan(config))
     from molf.study.train import run
 
-    result = run(config)
+    try:
+        result = run(config)
+    finally:
+        _leave_process_group()
     if result is not None:
         _show_result(console, result)
+
+
+def _leave_process_group() -> None:
+    """Leave the group of a distributed run: a process that ends with its threads still running may abort."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _show_result(console: Console, result: "Result") -> None:
