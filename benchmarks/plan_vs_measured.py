@@ -85,9 +85,9 @@ def foresee(args, method):
     import torch
 
     from models import SHAPES
-    from molf.study.blueprint import Blueprint
     from molf.study.config import RunConfig
-    from molf.study.memory import estimate
+    from molf.study.sizing.blueprint import Blueprint
+    from molf.study.sizing.memory import estimate
 
     blueprint = Blueprint(RunConfig.from_dict(settings(args, method, "unused")), SHAPES[args.shape])
     return estimate(blueprint, torch.cuda.is_available()).memory.peak

@@ -131,5 +131,5 @@ def test_suggestion():
 
 
 def test_configuration_needs_no_torch():
-    code = "import sys, molf.study.config, molf.study.recipe; sys.exit('torch' in sys.modules)"
+    code = "import sys, molf.study.config, molf.study.methods.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from molf.study.config import RunConfig
-from molf.study.evaluate import evaluate
+from molf.study.engine.evaluate import evaluate
 from molf.study.results import read_result
 from molf.study.routing import ROUTING_FILE, read_routing
 from molf.study.train import run

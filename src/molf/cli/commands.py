@@ -19,8 +19,8 @@ from molf.cli.plan import plan
 from molf.study.config import RunConfig
 
 if TYPE_CHECKING:
-    from molf.study.plan import Plan
     from molf.study.results import Result
+    from molf.study.sizing.plan import Plan
 
 
 def dispatch(command: str, argv: Sequence[str]) -> int:
@@ -119,7 +119,7 @@ def _console() -> Console:
 def _carry_out(config: RunConfig) -> None:
     console = _console()
     if config.output.dry_run:
-        from molf.study.plan import make_plan
+        from molf.study.sizing.plan import make_plan
 
         return _show_plan(console, make_plan(config))
     from molf.study.train import run

@@ -19,9 +19,9 @@ def plan(argv: Sequence[str]) -> None:
     given, rest = parser.parse_known_args(argv)
     config = parse_run(rest)
 
-    from molf.study.blueprint import Blueprint
-    from molf.study.memory import available_memory, estimate
-    from molf.study.memory_report import memory_table, parameters_table, verdict
+    from molf.study.sizing.blueprint import Blueprint
+    from molf.study.sizing.memory import available_memory, estimate
+    from molf.study.sizing.report import memory_table, parameters_table, verdict
 
     available = available_memory() if given.memory_gb is None else int(given.memory_gb * 2**30)
     needs = estimate(Blueprint(config), accelerator=available is not None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from molf.study.method_config import MethodConfig
+from molf.study.methods.config import MethodConfig
 
 PUBLISHED_RECIPE: dict[str, Any] = {
     "learning_rate": 5e-5,

@@ -9,9 +9,9 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
-from molf.study.adapters import ADAPTERS_FOLDER
 from molf.study.card import model_card
 from molf.study.config import ModelConfig
+from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.models import load_model_and_tokenizer
 from molf.study.results import RESULT_FILE, Result, read_result
 

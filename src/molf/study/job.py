@@ -13,16 +13,16 @@ from trl import SFTTrainer
 
 from molf.discovery import routed_linears
 from molf.integrations.routing_log import RoutingLog
-from molf.study.adalora import NO_RESUMING, AdaLoraAllocation
-from molf.study.adapters import add_adapters, optimizer_of
 from molf.study.config import RunConfig
-from molf.study.eva import initialise_eva
-from molf.study.method_config import MethodConfig
+from molf.study.methods.adalora import NO_RESUMING, AdaLoraAllocation
+from molf.study.methods.adapters import add_adapters, optimizer_of
+from molf.study.methods.config import MethodConfig
+from molf.study.methods.eva import initialise_eva
+from molf.study.methods.recipe import Recipe, method_recipe
+from molf.study.methods.trained_base import TrainedBase, restore_base, trained_base
 from molf.study.models import load_model_and_tokenizer
-from molf.study.recipe import Recipe, method_recipe
 from molf.study.selection import load_split
 from molf.study.train_config import TrainConfig, build_train_config
-from molf.study.trained_base import TrainedBase, restore_base, trained_base
 from molf.tasks import Split, Task, get_task
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
-from molf.study.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.card import model_card
 from molf.study.config import RunConfig
 from molf.study.device import device_name, peak_memory_bytes
-from molf.study.evaluate import Evaluation, evaluate, write_predictions
+from molf.study.engine.evaluate import Evaluation, evaluate, write_predictions
 from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
-from molf.study.recipe import Recipe
+from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
+from molf.study.methods.recipe import Recipe
+from molf.study.methods.trained_base import trained_base
 from molf.study.report import draw_routing
 from molf.study.results import (
     RESULT_FILE,
@@ -28,8 +29,7 @@ from molf.study.results import (
     write_result,
 )
 from molf.study.routing import read_routing
-from molf.study.sizes import measure
-from molf.study.trained_base import trained_base
+from molf.study.sizing.sizes import measure
 from molf.tasks.data import written_whole
 
 CONFIG_FILE, PREDICTIONS_FILE, CARD_FILE, PICTURE_FILE = (

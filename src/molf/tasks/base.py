@@ -82,10 +82,14 @@ class Metric:
     Attributes:
         value: A percentage, unless the metric's name says otherwise.
         n: How many things were averaged.
+        low: Lower end of the bootstrap 95 % interval, in the unit of ``value``; None where there is none.
+        high: Upper end.
     """
 
     value: float
     n: int
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

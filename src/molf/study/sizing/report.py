@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from molf.study.memory import Count, Needs
+from molf.study.sizing.memory import Count, Needs
 
 _GIB = 2**30
 _TIGHT = 0.9  # the libraries' context and what the allocator wastes take the rest

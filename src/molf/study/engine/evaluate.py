@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molf.study.inference import answer
+from molf.study.engine.inference import answer
 from molf.tasks import Answer, Metric, Request, Row, Task
 from molf.tasks.data import written_whole
 

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from molf.study.baselines import adalora_arguments, lora_arguments
-from molf.study.method_config import MethodConfig
+from molf.study.methods.baselines import adalora_arguments, lora_arguments
+from molf.study.methods.config import MethodConfig
 
 MOLF_ALPHA = 32.0
 

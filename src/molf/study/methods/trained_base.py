@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.study.sizes import is_adapter
+from molf.study.sizing.sizes import is_adapter
 
 FILE_NAME = "trained_base.safetensors"
 

@@ -6,9 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from molf.study.batching import batches
-from molf.study.inference import answer
-from molf.study.likelihood import encode, longest_inputs
+from molf.study.engine.batching import batches
+from molf.study.engine.inference import answer
+from molf.study.engine.likelihood import encode, longest_inputs
 from molf.tasks import Generate, Likelihood, TargetScores
 
 WORDS = [

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from molf.study.batching import Ids, base_model, batches, left_pad, tokenize
+from molf.study.engine.batching import Ids, base_model, batches, left_pad, tokenize
 from molf.tasks.base import Likelihood, Request, TargetScores
 
 _TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]

@@ -9,7 +9,7 @@ from typing import Any
 
 from molf.study.config import RunConfig
 from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers
-from molf.study.sizes import Sizes, measure
+from molf.study.sizing.sizes import Sizes, measure
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 
-from molf.study.baselines import PROJECTIONS
 from molf.study.config import PUBLISHED_RECIPE, MethodConfig
-from molf.study.recipe import Recipe, method_recipe
+from molf.study.methods.baselines import PROJECTIONS
+from molf.study.methods.recipe import Recipe, method_recipe
 
 TRAIN = dict(PUBLISHED_RECIPE)
 LLAMA = [f"model.layers.0.block.{name}" for name in PROJECTIONS] + ["lm_head"]

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from molf.study.evaluate import evaluate, write_predictions
-from molf.study.inference import answer
+from molf.study.engine.evaluate import evaluate, write_predictions
+from molf.study.engine.inference import answer
 from molf.tasks.fact import Fact
 
 FACT = Fact()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molf import add_lora_experts
-from molf.study.trained_base import FILE_NAME, TrainedBase, restore_base, trained_base
+from molf.study.methods.trained_base import FILE_NAME, TrainedBase, restore_base, trained_base
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from molf.study.activations import Activations, measure_activations
-from molf.study.blueprint import LINEAR, Blueprint
+from molf.study.sizing.activations import Activations, measure_activations
+from molf.study.sizing.blueprint import LINEAR, Blueprint
+from molf.study.sizing.sizes import is_adapter
 
 _FLOAT = 4
 _MOMENTS = 8  # bytes per element: two float32 moments
@@ -129,7 +130,7 @@ def count_parameters(blueprint: Blueprint) -> dict[str, Count]:
     kinds |= {id(module.bias): "bias" for module in linears if module.bias is not None}
     by_kind: dict[str, list[nn.Parameter]] = {kind: [] for kind in ("base weight", "bias", "LoRA", "other")}
     for name, parameter in model.named_parameters():
-        by_kind["LoRA" if _of_adapter(name) else kinds.get(id(parameter), "other")].append(parameter)
+        by_kind["LoRA" if is_adapter(name) else kinds.get(id(parameter), "other")].append(parameter)
     counts = {kind: Count(_elements(own), _elements(_trained(own))) for kind, own in by_kind.items()}
     if blueprint.pairs:
         counts["LoRA"] = Count(blueprint.pairs, blueprint.pairs)
@@ -145,8 +146,8 @@ def available_memory() -> int | None:
 
 def _memory(blueprint: Blueprint, kept: Activations, tokens: int, copies: int) -> Memory:
     named = list(blueprint.model.named_parameters())
-    base = [p for name, p in named if not _of_adapter(name)]
-    adapters = [p for name, p in named if _of_adapter(name)]
+    base = [p for name, p in named if not is_adapter(name)]
+    adapters = [p for name, p in named if is_adapter(name)]
     splits = blueprint.config.model.dtype == "bfloat16" and blueprint.config.method.bf16_update == "split"
     head = blueprint.model.get_output_embeddings().weight
     tile = min(tokens, _TILE_TOKENS) * min(len(head), _TILE_WORDS)
@@ -162,10 +163,6 @@ def _memory(blueprint: Blueprint, kept: Activations, tokens: int, copies: int) -
         logits=_FLOAT * (copies * tile + (head.numel() if head.requires_grad else 0)),
         accumulates=int(blueprint.setting("gradient_accumulation_steps")) > 1,
     )
-
-
-def _of_adapter(name: str) -> bool:
-    return ".lora_" in name or ".ranknum." in name  # AdaLoRA's count of its ranks
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molf.study.generation import generate_texts
-from molf.study.likelihood import score_targets
+from molf.study.engine.generation import generate_texts
+from molf.study.engine.likelihood import score_targets
 from molf.tasks.base import Answer, Generate, Likelihood, Request
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from molf.integrations.lora_experts import add_lora_experts
 from molf.integrations.trainer import MoLFFactory
 from molf.optimizer import MoLF
-from molf.study.eva import add_eva_adapter
-from molf.study.recipe import Recipe
+from molf.study.methods.eva import add_eva_adapter
+from molf.study.methods.recipe import Recipe
 
 ADAPTERS_FOLDER = "adapters"
 """Inside a run's folder: MoLF-Efficient's experts, a folder each, as PEFT saves several adapters."""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from molf.study.compare import Contender, Outcome
+from molf.study.comparison.compare import Contender, Outcome
 from molf.tasks.data import written_whole
 
 BASELINES = ("fft", "lora", "rslora")

@@ -8,7 +8,7 @@ from itertools import takewhile
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from molf.study.batching import Ids, base_model, batches, left_pad, tokenize
+from molf.study.engine.batching import Ids, base_model, batches, left_pad, tokenize
 from molf.tasks.base import Generate, Request
 
 

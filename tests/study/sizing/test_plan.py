@@ -2,8 +2,8 @@ import pytest
 
 from molf.study.config import RunConfig
 from molf.study.job import load_job, make_trainer
-from molf.study.plan import contradictions, make_plan
-from molf.study.recipe import Recipe
+from molf.study.methods.recipe import Recipe
+from molf.study.sizing.plan import contradictions, make_plan
 from molf.tasks import Split
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from molf.study import eva
-from molf.study.eva import _groups, add_eva_adapter, initialise_eva
+from molf.study.methods import eva
+from molf.study.methods.eva import _groups, add_eva_adapter, initialise_eva
 
 ARGUMENTS = {
     "r": 4,

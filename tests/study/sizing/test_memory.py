@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, Qwen2Config
 
-from molf.study.activations import measure_activations
-from molf.study.blueprint import Blueprint
 from molf.study.config import RunConfig
-from molf.study.memory import Count, Memory, Needs, available_memory, estimate
-from molf.study.memory_report import memory_table, parameters_table, verdict
+from molf.study.sizing.activations import measure_activations
+from molf.study.sizing.blueprint import Blueprint
+from molf.study.sizing.memory import Count, Memory, Needs, available_memory, estimate
+from molf.study.sizing.report import memory_table, parameters_table, verdict
 from small import tiny_llama
 
 

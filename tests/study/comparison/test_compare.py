@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from molf.cli import main
-from molf.study import compare as module
-from molf.study.compare import Comparison, Contender, Failure, Outcome, best, compare
-from molf.study.compare_report import comparison_table, draw_bars, markdown, rows_of, verdict, write_comparison
+from molf.study.comparison import compare as module
+from molf.study.comparison.compare import Comparison, Contender, Failure, Outcome, best, compare
+from molf.study.comparison.report import comparison_table, draw_bars, markdown, rows_of, verdict, write_comparison
 from molf.study.config import RunConfig
 from molf.study.results import Result, Training
 from molf.tasks.base import Metric

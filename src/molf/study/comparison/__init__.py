@@ -1,0 +1,1 @@
+"""Methods side by side: cells, choices and the table."""

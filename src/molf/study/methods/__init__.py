@@ -1,0 +1,1 @@
+"""What each training method means in terms of the libraries that carry it out."""

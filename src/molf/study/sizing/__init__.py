@@ -1,0 +1,1 @@
+"""Parameters and memory of a run, before it starts."""

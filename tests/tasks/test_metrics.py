@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+
+from molf.tasks.metrics import mean, percentage, statistic
+
+
+def test_mean_and_interval_of_a_known_sample():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    metric = mean(list(values))
+    error = values.std() / 20  # of the mean of 400
+    assert metric.value == pytest.approx(values.mean()) and metric.n == 400
+    assert metric.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert metric.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_percentage_and_its_certain_ends():
+    metric = percentage([True, False, True, True])
+    assert (metric.value, metric.n) == (75.0, 4)
+    assert metric.low < 75.0 <= metric.high
+    certain = percentage([True] * 10)
+    assert (certain.low, certain.value, certain.high) == (100.0, 100.0, 100.0)
+
+
+def test_equal_records_give_equal_intervals():
+    assert mean([1.0, 2.0, 4.0]) == mean([1.0, 2.0, 4.0])
+
+
+def test_a_ratio_of_sums():
+    metric = statistic(lambda c: c[0].sum(-1) / c[1].sum(-1), [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert metric.value == metric.low == metric.high == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("columns", [([],), ([1.0], [1.0, 2.0])])
+def test_nothing_to_average_is_an_error(columns):
+    with pytest.raises(ValueError, match="one value a record"):
+        statistic(lambda c: c[0].mean(-1), *columns)
