@@ -137,4 +137,4 @@ def test_no_commit_without_git(monkeypatch):
 
 def test_result_json_is_plain(result, tmp_path):
     content = json.loads(write_result(tmp_path, result).read_text())
-    assert content["metrics"]["score"] == {"value": 50.0, "n": 12}
+    assert content["metrics"]["score"] == {"value": 50.0, "n": 12, "low": None, "high": None}

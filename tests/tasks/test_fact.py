@@ -26,7 +26,8 @@ def make_row(case_id=0, prompt="The capital of {} is", subject="France", new="Ro
 
 def prob(*probabilities, ids=None):
     """The scores of a target whose tokens have these probabilities."""
-    return TargetScores(tuple(map(math.log, probabilities)), tuple(ids or range(len(probabilities))))
+    ids = tuple(ids or range(len(probabilities)))
+    return TargetScores(tuple(map(math.log, probabilities)), ids, (False,) * len(ids))
 
 
 def pair(new, true):
@@ -190,7 +191,7 @@ def test_a_tie_is_no_success_and_one_zero_makes_the_score_zero():
 
 
 def test_targets_too_unlikely_for_a_float_are_still_compared():
-    answers = [TargetScores((-1000.0,), (1,)), TargetScores((-2000.0,), (2,)), ""]
+    answers = [TargetScores((-1000.0,), (1,), (False,)), TargetScores((-2000.0,), (2,), (False,)), ""]
     assert FACT.score([make_row()], [answers])["efficacy_score"].value == 100
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from molf.tasks import TASKS, get_task
-from molf.tasks.base import TargetScores
+from molf.tasks.base import NextToken, OptionScores, TargetScores
 
 
 def test_a_task_is_found_by_its_own_name():
@@ -16,12 +16,25 @@ def test_an_unknown_name_says_what_there_is():
 
 
 def test_probability_is_the_geometric_mean():
-    scores = TargetScores(logprobs=(-1.0, -3.0), token_ids=(5, 6))
+    scores = TargetScores(logprobs=(-1.0, -3.0), token_ids=(5, 6), greedy=(True, False))
     assert scores.mean_logprob == -2.0
     assert scores.probability == pytest.approx(0.1353352832366127)
 
 
-@pytest.mark.parametrize("logprobs, token_ids", [((), ()), ((-1.0,), (5, 6))])
-def test_scores_need_one_logprob_per_token(logprobs, token_ids):
-    with pytest.raises(ValueError, match="one log-probability per target token"):
-        TargetScores(logprobs, token_ids)
+@pytest.mark.parametrize(
+    "logprobs, token_ids, greedy", [((), (), ()), ((-1.0,), (5, 6), (True, True)), ((-1.0,), (5,), ())]
+)
+def test_scores_need_one_logprob_and_flag_per_token(logprobs, token_ids, greedy):
+    with pytest.raises(ValueError, match="one log-probability and one greedy flag per target token"):
+        TargetScores(logprobs, token_ids, greedy)
+
+
+def test_the_best_option_is_the_first_of_the_most_likely():
+    assert OptionScores((-3.0, -1.0, -2.0), (7, 8, 9)).best == 1
+    assert OptionScores((-3.0, -1.0, -1.0), (7, 8, 9)).best == 1
+
+
+@pytest.mark.parametrize("options", [(), (" A",), (" A", " B", " A")])
+def test_a_choice_is_between_different_options(options):
+    with pytest.raises(ValueError, match="must be two or more different texts"):
+        NextToken("The answer is", options)

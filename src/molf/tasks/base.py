@@ -26,6 +26,24 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
+class NextToken:
+    """Ask which of a few tokens is the most likely one after ``prompt``.
+
+    Attributes:
+        prompt: The text the model is given.
+        options: The texts to choose from, each exactly one token after the prompt; they begin with their own white
+            space, for example ``(" A", " B")``.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.options)) < max(2, len(self.options)):
+            raise ValueError(f"options={self.options!r} must be two or more different texts")
+
+
+@dataclass(frozen=True)
 class Generate:
     """Ask for the greedy continuation of ``prompt``.
 
@@ -47,16 +65,19 @@ class TargetScores:
     Attributes:
         logprobs: The natural-log probability of each token of the target, given all tokens before it.
         token_ids: The target's tokens, one for each of ``logprobs``.
+        greedy: For each token whether no other one was more likely, given all tokens before it.
     """
 
     logprobs: tuple[float, ...]
     token_ids: tuple[int, ...]
+    greedy: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        if not self.logprobs or len(self.logprobs) != len(self.token_ids):
+        sizes = {len(self.logprobs), len(self.token_ids), len(self.greedy)}
+        if not self.token_ids or len(sizes) > 1:
             raise ValueError(
-                f"TargetScores needs one log-probability per target token and at least one token; "
-                f"got {len(self.logprobs)} log-probabilities for {len(self.token_ids)} tokens"
+                f"TargetScores needs one log-probability and one greedy flag per target token and at least one token; got "
+                f"{len(self.logprobs)} log-probabilities and {len(self.greedy)} flags for {len(self.token_ids)} tokens"
             )
 
     @property
@@ -70,9 +91,27 @@ class TargetScores:
         return math.exp(self.mean_logprob)
 
 
-Request: TypeAlias = Likelihood | Generate
-Answer: TypeAlias = TargetScores | str
-"""``TargetScores`` to a ``Likelihood``, the generated text to a ``Generate``."""
+@dataclass(frozen=True)
+class OptionScores:
+    """The answer to a ``NextToken``.
+
+    Attributes:
+        logprobs: The natural-log probability of each option, in the order of the options, among all tokens there are.
+        token_ids: The options' tokens.
+    """
+
+    logprobs: tuple[float, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def best(self) -> int:
+        """The index of the most likely option; of equally likely ones, the first."""
+        return self.logprobs.index(max(self.logprobs))
+
+
+Request: TypeAlias = Likelihood | NextToken | Generate
+Answer: TypeAlias = TargetScores | OptionScores | str
+"""``TargetScores`` to a ``Likelihood``, ``OptionScores`` to a ``NextToken``, the generated text to a ``Generate``."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import logging
 import random
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from molf.study.engine.batching import batches
 from molf.study.engine.inference import answer
 from molf.study.engine.likelihood import encode, longest_inputs
-from molf.tasks import Generate, Likelihood, TargetScores
+from molf.tasks import Generate, Likelihood, NextToken, TargetScores
 
 WORDS = [
     "The",
@@ -55,7 +56,12 @@ def score_alone(model, tokenizer, request: Likelihood) -> TargetScores:
     prompt, ids = tokenizer(request.prompt).input_ids, tokenizer(request.prompt + request.target).input_ids
     start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
     logprobs = model.eval()(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-    return TargetScores(tuple(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))), tuple(ids[start:]))
+    places = range(start, len(ids))
+    return TargetScores(
+        tuple(logprobs[i - 1, ids[i]].item() for i in places),
+        tuple(ids[start:]),
+        tuple(int(logprobs[i - 1].argmax()) == ids[i] for i in places),
+    )
 
 
 @torch.no_grad()
@@ -77,7 +83,7 @@ def continue_alone(model, tokenizer, request: Generate) -> str:
 def assert_same(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert one.token_ids == other.token_ids
+        assert (one.token_ids, one.greedy) == (other.token_ids, other.greedy)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
@@ -181,7 +187,7 @@ def test_tokens_are_those_that_training_sees(tiny_model, tiny_tokenizer, bos_tok
         args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
         data = Dataset.from_list([{"prompt": prompt, "completion": target} for prompt, target in examples])
         trainer = SFTTrainer(tiny_model, args, train_dataset=data, processing_class=tokenizer)
-        encoded = encode(tokenizer, [Likelihood(*example) for example in examples])
+        encoded = list(encode(tokenizer, [Likelihood(*example) for example in examples]).values())
         for row, target in zip(trainer.train_dataset, encoded, strict=True):
             trained = [token for token in row["labels"] if token != -100]
             assert row["input_ids"] == [*target.ids, tokenizer.eos_token_id]
@@ -204,6 +210,55 @@ def test_a_broken_model_is_an_error(tiny_model, tiny_tokenizer):
     torch.nn.init.constant_(tiny_model.model.norm.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
         answer(tiny_model, tiny_tokenizer, [Likelihood(PROMPT, " Paris")])
+
+
+# --- choices of the next token ---
+
+
+def test_a_choice_is_made_at_one_position_of_one_row(tiny_model, tiny_tokenizer):
+    choice = NextToken(PROMPT, ("A", "B", "C", "D"))
+    shapes = count_rows(tiny_model)
+    (answered,) = answer(tiny_model, tiny_tokenizer, [choice])
+    assert shapes == [(1, len(tiny_tokenizer(PROMPT).input_ids), 1)]
+    alone = [score_alone(tiny_model, tiny_tokenizer, Likelihood(PROMPT, option)) for option in choice.options]
+    assert answered.token_ids == tuple(scores.token_ids[0] for scores in alone)
+    assert answered.logprobs == pytest.approx([scores.logprobs[0] for scores in alone], abs=1e-5)
+    assert answered.best == max(range(4), key=lambda i: alone[i].logprobs[0])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_choices_keep_their_place_among_other_requests(tiny_model, tiny_tokenizer, batch_tokens):
+    prompts = [" ".join(WORDS[:length]) for length in (1, 3, 5, 9, 12)]
+    choices = [NextToken(prompt, ("A", "B", "?")) for prompt in prompts]
+    requests = [request for choice in choices for request in (choice, Likelihood(choice.prompt, "B"), choice)]
+    answers = answer(tiny_model, tiny_tokenizer, requests, batch_tokens=batch_tokens)
+    for first, likelihood, again in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
+        assert first == again and first.logprobs[1] == likelihood.logprobs[0]
+    assert len({scores.best for scores in answers[::3]}) > 1
+
+
+@pytest.mark.parametrize(
+    "prompt, options, reason",
+    [
+        (PROMPT, ("A", "ABC"), "the option 'ABC' is 3 tokens after the prompt 'The capital of France is'"),
+        ("The capital of Fra", ("A", "nc"), "the option 'nc' merges with the end of the prompt"),
+        ("x" * 100, ("A", "BC"), f"the prompt '...{'x' * 60}'"),
+    ],
+)
+def test_an_option_of_more_or_less_than_one_token_is_refused(tiny_model, tiny_tokenizer, prompt, options, reason):
+    shapes = count_rows(tiny_model)
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        answer(tiny_model, tiny_tokenizer, [NextToken(prompt, options)])
+    assert "every option must be exactly one token there" in str(error.value)
+    assert shapes == []
+
+
+def test_the_likeliest_token_is_greedy_and_ties_are_too(tiny_model, tiny_tokenizer):
+    first = continue_alone(tiny_model, tiny_tokenizer, Generate(PROMPT, 1))
+    wins, loses = answer(tiny_model, tiny_tokenizer, [Likelihood(PROMPT, first), Likelihood(PROMPT, "?")])
+    assert (wins.greedy, loses.greedy) == ((True,), (False,))
+    torch.nn.init.zeros_(tiny_model.lm_head.weight)
+    assert answer(tiny_model, tiny_tokenizer, [Likelihood(PROMPT, "?")])[0].greedy == (True,)
 
 
 # --- generation ---

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molf.study.engine.generation import generate_texts
-from molf.study.engine.likelihood import score_targets
-from molf.tasks.base import Answer, Generate, Likelihood, Request
+from molf.study.engine.likelihood import encode, score_targets
+from molf.study.engine.next_token import check_options, read_options, targets_of
+from molf.tasks.base import Answer, Generate, Likelihood, NextToken, Request
 
 
 def answer(
@@ -34,20 +35,27 @@ def answer(
         progress: Show progress bars.
 
     Returns:
-        ``TargetScores`` for a ``Likelihood``, the new text for a ``Generate``.
+        ``TargetScores`` for a ``Likelihood``, ``OptionScores`` for a ``NextToken``, the new text for a ``Generate``.
 
     Raises:
-        ValueError: If a target has no tokens, or no token comes before what is asked for.
+        ValueError: If a target has no tokens, an option is not exactly one token, or no token comes before what is
+            asked for.
         FloatingPointError: If the model gives NaN.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
     distinct = dict.fromkeys(requests)
     likelihoods = [request for request in distinct if isinstance(request, Likelihood)]
+    choices = [request for request in distinct if isinstance(request, NextToken)]
     generations = [request for request in distinct if isinstance(request, Generate)]
+    encoded = encode(tokenizer, [*likelihoods, *(target for choice in choices for target in targets_of(choice))])
+    for choice in choices:
+        check_options(choice, encoded)
     answers: dict[Request, Answer] = {}
     with _evaluating(model), torch.inference_mode():
-        answers.update(score_targets(model, tokenizer, likelihoods, batch_tokens=batch_tokens, progress=progress))
+        scores = score_targets(model, encoded, batch_tokens=batch_tokens, progress=progress)
+        answers.update(scores)
+        answers.update((choice, read_options(choice, scores)) for choice in choices)
         answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
     return [answers[request] for request in requests]
 

@@ -7,7 +7,7 @@ network must read to score it: the tokens of prompt and target without the last 
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -25,10 +25,17 @@ _TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]
 
 @dataclass(frozen=True)
 class EncodedTarget:
-    """The tokens of prompt and target together; the target's own begin at ``start``."""
+    """The tokens of prompt and target together.
+
+    Attributes:
+        ids: All of them.
+        start: Where the target's own begin.
+        merges: The end of the prompt and the beginning of the target became one token, which counts as the target's.
+    """
 
     ids: Ids
     start: int
+    merges: bool
 
     @property
     def input(self) -> Ids:
@@ -41,14 +48,14 @@ class EncodedTarget:
         return self.ids[self.start :]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Likelihood]) -> list[EncodedTarget]:
+def encode(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Likelihood]) -> dict[Likelihood, EncodedTarget]:
     """Tokenize likelihoods as TRL's ``SFTTrainer`` tokenizes prompt and completion.
 
     Raises:
         ValueError: If a target has no tokens, or there is no token before it.
     """
     ids = tokenize(tokenizer, [text for r in requests for text in (r.prompt, r.prompt + r.target)])
-    return [_encoded(request, ids[request.prompt], ids[request.prompt + request.target]) for request in requests]
+    return {r: _encoded(r, ids[r.prompt], ids[r.prompt + r.target]) for r in requests}
 
 
 def _encoded(request: Likelihood, prompt: Ids, both: Ids) -> EncodedTarget:
@@ -60,7 +67,7 @@ def _encoded(request: Likelihood, prompt: Ids, both: Ids) -> EncodedTarget:
             f"no token comes before the target {request.target!r} of the prompt {request.prompt!r}, so that nothing "
             "predicts it; use a longer prompt or a tokenizer that adds a BOS token"
         )
-    return EncodedTarget(both, start)
+    return EncodedTarget(both, start, merges=start < len(prompt))
 
 
 def longest_inputs(inputs: Sequence[Ids]) -> dict[Ids, Ids]:
@@ -75,20 +82,13 @@ def longest_inputs(inputs: Sequence[Ids]) -> dict[Ids, Ids]:
 
 
 def score_targets(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Likelihood],
-    *,
-    batch_tokens: int,
-    progress: bool,
+    model: PreTrainedModel, encoded: Mapping[Likelihood, EncodedTarget], *, batch_tokens: int, progress: bool
 ) -> dict[Request, TargetScores]:
-    """Score the target of every distinct request; the network reads no input that another one begins with.
+    """Score the target of every request; the network reads no input that another one begins with.
 
     Raises:
-        ValueError: If a target has no tokens, or there is no token before it.
         FloatingPointError: If the model gives NaN.
     """
-    encoded = dict(zip(requests, encode(tokenizer, requests), strict=True))
     longest = longest_inputs([target.input for target in encoded.values()])
     on_row: dict[Ids, list[Likelihood]] = defaultdict(list)
     for request, target in encoded.items():
@@ -132,14 +132,16 @@ def _read_scores(
         for target in row_targets:
             places += [(row, target.start + i + shift, token) for i, token in enumerate(target.token_ids)]
     logprobs: list[float] = []
+    greedy: list[bool] = []
     for first in range(0, len(places), _TOKENS_PER_SOFTMAX):
         row_at, column_at, tokens = torch.tensor(places[first : first + _TOKENS_PER_SOFTMAX], device=logits.device).T
-        logprobs += (-cross_entropy(logits[row_at, column_at].float(), tokens, reduction="none")).tolist()
+        found = logits[row_at, column_at].float()
+        logprobs += (-cross_entropy(found, tokens, reduction="none")).tolist()
+        greedy += (found.gather(-1, tokens[:, None])[:, 0] >= found.amax(-1)).tolist()
     if any(map(math.isnan, logprobs)):
         raise FloatingPointError("the model's logits hold NaN: its weights are broken, most likely training diverged")
-    values = iter(logprobs)
+    values, flags = iter(logprobs), iter(greedy)
     return [
-        TargetScores(tuple(islice(values, len(target.token_ids))), target.token_ids)
-        for row_targets in targets
-        for target in row_targets
+        TargetScores(tuple(islice(values, len(ids))), ids, tuple(islice(flags, len(ids))))
+        for ids in (target.token_ids for row_targets in targets for target in row_targets)
     ]
