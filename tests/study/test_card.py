@@ -15,7 +15,7 @@ def result():
     return Result(
         config=config.to_dict(),
         headline="score",
-        metrics={"score": Metric(50.0, 12)},
+        metrics={"score": Metric(50.0, 12, 40.0, 60.5)},
         metrics_before={"score": Metric(25.0, 12)},
         data_origin="the sample",
         device="CPU",
@@ -41,11 +41,14 @@ def test_header_settings_and_row_are_yaml(result):
     assert RunConfig.from_dict(settings).to_dict() == result.config
     assert row["metric/score"] == 50.0
     assert "learning_rate" not in row
-    assert "| score | 25.00 | 50.00 | 12 |" in body
+    assert "| score | 25.00 | 50.00 (40.00, 60.50) | 12 |" in body
+    assert "bootstrap 95 % interval" in body
 
 
 def test_without_an_evaluation_before(result):
-    assert "| score |  | 50.00 | 12 |" in model_card(dataclasses.replace(result, metrics_before=None))
+    plain = dataclasses.replace(result, metrics_before=None, metrics={"score": Metric(50.0, 12)})
+    assert "| score |  | 50.00 | 12 |" in model_card(plain)
+    assert "bootstrap" not in model_card(plain)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ def result():
     return Result(
         config={"method": "molf", "task": "fact", "run_name": "my run"},
         headline="score",
-        metrics={"score": Metric(50.0, 12), "new": Metric(1.5, 4)},
-        metrics_before={"score": Metric(75.25, 12)},
+        metrics={"score": Metric(50.0, 12, 40.25, 60.5), "new": Metric(1.5, 4)},
+        metrics_before={"score": Metric(75.25, 12, 70.0, 80.0)},
         data_origin="the sample",
         device="CPU",
         versions={"molf": "0.1.0"},
@@ -44,13 +44,14 @@ def cells(text, name):
 def test_metrics_before_and_after(result):
     text = shown(metrics_table(result))
     assert "my run" in text
-    assert cells(text, "score") == ["score", "75.25", "50.00", "-25.25", "12"]
+    assert cells(text, "score") == ["score", "75.25", "(70.00,", "80.00)", "50.00", "(40.25,", "60.50)", "-25.25", "12"]
     assert cells(text, "new") == ["new", "1.50", "4"], "no change where there is nothing to compare with"
 
 
 def test_metrics_of_an_evaluation(result):
     text = shown(metrics_table(dataclasses.replace(result, metrics_before=None)))
-    assert cells(text, "score") == ["score", "50.00", "12"]
+    assert cells(text, "score") == ["score", "50.00", "(40.25,", "60.50)", "12"]
+    assert "bootstrap 95 % interval" in text
     assert "before" not in text
 
 

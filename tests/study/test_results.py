@@ -17,7 +17,7 @@ def result():
     return Result(
         config={"method": "molf", "ranks": [4, 8], "limit": None},
         headline="score",
-        metrics={"score": Metric(50.0, 12), "other": Metric(1.5, 4)},
+        metrics={"score": Metric(50.0, 12, 40.0, 60.5), "other": Metric(1.5, 4)},
         metrics_before={"score": Metric(25.0, 12)},
         data_origin="the sample",
         device="CPU",
@@ -49,6 +49,8 @@ def test_a_row_is_flat(result):
     assert row["ranks"] == "[4, 8]"
     assert row["metric/score"] == 50.0
     assert row["metric/score/n"] == 12
+    assert (row["metric/score/low"], row["metric/score/high"]) == (40.0, 60.5)
+    assert "metric/other/low" not in row
     assert row["before/score"] == 25.0
     assert row["training/steps"] == 6
     assert row["routing/fft"] == 0.25
@@ -137,4 +139,4 @@ def test_no_commit_without_git(monkeypatch):
 
 def test_result_json_is_plain(result, tmp_path):
     content = json.loads(write_result(tmp_path, result).read_text())
-    assert content["metrics"]["score"] == {"value": 50.0, "n": 12, "low": None, "high": None}
+    assert content["metrics"]["score"] == {"value": 50.0, "n": 12, "low": 40.0, "high": 60.5}

@@ -159,6 +159,30 @@ def test_metrics_worked_out_by_hand():
     for name, (value, n) in expected.items():
         assert metrics[name].value == pytest.approx(value, abs=1e-9), name
         assert metrics[name].n == n, name
+        assert metrics[name].low <= metrics[name].value + 1e-9, name
+        assert metrics[name].high >= metrics[name].value - 1e-9, name
+
+
+def test_the_interval_of_the_harmonic_mean_resamples_whole_records():
+    row = make_row(para=["p"], near=["n"])
+    all_right = [*pair(0.9, 0.1), *pair(0.9, 0.1), *pair(0.1, 0.9), ""]
+    all_wrong = [*pair(0.1, 0.9), *pair(0.1, 0.9), *pair(0.9, 0.1), ""]
+    metrics = FACT.score([row] * 40, [all_right, all_wrong] * 20)
+    # The three scores rise and fall together, so that their harmonic mean is as uncertain as each of them.
+    assert metrics["score"].value == pytest.approx(50)
+    for end in ("low", "high"):
+        assert getattr(metrics["score"], end) == pytest.approx(getattr(metrics["efficacy_score"], end))
+    assert 30 < metrics["score"].low < 40 and 60 < metrics["score"].high < 70
+
+
+def test_records_without_some_prompts_count_for_the_other_scores_only():
+    rows = [make_row(0, para=["p"], near=["n"]), make_row(1, para=["p"])]
+    right, wrong = pair(0.9, 0.1), pair(0.1, 0.9)
+    metrics = FACT.score(rows, [[*right, *right, *wrong, ""], [*wrong, *right, ""]])
+    assert metrics["score"].value == pytest.approx(3 / (1 / 50 + 2 / 100))
+    assert metrics["score"].n == 1
+    apart = FACT.score([make_row(0, para=["p"]), make_row(1, near=["n"])], [[*right, *right, ""], [*right, *wrong, ""]])
+    assert (apart["score"].value, apart["score"].n) == (pytest.approx(100), 1)
 
 
 def test_whole_target_and_first_token_can_disagree():
@@ -172,8 +196,8 @@ def test_whole_target_and_first_token_can_disagree():
 def test_targets_with_one_first_token_are_left_out_and_seen_in_n():
     shared = [prob(0.5, 0.5, ids=[1, 2]), prob(0.5, 0.1, ids=[1, 3]), ""]
     metrics = FACT.score([make_row(0), make_row(1)], [shared, [*pair(0.1, 0.9), ""]])
-    assert metrics["es_first_token"] == Metric(0, 1)
-    assert metrics["efficacy_score"] == Metric(50, 2)
+    assert metrics["es_first_token"] == Metric(0, 1, 0, 0)
+    assert metrics["efficacy_score"] == Metric(50, 2, 0, 100)
     assert "es_first_token" not in FACT.score([make_row()], [shared])
 
 
@@ -187,7 +211,7 @@ def test_a_tie_is_no_success_and_one_zero_makes_the_score_zero():
     row = make_row(para=["p"], near=["n"])
     metrics = FACT.score([row], [[*pair(0.3, 0.3), *pair(0.9, 0.1), *pair(0.1, 0.9), ""]])
     assert metrics["efficacy_score"].value == 0
-    assert metrics["score"] == Metric(0, 1)
+    assert metrics["score"] == Metric(0, 1, 0, 0)
 
 
 def test_targets_too_unlikely_for_a_float_are_still_compared():

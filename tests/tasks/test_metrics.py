@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from molf.tasks import metrics
 from molf.tasks.metrics import mean, percentage, statistic
 
 
@@ -23,6 +24,24 @@ def test_percentage_and_its_certain_ends():
 
 def test_equal_records_give_equal_intervals():
     assert mean([1.0, 2.0, 4.0]) == mean([1.0, 2.0, 4.0])
+
+
+def test_many_records_are_drawn_in_pieces(monkeypatch):
+    values = list(np.random.default_rng(2).normal(size=50))
+    whole = mean(values)
+    sizes = []
+
+    def spread(columns):
+        sizes.append(columns[0].size)
+        return columns[0].mean(axis=-1)
+
+    monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", 320)
+    pieces = statistic(spread, values)
+    assert (pieces.value, pieces.n) == (whole.value, 50)
+    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=0.02)
+    assert max(sizes) == 300 and sum(sizes) == 50 * metrics.RESAMPLES + 50
+    monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", 10)
+    assert mean(values).n == 50
 
 
 def test_a_ratio_of_sums():

@@ -104,8 +104,9 @@ def _metric_lines(result: Result) -> list[str]:
     before = result.metrics_before or {}
     lines = ["| metric | before | after | n |", "| --- | ---: | ---: | ---: |"]
     for name, metric in result.metrics.items():
-        earlier = f"{before[name].value:.2f}" if name in before else ""
-        lines.append(f"| {name} | {earlier} | {metric.value:.2f} | {metric.n} |")
+        lines.append(f"| {name} | {before.get(name, '')} | {metric} | {metric.n} |")
+    if any(metric.low is not None for metric in result.metrics.values()):
+        lines += ["", "In parentheses: bootstrap 95 % interval over the evaluated records."]
     return lines
 
 

@@ -20,22 +20,23 @@ _DEPTH = re.compile(r"\.(\d+)\.")
 
 
 def metrics_table(result: Result) -> Table:
-    """Return the metrics of a run, with those before training and the change where they were measured."""
+    """Return the metrics of a run with their intervals, with those before training and the change where they were measured."""
     before = result.metrics_before
-    table = Table(title=str(result.config.get("run_name", "")), title_justify="left")
+    table = Table(title=str(result.config.get("run_name", "")), title_justify="left", box=box.SIMPLE)
+    if any(metric.low is not None for metric in result.metrics.values()):
+        table.caption = "(bootstrap 95 % interval)"
+        table.caption_justify = "left"
     table.add_column("metric")
     for column in ("before", "after", "change", "n") if before else ("value", "n"):
         table.add_column(column, justify="right")
     for name, metric in result.metrics.items():
         label = f"[bold]{name}[/bold]" if name == result.headline else name
         if before is None:
-            table.add_row(label, f"{metric.value:.2f}", str(metric.n))
+            table.add_row(label, str(metric), str(metric.n))
             continue
         earlier = before.get(name)
         change = "" if earlier is None else f"{metric.value - earlier.value:+.2f}"
-        table.add_row(
-            label, "" if earlier is None else f"{earlier.value:.2f}", f"{metric.value:.2f}", change, str(metric.n)
-        )
+        table.add_row(label, str(earlier or ""), str(metric), change, str(metric.n))
     return table
 
 

@@ -103,6 +103,8 @@ class Result:
         for group, metrics in (("metric", self.metrics), ("before", self.metrics_before or {})):
             for name, metric in metrics.items():
                 row |= {f"{group}/{name}": metric.value, f"{group}/{name}/n": metric.n}
+                if metric.low is not None:
+                    row |= {f"{group}/{name}/low": metric.low, f"{group}/{name}/high": metric.high}
         if self.training is not None:
             row |= {f"training/{name}": value for name, value in asdict(self.training).items()}
         row |= {f"routing/{name}": share for name, share in (self.routing or {}).items()}

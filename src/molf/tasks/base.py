@@ -130,6 +130,10 @@ class Metric:
     low: float | None = None
     high: float | None = None
 
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:.2f}, {self.high:.2f})"
+        return f"{self.value:.2f}{interval}"
+
 
 @dataclass(frozen=True)
 class Split:

@@ -6,15 +6,19 @@ an edit should raise P(new) above P(true) for its own prompt (efficacy) and for 
 P(true) above P(new) for prompts about other subjects (neighborhood).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import cast
+
+import numpy as np
 
 from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, Split, TargetScores
 from molf.tasks.data import cache_folder, download_once, read_records
+from molf.tasks.metrics import mean, percentage, statistic
 
 URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 SAMPLE = "counterfact_sample.jsonl.gz"
@@ -104,9 +108,9 @@ class Fact:
             **_prompt_metrics("paraphrase", [record.paraphrases for record in records]),
             **_prompt_metrics("neighborhood", [[p.swapped() for p in record.neighbors] for record in records]),
         }
-        scores = [metrics[name] for name in _SCORES if name in metrics]
-        if len(scores) == len(_SCORES):
-            metrics["score"] = Metric(float(harmonic_mean([m.value for m in scores])), min(m.n for m in scores))
+        if all(name in metrics for name in _SCORES):
+            score = statistic(_harmonic_mean, *zip(*(record.scores() for record in records), strict=True))
+            metrics["score"] = replace(score, n=min(metrics[name].n for name in _SCORES))
         first_tokens = [record.edit for record in records if record.edit.first_tokens_differ]
         metrics |= _percentage("es_first_token", [pair.wins_first_token for pair in first_tokens])
         for name in ("new", "true"):
@@ -193,6 +197,10 @@ class _Record:
     neighbors: list[_Pair]
     generated: str
 
+    def scores(self) -> tuple[float, float, float]:
+        """Return how often the pairs of each kind win, in percent; NaN where there are none of a kind."""
+        return _wins([self.edit]), _wins(self.paraphrases), _wins([pair.swapped() for pair in self.neighbors])
+
 
 def _read_answers(row: Row, answers: list[Answer]) -> _Record:
     """Take apart the answers to ``Fact.requests(row)``."""
@@ -203,17 +211,29 @@ def _read_answers(row: Row, answers: list[Answer]) -> _Record:
     return _Record(pairs[0], pairs[1 : 1 + paraphrases], pairs[1 + paraphrases :], generated.strip())
 
 
+def _wins(pairs: list[_Pair]) -> float:
+    return 100 * fmean(pair.wins for pair in pairs) if pairs else math.nan
+
+
+def _harmonic_mean(scores: list[np.ndarray]) -> np.ndarray:
+    """Return the harmonic mean of three scores' means over the records that have them, 0 where one of them is."""
+    one, two, three = (np.nansum(s, axis=-1) / np.maximum(1, np.isfinite(s).sum(axis=-1)) for s in scores)
+    pairwise = np.asarray(one * two + one * three + two * three)
+    means: np.ndarray = np.divide(3 * one * two * three, pairwise, out=np.zeros_like(pairwise), where=pairwise > 0)
+    return means
+
+
 def _prompt_metrics(kind: str, records: list[list[_Pair]]) -> dict[str, Metric]:
     """Return ``{kind}_score`` and ``{kind}_magnitude``, over the records that have prompts of this kind."""
     asked = [pairs for pairs in records if pairs]
     if not asked:
         return {}
     return {
-        f"{kind}_score": Metric(fmean(100 * fmean(pair.wins for pair in pairs) for pairs in asked), len(asked)),
-        f"{kind}_magnitude": Metric(fmean(100 * fmean(pair.margin for pair in pairs) for pairs in asked), len(asked)),
+        f"{kind}_score": mean([_wins(pairs) for pairs in asked]),
+        f"{kind}_magnitude": mean([100 * fmean(pair.margin for pair in pairs) for pairs in asked]),
     }
 
 
 def _percentage(name: str, outcomes: list[bool]) -> dict[str, Metric]:
     """Return the metric ``name``, or nothing if there is nothing to average."""
-    return {name: Metric(fmean(100 * outcome for outcome in outcomes), len(outcomes))} if outcomes else {}
+    return {name: percentage(outcomes)} if outcomes else {}

@@ -5,8 +5,7 @@ drawn anew with replacement, and the middle 95 % of the statistic over the draws
 of records only, so equal predictions give equal intervals, and two models are judged on the same draws.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from molf.tasks.base import Metric
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+_DRAWN_AT_ONCE = 1_000_000  # records, for all the resamples that are in memory together
 
 
 def percentage(outcomes: Iterable[bool]) -> Metric:
@@ -49,12 +49,14 @@ def statistic(compute: Callable[[list[np.ndarray]], np.ndarray], *columns: Seque
         raise ValueError(f"a metric averages one value a record; got columns of {[len(c) for c in columns]} values")
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     tail = (1 - CONFIDENCE) / 2
-    drawn = compute([array[_draws(n)] for array in arrays])
+    drawn = np.concatenate([compute([array[draws] for array in arrays]) for draws in _draws(n)])
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Metric(float(compute(arrays)), n, float(low), float(high))
 
 
-@lru_cache(maxsize=4)
-def _draws(n: int) -> np.ndarray:
-    """Return the records of every resample, ``[RESAMPLES, n]``."""
-    return np.random.default_rng(n).integers(0, n, size=(RESAMPLES, n), dtype=np.int32)
+def _draws(n: int) -> Iterator[np.ndarray]:
+    """Yield the records of all resamples, some ``[k, n]`` at a time."""
+    generator = np.random.default_rng(n)
+    at_once = max(1, _DRAWN_AT_ONCE // n)
+    for first in range(0, RESAMPLES, at_once):
+        yield generator.integers(0, n, size=(min(at_once, RESAMPLES - first), n), dtype=np.int32)
