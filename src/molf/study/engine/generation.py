@@ -1,15 +1,21 @@
 """Greedy continuations of prompts, batched."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from molf.study.engine.batching import Ids, base_model, batches, left_pad, tokenize
+from molf.study.engine.batching import Ids, base_model, batches, tokenize
+from molf.study.engine.prefix import Prefix, keeps_all, read_prefix
 from molf.tasks.base import Generate, Request
+
+_TOKENS_A_ROUND = 16
 
 
 def generate_texts(
@@ -35,40 +41,83 @@ def generate_texts(
         if not ids[request.prompt]:
             raise ValueError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")
         alike[request.max_new_tokens, request.stop].append(request)
+    prefix = read_prefix(model, list(ids.values()), most=min(map(len, ids.values()), default=1) - 1)
+    end_ids = _end_ids(model, tokenizer)
     texts: dict[Request, str] = {}
-    with logging.tqdm(total=len(requests), desc="Generations", disable=not progress) as bar:
+    with (
+        _plain_generation_config(model),
+        logging.tqdm(total=len(requests), desc="Generations", disable=not progress) as bar,
+    ):
         for (max_new_tokens, stop), group in alike.items():
+            ending = _Ending(tokenizer, max_new_tokens, end_ids, stop)
             for batch in batches(group, length, batch_tokens):
-                rows = [ids[request.prompt] for request in batch]
-                texts.update(zip(batch, _continue(model, tokenizer, rows, max_new_tokens, stop), strict=True))
+                found = _continue(model, [ids[request.prompt] for request in batch], prefix, ending)
+                texts.update(zip(batch, map(ending.text, found), strict=True))
                 bar.update(len(batch))
     return texts
 
 
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Ids],
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-) -> list[str]:
-    """Return the greedy continuation of every row, up to an end token or before the first stop string."""
-    input_ids, attention_mask = left_pad(batch, model.device)
-    end_ids = _end_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_id if pad_id is not None else next(iter(end_ids), None),
-        stop_strings=list(stop) or None,
-    )
-    with _plain_generation_config(model):
-        output = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, tokenizer=tokenizer
+@dataclass(frozen=True)
+class _Ending:
+    """What ends a continuation: its greatest length, one of the end tokens, or one of the stop strings."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    end_ids: list[int]
+    stop: tuple[str, ...]
+
+    def settings(self, count: int) -> GenerationConfig:
+        """Return the settings that add at most ``count`` greedy tokens."""
+        pad_id = self.tokenizer.pad_token_id
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=self.end_ids or None,
+            pad_token_id=pad_id if pad_id is not None else next(iter(self.end_ids), None),
+            stop_strings=list(self.stop) or None,
+            return_dict_in_generate=True,
         )
-    new_ids = output[:, input_ids.shape[1] :].tolist()
-    return [_cut(_decode(tokenizer, takewhile(lambda token: token not in end_ids, row)), stop) for row in new_ids]
+
+    def reached(self, new_ids: Sequence[int]) -> bool:
+        """Say whether a continuation is complete."""
+        if len(new_ids) >= self.max_new_tokens or not set(self.end_ids).isdisjoint(new_ids):
+            return True
+        text = self.tokenizer.decode(new_ids) if self.stop else ""
+        return any(string in text for string in self.stop)
+
+    def text(self, new_ids: Sequence[int]) -> str:
+        """Return the continuation without what ended it."""
+        own = list(takewhile(lambda token: token not in self.end_ids, new_ids))
+        text = str(self.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text[: min((text.index(string) for string in self.stop if string in text), default=len(text))]
+
+
+def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, ending: _Ending) -> list[list[int]]:
+    """Return the greedy continuation of every row; complete rows leave the batch every ``_TOKENS_A_ROUND`` tokens."""
+    keeps = keeps_all(model)
+    ids, mask = prefix.pad(batch, model.device)
+    cache: Any = prefix.of_batch(len(batch))
+    prompt_length = ids.shape[1]
+    going = list(range(len(batch)))
+    new_ids: list[list[int]] = [[] for _ in batch]
+    while going:
+        left = ending.max_new_tokens - (ids.shape[1] - prompt_length)
+        output: Any = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=ending.settings(min(_TOKENS_A_ROUND, left) if keeps else left),
+            tokenizer=ending.tokenizer,
+        )
+        ids, cache = output.sequences, output.past_key_values
+        for row, tokens in zip(going, ids[:, prompt_length:].tolist(), strict=True):
+            new_ids[row] = tokens
+        kept = [place for place, row in enumerate(going) if not ending.reached(new_ids[row])]
+        going = [going[place] for place in kept]
+        if going:
+            ids, mask = ids[kept], torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[kept]
+            cache.batch_select_indices(torch.tensor(kept, device=ids.device))
+    return new_ids
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -88,12 +137,3 @@ def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         base.generation_config = checkpoint_config
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _cut(text: str, stop: tuple[str, ...]) -> str:
-    """Return ``text`` up to the first of the stop strings in it."""
-    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]

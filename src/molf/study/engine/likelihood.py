@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from molf.study.engine.batching import Ids, base_model, batches, left_pad, tokenize
+from molf.study.engine.batching import Ids, base_model, batches, tokenize
+from molf.study.engine.prefix import Prefix, read_prefix
 from molf.tasks.base import Likelihood, Request, TargetScores
 
 _TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]
@@ -84,7 +85,9 @@ def longest_inputs(inputs: Sequence[Ids]) -> dict[Ids, Ids]:
 def score_targets(
     model: PreTrainedModel, encoded: Mapping[Likelihood, EncodedTarget], *, batch_tokens: int, progress: bool
 ) -> dict[Request, TargetScores]:
-    """Score the target of every request; the network reads no input that another one begins with.
+    """Score the target of every request.
+
+    The network reads no input that another one begins with, and what all inputs begin with only once.
 
     Raises:
         FloatingPointError: If the model gives NaN.
@@ -96,29 +99,32 @@ def score_targets(
     kept = {row: len(row) + 1 - min(encoded[r].start for r in on_row[row]) for row in on_row}
     # By length for little padding, then by the logits they need. The largest first: a lack of memory shows at once.
     rows = sorted(on_row, key=lambda row: (len(row), kept[row]), reverse=True)
+    prefix = read_prefix(model, rows, most=min((len(row) - kept[row] for row in rows), default=0))
     scores: dict[Request, TargetScores] = {}
     with logging.tqdm(total=len(rows), desc="Likelihoods", disable=not progress) as bar:
         for batch in batches(rows, len, batch_tokens):
             targets = [[encoded[request] for request in on_row[row]] for row in batch]
-            logits = _last_logits(model, batch, max(kept[row] for row in batch))
+            logits = _last_logits(model, batch, prefix, max(kept[row] for row in batch))
             found = _read_scores(logits, batch, targets)
             scores.update(zip([request for row in batch for request in on_row[row]], found, strict=True))
             bar.update(len(batch))
     return scores
 
 
-def _last_logits(model: PreTrainedModel, batch: Sequence[Ids], count: int) -> Tensor:
+def _last_logits(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, count: int) -> Tensor:
     """Return the logits [R, K, V] of the last ``count`` positions of the left-padded rows."""
-    input_ids, attention_mask = left_pad(batch, model.device)
+    input_ids, attention_mask = prefix.pad(batch, model.device)
+    done = len(prefix.ids)
     wanted = {
         # Not every model counts positions from the mask by itself.
-        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
-        "use_cache": False,
+        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, done:],
+        "past_key_values": prefix.of_batch(len(batch)),
+        "use_cache": bool(done),
         "logits_to_keep": count,
     }
     known = inspect.signature(base_model(model).forward).parameters
     accepted = {name: value for name, value in wanted.items() if name in known}
-    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **accepted).logits
+    logits: Tensor = model(input_ids=input_ids[:, done:], attention_mask=attention_mask, **accepted).logits
     return logits[:, -count:]
 
 

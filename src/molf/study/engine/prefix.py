@@ -1,0 +1,70 @@
+"""The beginning that all prompts of an evaluation share, such as worked examples or instructions, read once."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from molf.study.engine.batching import Ids, base_model, left_pad
+
+MIN_TOKENS = 16
+"""A shorter beginning is read again with every row: copying its cache would not pay."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all rows begin with, and the keys and values [1, heads, tokens, size] that a model made of them."""
+
+    ids: Ids = ()
+    cache: DynamicCache | None = None
+
+    def of_batch(self, rows: int) -> DynamicCache | None:
+        """Return a copy of the cache for so many rows, which the model may extend."""
+        cache = copy.deepcopy(self.cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(rows)
+        return cache
+
+    def pad(self, batch: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention mask [R, T] of whole rows; padding stands between the prefix and the rest."""
+        ids, mask = left_pad([row[len(self.ids) :] for row in batch], device)
+        prefix = torch.tensor([self.ids], dtype=ids.dtype, device=device).expand(len(batch), -1)
+        return torch.cat([prefix, ids], dim=1), torch.cat([torch.ones_like(prefix), mask], dim=1)
+
+
+def read_prefix(model: PreTrainedModel, rows: Sequence[Ids], most: int) -> Prefix:
+    """Run the model once over what all rows begin with; an empty prefix where that would not pay.
+
+    Args:
+        model: The model.
+        rows: The tokens of all rows.
+        most: The most tokens of a prefix.
+    """
+    shared = _shared_beginning(rows)[:most]
+    if len(set(rows)) < 2 or len(shared) < MIN_TOKENS or not keeps_all(model):
+        return Prefix()
+    cache = DynamicCache(config=base_model(model).config)
+    model(input_ids=torch.tensor([shared], device=model.device), past_key_values=cache, use_cache=True)
+    return Prefix(shared, cache)
+
+
+def _shared_beginning(rows: Sequence[Ids]) -> Ids:
+    # What the first and the last in order share, all between them share.
+    first, last = (min(rows), max(rows)) if rows else ((), ())
+    differ = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return first[: next(differ, min(len(first), len(last)))]
+
+
+def keeps_all(model: PreTrainedModel) -> bool:
+    """Say whether the model's cache is the keys and values of all tokens, so that rows can be copied and taken out.
+
+    Sliding windows would count the padding after a prefix, and recurrent states cannot be cut.
+    """
+    base = base_model(model)
+    takes_one = "past_key_values" in inspect.signature(base.forward).parameters
+    return takes_one and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
