@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from molf.cli import main
-from molf.study.comparison import compare as module
-from molf.study.comparison.compare import Comparison, Contender, Failure, Outcome, best, compare
+from molf.study import cells
+from molf.study.cells import Failure
+from molf.study.comparison.compare import Comparison, Contender, Outcome, best, compare
 from molf.study.comparison.report import comparison_table, draw_bars, markdown, rows_of, verdict, write_comparison
 from molf.study.config import RunConfig
 from molf.study.results import Result, Training
@@ -45,7 +46,7 @@ def comparison(settings, tmp_path):
 
 def start_with(monkeypatch, run):
     """Let a comparison, and nobody else, start its cells with ``run``."""
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture

@@ -1,25 +1,18 @@
 """Methods side by side on one task: settings chosen on rows of their own, then every method with several seeds.
 
-Each cell is a ``molf train`` run in a process and a folder of its own, so that memory is returned and a crash stays
-there. A finished cell is not run again, so an interrupted comparison goes on where it was.
+A finished cell (``molf.study.cells``) is not run again, so an interrupted comparison goes on where it was.
 """
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-import yaml
-
+from molf.study.cells import Cell, Failure, carry_out, make_cell
 from molf.study.config import RunConfig
-from molf.study.results import RESULT_FILE, Result, read_result
+from molf.study.results import Result
 from molf.tasks import get_task
-from molf.tasks.data import written_whole
-
-_TAIL = 15  # lines of a failed cell's log
 
 
 @dataclass(frozen=True)
@@ -64,46 +57,6 @@ class Comparison:
         if others:
             raise ValueError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
         return name
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        name: Name of its folder.
-        config: Its settings.
-    """
-
-    name: str
-    config: RunConfig
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return self.config.output_dir
-
-    @property
-    def log(self) -> Path:
-        """What it printed."""
-        return self.folder.with_name(f"{self.name}.log")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cell that did not finish.
-
-    Attributes:
-        cell: Its name.
-        status: Exit status of its process.
-        log: The log file.
-        tail: The end of it.
-    """
-
-    cell: str
-    status: int
-    log: Path
-    tail: str
 
 
 @dataclass(frozen=True)
@@ -173,7 +126,7 @@ def compare(comparison: Comparison, tell: Callable[[str], None] = lambda line: N
     failures: list[Failure] = []
 
     def finished(cells: Iterable[Cell]) -> list[Result]:
-        outcomes = [_carry_out(cell, comparison.keep_models, tell) for cell in cells]
+        outcomes = [carry_out(cell, comparison.keep_models, tell) for cell in cells]
         failures.extend(outcome for outcome in outcomes if isinstance(outcome, Failure))
         return [outcome for outcome in outcomes if isinstance(outcome, Result)]
 
@@ -212,42 +165,7 @@ def final_cells(comparison: Comparison, name: str, label: str) -> list[Cell]:
 
 
 def _cell(parent: Path, name: str, config: RunConfig, seed: int) -> Cell:
-    # What an interrupted run left in the folder is replaced; a finished one is never run again.
-    output = replace(config.output, overwrite=True, clean_ckpt_at_end=True)
-    train = config.train | {"seed": seed, "output_dir": str(parent / name), "run_name": name}
-    return Cell(name, replace(config, output=output, train=train))
-
-
-def _carry_out(cell: Cell, keep_models: bool, tell: Callable[[str], None]) -> Result | Failure:
-    if (cell.folder / RESULT_FILE).is_file():
-        return _checked(cell, read_result(cell.folder))
-    tell(f"{cell.folder} ...")
-    settings = cell.folder.with_name(f"{cell.name}.yaml")
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(settings) as partial:
-        partial.write_text(yaml.safe_dump(cell.config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    command = [sys.executable, "-m", "molf", "train", "--config", str(settings)]
-    with cell.log.open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status != 0:
-        tail = "\n".join(cell.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
-        tell(f"{cell.folder} failed with status {status}; the end of {cell.log}:\n{tail}")
-        return Failure(cell.name, status, cell.log, tail)
-    if not keep_models:
-        for weights in cell.folder.rglob("*.safetensors"):
-            weights.unlink()
-    return read_result(cell.folder)
-
-
-def _checked(cell: Cell, result: Result) -> Result:
-    """Return a finished cell's result if it is of the same settings; those that one side does not know are not compared."""
-    wanted = cell.config.to_dict()
-    different = [name for name, value in wanted.items() if name in result.config and result.config[name] != value]
-    if different:
-        raise ValueError(
-            f"{cell.folder} holds a run with another {', '.join(different)}; remove it or choose another output_root"
-        )
-    return result
+    return make_cell(parent, name, replace(config, train=config.train | {"seed": seed}))
 
 
 def _value(result: Result, metric: str) -> float:
