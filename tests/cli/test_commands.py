@@ -70,9 +70,10 @@ def test_eval_and_report(model_folder, capsys):
     assert json.loads(Path("scores/result.json").read_text())["training"] is None
     capsys.readouterr()
     Path("run/routing.png").unlink()
-    assert call("report run scores") == 0
+    assert call("report run scores --check") == 0
     shown = capsys.readouterr().out
     assert "routing: run/routing.png" in shown
+    assert shown.count("computed anew from the predictions: the same metrics") == 2
     assert Path("run/routing.png").is_file()
     rows = [line.split()[:3] for line in shown.split("runs")[-1].splitlines()]
     assert ["run", "molf", "fact"] in rows

@@ -77,17 +77,23 @@ def demo(argv: list[str]) -> None:
 
 def report(argv: list[str]) -> None:
     """``molf report``: tables of finished runs, and the routing pictures drawn anew."""
+    from molf.study.check import check_predictions
     from molf.study.report import draw_routing, metrics_table, runs_table
     from molf.study.results import read_result
     from molf.study.routing import ROUTING_FILE, read_routing
 
     parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    folders = parser.parse_args(argv).runs
+    parser.add_argument("--check", action="store_true", help="compute the metrics anew from the predictions as well")
+    args = parser.parse_args(argv)
+    folders = args.runs
     results = {str(folder): read_result(folder) for folder in folders}
     console = _console()
     for folder, result in zip(folders, results.values(), strict=True):
         console.print(metrics_table(result))
+        if args.check:
+            check_predictions(folder, result)
+            console.print("computed anew from the predictions: the same metrics")
         if (folder / ROUTING_FILE).is_file():
             picture = folder / "routing.png"
             draw_routing(read_routing(folder / ROUTING_FILE), picture, title=str(result.config["run_name"]))

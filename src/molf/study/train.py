@@ -12,7 +12,8 @@ from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.card import model_card
 from molf.study.config import RunConfig
 from molf.study.device import device_name, peak_memory_bytes
-from molf.study.engine.evaluate import Evaluation, evaluate, write_predictions
+from molf.study.engine.evaluate import Evaluation, evaluate
+from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
 from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
@@ -32,12 +33,7 @@ from molf.study.routing import read_routing
 from molf.study.sizing.sizes import measure
 from molf.tasks.data import written_whole
 
-CONFIG_FILE, PREDICTIONS_FILE, CARD_FILE, PICTURE_FILE = (
-    "config.yaml",
-    "predictions.jsonl.gz",
-    "README.md",
-    "routing.png",
-)
+CONFIG_FILE, CARD_FILE, PICTURE_FILE = "config.yaml", "README.md", "routing.png"
 
 
 def run(config: RunConfig) -> Result | None:

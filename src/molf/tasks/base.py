@@ -6,7 +6,7 @@ into metrics. So a benchmark is one file without any tensor, and every benchmark
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 Row: TypeAlias = dict[str, Any]
 """One record of a benchmark, with the field names its authors published."""
@@ -197,4 +197,13 @@ class Task(Protocol):
         Returns:
             Metrics by name. A metric that no row could decide is absent, never 0.
         """
+        ...
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A task that can also tell what came of every row, for the file of predictions."""
+
+    def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
+        """Return one plain JSON object per row, such as ``{"correct": true}``; the arguments are those of ``score``."""
         ...

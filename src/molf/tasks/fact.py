@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -118,6 +118,14 @@ class Fact:
             exact = [record.generated == target for record, target in zip(records, expected, strict=True)]
             metrics |= _percentage(f"exact_{name}", exact)
         return metrics
+
+    def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
+        """Return the three scores of every edit, without those that it has no prompts for."""
+        records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
+        return [
+            {name: value for name, value in zip(_SCORES, record.scores(), strict=True) if not math.isnan(value)}
+            for record in records
+        ]
 
 
 def edit_prompt(row: Row) -> str:

@@ -1,10 +1,8 @@
 import dataclasses
-import gzip
-import json
 
 import pytest
 
-from molf.study.engine.evaluate import evaluate, write_predictions
+from molf.study.engine.evaluate import evaluate
 from molf.study.engine.inference import answer
 from molf.tasks.fact import Fact
 
@@ -57,22 +55,3 @@ def test_a_number_can_be_traced_to_its_predictions(tiny_model, tiny_tokenizer, r
 def test_no_rows_is_an_error(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match="no rows to evaluate the task 'fact' on"):
         evaluate(tiny_model, tiny_tokenizer, FACT, [])
-
-
-def test_predictions_are_written_whole_and_alike(tmp_path):
-    predictions = [{"row": 0, "answers": [{"text": "東京"}]}, {"row": 1, "answers": []}]
-    one, other = tmp_path / "one.jsonl.gz", tmp_path / "other.jsonl.gz"
-    write_predictions(one, predictions)
-    write_predictions(other, predictions)
-    assert one.read_bytes() == other.read_bytes()
-    with gzip.open(one, "rt", encoding="utf-8") as file:
-        assert [json.loads(line) for line in file] == predictions
-    with pytest.raises(TypeError):
-        write_predictions(one, [{"row": 0}, {"row": object()}])
-    assert one.read_bytes() == other.read_bytes()
-    assert sorted(tmp_path.iterdir()) == [one, other]
-
-
-def test_predictions_need_the_name_of_their_format(tmp_path):
-    with pytest.raises(ValueError, match="must end in .jsonl.gz"):
-        write_predictions(tmp_path / "predictions.json", [])

@@ -1,0 +1,92 @@
+"""The file that keeps what every number of an evaluation was computed from, and the numbers computed anew from it."""
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
+from molf.tasks.base import Explained
+from molf.tasks.data import read_records, written_whole
+
+PREDICTIONS_FILE = "predictions.jsonl.gz"
+_FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
+
+
+def as_predictions(
+    task: Task, rows: Sequence[Row], requests: Sequence[Sequence[Request]], answers: Sequence[Sequence[Answer]]
+) -> list[dict[str, Any]]:
+    """Return one plain JSON object per row: its number, its record, what was asked and answered, and what came of it.
+
+    Args:
+        task: The benchmark; where it tells the outcome of every row, that is kept too.
+        rows: The evaluated rows.
+        requests: What was asked about each.
+        answers: The answers, in the same order.
+    """
+    outcomes = task.outcomes(list(rows), [list(given) for given in answers]) if isinstance(task, Explained) else None
+    return [
+        {
+            "row": number,
+            # Dates and the like, which some file formats have, become text.
+            "record": json.loads(json.dumps(row, default=str)),
+            "answers": [_record(request, given) for request, given in zip(asked, got, strict=True)],
+            **({"outcome": outcomes[number]} if outcomes is not None else {}),
+        }
+        for number, (row, asked, got) in enumerate(zip(rows, requests, answers, strict=True))
+    ]
+
+
+def _record(request: Request, given: Answer) -> dict[str, Any]:
+    """Return a request and its answer as plain JSON."""
+    return {**asdict(request), **({"text": given} if isinstance(given, str) else asdict(given))}
+
+
+def _answer(record: dict[str, Any]) -> Answer:
+    """Take back the answer from what ``_record`` gave."""
+    if "text" in record:
+        return str(record["text"])
+    logprobs, token_ids = tuple(record["logprobs"]), tuple(record["token_ids"])
+    if "options" in record:
+        return OptionScores(logprobs, token_ids)
+    return TargetScores(logprobs, token_ids, tuple(record["greedy"]))
+
+
+def rescored(path: Path, task: Task) -> dict[str, Metric]:
+    """Compute the metrics anew from a file of predictions; no model is needed.
+
+    Args:
+        path: What ``write_predictions`` wrote.
+        task: The benchmark.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds something else.
+    """
+    predictions = read_records(path, _FIELDS)
+    answers = [[_answer(record) for record in prediction["answers"]] for prediction in predictions]
+    return task.score([prediction["record"] for prediction in predictions], answers)
+
+
+def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None:
+    """Write predictions as gzip-compressed JSON Lines; equal predictions give equal bytes.
+
+    Args:
+        path: The file, named ``*.jsonl.gz``. It is written whole or not at all.
+        predictions: One JSON object per row.
+
+    Raises:
+        ValueError: If ``path`` has another name.
+    """
+    if not path.name.endswith(".jsonl.gz"):
+        raise ValueError(f"predictions are gzip-compressed JSON Lines; {path} must end in .jsonl.gz")
+    with (
+        written_whole(path) as partial,
+        partial.open("wb") as raw,
+        # Without name and time in its header, so that the bytes depend on the predictions alone.
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
+    ):
+        for prediction in predictions:
+            file.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
