@@ -1,14 +1,12 @@
-import csv
 import dataclasses
 import json
-import multiprocessing
 import shutil
 import subprocess
 
 import pytest
 
 from molf.study import results
-from molf.study.results import Result, Training, append_csv, library_versions, read_result, source_commit, write_result
+from molf.study.results import Result, Training, library_versions, read_result, source_commit, write_result
 from molf.tasks.base import Metric
 
 
@@ -67,36 +65,6 @@ def test_what_is_no_result_is_refused(content, tmp_path):
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         read_result(tmp_path)
-
-
-def test_csv_columns_may_grow(tmp_path):
-    path = tmp_path / "new" / "log.csv"
-    append_csv(path, {"a": 1, "b": "x, y\nz"})
-    append_csv(path, {"b": 2, "c": 3})
-    append_csv(path, {"a": 4})
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["a", "b", "c"]
-    assert [list(row.values()) for row in rows] == [["1", "x, y\nz", ""], ["", "2", "3"], ["4", "", ""]]
-
-
-def _append_many(path, writer):
-    for number in range(5):
-        append_csv(path, {f"writer{writer}": number})
-
-
-def test_csv_of_several_processes_loses_no_row(tmp_path):
-    path = tmp_path / "log.csv"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_append_many, args=(path, writer)) for writer in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert sorted(row["writer0"] for row in rows if row["writer0"]) == list("01234")
-    assert sorted(row["writer1"] for row in rows if row["writer1"]) == list("01234")
 
 
 def test_versions_are_all_known():

@@ -1,6 +1,5 @@
 """The record of a run: one typed value, kept as ``result.json`` and as a row of a CSV file."""
 
-import csv
 import importlib.metadata
 import json
 import shutil
@@ -9,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 import molf
 from molf.tasks.base import Metric
@@ -141,30 +138,6 @@ def read_result(folder: Path) -> Result:
         return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a result of this version of molf: {error}") from error
-
-
-def append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file that several runs may share.
-
-    New columns are appended and are empty in older rows, so the whole file is rewritten, under a lock beside it.
-
-    Args:
-        path: The file; made with its parents where missing.
-        row: Values by column.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        rows: list[Mapping[str, Any]] = []
-        columns: list[str] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                rows, columns = list(reader), list(reader.fieldnames or [])
-        columns += [name for name in row if name not in columns]
-        with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows([*rows, row])
 
 
 def library_versions() -> dict[str, str]:

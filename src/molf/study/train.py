@@ -11,6 +11,7 @@ import yaml
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.card import model_card
 from molf.study.config import RunConfig
+from molf.study.csv_log import append_csv
 from molf.study.device import device_name, peak_memory_bytes
 from molf.study.engine.evaluate import Evaluation, evaluate
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
@@ -23,7 +24,6 @@ from molf.study.results import (
     RESULT_FILE,
     Result,
     Training,
-    append_csv,
     library_versions,
     read_result,
     source_commit,
