@@ -1,0 +1,203 @@
+"""Phase 2 of the merged form: the winner's step inside the effective weight, tile by tile, one launch for the whole model.
+
+With ``W_eff = W + sum_i s_i B_i A_i`` and the pairs already moved (``B'``, ``A'``, changes ``dB``, ``dA``):
+
+    fft won      W_eff -= lr wd (W_eff - sum_i s_i B_i A_i) + lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    LoRA i won   W_eff += s_i (B_i dA + dB A_i')
+
+A tile reads moments where ``fft`` won, and pairs where one won or is decayed away from; nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels.moments import Scalars
+from molf.kernels.tables import Tables
+from molf.kernels.winners import held, load_weight, store_weight
+
+__all__ = ["Effective", "MovedPair", "fold_winners_"]
+
+_TILE, _DEPTH = 64, 32
+
+
+class MovedPair(NamedTuple):
+    """A LoRA expert after its step: the pair as it is now, the changes (of no meaning where it lost), and its scale.
+
+    ``started`` is a 0-dim float32 tensor on the device, how often the pair had moved before this step.
+    """
+
+    A: Tensor
+    B: Tensor
+    dA: Tensor
+    dB: Tensor
+    scale: float
+    started: Tensor
+
+
+class Effective(NamedTuple):
+    """A layer's effective weight: its parameter, low part, moments, rate and decay, and its R pairs."""
+
+    weight: Tensor
+    low: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    layer: int
+    lr: float
+    weight_decay: float
+    pairs: tuple[MovedPair, ...]
+
+
+@triton.jit
+def _product(left, right, rows, columns, n_out, n_in, r, ranks, sign_left, sign_right):
+    """Return ``(L + sign_left * dL)[rows, ranks] @ (R + sign_right * dR)[ranks, columns]``; a sign of 0 leaves the change out.
+
+    ``left`` and ``right`` are each the address of a matrix and of its change.
+    """
+    at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+    inside = (rows < n_out)[:, None] & (ranks < r)[None, :]
+    x = tl.load(left[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    if sign_left != 0:
+        x += sign_left * tl.load(left[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
+    inside = (ranks < r)[:, None] & (columns < n_in)[None, :]
+    y = tl.load(right[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    if sign_right != 0:
+        y += sign_right * tl.load(right[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    return tl.dot(x, y, input_precision="tf32")
+
+
+@triton.jit
+def _fold(
+    weights,
+    lows,
+    exp_avgs,
+    exp_avg_sqs,
+    pairs,
+    starteds,
+    shapes,
+    ranks_of,
+    scales,
+    layers,
+    rates,
+    corrections,
+    chosen,
+    tiles,
+    go,
+    eps,
+    seed,
+    R: tl.constexpr,
+    HELD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    if tl.load(go) == 0:
+        return
+    tile = tl.program_id(0)
+    i = tl.load(tiles + 3 * tile)
+    rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM)
+    columns = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BN)
+    n_out, n_in = tl.load(shapes + 2 * i), tl.load(shapes + 2 * i + 1)
+    layer = tl.load(layers + i)
+    won = chosen + layer * (R + 1)
+    at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
+    inside = (rows < n_out)[:, None] & (columns < n_in)[None, :]
+    weight, low = tl.load(weights + i), tl.load(lows + i)
+    W = load_weight(weight, low, at, inside, HELD)
+    fft = tl.load(won) != 0
+    if fft:
+        lr, decay = tl.load(rates + 2 * i), tl.load(rates + 2 * i + 1)
+        base = W
+        if decay != 0:
+            for e in tl.static_range(R):
+                if tl.load(tl.load(starteds + i * R + e).to(tl.pointer_type(tl.float32))) != 0:
+                    A, B = tl.load(pairs + 4 * (i * R + e)), tl.load(pairs + 4 * (i * R + e) + 1)
+                    dA, dB = tl.load(pairs + 4 * (i * R + e) + 2), tl.load(pairs + 4 * (i * R + e) + 3)
+                    moved = (tl.load(won + e + 1) != 0).to(tl.float32)
+                    r = tl.load(ranks_of + i * R + e)
+                    total = tl.zeros((BM, BN), dtype=tl.float32)
+                    for k in range(0, r, BK):
+                        ranks = k + tl.arange(0, BK)
+                        total += _product((B, dB), (A, dA), rows, columns, n_out, n_in, r, ranks, -moved, -moved)
+                    base -= tl.load(scales + i * R + e) * total
+        correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
+        m = tl.load(tl.load(exp_avgs + i).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        v = tl.load(tl.load(exp_avg_sqs + i).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        W -= lr * decay * base + lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
+    for e in tl.static_range(R):
+        if tl.load(won + e + 1) != 0:
+            A, B = tl.load(pairs + 4 * (i * R + e)), tl.load(pairs + 4 * (i * R + e) + 1)
+            dA, dB = tl.load(pairs + 4 * (i * R + e) + 2), tl.load(pairs + 4 * (i * R + e) + 3)
+            r = tl.load(ranks_of + i * R + e)
+            total = tl.zeros((BM, BN), dtype=tl.float32)
+            for k in range(0, r, BK):
+                ranks = k + tl.arange(0, BK)
+                total += _product((B, dB), (dA, dA), rows, columns, n_out, n_in, r, ranks, -1.0, 0.0)
+                total += _product((dB, dB), (A, A), rows, columns, n_out, n_in, r, ranks, 0.0, 0.0)
+            W += tl.load(scales + i * R + e) * total
+    store_weight(weight, low, at, inside, W, seed + i, HELD)
+
+
+def fold_winners_(
+    layers: Sequence[Effective],
+    chosen: Tensor,
+    corrections: Tensor,
+    eps: float,
+    scalars: Scalars,
+    tables: Tables,
+    seed: int = 0,
+) -> None:
+    """Take the winners' step in all effective weights.
+
+    Args:
+        layers: Every layer with its pairs, the same number R of pairs in all.
+        chosen: Whether each expert won, int8 ``[L * E]`` on the device, ``fft`` first in every layer.
+        corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
+        eps: Added to the denominator.
+        scalars: Whether to go on.
+        tables: Of this device.
+        seed: Of this step's stochastic rounding.
+    """
+
+    def kind(layer: Effective) -> int:
+        return held(layer.weight, layer.low)
+
+    for how, group in groupby(sorted(layers, key=kind), key=kind):
+        own, name = list(group), f"fold.{how}"
+        pairs = [pair for layer in own for pair in layer.pairs]
+        shapes = tuple((layer.weight.shape[0], layer.weight.shape[1]) for layer in own)
+        tiles = tables.tiles(f"{name}.tiles", shapes, (_TILE, _TILE))
+        weights = tables.pointers(f"{name}.weights", [layer.weight for layer in own])
+        lows = [layer.low for layer in own if layer.low is not None]
+        _fold[(len(tiles),)](
+            weights,
+            tables.pointers(f"{name}.lows", lows) if lows else weights,
+            tables.pointers(f"{name}.exp_avgs", [layer.exp_avg for layer in own]),
+            tables.pointers(f"{name}.exp_avg_sqs", [layer.exp_avg_sq for layer in own]),
+            tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
+            tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
+            tables.numbers(f"{name}.shapes", tuple(n for shape in shapes for n in shape), torch.int32),
+            tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
+            tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
+            tables.numbers(f"{name}.layers", tuple(layer.layer for layer in own), torch.int32),
+            tables.numbers(f"{name}.rates", tuple(x for layer in own for x in (layer.lr, layer.weight_decay)), torch.float32),
+            corrections,
+            chosen,
+            tiles,
+            scalars.go,
+            eps,
+            seed,
+            R=len(own[0].pairs),
+            HELD=how,
+            BM=_TILE,
+            BN=_TILE,
+            BK=_DEPTH,
+        )

@@ -1,0 +1,169 @@
+"""Phase 1: move the moments of every expert, and add up what the scores are made of.
+
+    m += (1 - b1) (g - m)        v = b2 v + (1 - b2) g g        EPD: sum m u,  PFN: sum u u,  u = m / (sqrt(v) + eps)
+
+Every block of a tensor leaves one partial sum; a second launch adds them up per expert in the order of the blocks, so that
+equal inputs give equal scores, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels.tables import Tables
+
+__all__ = ["Moments", "Scalars", "move_moments_"]
+
+_CHUNK, _BLOCK = 4096, 1024
+_STRIP = 256
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+class Moments(NamedTuple):
+    """One tensor of an expert in phase 1: gradient (float32 or bf16), float32 moments, and its expert's number ``l * E + e``."""
+
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    expert: int
+
+
+class Scalars(NamedTuple):
+    """What all kernels of a step read on the device, 0-dim float32.
+
+    Attributes:
+        go: 0 if the step is to be left out (a gradient is not finite), else 1.
+        clip: What gradients are multiplied by.
+    """
+
+    go: Tensor
+    clip: Tensor
+
+
+@triton.jit
+def _moments(
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    sizes,
+    blocks,
+    partials,
+    go,
+    clip,
+    beta1,
+    beta2,
+    eps,
+    GRAD: tl.constexpr,
+    PFN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if tl.load(go) == 0:
+        return
+    slot = tl.load(blocks + 2 * block)
+    start = tl.load(blocks + 2 * block + 1)
+    size = tl.load(sizes + slot)
+    grad = tl.load(grads + slot).to(tl.pointer_type(GRAD))
+    exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
+    exp_avg_sq = tl.load(exp_avg_sqs + slot).to(tl.pointer_type(tl.float32))
+    factor = tl.load(clip)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, CHUNK, BLOCK):
+        at = start + first + tl.arange(0, BLOCK)
+        inside = at < size
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        u = m / (tl.sqrt(v) + eps)
+        total += u * u if PFN else m * u  # 0 outside: m is
+    tl.store(partials + block, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _totals(partials, bounds, totals, STRIP: tl.constexpr):
+    expert = tl.program_id(0)
+    first = tl.load(bounds + 2 * expert)
+    last = tl.load(bounds + 2 * expert + 1)
+    total = tl.zeros((STRIP,), dtype=tl.float64)
+    for start in range(first, last, STRIP):
+        at = start + tl.arange(0, STRIP)
+        total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
+    tl.store(totals + expert, tl.sum(total, axis=0))
+
+
+def move_moments_(
+    slots: Sequence[Moments],
+    experts: int,
+    betas: tuple[float, float],
+    eps: float,
+    pfn: bool,
+    scalars: Scalars,
+    tables: Tables,
+) -> Tensor:
+    """Move all moments and return every expert's sum, float64 ``[experts]``; zeros if the step is left out.
+
+    Args:
+        slots: The tensors in any order; the gradients of one expert are of one dtype.
+        experts: Number of experts of all layers together, ``L * E``.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        pfn: Sum ``u u`` instead of ``m u``.
+        scalars: Whether to go on, and the factor of the gradients.
+        tables: Of this device.
+    """
+    # A launch per dtype: dense gradients may be bf16 while those of pairs are float32. Experts stay together.
+    ordered = sorted(slots, key=lambda slot: (str(slot.grad.dtype), slot.expert))
+    counts = [triton.cdiv(slot.exp_avg.numel(), _CHUNK) for slot in ordered]
+    partials = torch.zeros(sum(counts), device=tables.device, dtype=torch.float32)
+    first = 0
+    for dtype, group in groupby(ordered, key=lambda slot: slot.grad.dtype):
+        own = list(group)
+        name, sizes = f"moments.{dtype}", tuple(slot.exp_avg.numel() for slot in own)
+        blocks = tables.blocks(f"{name}.blocks", sizes, _CHUNK)
+        if len(blocks):
+            _moments[(len(blocks),)](
+                tables.pointers(f"{name}.grads", [slot.grad for slot in own]),
+                tables.pointers(f"{name}.exp_avgs", [slot.exp_avg for slot in own]),
+                tables.pointers(f"{name}.exp_avg_sqs", [slot.exp_avg_sq for slot in own]),
+                tables.numbers(f"{name}.sizes", sizes, torch.int64),
+                blocks,
+                partials[first:],
+                scalars.go,
+                scalars.clip,
+                *betas,
+                eps,
+                GRAD=_TYPES[dtype],
+                PFN=pfn,
+                CHUNK=_CHUNK,
+                BLOCK=_BLOCK,
+            )
+        first += len(blocks)
+    bounds = tables.numbers("moments.bounds", _bounds([slot.expert for slot in ordered], counts, experts), torch.int32)
+    totals = torch.zeros(experts, device=tables.device, dtype=torch.float64)
+    if experts:
+        _totals[(experts,)](partials, bounds, totals, STRIP=_STRIP)
+    return totals
+
+
+def _bounds(owners: Sequence[int], counts: Sequence[int], experts: int) -> tuple[int, ...]:
+    """Return first and last + 1 of the partial sums of every expert, flat; both 0 where it has none."""
+    bounds = [0] * (2 * experts)
+    at = 0
+    for expert, group in groupby(zip(owners, counts, strict=True), key=lambda slot: slot[0]):
+        n = sum(count for _, count in group)
+        assert bounds[2 * expert + 1] == 0, "the gradients of one expert are of one dtype"
+        bounds[2 * expert : 2 * expert + 2] = at, at + n
+        at += n
+    return tuple(bounds)

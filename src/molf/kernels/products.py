@@ -1,0 +1,132 @@
+"""The gradients of all LoRA pairs of the merged form, from the dense gradients ``G [out, in]``, in two launches.
+
+    dB_i = s_i G A_i^T  [out, r]        dA_i = s_i B_i^T G  [r, in]
+
+``G`` is read as it is, float32 or bf16: no copy of it is made. Products are taken on the tensor cores (TF32) and added up in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels.tables import Tables
+
+__all__ = ["Product", "pair_gradients"]
+
+_TILE, _RANKS, _DEPTH = 64, 64, 32
+
+
+class Product(NamedTuple):
+    """A pair with the dense gradient of its layer; all of one dtype of ``G``.
+
+    ``started`` is a 0-dim float32 tensor on the device: how often the pair has moved. As long as that is 0, B is zero, and so is dA.
+    """
+
+    G: Tensor
+    A: Tensor
+    B: Tensor
+    scale: float
+    started: Tensor
+    dA: Tensor
+    dB: Tensor
+
+
+@triton.jit
+def _gradient_of_B(
+    Gs, As, dBs, shapes, scales, tiles, GRAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):
+    tile = tl.program_id(0)
+    i = tl.load(tiles + 3 * tile)
+    rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM)
+    ranks = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BR)
+    n_out, n_in, r = tl.load(shapes + 3 * i), tl.load(shapes + 3 * i + 1), tl.load(shapes + 3 * i + 2)
+    G = tl.load(Gs + i).to(tl.pointer_type(GRAD))
+    A = tl.load(As + i).to(tl.pointer_type(tl.float32))
+    dB = tl.load(dBs + i).to(tl.pointer_type(tl.float32))
+    total = tl.zeros((BM, BR), dtype=tl.float32)
+    for k in range(0, n_in, BK):
+        columns = k + tl.arange(0, BK)
+        at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
+        g = tl.load(G + at, mask=(rows < n_out)[:, None] & (columns < n_in)[None, :], other=0.0).to(tl.float32)
+        at = ranks.to(tl.int64)[None, :] * n_in + columns[:, None]
+        a = tl.load(A + at, mask=(ranks < r)[None, :] & (columns < n_in)[:, None], other=0.0)
+        total = tl.dot(g, a, total, input_precision="tf32")
+    at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+    tl.store(dB + at, total * tl.load(scales + i), mask=(rows < n_out)[:, None] & (ranks < r)[None, :])
+
+
+@triton.jit
+def _gradient_of_A(
+    Gs, Bs, dAs, starteds, shapes, scales, tiles, GRAD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):
+    tile = tl.program_id(0)
+    i = tl.load(tiles + 3 * tile)
+    ranks = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BR)
+    columns = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BN)
+    n_out, n_in, r = tl.load(shapes + 3 * i), tl.load(shapes + 3 * i + 1), tl.load(shapes + 3 * i + 2)
+    G = tl.load(Gs + i).to(tl.pointer_type(GRAD))
+    B = tl.load(Bs + i).to(tl.pointer_type(tl.float32))
+    dA = tl.load(dAs + i).to(tl.pointer_type(tl.float32))
+    total = tl.zeros((BR, BN), dtype=tl.float32)
+    if tl.load(tl.load(starteds + i).to(tl.pointer_type(tl.float32))) != 0:
+        for k in range(0, n_out, BK):
+            rows = k + tl.arange(0, BK)
+            at = rows.to(tl.int64)[None, :] * r + ranks[:, None]
+            b = tl.load(B + at, mask=(rows < n_out)[None, :] & (ranks < r)[:, None], other=0.0)
+            at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
+            g = tl.load(G + at, mask=(rows < n_out)[:, None] & (columns < n_in)[None, :], other=0.0).to(tl.float32)
+            total = tl.dot(b, g, total, input_precision="tf32")
+    at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
+    tl.store(dA + at, total * tl.load(scales + i), mask=(ranks < r)[:, None] & (columns < n_in)[None, :])
+
+
+def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
+    """Fill ``dA`` and ``dB`` of all pairs.
+
+    Args:
+        products: The pairs; the gradients of their layers are all float32 or all bf16.
+        tables: Of this device.
+    """
+    if not products:
+        return
+    dtypes = {product.G.dtype for product in products}
+    assert len(dtypes) == 1, "the dense gradients of one launch are of one dtype"
+    grad = tl.bfloat16 if dtypes == {torch.bfloat16} else tl.float32
+    shapes = tuple((p.G.shape[0], p.G.shape[1], p.A.shape[0]) for p in products)
+    sizes = tables.numbers("products.shapes", tuple(n for shape in shapes for n in shape), torch.int32)
+    scales = tables.numbers("products.scales", tuple(p.scale for p in products), torch.float32)
+    Gs = tables.pointers("products.G", [p.G for p in products])
+    tiles = tables.tiles("products.dB.tiles", tuple((n_out, r) for n_out, _, r in shapes), (_TILE, _RANKS))
+    _gradient_of_B[(len(tiles),)](
+        Gs,
+        tables.pointers("products.A", [p.A for p in products]),
+        tables.pointers("products.dB", [p.dB for p in products]),
+        sizes,
+        scales,
+        tiles,
+        GRAD=grad,
+        BM=_TILE,
+        BR=_RANKS,
+        BK=_DEPTH,
+    )
+    tiles = tables.tiles("products.dA.tiles", tuple((r, n_in) for _, n_in, r in shapes), (_RANKS, _TILE))
+    _gradient_of_A[(len(tiles),)](
+        Gs,
+        tables.pointers("products.B", [p.B for p in products]),
+        tables.pointers("products.dA", [p.dA for p in products]),
+        tables.pointers("products.started", [p.started for p in products]),
+        sizes,
+        scales,
+        tiles,
+        GRAD=grad,
+        BN=_TILE,
+        BR=_RANKS,
+        BK=_DEPTH,
+    )

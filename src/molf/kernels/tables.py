@@ -1,0 +1,79 @@
+"""What a launch over many tensors reads: tables of pointers and of blocks of work, on the device.
+
+A table is copied to the device when it changes only. Gradients are new tensors at most steps, but allocators give back the
+same memory, so most steps copy nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tables"]
+
+
+class Tables:
+    """Tables of one device by name, each remembered with what it was made from.
+
+    Args:
+        device: Where the kernels run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._kept: dict[str, tuple[Hashable, Tensor]] = {}
+
+    def pointers(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the addresses of tensors, int64; copied again when any of them has moved.
+
+        Raises:
+            ValueError: If a tensor is not contiguous or lies on another device.
+        """
+        for x in tensors:
+            if not x.is_contiguous() or x.device != self.device:
+                raise ValueError(
+                    f"a fused step needs contiguous tensors on {self.device}, but one of {name} has strides {x.stride()} "
+                    f"on {x.device}: use fused=False"
+                )
+        return self.numbers(name, tuple(x.data_ptr() for x in tensors), torch.int64)
+
+    def numbers(self, name: str, values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        """Return numbers on the device; copied again when any of them has changed."""
+        return self.made(name, (dtype, values), lambda: torch.tensor(values, dtype=dtype, device="cpu"))
+
+    def made(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed."""
+        found = self._kept.get(name)
+        if found is None or found[0] != key:
+            table = make()
+            if self.device.type == "cuda":
+                # From pinned memory the copy need not wait; the table on the host is kept alive by PyTorch until it is done.
+                table = table.pin_memory().to(self.device, non_blocking=True)
+            found = (key, table)
+            self._kept[name] = found
+        return found[1]
+
+    def blocks(self, name: str, sizes: tuple[int, ...], block: int) -> Tensor:
+        """Cut flat tensors into blocks: ``[N, 2]`` int64, the tensor's number and where in it the block begins."""
+
+        def make() -> Tensor:
+            rows = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, block)]
+            return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
+
+        return self.made(name, (sizes, block), make)
+
+    def tiles(self, name: str, shapes: tuple[tuple[int, int], ...], tile: tuple[int, int]) -> Tensor:
+        """Cut matrices into tiles: ``[N, 3]`` int32, the matrix's number, first row and first column."""
+
+        def make() -> Tensor:
+            rows = [
+                (i, row, column)
+                for i, (height, width) in enumerate(shapes)
+                for row in range(0, height, tile[0])
+                for column in range(0, width, tile[1])
+            ]
+            return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 3)
+
+        return self.made(name, (shapes, tile), make)

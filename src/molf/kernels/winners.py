@@ -1,0 +1,191 @@
+"""Phase 2: the AdamW step of the tensors whose expert won; blocks of the others return at once and read nothing.
+
+    p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+A bf16 parameter is held with its 16-bit low part (``p = join(high, low)``, ``molf.precision``) or rounded stochastically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels.moments import Scalars
+from molf.kernels.tables import Tables
+
+__all__ = ["FLOAT", "SPLIT", "STOCHASTIC", "Step", "held", "load_weight", "move_winners_", "store_weight"]
+
+_CHUNK, _BLOCK = 4096, 1024
+
+FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
+"""How a weight is held: float32; bf16 with a low part; bf16, rounded stochastically."""
+
+
+class Step(NamedTuple):
+    """One tensor in phase 2.
+
+    Attributes:
+        param: Float32 or bf16.
+        low: The low part of a bf16 parameter, or None.
+        exp_avg: First moment, float32.
+        exp_avg_sq: Second moment, float32.
+        expert: Number of its expert, ``l * E + e``; its entry of ``chosen`` says whether it moves.
+        layer: Number of its layer, for the step count.
+        lr: Learning rate.
+        weight_decay: Decoupled decay.
+        change: Where the change of the parameter is left, float32, or None. It is not written where the expert lost.
+    """
+
+    param: Tensor
+    low: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    expert: int
+    layer: int
+    lr: float
+    weight_decay: float
+    change: Tensor | None = None
+
+
+def held(param: Tensor, low: Tensor | None) -> int:
+    """Tell how a weight is held."""
+    if param.dtype == torch.float32:
+        return FLOAT
+    return STOCHASTIC if low is None else SPLIT
+
+
+@triton.jit
+def load_weight(param, low, at, inside, HELD: tl.constexpr):
+    """Return the float32 value of elements ``at`` of a parameter given by its address."""
+    if HELD == 0:
+        return tl.load(param.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    bits = tl.load(param.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int32)
+    if HELD == 1:
+        rest = tl.load(low.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int32)
+        # Below zero there is no float: the rest of a weight that was zeroed by hand counts as none.
+        rest = tl.where(((bits & 0x7FFF) == 0) & (rest < 0), 0, rest)
+        return ((bits << 16) + rest).to(tl.float32, bitcast=True)
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_weight(param, low, at, inside, value, seed, HELD: tl.constexpr):
+    """Store float32 values as elements ``at`` of a parameter given by its address."""
+    if HELD == 0:
+        tl.store(param.to(tl.pointer_type(tl.float32)) + at, value, mask=inside)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        if HELD == 1:
+            high = (bits + 0x8000) >> 16
+            tl.store(low.to(tl.pointer_type(tl.int16)) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
+        else:
+            high = (bits + (tl.randint(seed, at) & 0xFFFF).to(tl.int32)) >> 16
+        tl.store(param.to(tl.pointer_type(tl.int16)) + at, high.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _winners(
+    params,
+    lows,
+    exp_avgs,
+    exp_avg_sqs,
+    changes,
+    sizes,
+    experts,
+    layers,
+    rates,
+    corrections,
+    chosen,
+    blocks,
+    go,
+    eps,
+    seed,
+    HELD: tl.constexpr,
+    KEEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slot = tl.load(blocks + 2 * block)
+    if (tl.load(go) == 0) | (tl.load(chosen + tl.load(experts + slot)) == 0):
+        return
+    start = tl.load(blocks + 2 * block + 1)
+    size = tl.load(sizes + slot)
+    layer = tl.load(layers + slot)
+    lr, decay = tl.load(rates + 2 * slot), tl.load(rates + 2 * slot + 1)
+    correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
+    param, low = tl.load(params + slot), tl.load(lows + slot)
+    exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
+    exp_avg_sq = tl.load(exp_avg_sqs + slot).to(tl.pointer_type(tl.float32))
+    for first in range(0, CHUNK, BLOCK):
+        at = start + first + tl.arange(0, BLOCK)
+        inside = at < size
+        p = load_weight(param, low, at, inside, HELD)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        moved = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
+        store_weight(param, low, at, inside, moved, seed + slot, HELD)
+        if KEEP:
+            tl.store(tl.load(changes + slot).to(tl.pointer_type(tl.float32)) + at, moved - p, mask=inside)
+
+
+def move_winners_(
+    name: str,
+    steps: Sequence[Step],
+    chosen: Tensor,
+    corrections: Tensor,
+    eps: float,
+    scalars: Scalars,
+    tables: Tables,
+    seed: int = 0,
+) -> None:
+    """Move the tensors whose expert won.
+
+    Args:
+        name: Of the tables; two calls of a step have different names.
+        steps: The tensors; all keep their change, or none does.
+        chosen: Whether each expert won, int8 ``[L * E]`` on the device.
+        corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
+        eps: Added to the denominator.
+        scalars: Whether to go on.
+        tables: Of this device.
+        seed: Of this step's stochastic rounding.
+    """
+
+    def kind(step: Step) -> int:
+        return held(step.param, step.low)
+
+    for how, group in groupby(sorted(steps, key=kind), key=kind):
+        own, kept = list(group), f"{name}.{how}"
+        sizes = tuple(step.param.numel() for step in own)
+        blocks = tables.blocks(f"{kept}.blocks", sizes, _CHUNK)
+        params = tables.pointers(f"{kept}.params", [step.param for step in own])
+        lows = [step.low for step in own if step.low is not None]
+        changes = [step.change for step in own if step.change is not None]
+        _winners[(len(blocks),)](
+            params,
+            tables.pointers(f"{kept}.lows", lows) if lows else params,
+            tables.pointers(f"{kept}.exp_avgs", [step.exp_avg for step in own]),
+            tables.pointers(f"{kept}.exp_avg_sqs", [step.exp_avg_sq for step in own]),
+            tables.pointers(f"{kept}.changes", changes) if changes else params,
+            tables.numbers(f"{kept}.sizes", sizes, torch.int64),
+            tables.numbers(f"{kept}.experts", tuple(step.expert for step in own), torch.int32),
+            tables.numbers(f"{kept}.layers", tuple(step.layer for step in own), torch.int32),
+            tables.numbers(f"{kept}.rates", tuple(x for step in own for x in (step.lr, step.weight_decay)), torch.float32),
+            corrections,
+            chosen,
+            blocks,
+            scalars.go,
+            eps,
+            seed,
+            HELD=how,
+            KEEP=bool(changes),
+            CHUNK=_CHUNK,
+            BLOCK=_BLOCK,
+        )
