@@ -13,6 +13,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 
+# Before anything imports Triton: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from small import save_tiny_checkpoint
 
 # How far two computations of the same thing may lie apart (largest absolute difference), by the dtype they run in.

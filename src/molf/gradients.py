@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molf.layers import RoutedLayer
 
-__all__ = ["prepare_gradients"]
+__all__ = ["prepare_gradients", "total_norm"]
 
 
 def prepare_gradients(
@@ -35,16 +35,17 @@ def prepare_gradients(
         return torch.zeros(())
     if grad_scale is not None:
         torch._foreach_mul_(list(dense), grad_scale.double().reciprocal())
-    norm = _norm(dense)
+    norm = total_norm(dense)
     if max_grad_norm is None or not norm.isfinite():
         return norm
     lora = [grad for layer in layers for grad in layer.derived_gradients()]
-    norm = _norm([*dense, *lora])
+    norm = total_norm([*dense, *lora])
     torch._foreach_mul_([*dense, *lora], (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all tensors together, 0-dim float64 on the device of the first."""
     norms = torch._foreach_norm(list(tensors))
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
     return total

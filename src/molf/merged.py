@@ -139,12 +139,17 @@ class MergedLayer(RoutedLayer):
         lora = range(1, len(self.experts))
         return [slot.grad for i in lora for slot in self.slots(i) if slot.grad is not None]
 
+    def pair_slot(self, i: int, key: str) -> Slot:
+        """Return A or B (``key``) of the i-th expert with its moments, without the gradient, which is not kept anywhere."""
+        own, name = self._state[self.base[0]], f"{self.experts[i]}.{key}"
+        return Slot(own[name], None, own[f"{name}.exp_avg"], own[f"{name}.exp_avg_sq"])
+
     def _find_slots(self, i: int) -> list[Slot]:
         if i == 0:
             return [self._slot(p) for p in self.base if p.grad is not None]
         pair = self.pairs[i - 1]
         gradients = expert_gradients(self.gradients()[0].to(pair.A.dtype), pair)
-        return [self._lora_slot(f"{self.experts[i]}.{key}", grad) for key, grad in zip("AB", gradients, strict=True)]
+        return [self.pair_slot(i, key)._replace(grad=grad) for key, grad in zip("AB", gradients, strict=True)]
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
         """Decay ``W`` inside ``W_eff`` if it won, remember the winning pairs, and return what AdamW has to move."""
@@ -173,10 +178,6 @@ class MergedLayer(RoutedLayer):
     def _count_win(self, i: int) -> None:
         """Count a move of a pair; the count is on the host, so asking whether a pair has started costs no transfer."""
         self._state[self.base[0]][f"{self.experts[i]}.wins"] += 1
-
-    def _lora_slot(self, key: str, grad: Tensor) -> Slot:
-        own = self._state[self.base[0]]
-        return Slot(own[key], grad, own[f"{key}.exp_avg"], own[f"{key}.exp_avg_sq"])
 
 
 def _snapshot(pair: Pair) -> Pair:

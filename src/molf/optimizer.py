@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,16 @@ from molf.experts import Experts
 from molf.forms import FORMS
 from molf.gradients import prepare_gradients
 from molf.groups import param_groups
+from molf.kernels import refusal
 from molf.layers import RoutedLayer, init_moments, init_step
 from molf.options import check_given_groups, check_options, check_top_k
 from molf.precision import Noise
 from molf.router import route
 from molf.routing import Routing
 from molf.scores import Score, get_score
+
+if TYPE_CHECKING:
+    from molf.kernels.step import FusedStep
 
 __all__ = ["MoLF"]
 
@@ -53,9 +57,12 @@ class MoLF(torch.optim.Optimizer):
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
             ``"stochastic"`` (rounding at random, no memory).
+        fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
+            needs an accelerator, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
+            these kernels yet.
 
     Attributes:
-        routing: The last step's decision, a ``molf.Routing``; None before the first step.
+        routing: The last step's decision, a ``molf.Routing``; None before the first step. A fused step leaves it on the device.
         grad_norm: Norm of all gradients at the last step before clipping, 0-dim; with LoRA gradients if ``max_grad_norm``.
         experts: Live views, ``optimizer.experts[module][expert]``.
 
@@ -85,6 +92,7 @@ class MoLF(torch.optim.Optimizer):
         exclude_modules: str | Sequence[str] = ("lm_head",),
         max_grad_norm: float | None = None,
         bf16_update: str = "split",
+        fused: bool | None = None,
     ):
         check_options(betas, eps, max_grad_norm, bf16_update)
         grouping: dict[str, Any] = {
@@ -104,6 +112,9 @@ class MoLF(torch.optim.Optimizer):
         self.score = get_score(score)
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
+        self.fused = bool(fused)
+        self._kernels: FusedStep | None = None
+        self._left_out: Tensor | None = None  # steps that kernels left out since the count was last asked for
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
@@ -116,7 +127,11 @@ class MoLF(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because of a non-finite gradient."""
+        """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
+        if self._left_out is not None:
+            left_out, self._left_out = int(self._left_out), None
+            for group in self.param_groups:
+                group["skipped_steps"] += left_out
         return int(self.param_groups[0]["skipped_steps"])
 
     def routed_layer(self, module: str) -> RoutedLayer:
@@ -162,9 +177,12 @@ class MoLF(torch.optim.Optimizer):
         ordinary = [g for g in self.param_groups if "module" not in g]
         if self._is_dry():
             return loss
-        noise = self.noise()
+        noise = None if self.fused else self.noise()
         routed = [FORMS[g["form"]](g, self.state, noise) for g in self.param_groups if "module" in g]
         layers = [layer for layer in routed if layer.active]
+        if self.fused and layers:
+            self._take_fused(layers, ordinary)
+            return loss
         if not self._prepare(layers, ordinary):
             return loss
         if layers:
@@ -207,6 +225,22 @@ class MoLF(torch.optim.Optimizer):
         )
         return False
 
+    def _take_fused(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]]) -> None:
+        """Take the step by kernels; whether it was left out is asked for later, by ``skipped_steps``."""
+        if self._kernels is None:
+            if reason := refusal(layers, ordinary, self.score):
+                raise ValueError(f"fused=True: {reason}; use fused=False")
+            from molf.kernels.step import FusedStep
+
+            self._kernels = FusedStep(layers[0].group["params"][0].device, self.score, self.top_k, self.max_grad_norm)
+        outcome = self._kernels.take(
+            layers, ordinary, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        self.grad_norm = outcome.norm
+        self._left_out = outcome.taken.logical_not() + (0 if self._left_out is None else self._left_out)
+        names = tuple(layer.name for layer in layers)
+        self.routing = Routing(names, layers[0].experts, outcome.scores, outcome.chosen, outcome.taken)
+
     def _adamw(self, group: dict[str, Any], noise: Noise | None) -> None:
         by_step: dict[float, list[Slot]] = {}
         for p in group["params"]:
@@ -217,6 +251,11 @@ class MoLF(torch.optim.Optimizer):
                 by_step.setdefault(float(own["step"]), []).append(slot)
         for step, slots in by_step.items():
             adamw_(slots, Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step), noise)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the count of steps left out up to date."""
+        assert self.skipped_steps >= 0
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly, in the dtypes it was saved in.
@@ -229,5 +268,5 @@ class MoLF(torch.optim.Optimizer):
         restore_dtypes(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}}
+        options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm", "fused", "_left_out")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}, "_kernels": None}

@@ -34,14 +34,16 @@ class Routing:
     Attributes:
         modules: Names of the M modules that were routed at this step (those that had a gradient).
         experts: Names of the E experts, in the order of the columns: ``fft``, then ``lora_r{rank}`` as given.
-        scores: ``[M, E]`` float64 on the CPU.
-        chosen: ``[M, E]`` bool on the CPU, true for the winners.
+        scores: ``[M, E]`` float64; on the CPU, or after a fused step on the model's device.
+        chosen: ``[M, E]`` bool beside it, true for the winners.
+        taken: False, or a false 0-dim tensor, if a fused step was left out because a gradient was not finite.
     """
 
     modules: tuple[str, ...]
     experts: tuple[str, ...]
     scores: Tensor
     chosen: Tensor
+    taken: bool | Tensor = True
 
     def winners(self) -> dict[str, list[str]]:
         """Return each module's winning experts, best score first."""

@@ -143,7 +143,7 @@ def _fold(
                 total += _product((B, dB), (dA, dA), rows, columns, n_out, n_in, r, ranks, -1.0, 0.0)
                 total += _product((dB, dB), (A, A), rows, columns, n_out, n_in, r, ranks, 0.0, 0.0)
             W += tl.load(scales + i * R + e) * total
-    store_weight(weight, low, at, inside, W, seed + i, HELD)
+    store_weight(weight, low, at, inside, W, seed, -1 - i, HELD)
 
 
 def fold_winners_(
@@ -153,7 +153,7 @@ def fold_winners_(
     eps: float,
     scalars: Scalars,
     tables: Tables,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> None:
     """Take the winners' step in all effective weights.
 
@@ -164,7 +164,7 @@ def fold_winners_(
         eps: Added to the denominator.
         scalars: Whether to go on.
         tables: Of this device.
-        seed: Of this step's stochastic rounding.
+        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
 
     def kind(layer: Effective) -> int:
@@ -188,13 +188,15 @@ def fold_winners_(
             tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
             tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
             tables.numbers(f"{name}.layers", tuple(layer.layer for layer in own), torch.int32),
-            tables.numbers(f"{name}.rates", tuple(x for layer in own for x in (layer.lr, layer.weight_decay)), torch.float32),
+            tables.numbers(
+                f"{name}.rates", tuple(x for layer in own for x in (layer.lr, layer.weight_decay)), torch.float32
+            ),
             corrections,
             chosen,
             tiles,
             scalars.go,
             eps,
-            seed,
+            scalars.go if seed is None else seed,
             R=len(own[0].pairs),
             HELD=how,
             BM=_TILE,

@@ -26,7 +26,7 @@ _TILE, _RANKS, _DEPTH = 64, 64, 32
 class Product(NamedTuple):
     """A pair with the dense gradient of its layer; all of one dtype of ``G``.
 
-    ``started`` is a 0-dim float32 tensor on the device: how often the pair has moved. As long as that is 0, B is zero, and so is dA.
+    ``started`` is a 0-dim float32 tensor on the device: how often the pair has moved; at 0, B is zero, and so is dA.
     """
 
     G: Tensor
@@ -64,7 +64,17 @@ def _gradient_of_B(
 
 @triton.jit
 def _gradient_of_A(
-    Gs, Bs, dAs, starteds, shapes, scales, tiles, GRAD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    Gs,
+    Bs,
+    dAs,
+    starteds,
+    shapes,
+    scales,
+    tiles,
+    GRAD: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     i = tl.load(tiles + 3 * tile)

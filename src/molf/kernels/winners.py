@@ -75,8 +75,8 @@ def load_weight(param, low, at, inside, HELD: tl.constexpr):
 
 
 @triton.jit
-def store_weight(param, low, at, inside, value, seed, HELD: tl.constexpr):
-    """Store float32 values as elements ``at`` of a parameter given by its address."""
+def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr):
+    """Store float32 values as elements ``at`` of a parameter given by its address; ``number`` tells its noise from others'."""
     if HELD == 0:
         tl.store(param.to(tl.pointer_type(tl.float32)) + at, value, mask=inside)
     else:
@@ -85,7 +85,8 @@ def store_weight(param, low, at, inside, value, seed, HELD: tl.constexpr):
             high = (bits + 0x8000) >> 16
             tl.store(low.to(tl.pointer_type(tl.int16)) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
-            high = (bits + (tl.randint(seed, at) & 0xFFFF).to(tl.int32)) >> 16
+            noise = tl.randint(tl.load(seed) * 1_000_003 + number, at)
+            high = (bits + (noise & 0xFFFF).to(tl.int32)) >> 16
         tl.store(param.to(tl.pointer_type(tl.int16)) + at, high.to(tl.int16), mask=inside)
 
 
@@ -130,7 +131,7 @@ def _winners(
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         moved = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
-        store_weight(param, low, at, inside, moved, seed + slot, HELD)
+        store_weight(param, low, at, inside, moved, seed, slot, HELD)
         if KEEP:
             tl.store(tl.load(changes + slot).to(tl.pointer_type(tl.float32)) + at, moved - p, mask=inside)
 
@@ -143,7 +144,7 @@ def move_winners_(
     eps: float,
     scalars: Scalars,
     tables: Tables,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> None:
     """Move the tensors whose expert won.
 
@@ -155,7 +156,7 @@ def move_winners_(
         eps: Added to the denominator.
         scalars: Whether to go on.
         tables: Of this device.
-        seed: Of this step's stochastic rounding.
+        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
 
     def kind(step: Step) -> int:
@@ -177,13 +178,15 @@ def move_winners_(
             tables.numbers(f"{kept}.sizes", sizes, torch.int64),
             tables.numbers(f"{kept}.experts", tuple(step.expert for step in own), torch.int32),
             tables.numbers(f"{kept}.layers", tuple(step.layer for step in own), torch.int32),
-            tables.numbers(f"{kept}.rates", tuple(x for step in own for x in (step.lr, step.weight_decay)), torch.float32),
+            tables.numbers(
+                f"{kept}.rates", tuple(x for step in own for x in (step.lr, step.weight_decay)), torch.float32
+            ),
             corrections,
             chosen,
             blocks,
             scalars.go,
             eps,
-            seed,
+            scalars.go if seed is None else seed,
             HELD=how,
             KEEP=bool(changes),
             CHUNK=_CHUNK,

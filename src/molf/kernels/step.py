@@ -1,0 +1,128 @@
+"""The whole step by kernels: products, moments, decision, winners, fold. The host only launches.
+
+Whether the step is taken at all (finite gradients), the clipping factor, the step counts and the decision stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.gradients import total_norm
+from molf.kernels.fold import fold_winners_
+from molf.kernels.moments import Scalars, move_moments_
+from molf.kernels.products import pair_gradients
+from molf.kernels.tables import Tables
+from molf.kernels.winners import move_winners_
+from molf.kernels.work import Work
+from molf.layers import RoutedLayer
+from molf.routing import choose
+from molf.scores import Score
+
+__all__ = ["FusedStep", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did, all on the device.
+
+    Attributes:
+        scores: ``[L, E]`` float64.
+        chosen: ``[L, E]`` bool.
+        norm: Of the gradients, before clipping; those of pairs included if that was asked for.
+        taken: False if the step was left out, 0-dim bool.
+    """
+
+    scores: Tensor
+    chosen: Tensor
+    norm: Tensor
+    taken: Tensor
+
+
+class FusedStep:
+    """The kernels with the tables that they read, kept from step to step.
+
+    Args:
+        device: Where the model is.
+        score: EPD or PFN.
+        top_k: How many experts of a layer move.
+        max_norm: Largest norm of all experts' gradients together to let through, None for any.
+    """
+
+    def __init__(self, device: torch.device, score: Score, top_k: int, max_norm: float | None):
+        self._tables = Tables(device)
+        self._score, self._top_k, self._max_norm = score, top_k, max_norm
+
+    def take(
+        self,
+        layers: Sequence[RoutedLayer],
+        ordinary: Sequence[dict[str, Any]],
+        state: dict[Any, dict[str, Any]],
+        scale: Tensor | None = None,
+        overflow: Tensor | None = None,
+    ) -> Outcome:
+        """Take the step of all layers and ordinary parameters that have gradients.
+
+        Args:
+            layers: The L routed layers, at least one, all with the same E experts and the same Adam.
+            ordinary: Groups of parameters that take plain AdamW.
+            state: The optimizer's, with the entries of all of them.
+            scale: The loss scale to divide gradients by, from a GradScaler, or None.
+            overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
+        """
+        tables, (betas, eps) = self._tables, (layers[0].group["betas"], layers[0].group["eps"])
+        work = Work(layers, ordinary, state, tables.device)
+        pair_gradients(work.products, tables)
+        norm, scalars = _prepare(work, self._max_norm, scale, overflow)
+        torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
+        totals = move_moments_(work.moments(), work.experts, betas, eps, self._score.name == "pfn", scalars, tables)
+        scores = self._scores(work, layers, totals)
+        chosen = choose(scores, self._top_k)
+        won = torch.cat([chosen.flatten(), chosen.new_ones(work.experts - chosen.numel())]).to(torch.int8)
+        corrections = _corrections(work.counts, betas)
+        seed = work.counts[0].long() + layers[0].group["lora_seed"] % 2**31
+        for name, derived in (("pairs", True), ("rest", False)):
+            move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, seed)
+        fold_winners_(work.effective, won, corrections, eps, scalars, tables, seed)
+        _count_wins(work, won, scalars)
+        return Outcome(scores, chosen, norm, scalars.go.bool())
+
+    def _scores(self, work: Work, layers: Sequence[RoutedLayer], totals: Tensor) -> Tensor:
+        shape = (len(layers), len(layers[0].experts))
+        n = self._tables.numbers("scores.n", work.sizes[: shape[0] * shape[1]], torch.float64)
+        rates = tuple(lr for layer in layers for lr in layer.lrs)
+        lr = self._tables.numbers("scores.lr", rates, torch.float64)
+        return self._score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
+
+
+def _prepare(
+    work: Work, max_norm: float | None, scale: Tensor | None, overflow: Tensor | None
+) -> tuple[Tensor, Scalars]:
+    """Return the norm of the gradients after unscaling, and what the kernels do about it."""
+    clipped = [] if max_norm is None else work.gradients(derived=True)
+    norm = total_norm([*work.gradients(derived=False), *clipped])
+    factor = torch.ones_like(norm) if scale is None else scale.double().reciprocal()
+    norm = norm * factor
+    go = norm.isfinite()
+    if overflow is not None:
+        go = go & (overflow == 0)
+    if max_norm is not None:
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm, Scalars(go.float().view(()), factor.float().view(()))
+
+
+def _corrections(counts: Sequence[Tensor], betas: tuple[float, float]) -> Tensor:
+    t = torch.stack(list(counts)).double()
+    return torch.stack([1 - betas[0] ** t, (1 - betas[1] ** t).sqrt()], dim=1).float()
+
+
+def _count_wins(work: Work, won: Tensor, scalars: Scalars) -> None:
+    """Count the moves of the pairs, which tell whether a B is still zero."""
+    if work.wins:
+        counts, experts = zip(*work.wins, strict=True)
+        moved = won.float() * scalars.go
+        torch._foreach_add_(list(counts), [moved[expert] for expert in experts])

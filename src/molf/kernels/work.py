@@ -1,0 +1,175 @@
+"""What a step has to do, as lists that the kernels' tables are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from molf.adamw import Slot
+from molf.kernels.fold import Effective, MovedPair
+from molf.kernels.moments import Moments
+from molf.kernels.products import Product
+from molf.kernels.winners import Step
+from molf.layers import RoutedLayer
+from molf.merged import MergedLayer
+
+__all__ = ["Item", "Work"]
+
+
+class Item(NamedTuple):
+    """One tensor that an expert moves.
+
+    Attributes:
+        slot: The tensor with gradient and moments.
+        expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
+        layer: Number of its step count: that of the layer, then one for each ordinary parameter.
+        lr: Learning rate.
+        weight_decay: Decoupled decay.
+        derived: Whether it belongs to a pair of the merged form, whose gradient follows from the dense one.
+        effective: Whether it is an effective weight, which is moved when the winners are folded in.
+    """
+
+    slot: Slot
+    expert: int
+    layer: int
+    lr: float
+    weight_decay: float
+    derived: bool = False
+    effective: bool = False
+
+
+class Work:
+    """The tensors of all layers and ordinary parameters that have gradients.
+
+    Args:
+        layers: The L routed layers, all with E experts; those of the merged form have weights of one dtype.
+        ordinary: Groups of parameters that take plain AdamW.
+        state: The optimizer's; its counts are moved to the device the first time.
+        device: Where the model is.
+
+    Attributes:
+        items: Every tensor.
+        counts: Step counts, first those of the layers, then those of ordinary parameters.
+        products: What the gradients of the merged form's pairs follow from.
+        wins: How often each of these pairs moved, and the numbers of their experts.
+        effective: The merged form's weights.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[RoutedLayer],
+        ordinary: Sequence[dict[str, Any]],
+        state: dict[Any, dict[str, Any]],
+        device: torch.device,
+    ):
+        self._state, self._device, self._layers = state, device, len(layers)
+        self.items: list[Item] = []
+        self.counts: list[Tensor] = []
+        self.products: list[Product] = []
+        self.wins: list[tuple[Tensor, int]] = []
+        self.effective: list[Effective] = []
+        for layer in layers:
+            self._add_layer(layer)
+        self.routed = len(layers) * len(layers[0].experts)
+        for group in ordinary:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._add_ordinary(p, group)
+        self.experts = self.routed + len(self.counts) - len(layers)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of elements of every expert."""
+        sizes = [0] * self.experts
+        for item in self.items:
+            sizes[item.expert] += item.slot.param.numel()
+        return tuple(sizes)
+
+    def moments(self) -> list[Moments]:
+        """Return all tensors for phase 1."""
+        return [
+            Moments(item.slot.grad, item.slot.exp_avg, item.slot.exp_avg_sq, item.expert)
+            for item in self.items
+            if item.slot.grad is not None
+        ]
+
+    def gradients(self, derived: bool) -> list[Tensor]:
+        """Return the gradients of the merged form's pairs, or those that backward left."""
+        return [item.slot.grad for item in self.items if item.derived == derived and item.slot.grad is not None]
+
+    def steps(self, derived: bool) -> list[Step]:
+        """Return the merged form's pairs, whose changes take the place of their gradients, or all else that AdamW moves."""
+        return [
+            Step(
+                param=item.slot.param,
+                low=item.slot.low,
+                exp_avg=item.slot.exp_avg,
+                exp_avg_sq=item.slot.exp_avg_sq,
+                expert=item.expert,
+                layer=item.layer,
+                lr=item.lr,
+                weight_decay=item.weight_decay,
+                change=item.slot.grad if derived else None,
+            )
+            for item in self.items
+            if item.derived == derived and not item.effective
+        ]
+
+    def _count(self, p: Tensor, key: str) -> Tensor:
+        own = self._state[p]
+        if own[key].device != self._device:
+            own[key] = own[key].to(self._device)
+        count: Tensor = own[key]
+        return count
+
+    def _add_layer(self, layer: RoutedLayer) -> None:
+        number = len(self.counts)
+        self.counts.append(self._count(layer.group["params"][0], "step"))
+        first = number * len(layer.experts)
+        if isinstance(layer, MergedLayer):
+            self._add_merged(layer, number, first)
+            return
+        for e, lr in enumerate(layer.lrs):
+            decay = layer.group["weight_decay" if layer.experts[e] == "fft" else "lora_weight_decay"]
+            for slot in layer.slots(e):
+                self.items.append(Item(slot, first + e, number, lr, decay if slot.param.ndim > 1 else 0.0))
+
+    def _add_merged(self, layer: MergedLayer, number: int, first: int) -> None:
+        weight, *biases = layer.slots(0)
+        decay, lora_decay = layer.group["weight_decay"], layer.group["lora_weight_decay"]
+        self.items.append(Item(weight, first, number, layer.lrs[0], decay, effective=True))
+        self.items += [Item(slot, first, number, layer.lrs[0], 0.0) for slot in biases]
+        moved = []
+        for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
+            wins = self._count(layer.base[0], f"{name}.wins")
+            A, B = (layer.pair_slot(e, key) for key in "AB")
+            pair = MovedPair(A.param, B.param, torch.empty_like(A.param), torch.empty_like(B.param), scale, wins)
+            moved.append(pair)
+            self.wins.append((wins, first + e))
+            assert weight.grad is not None, "a layer without a gradient is not routed"
+            self.products.append(Product(weight.grad, pair.A, pair.B, scale, wins, pair.dA, pair.dB))
+            for slot, grad in ((A, pair.dA), (B, pair.dB)):
+                own = slot._replace(grad=grad)
+                self.items.append(Item(own, first + e, number, layer.lrs[e], lora_decay, derived=True))
+        self.effective.append(
+            Effective(
+                weight.param,
+                weight.low,
+                weight.exp_avg,
+                weight.exp_avg_sq,
+                number,
+                layer.lrs[0],
+                decay,
+                tuple(moved),
+            )
+        )
+
+    def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
+        own, number = self._state[p], len(self.counts)
+        self.counts.append(self._count(p, "step"))
+        slot = Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
+        expert = self.routed + number - self._layers
+        self.items.append(Item(slot, expert, number, float(group["lr"]), group["weight_decay"]))

@@ -1,0 +1,46 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from molf.kernels.fold import Effective, MovedPair, fold_winners_
+from molf.layers import Pair
+from molf.merged import decay_base_, fold_
+from molf.precision import join, split
+
+LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)
+
+
+@pytest.mark.parametrize("how", ["float", "split"])
+@pytest.mark.parametrize("won", [w for w in itertools.product((0, 1), repeat=3) if any(w)], ids=str)
+@pytest.mark.parametrize("started", [0.0, 2.0])
+def test_fold_equals_the_merged_form(tables, scalars, how, won, started):
+    torch.manual_seed(4)
+    value, m, v = torch.randn(OUT, IN), torch.randn(OUT, IN), torch.rand(OUT, IN)
+    before = [Pair(torch.randn(r, IN), torch.randn(OUT, r) * (started > 0), 0.2, started > 0) for r in RANKS]
+    moved = [
+        Pair(p.A + 0.1 * torch.randn_like(p.A), p.B + 0.1 * torch.randn_like(p.B), p.scale) if won[i] else p
+        for i, p in enumerate(before, start=1)
+    ]
+    c1, c2 = 1 - 0.9**T, math.sqrt(1 - 0.999**T)
+    expected = value.clone()
+    if won[0]:
+        decay_base_(expected, before, LR * DECAY)
+        expected -= LR * (m / c1) / (v.sqrt() / c2 + EPS)
+    for i, (old, new) in enumerate(zip(before, moved, strict=True), start=1):
+        if won[i]:
+            fold_(expected, old._replace(A=old.A.clone(), B=old.B.clone()), new)
+
+    device = tables.device
+    pairs = tuple(
+        MovedPair(*(x.to(device) for x in (p.A, p.B, p.A - o.A, p.B - o.B)), 0.2, torch.tensor(started, device=device))
+        for o, p in zip(before, moved, strict=True)
+    )
+    weight, low = (value.clone(), None) if how == "float" else (x.clone().to(device) for x in split(value))
+    layer = Effective(weight.to(device), low, m.to(device), v.to(device), 0, LR, DECAY, pairs)
+    chosen = torch.tensor(won, dtype=torch.int8, device=device)
+    fold_winners_([layer], chosen, torch.tensor([[c1, c2]], device=device), EPS, scalars, tables)
+    got = (layer.weight if low is None else join(layer.weight, low)).cpu()
+    tolerance = {"rtol": 2e-6, "atol": 2e-6} if device.type == "cpu" else {"rtol": 2e-3, "atol": 5e-3}
+    torch.testing.assert_close(got, expected, **tolerance)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from molf.kernels.moments import Moments, Scalars, move_moments_
+from molf.scores import EPD, PFN
+
+BETAS, EPS = (0.9, 0.99), 1e-8
+SIZES = [(5000, torch.bfloat16), (37, torch.float32), (9000, torch.bfloat16), (1, torch.float32)]
+
+
+def slots(device):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(n):
+        return torch.randn(n, generator=generator)
+
+    made = [Moments(draw(n).to(dtype), draw(n), draw(n).square(), e) for e, (n, dtype) in enumerate(SIZES)]
+    made.append(Moments(draw(20), draw(20), draw(20).square(), 1))  # a second tensor of an expert, such as B beside A
+    return [Moments(*(x.to(device) for x in slot[:3]), slot.expert) for slot in made]
+
+
+@pytest.mark.parametrize("score", [EPD(), PFN()], ids=lambda s: s.name)
+def test_moments_and_sums_equal_the_formulas(tables, scalars, score):
+    given, expected = slots(tables.device), [0.0] * 4
+    moved = []
+    for slot in slots(tables.device):
+        g = 0.5 * slot.grad.float()
+        m = slot.exp_avg + (1 - BETAS[0]) * (g - slot.exp_avg)
+        v = BETAS[1] * slot.exp_avg_sq + (1 - BETAS[1]) * g * g
+        expected[slot.expert] += score.term(m, v, EPS).double().sum().item()
+        moved.append((m, v))
+    totals = move_moments_(given, 4, BETAS, EPS, score.name == "pfn", scalars, tables)
+    for slot, (m, v) in zip(given, moved, strict=True):
+        torch.testing.assert_close(slot.exp_avg, m, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(slot.exp_avg_sq, v, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(totals.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_equal_inputs_give_equal_sums(tables, scalars):
+    first, second = (move_moments_(slots(tables.device), 4, BETAS, EPS, False, scalars, tables) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_step_that_is_left_out_changes_nothing(tables, scalars):
+    given, before = slots(tables.device), slots(tables.device)
+    out = Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip)
+    totals = move_moments_(given, 4, BETAS, EPS, False, out, tables)
+    assert not totals.any()
+    assert all(torch.equal(x, y) for a, b in zip(given, before, strict=True) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_empty_tensors_add_nothing(tables, scalars):
+    empty = torch.zeros(0, device=tables.device)
+    totals = move_moments_([Moments(empty, empty, empty, 0)], 1, BETAS, EPS, False, scalars, tables)
+    assert totals.tolist() == [0.0]

@@ -1,0 +1,140 @@
+"""The fused step against the plain one, which is tested against the oracle."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from molf import MoLF
+from small import loss_of, mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The plain step multiplies in float32; on tensor cores the kernels multiply in TF32.
+TOLERANCE = {"rtol": 2e-6, "atol": 2e-6} if DEVICE == "cpu" else {"rtol": 2e-3, "atol": 1e-4}
+
+
+def twins(dtype=torch.float32, **options):
+    """Two copies of a small model, one with a plain and one with a fused optimizer."""
+    torch.manual_seed(0)
+    plain = mlp(dtype).to(DEVICE)
+    fused = copy.deepcopy(plain)
+    options = {"ranks": (2, 4), "lr": 1e-2, "lora_lr": 2e-2, **options}
+    torch.manual_seed(0)
+    slow = MoLF(plain, fused=False, **options)
+    torch.manual_seed(0)
+    return plain, slow, fused, MoLF(fused, fused=True, **options)
+
+
+def step(model, optimizer, t):
+    optimizer.zero_grad()
+    loss_of(model, t).backward()
+    optimizer.step()
+
+
+def assert_alike(plain, slow, fused, fast, tolerance):
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(q, p, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
+        for key, value in slow.state[p].items():
+            if key != "low":
+                torch.testing.assert_close(fast.state[q][key].cpu(), value.cpu(), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("score", "top_k", "max_grad_norm"), [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None)]
+)
+def test_fused_equals_plain(score, top_k, max_grad_norm):
+    plain, slow, fused, fast = twins(score=score, top_k=top_k, max_grad_norm=max_grad_norm)
+    won = set()
+    for t in range(5):
+        step(plain, slow, t)
+        step(fused, fast, t)
+        assert fast.routing.winners() == slow.routing.winners()
+        torch.testing.assert_close(fast.routing.scores.cpu(), slow.routing.scores, rtol=1e-4, atol=0)
+        torch.testing.assert_close(fast.grad_norm.cpu().double(), slow.grad_norm.cpu().double(), rtol=1e-5, atol=0)
+        won |= {expert for winners in fast.routing.winners().values() for expert in winners}
+    assert len(won) > 1 or score == "pfn"  # by EPD both kinds of step were taken
+    assert_alike(plain, slow, fused, fast, TOLERANCE)
+
+
+def test_bf16_weights_with_low_parts():
+    plain, slow, fused, fast = twins(torch.bfloat16, lr=1e-3)
+    for t in range(5):
+        for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p)
+            q.grad = p.grad.clone()
+        slow.step()
+        fast.step()
+    for expert in ("fft", "lora_r2", "lora_r4"):
+        a, b = slow.experts["1"][expert], fast.experts["1"][expert]
+        for key in ("weight", "bias") if expert == "fft" else ("A", "B"):
+            torch.testing.assert_close(getattr(b, key), getattr(a, key), rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_rounding_keeps_small_updates_and_repeats_itself():
+    def trained():
+        torch.manual_seed(1)
+        model = mlp(torch.bfloat16).to(DEVICE)
+        optimizer = MoLF(model, ranks=(2,), lr=1e-4, bf16_update="stochastic", fused=True)
+        for t in range(3):
+            step(model, optimizer, t)
+        return model
+
+    first, second = trained(), trained()
+    start = mlp(torch.bfloat16).to(DEVICE)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), start.parameters(), strict=True))
+
+
+def test_a_step_with_a_non_finite_gradient_is_left_out_and_counted():
+    plain, slow, fused, fast = twins()
+    step(plain, slow, 0)
+    step(fused, fast, 0)
+    for model, optimizer in ((plain, slow), (fused, fast)):
+        optimizer.zero_grad()
+        loss_of(model, 1).backward()
+        next(model.parameters()).grad[0, 0] = float("nan")
+        optimizer.step()
+    assert not fast.routing.taken
+    step(plain, slow, 2)
+    step(fused, fast, 2)
+    assert fast.routing.taken and fast.skipped_steps == slow.skipped_steps == 1
+    assert_alike(plain, slow, fused, fast, TOLERANCE)
+
+
+def test_schedules_and_moved_gradients_are_followed():
+    plain, slow, fused, fast = twins()
+    for t in range(4):
+        for optimizer in (slow, fast):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (t + 1)
+        step(plain, slow, t)
+        step(fused, fast, t)
+        for p in fused.parameters():
+            p.data = p.data.clone()  # at another address
+    assert_alike(plain, slow, fused, fast, TOLERANCE)
+
+
+def test_a_saved_state_goes_on_in_either_step():
+    plain, slow, fused, fast = twins()
+    for t in range(2):
+        step(plain, slow, t)
+        step(fused, fast, t)
+    slow.load_state_dict(copy.deepcopy(fast.state_dict()))
+    plain.load_state_dict(fused.state_dict())
+    pickle.dumps(fast)  # kernels and their tables stay behind
+    fast = MoLF(fused, ranks=(2, 4), lr=1e-2, lora_lr=2e-2, fused=True)
+    fast.load_state_dict(copy.deepcopy(slow.state_dict()))
+    for t in range(2, 4):
+        step(plain, slow, t)
+        step(fused, fast, t)
+    assert_alike(plain, slow, fused, fast, TOLERANCE)
+
+
+def test_what_the_kernels_cannot_do_is_refused():
+    model = mlp(torch.float64)
+    optimizer = MoLF(model, ranks=(2,), fused=True)
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match=r"fused=True: the kernels need weights.*float64.*use fused=False"):
+        optimizer.step()

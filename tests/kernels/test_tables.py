@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+
+def test_a_table_is_made_again_only_when_something_moved(tables):
+    tensors = [torch.zeros(3, device=tables.device), torch.zeros(5, device=tables.device)]
+    first = tables.pointers("grads", tensors)
+    assert first.tolist() == [x.data_ptr() for x in tensors]
+    assert tables.pointers("grads", tensors) is first
+    moved = [tensors[0], torch.zeros(5, device=tables.device)]
+    assert tables.pointers("grads", moved).tolist() == [x.data_ptr() for x in moved]
+
+
+def test_numbers_follow_their_values(tables):
+    first = tables.numbers("rates", (0.1, 0.2), torch.float32)
+    assert tables.numbers("rates", (0.1, 0.2), torch.float32) is first
+    torch.testing.assert_close(tables.numbers("rates", (0.1, 0.3), torch.float32).cpu(), torch.tensor([0.1, 0.3]))
+
+
+def test_blocks_cover_every_tensor_once_and_leave_empty_ones_out(tables):
+    assert tables.blocks("b", (5, 0, 4), 4).tolist() == [[0, 0], [0, 4], [2, 0]]
+    assert tables.blocks("empty", (0,), 4).shape == (0, 2)
+
+
+def test_tiles_cover_every_matrix_once(tables):
+    assert tables.tiles("t", ((3, 5), (1, 1)), (2, 4)).tolist() == [
+        [0, 0, 0],
+        [0, 0, 4],
+        [0, 2, 0],
+        [0, 2, 4],
+        [1, 0, 0],
+    ]
+
+
+def test_what_a_kernel_could_not_read_is_refused(tables):
+    with pytest.raises(ValueError, match=r"contiguous.*one of grads has strides \(1, 3\).*fused=False"):
+        tables.pointers("grads", [torch.zeros(2, 3, device=tables.device).t()])
