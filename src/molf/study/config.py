@@ -74,6 +74,10 @@ class TaskConfig:
     eval_batch_tokens: int = field(
         default=4096, metadata={"help": "Tokens, padding included, that one evaluation batch may hold."}
     )
+    generation_backend: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={"help": "What generates text in evaluations; vllm needs the extra of that name."},
+    )
     eval_before: bool = field(default=False, metadata={"help": "Evaluate the model before training too."})
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from molf.study.methods.config import MethodConfig
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trained_base import TrainedBase, restore_base, trained_base
-from molf.study.models import load_model_and_tokenizer
+from molf.study.models import load_model_and_tokenizer, locate
 from molf.study.selection import load_split
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
@@ -43,6 +43,11 @@ class Job:
     tokenizer: Any
     task: Task
     split: Split
+
+    @property
+    def source(self) -> str:
+        """Where the model was loaded from: a folder or a Hub id."""
+        return locate(self.config.model.model_name_or_path)
 
     @property
     def eval_rows(self) -> list[dict[str, Any]]:

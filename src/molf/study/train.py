@@ -14,7 +14,9 @@ from molf.study.config import RunConfig
 from molf.study.csv_log import append_csv
 from molf.study.device import device_name, peak_memory_bytes
 from molf.study.engine.evaluate import Evaluation, evaluate
+from molf.study.engine.generation import end_tokens
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
+from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
 from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
@@ -55,6 +57,8 @@ def run(config: RunConfig) -> Result | None:
     started = time.perf_counter()
     config = config.resolved()
     check_folder(config)
+    if config.task.generation_backend == "vllm":
+        require_vllm()
     if config.output.only_eval:
         return _evaluate_only(config, started)
     job = load_job(config)
@@ -64,7 +68,7 @@ def run(config: RunConfig) -> Result | None:
     main = trainer.is_world_process_zero()
     if main and not config.resume_from:
         clear_folder(config.output_dir)
-    before = _evaluate(job, trainer.model) if main and config.task.eval_before else None
+    before = _evaluate(job, trainer.model, job.source) if main and config.task.eval_before else None
     trainer.accelerator.wait_for_everyone()
     training = _train(trainer, job, recipe)
     if not main:
@@ -72,7 +76,7 @@ def run(config: RunConfig) -> Result | None:
     model = _plain_model(trainer, recipe, config.output_dir)
     model.config.use_cache = use_cache
     save_checkpoint(model, job.tokenizer, config.output_dir)
-    after = _evaluate(job, model)
+    after = _evaluate(job, model, str(config.output_dir))
     result = _result(job, started, after, before, training)
     _write_all(job, result, after)
     if config.output.clean_ckpt_at_end:
@@ -165,7 +169,7 @@ def _evaluate_only(config: RunConfig, started: float) -> Result | None:
     args = training_settings(job)
     if args.process_index != 0:
         return None
-    evaluation = _evaluate(job, job.model.to(args.device))
+    evaluation = _evaluate(job, job.model.to(args.device), job.source)
     result = _result(job, started, evaluation)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(config.output_dir / PREDICTIONS_FILE, evaluation.predictions)
@@ -173,10 +177,22 @@ def _evaluate_only(config: RunConfig, started: float) -> Result | None:
     return result
 
 
-def _evaluate(job: Job, model: Any) -> Evaluation:
-    rows, batch_tokens = job.eval_rows, job.config.task.eval_batch_tokens
-    progress = not job.config.train.get("disable_tqdm", False)
-    return evaluate(model, job.tokenizer, job.task, rows, batch_tokens=batch_tokens, progress=progress)
+def _evaluate(job: Job, model: Any, source: str) -> Evaluation:
+    """Evaluate a model that is also saved as ``source``, a folder or a Hub id."""
+    config = job.config
+    progress = not config.train.get("disable_tqdm", False)
+    generate = None
+    if config.task.generation_backend == "vllm":
+        generate = VllmGenerator(source, job.tokenizer, end_tokens(model, job.tokenizer), config.model.dtype, progress)
+    return evaluate(
+        model,
+        job.tokenizer,
+        job.task,
+        job.eval_rows,
+        batch_tokens=config.task.eval_batch_tokens,
+        progress=progress,
+        generate=generate,
+    )
 
 
 def _result(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molf.study.engine.inference import answer
+from molf.study.engine.inference import TextGenerator, answer
 from molf.study.engine.predictions import as_predictions
 from molf.tasks import Metric, Row, Task
 
@@ -32,6 +32,7 @@ def evaluate(
     *,
     batch_tokens: int = 4096,
     progress: bool = False,
+    generate: TextGenerator | None = None,
 ) -> Evaluation:
     """Ask the model everything the task wants to know about the rows, and score the answers.
 
@@ -42,6 +43,7 @@ def evaluate(
         rows: The rows to evaluate on.
         batch_tokens: The most tokens a batch may have, padding included.
         progress: Show progress bars.
+        generate: Answers the ``Generate`` requests in place of the model.
 
     Raises:
         ValueError: If there are no rows.
@@ -51,6 +53,6 @@ def evaluate(
         raise ValueError(f"no rows to evaluate the task {task.name!r} on")
     requests = [task.requests(row) for row in rows]
     flat = [request for of_row in requests for request in of_row]
-    stream = iter(answer(model, tokenizer, flat, batch_tokens=batch_tokens, progress=progress))
+    stream = iter(answer(model, tokenizer, flat, batch_tokens=batch_tokens, progress=progress, generate=generate))
     answers = [list(islice(stream, len(of_row))) for of_row in requests]
     return Evaluation(task.score(rows, answers), as_predictions(task, rows, requests, answers))

@@ -31,18 +31,16 @@ def generate_texts(
     Raises:
         ValueError: If a prompt has no tokens.
     """
-    ids = tokenize(tokenizer, [request.prompt for request in requests])
+    ids = prompt_ids(tokenizer, requests)
 
     def length(request: Generate) -> int:
         return len(ids[request.prompt]) + request.max_new_tokens
 
     alike: dict[tuple[int, tuple[str, ...]], list[Generate]] = defaultdict(list)
     for request in sorted(requests, key=length, reverse=True):
-        if not ids[request.prompt]:
-            raise ValueError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")
         alike[request.max_new_tokens, request.stop].append(request)
     prefix = read_prefix(model, list(ids.values()), most=min(map(len, ids.values()), default=1) - 1)
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = end_tokens(model, tokenizer)
     texts: dict[Request, str] = {}
     with (
         _plain_generation_config(model),
@@ -55,6 +53,18 @@ def generate_texts(
                 texts.update(zip(batch, map(ending.text, found), strict=True))
                 bar.update(len(batch))
     return texts
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Generate]) -> dict[str, Ids]:
+    """Return the tokens of every prompt.
+
+    Raises:
+        ValueError: If a prompt has no tokens.
+    """
+    ids = tokenize(tokenizer, [request.prompt for request in requests])
+    if not all(ids.values()):
+        raise ValueError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, endi
     return new_ids
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: the tokenizer's, which training appends, and the checkpoint's own."""
     own = base_model(model).generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]

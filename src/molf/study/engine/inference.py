@@ -1,7 +1,8 @@
 """Answers a task's requests with a language model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +12,9 @@ from molf.study.engine.likelihood import encode, score_targets
 from molf.study.engine.next_token import check_options, read_options, targets_of
 from molf.tasks.base import Answer, Generate, Likelihood, NextToken, Request
 
+TextGenerator: TypeAlias = Callable[[Sequence[Generate]], Mapping[Request, str]]
+"""Continues the prompts of distinct requests."""
+
 
 def answer(
     model: PreTrainedModel,
@@ -19,6 +23,7 @@ def answer(
     *,
     batch_tokens: int = 4096,
     progress: bool = False,
+    generate: TextGenerator | None = None,
 ) -> list[Answer]:
     """Answer every request, in their order, with the model in evaluation mode.
 
@@ -33,6 +38,7 @@ def answer(
         batch_tokens: The most tokens a batch may have, padding and room for generated tokens included. A longer
             request is a batch of its own. Memory grows with it; answers change by no more than rounding.
         progress: Show progress bars.
+        generate: Answers the ``Generate`` requests in place of the model, such as a ``VllmGenerator``.
 
     Returns:
         ``TargetScores`` for a ``Likelihood``, ``OptionScores`` for a ``NextToken``, the new text for a ``Generate``.
@@ -56,7 +62,10 @@ def answer(
         scores = score_targets(model, encoded, batch_tokens=batch_tokens, progress=progress)
         answers.update(scores)
         answers.update((choice, read_options(choice, scores)) for choice in choices)
-        answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
+        if generate is None:
+            answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
+    if generate is not None and generations:
+        answers.update(generate(generations))
     return [answers[request] for request in requests]
 
 

@@ -1,0 +1,70 @@
+"""Greedy continuations by vLLM, which is imported only when it is asked for."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from molf.study.engine.generation import prompt_ids
+from molf.tasks.base import Generate, Request
+
+
+def require_vllm() -> None:
+    """Make sure that vLLM is there, before anything else is spent.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "generation_backend=vllm needs vLLM, which is not installed: pip install 'molf[vllm]', "
+            "or leave generation_backend at transformers",
+            name="vllm",
+        )
+
+
+@dataclass(frozen=True)
+class VllmGenerator:
+    """Answers ``Generate`` requests with a saved model.
+
+    Attributes:
+        source: The model's folder or Hub id.
+        tokenizer: Its tokenizer: prompts reach vLLM as the tokens that training and the other requests use.
+        end_ids: The tokens that end a text.
+        dtype: Type of the weights, by name.
+        progress: Show a progress bar.
+    """
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    dtype: str
+    progress: bool = False
+
+    def __call__(self, requests: Sequence[Generate]) -> dict[Request, str]:
+        """Generate the greedy continuation of every request.
+
+        Raises:
+            ModuleNotFoundError: vLLM is not installed.
+            ValueError: A prompt has no tokens.
+        """
+        require_vllm()
+        from vllm import LLM, SamplingParams
+
+        ids = prompt_ids(self.tokenizer, requests)
+        # "vllm": its own neutral settings, not those that the checkpoint recommends for sampling.
+        llm = LLM(model=self.source, dtype=self.dtype, generation_config="vllm")
+        settings = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=request.max_new_tokens,
+                stop=list(request.stop),
+                stop_token_ids=self.end_ids,
+                skip_special_tokens=True,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": list(ids[request.prompt])} for request in requests]
+        outputs = llm.generate(prompts, settings, use_tqdm=self.progress)
+        return {request: output.outputs[0].text for request, output in zip(requests, outputs, strict=True)}
