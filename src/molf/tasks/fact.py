@@ -10,30 +10,49 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import as_file, files
 from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
 
 from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, Split, TargetScores
-from molf.tasks.data import cache_folder, download_once, read_records
 from molf.tasks.metrics import mean, percentage, statistic
+from molf.tasks.sources import Source, UrlFile
 
-URL = "https://rome.baulab.info/data/dsets/counterfact.json"
-SAMPLE = "counterfact_sample.jsonl.gz"
 MAX_NEW_TOKENS = 16
 
-_FIELDS: dict[str, type] = {
-    "case_id": int,
-    "requested_rewrite.prompt": str,
-    "requested_rewrite.subject": str,
-    "requested_rewrite.target_new.str": str,
-    "requested_rewrite.target_true.str": str,
-    "paraphrase_prompts": list,
-    "neighborhood_prompts": list,
-}
 _SCORES = ("efficacy_score", "paraphrase_score", "neighborhood_score")
+
+
+def _problem(row: Row) -> str | None:
+    """Say why a record with all its fields still cannot be used."""
+    where = f"case_id {row['case_id']}"
+    template = row["requested_rewrite"]["prompt"]
+    if template.count("{}") != 1:
+        return f"{where}: the prompt must hold the subject's place {{}} exactly once, found {template!r}"
+    for name in ("target_new", "target_true"):
+        if not _target(row, name):
+            return f"{where}: {name} is empty"
+    for field in ("paraphrase_prompts", "neighborhood_prompts"):
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in row[field]):
+            return f"{where}: {field} must be a list of non-empty strings, found {row[field]!r}"
+    return None
+
+
+SOURCE = Source(
+    published=UrlFile("https://rome.baulab.info/data/dsets/counterfact.json", folder="fact"),
+    packaged=("counterfact_sample.jsonl.gz",),
+    fields={
+        "case_id": int,
+        "requested_rewrite.prompt": str,
+        "requested_rewrite.subject": str,
+        "requested_rewrite.target_new.str": str,
+        "requested_rewrite.target_true.str": str,
+        "paraphrase_prompts": list,
+        "neighborhood_prompts": list,
+    },
+    problem=_problem,
+)
 
 
 class Fact:
@@ -57,22 +76,7 @@ class Fact:
             ValueError: If the arguments contradict each other or a record is not usable.
             OSError: If the data cannot be read or downloaded.
         """
-        if data_path is not None and sample:
-            raise ValueError(f"--data_path {data_path} and --sample are two sources of data; pass one of them")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit={limit} leaves no rows; use a limit of at least 1, or none for all rows")
-        if sample:
-            origin = f"the package's {SAMPLE}"
-            with as_file(files("molf.tasks") / "data" / SAMPLE) as path:
-                rows = read_records(path, _FIELDS)
-        elif data_path is not None:
-            origin, rows = data_path, read_records(data_path, _FIELDS)
-        else:
-            origin, rows = URL, read_records(download_once(URL, cache_folder() / self.name), _FIELDS)
-        for row in rows:
-            _check(row, origin)
-        rows = rows[:limit]
-        return Split(train=rows, eval=rows, origin=origin)
+        return SOURCE.load(data_path, sample=sample, limit=limit)
 
     def example(self, row: Row) -> dict[str, str]:
         """Return the edit as a prompt and its new answer."""
@@ -152,20 +156,6 @@ def _target(row: Row, name: str) -> str:
 
 def _prompts(row: Row, field: str) -> list[str]:
     return [prompt.strip() for prompt in row[field]]
-
-
-def _check(row: Row, origin: str) -> None:
-    """Raise a ValueError if a record with all its fields still cannot be used."""
-    where = f"{origin}, case_id {row['case_id']}"
-    template = row["requested_rewrite"]["prompt"]
-    if template.count("{}") != 1:
-        raise ValueError(f"{where}: the prompt must hold the subject's place {{}} exactly once, found {template!r}")
-    for name in ("target_new", "target_true"):
-        if not _target(row, name):
-            raise ValueError(f"{where}: {name} is empty")
-    for field in ("paraphrase_prompts", "neighborhood_prompts"):
-        if not all(isinstance(prompt, str) and prompt.strip() for prompt in row[field]):
-            raise ValueError(f"{where}: {field} must be a list of non-empty strings, found {row[field]!r}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
 from molf.tasks.base import Explained
-from molf.tasks.data import read_records, written_whole
+from molf.tasks.data import written_whole
+from molf.tasks.records import read_records
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
