@@ -5,11 +5,19 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from conftest import TOLERANCE
 from molf import MoLF, add_lora_experts
 from small import tiny_llama
+
+
+def tiny_gpt2(dtype=torch.float32):
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        setattr(config, name, 0.0)
+    return GPT2LMHeadModel(config).to(dtype)
 
 
 def train(model, optimizer, steps=8):
@@ -52,10 +60,12 @@ def test_merged_equals_branched(options):
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=0, atol=1e-11)
 
 
-def test_one_lora_expert_on_a_frozen_base_equals_peft_lora_with_adamw():
-    base = tiny_llama(torch.float64)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_one_lora_expert_on_a_frozen_base_equals_peft_lora_with_adamw(build):
+    base = build(torch.float64)
     adapted = add_lora_experts(copy.deepcopy(base), ranks=(4,), lora_alpha=16)
     config = LoraConfig(r=4, lora_alpha=16, use_rslora=True, target_modules="all-linear", exclude_modules=["lm_head"])
+    config.fan_in_fan_out = build is tiny_gpt2
     peft = get_peft_model(base, config)
     rename = {n.replace("lora_r4", "default"): p for n, p in adapted.named_parameters() if p.requires_grad}
     lora = {n: p for n, p in peft.named_parameters() if p.requires_grad}
@@ -155,13 +165,17 @@ def test_top_k_counts_the_experts_there_are():
         MoLF(add_lora_experts(tiny_llama(), ranks=(2, 4)), top_k=3)
 
 
-def test_conv1d_of_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    model = add_lora_experts(GPT2LMHeadModel(config), ranks=(2, 4), target_modules=["c_attn", "c_proj", "c_fc"])
-    optimizer = MoLF(model, lr=1e-2)
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_conv1d_of_gpt2(freeze_base):
+    """Its weights stand the other way round; with all experts winning, every one takes the step of AdamW."""
+    model = add_lora_experts(tiny_gpt2(torch.float64), ranks=(2, 4), freeze_base=freeze_base)
+    assert isinstance(model.base_model.model.transformer.h[0].attn.c_attn.base_layer, Conv1D)
+    twin = copy.deepcopy(model)
+    rates = {"lr": 1e-2, "weight_decay": 0.0}
+    optimizer = MoLF(model, **rates, lora_weight_decay=0.0, top_k=2 if freeze_base else 3)
     assert len(optimizer.experts) == 8
-    train(model, optimizer, 2)
-    assert isinstance(model.base_model.model.transformer.h[0].attn.c_attn.base_layer, nn.Module)
-    assert optimizer.routing.scores.isfinite().all()
+    assert len(optimizer.param_groups[-1]["experts"]) == (2 if freeze_base else 3)
+    train(model, optimizer, 4)
+    train(twin, torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], **rates), 4)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float64], msg=name)
