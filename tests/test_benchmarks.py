@@ -1,11 +1,13 @@
 """The benchmark scripts run and report what they promise; how fast is not a test."""
 
+import argparse
 import json
 import sys
 
 import pytest
 
 import optimizer_step
+import plan_vs_measured
 import step_time
 
 
@@ -34,3 +36,11 @@ def test_step_time_refuses_odd_tokens(monkeypatch, capsys, tokens):
 def test_optimizer_step(monkeypatch, capsys):
     report = last_line(optimizer_step, monkeypatch, capsys)
     assert set(report) == {"fft_wins", "lora_wins"} and min(report.values()) > 0
+
+
+def test_plan_vs_measured():
+    small = {"shape": "tiny", "rank": 4, "batch": 2, "length": 16, "accumulation": 1, "checkpointing": False}
+    args = argparse.Namespace(**small)
+    # How near the two are is not a test: memory that this process had before is reused.
+    assert plan_vs_measured.foresee(args, "molf_e") > 0
+    assert plan_vs_measured.measure(args, "molf_e") > 0
