@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,19 @@ def test_unusable_rows_are_named(source, tmp_path, text, message):
     (tmp_path / "mine.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         load(source, str(tmp_path / "mine.jsonl"))
+
+
+def test_all_rows_of_a_users_split_are_brought_into_the_published_form_before_the_first_are_taken(source, tmp_path):
+    def normal(rows):
+        if len(rows) > 3:
+            raise ValueError("too many")
+        return [{"n": len(rows)} for _ in rows]
+
+    adjusted = replace(source, normal=normal)
+    assert load(adjusted, limit=2)[:2] == ([0, 1], [10, 11])  # the published data has that form already
+    assert load(adjusted, write(tmp_path / "mine.jsonl", 1, 2, 3), limit=2)[1] == [3, 3]
+    with pytest.raises(ValueError, match="mine.jsonl: too many"):
+        load(adjusted, write(tmp_path / "mine.jsonl", 1, 2, 3, 4), limit=2)
 
 
 def test_arguments_that_make_no_sense(source):

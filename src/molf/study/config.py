@@ -64,6 +64,9 @@ class TaskConfig:
         default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}
     )
     limit: int | None = field(default=None, metadata={"help": "Use at most this many rows of each split."})
+    few_shot: int = field(
+        default=0, metadata={"help": "Begin every prompt with so many training rows, chosen by the seed, as examples."}
+    )
     selection_limit: int | None = field(
         default=None,
         metadata={
@@ -85,6 +88,8 @@ class TaskConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.few_shot < 0:
+            raise ValueError(f"few_shot={self.few_shot} must not be negative")
 
 
 @dataclass

@@ -24,6 +24,7 @@ from molf.study.models import load_model_and_tokenizer, locate
 from molf.study.selection import load_split
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
+from molf.tasks.few_shot import with_examples
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def load_job(config: RunConfig) -> Job:
         OSError: Data or model cannot be read or fetched.
     """
     task = get_task(config.task.task)
-    split = load_split(task, config.task, seed=int(config.train["seed"]))
+    seed = int(config.train["seed"])
+    split = load_split(task, config.task, seed=seed)
+    if config.task.few_shot:
+        task, split = with_examples(task, split, config.task.few_shot, seed)
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
     return Job(config, model, tokenizer, task, split)
 

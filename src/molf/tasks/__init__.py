@@ -16,6 +16,7 @@ from molf.tasks.base import (
     Task,
 )
 from molf.tasks.fact import Fact
+from molf.tasks.med import Med
 
 __all__ = [
     "TASKS",
@@ -35,6 +36,7 @@ __all__ = [
 
 TASKS: dict[str, Task] = {
     "fact": Fact(),
+    "med": Med(),
 }
 
 

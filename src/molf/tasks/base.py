@@ -176,7 +176,7 @@ class Task(Protocol):
         """
         ...
 
-    def example(self, row: Row) -> dict[str, str]:
+    def example(self, row: Row) -> dict[str, Any]:
         """Return the training example of ``row``, ``{"prompt": ..., "completion": ...}``.
 
         The completion begins with its own white space and has no end-of-text token: the trainer adds it.

@@ -68,6 +68,7 @@ class Source:
         splits: The published splits to train and to evaluate on; None to do both on all the rows there are.
         fields: Names and types that every row must have; a dot goes into an object.
         problem: Says what else makes a row unusable, or None.
+        normal: Brings all the rows of a user's split into the published form, where other forms are around.
     """
 
     published: HubData | UrlFile
@@ -75,6 +76,7 @@ class Source:
     splits: tuple[str, str] | None = None
     fields: Mapping[str, type] = field(default_factory=dict)
     problem: Callable[[Row], str | None] = _no_problem
+    normal: Callable[[list[Row]], list[Row]] | None = None
 
     def load(self, data_path: str | None, *, sample: bool, limit: int | None) -> Split:
         """Load the rows.
@@ -101,10 +103,11 @@ class Source:
             found, origin = local_splits(Path(data_path).expanduser()), data_path
         else:
             found, origin = self.published.load()
+        normal = self.normal if data_path is not None else None
         if self.splits is None:
-            rows = self._checked(chain.from_iterable(found.values()), limit, origin)
+            rows = self._rows(chain.from_iterable(found.values()), limit, origin, normal)
             return Split(rows, rows, origin)
-        train, evaluation = (self._checked(rows, limit, origin) for rows in _both(found, *self.splits, origin))
+        train, evaluation = (self._rows(rows, limit, origin, normal) for rows in _both(found, *self.splits, origin))
         return Split(train, evaluation, origin)
 
     def _packaged_splits(self) -> Splits:
@@ -113,13 +116,26 @@ class Source:
             for name, file in zip(self.splits or (UNNAMED,), self.packaged, strict=True)
         }
 
-    def _checked(self, records: Iterable[Located] | None, limit: int | None, origin: str) -> list[Row]:
+    def _rows(
+        self,
+        records: Iterable[Located] | None,
+        limit: int | None,
+        origin: str,
+        normal: Callable[[list[Row]], list[Row]] | None,
+    ) -> list[Row]:
         if records is None:
             return []
-        rows = list(islice(self._usable(records), limit))
+        usable = self._usable(records)
+        # What a row means may show in later rows only: with ``normal``, all of them are looked at.
+        rows = list(usable if normal is not None else islice(usable, limit))
         if not rows:
             raise ValueError(f"{origin}: no records")
-        return rows
+        if normal is None:
+            return rows
+        try:
+            return normal(rows)[:limit]
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
 
     def _usable(self, records: Iterable[Located]) -> Iterator[Row]:
         for where, row in records:

@@ -75,7 +75,7 @@ def _warnings(job: Job, trainer: Any) -> list[str]:
     return found
 
 
-def contradictions(examples: Sequence[dict[str, str]]) -> int:
+def contradictions(examples: Sequence[dict[str, Any]]) -> int:
     """Count the prompts that occur with more than one completion.
 
     Args:
