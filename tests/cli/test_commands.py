@@ -10,6 +10,7 @@ import pytest
 import molf
 from molf.cli import COMMANDS, main
 from molf.cli import commands as command_functions
+from molf.study.preemption import Preempted
 from molf.study.presets import DEMO
 
 SMALL = "--sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4 --disable_tqdm True"
@@ -164,3 +165,14 @@ def test_two_processes_leave_one_run(model_folder):
     result = json.loads(Path("run/result.json").read_text())
     assert result["training"]["steps"] == 2, "two epochs of four rows in batches of two on each of two processes"
     assert len(Path("run/molf_expert_selection.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):
+    """Whatever starts it again goes by that."""
+
+    def stopped(config):
+        raise Preempted("stopped by SIGTERM after step 3 of 9")
+
+    monkeypatch.setattr("molf.study.train.run", stopped)
+    assert main(["train", "--model_name_or_path", "somewhere"]) == 75
+    assert "molf train: stopped by SIGTERM after step 3 of 9" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -36,8 +37,7 @@ def run(tmp_path):
         event("on_log", logs=numbers)
         return numbers
 
-    yield SimpleNamespace(log=log, state=state, optimizer=optimizer, event=event, step=step, logged=logged)
-    event("on_train_end")
+    return SimpleNamespace(log=log, state=state, optimizer=optimizer, event=event, step=step, logged=logged)
 
 
 def steps(log):
@@ -105,11 +105,34 @@ def test_resuming_drops_later_and_torn_lines(run, torn):
     assert steps(run.log) == [1, 2, 3]
 
 
-def test_resuming_without_a_log(run):
+def test_resuming_without_a_log(run, caplog):
     run.state.global_step = 2
-    run.event("on_train_begin")
+    with caplog.at_level(logging.WARNING):
+        run.event("on_train_begin")
+    assert f"{run.log.path} lacks 2 of the 2 steps before the checkpoint" in caplog.text
     run.step()
     assert steps(run.log) == [3]
+
+
+def test_resuming_with_a_gap_or_none(run, caplog):
+    run.event("on_train_begin")
+    for spoilt in (False, True, False, False):
+        run.step(spoilt)
+    run.event("on_train_begin")
+    assert "lacks" not in caplog.text, "the step that was left out has no line"
+    lines = run.log.path.read_text().splitlines(keepends=True)
+    run.log.path.write_text(lines[0] + lines[2])
+    with caplog.at_level(logging.WARNING):
+        run.event("on_train_begin")
+    assert "lacks 1 of the 4 steps" in caplog.text
+
+
+def test_a_damaged_line_is_named(run):
+    run.log.path.parent.mkdir(parents=True)
+    run.log.path.write_text('{"step": 1, "selections": {}}\n{broken\n')
+    run.state.global_step = 2
+    with pytest.raises(ValueError, match=rf"{run.log.path}, line 2: no line of a routing log"):
+        run.event("on_train_begin")
 
 
 def test_decisions_of_before_are_not_logged_again(run):

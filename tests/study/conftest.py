@@ -3,6 +3,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from molf.study.job import make_trainer
+from small_runs import small_run
+
 CORPUS = [
     "The capital of France is Paris. The mother tongue of the king is French.",
     "SELECT name FROM singer WHERE age > 30; The capital of Italy is Rome.",
@@ -70,3 +73,25 @@ def saved_model(tiny_model, tiny_tokenizer, tmp_path) -> str:
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def settings(saved_model, tmp_path, monkeypatch):
+    """Settings of a run of four steps on eight facts."""
+    monkeypatch.delenv("LOG_FILE", raising=False)
+    return small_run(saved_model, tmp_path / "run")
+
+
+@pytest.fixture
+def callbacks(monkeypatch):
+    """Callbacks that the trainers of all runs get beside their own; empty at first."""
+    more = []
+
+    def make(*given, **settings):
+        trainer = make_trainer(*given, **settings)
+        for callback in more:
+            trainer.add_callback(callback)
+        return trainer
+
+    monkeypatch.setattr("molf.study.train.make_trainer", make)
+    return more

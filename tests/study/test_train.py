@@ -8,55 +8,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from molf.study.config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.results import read_result
 from molf.study.routing import ROUTING_FILE, read_routing
-from molf.study.train import run
 from molf.tasks import get_task
-
-BASELINES = ["lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
-
-FILES = {
-    "README.md",
-    "config.json",
-    "config.yaml",
-    "generation_config.json",
-    "model.safetensors",
-    "predictions.jsonl.gz",
-    "result.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
-
-
-@pytest.fixture
-def settings(saved_model, tmp_path, monkeypatch):
-    """Settings of a run of four steps on six facts, which takes a fraction of a second."""
-    monkeypatch.delenv("LOG_FILE", raising=False)
-    return {
-        "model_name_or_path": saved_model,
-        "sample": True,
-        "limit": 8,
-        "ranks": [2, 4],
-        "lora_rank": 4,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "disable_tqdm": True,
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
-def carry_out(settings, **changes):
-    return run(RunConfig.from_dict(settings | changes))
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
+from small_runs import BASELINES, FILES, carry_out, weights
 
 
 @pytest.mark.parametrize(
@@ -179,7 +138,7 @@ def test_freezing_all_but_the_routed_weights(settings):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"method": method} for method in ("molf", "molf_e", "fft", "lora", "pissa", "eva", "lora_plus")),
+        *({"method": method} for method in ("molf", "molf_e", "fft", *BASELINES)),
         {"method": "molf", "lora_dropout": 0.1},
         {"method": "molf_e", "freeze_non_linear": False},
     ],
@@ -213,12 +172,6 @@ def test_checkpoints_of_other_settings_are_refused(settings):
     carry_out(settings, method="molf_e", save_strategy="epoch")
     with pytest.raises(ValueError, match=r"does not hold the base weights that this run trains \(0 of 21\)"):
         carry_out(settings, lora_dropout=0.1, resume_from_checkpoint=True)
-
-
-def test_adalora_is_not_resumed(settings):
-    carry_out(settings, method="adalora", save_strategy="epoch")
-    with pytest.raises(ValueError, match="AdaLoRA cannot go on from a checkpoint"):
-        carry_out(settings, method="adalora", resume_from_checkpoint=True)
 
 
 def test_the_experts_of_molf_efficient_are_kept(settings):
@@ -257,32 +210,6 @@ def test_molf_with_dropout(freeze, settings):
     end = weights(settings["output_dir"])
     assert set(end) == set(start)
     assert all(torch.equal(start[name], end[name]) == freeze for name in start if "proj" not in name)
-
-
-def test_a_finished_run_is_not_overwritten_silently(settings):
-    carry_out(settings, save_strategy="epoch")
-    folder = Path(settings["output_dir"])
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=r"holds a finished run; pass --overwrite"):
-        carry_out(settings)
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    carry_out(settings, method="fft", overwrite=True)
-    assert {path.name for path in folder.iterdir()} == FILES, "neither checkpoints nor routing of the replaced run"
-
-
-def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(settings):
-    carry_out(settings, save_strategy="epoch")
-    folder = Path(settings["output_dir"])
-    (folder / "result.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints of an unfinished run; pass --overwrite"):
-        carry_out(settings)
-    assert len(list(folder.glob("checkpoint-*"))) == 2
-    assert carry_out(settings, resume_from_checkpoint="True").training.steps == 4
-
-
-def test_the_model_to_be_trained_is_not_written_over(settings):
-    with pytest.raises(ValueError, match="is the folder of the model to be trained"):
-        carry_out(settings, output_dir=settings["model_name_or_path"], overwrite=True)
 
 
 def test_a_run_that_fails_is_not_finished(settings, monkeypatch):

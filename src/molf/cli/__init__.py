@@ -23,7 +23,10 @@ COMMANDS: dict[str, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 when it cannot be carried out, 2 when it is not understood.
+    """Run a command and return its exit status.
+
+    It is 0, or 1 when it cannot be carried out, 2 when it is not understood, 75 when it was stopped from outside and can go on
+    (``molf.study.preemption.PREEMPTED``).
 
     Args:
         argv: The command and its arguments; those of the process if left out.

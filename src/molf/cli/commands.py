@@ -17,6 +17,7 @@ from molf.cli.export import export
 from molf.cli.parsing import UsageError, parse_run, print_help
 from molf.cli.plan import plan
 from molf.study.config import RunConfig
+from molf.study.preemption import PREEMPTED, Preempted
 
 if TYPE_CHECKING:
     from molf.study.results import Result
@@ -35,10 +36,17 @@ def dispatch(command: str, argv: Sequence[str]) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if not _is_ours(error):
             raise
-        message = Text.assemble((f"molf {command}", "bold"), f": {error}")
-        Console(stderr=True, soft_wrap=True, highlight=False).print(message)
+        _complain(command, str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except Preempted as stopped:
+        _complain(command, stopped.message)
+        return PREEMPTED
     return 0
+
+
+def _complain(command: str, message: str) -> None:
+    text = Text.assemble((f"molf {command}", "bold"), f": {message}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
 
 
 def _is_ours(error: BaseException) -> bool:

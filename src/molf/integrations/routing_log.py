@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -13,6 +14,8 @@ from molf.optimizer import MoLF
 from molf.routing import Routing
 
 __all__ = ["FILE_NAME", "RoutingLog", "selection_record"]
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "molf_expert_selection.jsonl"
 
@@ -43,7 +46,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, output_dir: str | os.PathLike[str]):
         self.path = Path(output_dir) / FILE_NAME
-        self._file: TextIO | None = None
+        self._writes = False
         self._shares: list[float] = []
         self._last: Routing | None = None
         self._rates: dict[str, float] = {}
@@ -64,14 +67,17 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         """Open the log: a new one, or on resuming the old one up to the checkpoint's step."""
         molf = _molf(optimizer)
         self._last, self._shares = molf.routing, []
-        if not state.is_world_process_zero:
+        self._writes = state.is_world_process_zero
+        if not self._writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_until(self.path, state.global_step) if state.global_step else []
+        missing = state.global_step - molf.skipped_steps - len(kept)
+        if missing > 0:
+            logger.warning("%s lacks %d of the %d steps before the checkpoint", self.path, missing, state.global_step)
         beside = self.path.with_name(self.path.name + ".tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         beside.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def on_optimizer_step(
         self,
@@ -92,9 +98,10 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._last = routing
         if "fft" in routing.experts:
             self._shares.append(routing.share("fft"))
-        if self._file is not None:
-            self._file.write(json.dumps(selection_record(state.global_step + 1, routing)) + "\n")
-            self._file.flush()
+        if self._writes:
+            # Opened for each line: one that is written stays, and whatever ends the training leaves no file open.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(selection_record(state.global_step + 1, routing)) + "\n")
 
     def on_log(
         self,
@@ -119,14 +126,6 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if state.log_history:
             state.log_history[-1].update(ours)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the log."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
 
 def _molf(optimizer: Any) -> MoLF:
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -143,4 +142,13 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.exists():
         return []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+    return [line for number, line in enumerate(lines, start=1) if _step_of(line, f"{path}, line {number}") <= step]
+
+
+def _step_of(line: str, where: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}: no line of a routing log ({error!r}); mend or remove the line to go on from a checkpoint"
+        ) from error

@@ -2,26 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from molf.discovery import routed_linears
 from molf.integrations.routing_log import RoutingLog
+from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
 from molf.study.config import RunConfig
-from molf.study.methods.adalora import NO_RESUMING, AdaLoraAllocation
+from molf.study.methods.adalora import AdaLoraAllocation
+from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
 from molf.study.methods.config import MethodConfig
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.methods.trained_base import TrainedBase, restore_base, trained_base
+from molf.study.methods.trained_base import TrainedBase, trained_base
 from molf.study.models import load_model_and_tokenizer, locate
+from molf.study.preemption import StopRequest
 from molf.study.selection import load_split
+from molf.study.stop_at_step import StopAtStep
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
 from molf.tasks.few_shot import with_examples
@@ -78,16 +80,21 @@ def job_recipe(job: Job) -> Recipe:
     return method_recipe(job.config.method, job.config.train, linears)
 
 
-def make_trainer(job: Job, recipe: Recipe, **settings: Any) -> SFTTrainer:
-    """Make the stock SFT trainer that carries the method out.
+class StudyTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    """The stock SFT trainer, its checkpoints whole or not there."""
+
+
+def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **settings: Any) -> StudyTrainer:
+    """Make the trainer that carries the method out.
 
     Args:
         job: What to train; its model is changed (frozen parts, adapters).
         recipe: The method.
+        stop: Where signals that ask to stop are noted, if they are.
         **settings: Trainer settings that win over all others.
 
     Raises:
-        ValueError: A setting is unknown, there is nothing to train, or the method cannot go on from the checkpoint.
+        ValueError: A setting is unknown, or there is nothing to train.
     """
     args = build_train_config(job.config.train | recipe.train | settings)
     examples = [job.task.example(row) for row in job.split.train]
@@ -98,14 +105,15 @@ def make_trainer(job: Job, recipe: Recipe, **settings: Any) -> SFTTrainer:
     if method.freeze_non_linear and not recipe.adapted:
         freeze_all_but_routed(job.model, method)
     model = add_adapters(job.model, recipe, freeze_rest=bool(method.freeze_non_linear))
-    trainer = SFTTrainer(
+    trainer = StudyTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(examples),
         processing_class=job.tokenizer,
-        callbacks=_callbacks(job.config, recipe, model),
+        callbacks=_callbacks(recipe, stop),
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
+    trainer.parts = _checkpoint_parts(recipe, model)
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -113,24 +121,17 @@ def make_trainer(job: Job, recipe: Recipe, **settings: Any) -> SFTTrainer:
     return trainer
 
 
-def _callbacks(config: RunConfig, recipe: Recipe, model: nn.Module) -> list[TrainerCallback]:
-    """Return what the method needs at every step or checkpoint, going on from one included."""
+def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback]:
+    """Return what the method, and being told to stop, need at every step."""
+    own: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
+    return own if stop is None else [*own, StopAtStep(stop)]
+
+
+def _checkpoint_parts(recipe: Recipe, model: nn.Module) -> list[CheckpointPart]:
+    """Return what the method keeps in a checkpoint beside the Trainer's files."""
     if recipe.adalora is not None:
-        if config.resume_from:
-            raise ValueError(NO_RESUMING)
-        return [AdaLoraAllocation()]
-    if not recipe.adapted or not trained_base(model):
-        return []
-    if checkpoint := _checkpoint(config):
-        restore_base(model, checkpoint)
-    return [TrainedBase()]
-
-
-def _checkpoint(config: RunConfig) -> Path | None:
-    """Return the folder of the checkpoint to go on from, as the trainer finds it."""
-    chosen = config.resume_from
-    found = get_last_checkpoint(config.output_dir) if chosen is True else chosen
-    return Path(found) if found else None
+        return [AdaLoraState()]
+    return [TrainedBase()] if recipe.adapted and trained_base(model) else []
 
 
 def training_settings(job: Job) -> TrainConfig:

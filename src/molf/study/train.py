@@ -1,13 +1,13 @@
 """A run from its configuration to its result: train, leave a plain checkpoint, evaluate, write everything down."""
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from molf.integrations.checkpoint_folder import remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.card import model_card
 from molf.study.config import RunConfig
@@ -21,21 +21,19 @@ from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layer
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trained_base import trained_base
+from molf.study.preemption import Preempted, StopRequest, stop_request
 from molf.study.report import draw_routing
 from molf.study.results import (
-    RESULT_FILE,
     Result,
     Training,
     library_versions,
-    read_result,
     source_commit,
     write_result,
 )
 from molf.study.routing import read_routing
+from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, check_folder, clear_folder
 from molf.study.sizing.sizes import measure
 from molf.tasks.data import written_whole
-
-CONFIG_FILE, CARD_FILE, PICTURE_FILE = "config.yaml", "README.md", "routing.png"
 
 
 def run(config: RunConfig) -> Result | None:
@@ -52,10 +50,15 @@ def run(config: RunConfig) -> Result | None:
 
     Raises:
         ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced.
-        OSError: Data or model cannot be had.
+        OSError: Data or model cannot be had, or a file not be written.
+        Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved.
     """
+    with stop_request() as stop:
+        return _run(config.resolved(), stop)
+
+
+def _run(config: RunConfig, stop: StopRequest) -> Result | None:
     started = time.perf_counter()
-    config = config.resolved()
     check_folder(config)
     if config.task.generation_backend == "vllm":
         require_vllm()
@@ -64,13 +67,19 @@ def run(config: RunConfig) -> Result | None:
     job = load_job(config)
     recipe = job_recipe(job)
     use_cache = job.model.config.use_cache  # the trainer switches it off for good
-    trainer = make_trainer(job, recipe)
+    trainer = make_trainer(job, recipe, stop)
     main = trainer.is_world_process_zero()
-    if main and not config.resume_from:
+    checkpoint = trainer.find_checkpoint(config.resume_from)
+    if main and checkpoint is None:
         clear_folder(config.output_dir)
     before = _evaluate(job, trainer.model, job.source) if main and config.task.eval_before else None
     trainer.accelerator.wait_for_everyone()
-    training = _train(trainer, job, recipe)
+    training = _train(trainer, job, recipe, checkpoint)
+    if stop.received is not None:
+        raise Preempted(
+            f"stopped by {stop.received} after step {training.steps} of {trainer.state.max_steps}; start it again with "
+            "--resume_from_checkpoint True to go on from there"
+        )
     if not main:
         return None
     model = _plain_model(trainer, recipe, config.output_dir)
@@ -84,59 +93,16 @@ def run(config: RunConfig) -> Result | None:
     return result
 
 
-def check_folder(config: RunConfig) -> None:
-    """Refuse to write over what an earlier run left, or over the model to be trained.
-
-    An evaluation may replace an evaluation, and leaves checkpoints alone.
-
-    Raises:
-        ValueError: The folder holds a run and neither overwriting nor resuming was asked for, or it is the model's own.
-    """
-    folder, evaluating = config.output_dir, config.output.only_eval
-    model = config.model.model_name_or_path
-    if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
-        raise ValueError(f"output_dir={folder} is the folder of the model to be trained; choose another output_dir")
-    if config.output.overwrite or config.resume_from:
-        return
-    finished = (folder / RESULT_FILE).exists()
-    unfinished = not finished and not evaluating and any(_checkpoints(folder))
-    if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
-        raise ValueError(
-            f"{folder} holds {'a finished run' if finished else 'checkpoints of an unfinished run'}; pass --overwrite to "
-            "replace it, --resume_from_checkpoint True to go on from its last checkpoint, or another --output_dir"
-        )
-
-
-def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run left that could be taken for this one's: its result, log, picture and checkpoints."""
-    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if (folder / ADAPTERS_FOLDER).is_dir():
-        shutil.rmtree(folder / ADAPTERS_FOLDER)
-    remove_checkpoints(folder)
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the trainer's ``checkpoint-N`` folders."""
-    for checkpoint in _checkpoints(folder):
-        shutil.rmtree(checkpoint)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = folder.glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
-
-
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save a checkpoint that plain ``from_pretrained`` loads."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _train(trainer: Any, job: Job, recipe: Recipe) -> Training:
+def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
     layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
     sizes = measure(trainer.model, layers, job.config.method.ranks or ())
-    outcome = trainer.train(resume_from_checkpoint=job.config.resume_from or None)
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     seconds = float(outcome.metrics["train_runtime"])
     tokens = int(max(counts)) if counts else None

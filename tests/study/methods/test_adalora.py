@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
@@ -132,9 +130,3 @@ def test_checkpoints_on_the_way_change_nothing(make):
     assert train(plain).ranks == train(saving).ranks
     for (name, p), q in zip(plain.model.named_parameters(), saving.model.parameters(), strict=True):
         assert torch.equal(p, q), name
-
-
-def test_going_on_from_a_checkpoint_is_refused(make):
-    state = SimpleNamespace(global_step=3, max_steps=8)
-    with pytest.raises(ValueError, match="cannot go on from a checkpoint"):
-        AdaLoraAllocation().on_train_begin(None, state, None, model=make().model)

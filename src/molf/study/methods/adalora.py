@@ -11,11 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 ORTHOGONALITY = 0.5
 """Weight of the orthogonality of A and B in the loss, PEFT's default."""
 
-NO_RESUMING = (
-    "AdaLoRA cannot go on from a checkpoint: ranks once cut and the importance of the others are not in it; train from the "
-    "start (--overwrite)"
-)
-
 
 class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Fit AdaLoRA's schedule to the run's, keep its factors orthogonal, and let it allocate the ranks at every step.
@@ -46,12 +41,9 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]  # transformers 
         """Fit the schedule to the number of steps.
 
         Raises:
-            ValueError: The run has one step only, or it is a continuation: PEFT's checkpoints lack the importances that
-                the allocation goes by.
+            ValueError: The run has one step only.
         """
         config = _config(model)
-        if state.global_step:
-            raise ValueError(NO_RESUMING)
         if state.max_steps < 2:
             raise ValueError(
                 "AdaLoRA needs at least two steps, one to measure importance and one to allocate ranks by it"

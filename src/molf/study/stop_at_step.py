@@ -1,0 +1,46 @@
+"""The Trainer's side of being told to stop: finish the step, save a checkpoint, end the training."""
+
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molf.study.preemption import StopRequest
+
+
+class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Save and stop after the step in which this process, or any other of a distributed run, was asked to.
+
+    Args:
+        request: What the signals of this process set.
+    """
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on there is something to save."""
+        self.request.deferred = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop where that was asked for."""
+        if args.world_size > 1:
+            self._agree(args.device)
+        if self.request.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing is left to be saved."""
+        self.request.deferred = False
+
+    def _agree(self, device: torch.device) -> None:
+        """Let every rank stop at the same step: a signal may reach one earlier than another, or one alone."""
+        asked = torch.tensor(self.request.received is not None, dtype=torch.int32, device=device)
+        distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
+        if asked and self.request.received is None:
+            self.request.received = "a signal to another process"

@@ -1,0 +1,163 @@
+import json
+import logging
+import re
+
+import pytest
+
+from molf.integrations.checkpoint_folder import (
+    MANIFEST,
+    UNFINISHED,
+    checkpoints,
+    fault,
+    last_whole,
+    publish,
+    remove_checkpoints,
+    rotate,
+    seal,
+    tidy,
+)
+
+CONTENT = {
+    "model.safetensors": b"weights",
+    "optimizer.pt": b"moments",
+    "adapter/a.bin": b"",
+    "trainer_state.json": b"{}",
+}
+
+
+def write(folder, content=CONTENT):
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with the whole checkpoints 2, 4 and 10, and what must be left alone."""
+    for step in (4, 10, 2):
+        seal(write(tmp_path / f"checkpoint-{step}"))
+    write(tmp_path / "checkpoint-best")
+    (tmp_path / "checkpoint-7").write_text("no folder")
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(run):
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "problem"),
+    [
+        ("optimizer.pt", truncate, "optimizer.pt has 4 of 7 bytes"),
+        ("model.safetensors", flip, r"model.safetensors is not what was written \(its SHA-256 differs\)"),
+        ("adapter/a.bin", lambda file: file.unlink(), "adapter/a.bin is missing"),
+        ("adapter/a.bin", lambda file: file.write_text("more"), "adapter/a.bin has 4 of 0 bytes"),
+        (MANIFEST, truncate, f"{MANIFEST} is no JSON"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(run, name, damage, problem, caplog):
+    damage(run / "checkpoint-10" / name)
+    assert re.match(problem, fault(run / "checkpoint-10"))
+    with caplog.at_level(logging.WARNING):
+        assert last_whole(run) == run / "checkpoint-4"
+    assert "checkpoint-10 is damaged: " in caplog.text and name in caplog.text
+    assert (run / "damaged-checkpoint-10").is_dir() and not (run / "checkpoint-10").exists()
+    assert last_whole(run) == run / "checkpoint-4"
+
+
+def test_a_whole_one_has_no_fault(run):
+    assert fault(run / "checkpoint-4") is None
+    assert last_whole(run) == run / "checkpoint-10"
+    assert json.loads((run / "checkpoint-4" / MANIFEST).read_text())["files"].keys() == CONTENT.keys()
+
+
+def test_all_damaged(run):
+    for checkpoint in checkpoints(run):
+        truncate(checkpoint / "optimizer.pt")
+    assert last_whole(run) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [(None, "trainer_state.json is missing"), (b'{"global_st', "trainer_state.json is no JSON"), (b"{}", None)],
+)
+def test_of_a_plain_trainer_the_file_that_it_writes_last_decides(tmp_path, state, problem):
+    folder = write(
+        tmp_path / "checkpoint-3", {"model.safetensors": b""} | ({"trainer_state.json": state} if state else {})
+    )
+    found = fault(folder)
+    assert found is None if problem is None else found.startswith(problem)
+
+
+def test_unfinished_ones_are_removed(run):
+    write(run / UNFINISHED / "checkpoint-12")
+    before = names(run)
+    tidy(run)
+    assert names(run) == [name for name in before if name != UNFINISHED]
+
+
+@pytest.mark.parametrize("step", [10, 12], ids=["in place of another", "new"])
+def test_one_that_was_written_but_not_in_place_is_put_there(run, step):
+    """Killed between sealing it and giving it its name, or while removing what has the name."""
+    seal(write(run / UNFINISHED / f"checkpoint-{step}", CONTENT | {"new": b"!"}))
+    if step == 10:
+        (run / "checkpoint-10" / "optimizer.pt").unlink()
+    tidy(run)
+    assert last_whole(run) == run / f"checkpoint-{step}" and (run / f"checkpoint-{step}" / "new").exists()
+    assert not (run / UNFINISHED).exists()
+
+
+def test_one_that_was_being_removed_does_not_come_back(run):
+    (run / UNFINISHED).mkdir()
+    (run / "checkpoint-2").rename(run / UNFINISHED / "removing-checkpoint-2")
+    tidy(run)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-10"]
+    assert not (run / UNFINISHED).exists()
+
+
+def test_publishing_takes_the_name_over(run):
+    seal(write(run / "new", CONTENT | {"more": b"1"}))
+    publish(run / "new", run / "checkpoint-4")
+    assert (run / "checkpoint-4" / "more").exists() and not (run / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 10]),
+        (0, None, [2, 4, 10]),
+        (3, None, [2, 4, 10]),
+        (2, None, [4, 10]),
+        (1, None, [10]),
+        (2, 2, [2, 10]),
+        (1, 2, [2, 10]),
+        (1, 10, [10]),
+    ],
+)
+def test_the_oldest_go_but_never_the_latest_nor_the_best(run, limit, best, left):
+    rotate(run, limit, best and str(run / f"checkpoint-{best}"))
+    assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in left]
+    assert (run / "checkpoint-best").is_dir()
+
+
+def test_all_are_removed(run):
+    truncate(run / "checkpoint-10" / "optimizer.pt")
+    last_whole(run)
+    write(run / UNFINISHED / "checkpoint-12")
+    remove_checkpoints(run)
+    assert names(run) == ["checkpoint-7", "checkpoint-best"]

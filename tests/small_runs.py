@@ -1,0 +1,47 @@
+"""Runs of a tiny model that several tests of the study share."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from molf.study.config import RunConfig
+from molf.study.train import run
+
+BASELINES = ["lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
+
+FILES = {
+    "README.md",
+    "config.json",
+    "config.yaml",
+    "generation_config.json",
+    "model.safetensors",
+    "predictions.jsonl.gz",
+    "result.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+"""What a run of any method leaves in its folder, but for MoLF's routing and experts."""
+
+
+def small_run(model, folder):
+    """Settings of a run of four steps on eight facts, which takes a fraction of a second."""
+    return {
+        "model_name_or_path": model,
+        "sample": True,
+        "limit": 8,
+        "ranks": [2, 4],
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "disable_tqdm": True,
+        "output_dir": str(folder),
+    }
+
+
+def carry_out(settings, **changes):
+    return run(RunConfig.from_dict(settings | changes))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")

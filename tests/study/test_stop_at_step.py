@@ -1,0 +1,94 @@
+import os
+import signal
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainerControl
+
+from molf.integrations.checkpoint_folder import checkpoints
+from molf.study.preemption import Preempted, StopRequest
+from molf.study.routing import ROUTING_FILE
+from molf.study.stop_at_step import StopAtStep
+from small_runs import carry_out, weights
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "strategy"), [(signal.SIGTERM, "no"), (signal.SIGTERM, "epoch"), (signal.SIGUSR1, "no")]
+)
+def test_a_stopped_run_goes_on_where_it_was(number, strategy, settings, callbacks):
+    """Signalled in the second of four steps, which is also the last of an epoch."""
+    carry_out(settings)
+    folder = Path(settings["output_dir"])
+    whole = weights(folder)
+    callbacks.append(SignalAt(1, number))
+    with pytest.raises(Preempted, match="75") as stopped:
+        carry_out(settings, save_strategy=strategy, overwrite=True)
+    assert f"stopped by {number.name} after step 2 of 4" in stopped.value.message
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert not (folder / "result.json").exists()
+    callbacks.clear()
+    assert carry_out(settings, save_strategy=strategy, resume_from_checkpoint=True).training.steps == 4
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
+
+
+def test_stopped_in_the_last_step_nothing_is_trained_again(settings, callbacks):
+    """Where that step is in the middle of an epoch, the Trainer alone would take a fifth."""
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 5}
+    carry_out(settings, **changes)
+    folder = Path(settings["output_dir"])
+    whole, log = weights(folder), (folder / ROUTING_FILE).read_text()
+    callbacks.append(SignalAt(4, signal.SIGTERM))
+    with pytest.raises(Preempted, match="75"):
+        carry_out(settings, **changes, overwrite=True)
+    callbacks.clear()
+    assert carry_out(settings, **changes, resume_from_checkpoint=True).training.steps == 5
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
+    assert (folder / ROUTING_FILE).read_text() == log
+
+
+def test_without_a_signal_nothing_changes():
+    control = TrainerControl()
+    StopAtStep(StopRequest()).on_step_end(SimpleNamespace(world_size=1), None, control)
+    assert not control.should_save and not control.should_training_stop
+
+
+def _rank(rank, file, queue):
+    """One of two processes, of which only the second is asked to stop."""
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    request, control = StopRequest(), TrainerControl()
+    callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    callback.on_train_begin(args, None, control)
+    callback.on_step_end(args, None, control)
+    before = control.should_training_stop
+    if rank == 1:
+        request.handle(signal.SIGTERM, None)
+    callback.on_step_end(args, None, control)
+    queue.put((rank, before, control.should_save, control.should_training_stop, request.received))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_all_ranks_stop_at_the_same_step(tmp_path):
+    context = get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    told = sorted(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join()
+    assert told == [(0, False, True, True, "a signal to another process"), (1, False, True, True, "SIGTERM")]
