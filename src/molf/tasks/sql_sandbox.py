@@ -1,0 +1,238 @@
+"""Runs SQL that a model wrote, which may be anything, without harm.
+
+Every query runs in an empty in-memory SQLite database in a worker process (``sql_worker``), which has an empty environment
+and an empty working folder. What keeps it there, from the inside out:
+
+- SQLite's authorizer refuses ATTACH, DETACH, PRAGMA, virtual tables, ``load_extension`` and functions on files; VACUUM needs
+  ATTACH. SQLite's own limits bound lengths, depths and the size of programs (Python 3.11 and later).
+- A progress handler ends a query at its time limit; results are bounded in rows and bytes.
+- The operating system lets the worker open nothing, no file and no socket, write to no file, and have no more memory than its
+  limit (Linux; macOS ignores the limit on memory, Windows has none of these).
+- This process kills a worker that does not answer in time, replaces it and goes on. Answers are JSON of bounded size.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from queue import SimpleQueue
+from threading import Lock, Timer
+from types import TracebackType
+from typing import Any, cast
+
+from molf.tasks import sql_worker
+from molf.tasks.sql_worker import MEBIBYTE, read_frame, write_frame
+
+Row = tuple[Any, ...]
+
+_GRACE_SECONDS = 1.0  # for a worker to end a query by itself
+_START_SECONDS = 60.0
+_FLOOR_BYTES = 64 * MEBIBYTE  # what Python and SQLite themselves need
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What came of a query.
+
+    Attributes:
+        ok: Whether it ran to its end within the limits.
+        rows: The rows of the result, values being None, int, float, str or bytes. Of a statement that has none, such as
+            INSERT, the rows of all tables afterwards, each led by its table's name, after one row for each table. None if
+            not ``ok``.
+        error: Why it did not run, or None. Begins with ``context:`` if the fault is in what was to be there before.
+    """
+
+    ok: bool
+    rows: list[Row] | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one query may use.
+
+    Attributes:
+        seconds: Wall time.
+        memory: Bytes of address space of a worker.
+        rows: Rows of a result.
+        bytes: Bytes of a result's values.
+        length: Characters of context and query together.
+    """
+
+    seconds: float = 5.0
+    memory: int = 512 * MEBIBYTE
+    rows: int = 10_000
+    bytes: int = 8 * MEBIBYTE
+    length: int = 200_000
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if self.memory < _FLOOR_BYTES:
+            raise ValueError(f"memory={self.memory} is less than the {_FLOOR_BYTES} bytes that a worker itself needs")
+
+
+class SqlSandbox:
+    """Worker processes that run SQL; a context manager, which starts them and leaves none behind.
+
+    Args:
+        workers: How many queries run at a time.
+        limits: What each may use.
+
+    Attributes:
+        replaced: How many workers had to be replaced so far.
+    """
+
+    def __init__(self, workers: int = 2, limits: Limits | None = None):
+        if workers < 1:
+            raise ValueError(f"workers={workers} must be at least 1")
+        self.replaced = 0
+        self._count, self._limits = workers, limits or Limits()
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._lock = Lock()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "SqlSandbox":
+        """Start the workers.
+
+        Raises:
+            OSError: A worker does not start.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="molf-sql-")
+        try:
+            for _ in range(self._count):
+                self._idle.put(_Worker(self._folder.name, self._limits))
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        self._close()
+
+    def _close(self) -> None:
+        while not self._idle.empty():
+            self._idle.get().stop()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def execute(self, context: str, sql: str) -> Execution:
+        """Run a query in a database of its own.
+
+        Args:
+            context: Statements that make its tables.
+            sql: The query; of several statements the last result counts.
+
+        Raises:
+            RuntimeError: Outside a ``with`` block.
+        """
+        if self._folder is None:
+            raise RuntimeError("a SqlSandbox has workers inside a with block only: with SqlSandbox() as sandbox: ...")
+        if len(context) + len(sql) > self._limits.length:
+            return _failed(f"more than {self._limits.length} characters")
+        try:
+            request = json.dumps({"context": context, "sql": sql}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return _failed("not valid Unicode")
+        worker = self._idle.get()
+        try:
+            found = worker.ask(request)
+            if not worker.alive:
+                worker.stop()
+                with self._lock:
+                    self.replaced += 1
+                worker = _Worker(self._folder.name, self._limits)
+        finally:
+            self._idle.put(worker)
+        return found
+
+    def execute_many(self, queries: Iterable[tuple[str, str]]) -> list[Execution]:
+        """Run many queries, as many at a time as there are workers.
+
+        Args:
+            queries: Pairs of context and query.
+
+        Returns:
+            What came of each, in their order.
+        """
+        with ThreadPoolExecutor(self._count) as pool:
+            return list(pool.map(lambda query: self.execute(*query), queries))
+
+
+class _Worker:
+    """One worker process."""
+
+    def __init__(self, folder: str, limits: Limits):
+        self._limits = limits
+        self.alive = True
+        self._late = False
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), json.dumps(asdict(limits))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,  # an interrupt at the keyboard is for the run, which then ends its workers
+        )
+        if self._exchange(None, _START_SECONDS) is None:
+            status = self._process.wait()
+            self.stop()
+            raise OSError(f"a worker for SQL does not start: {sys.executable} ended with status {status}")
+
+    def ask(self, request: bytes) -> Execution:
+        """Have a query run; afterwards the worker may be dead."""
+        reply = self._exchange(request, self._limits.seconds + _GRACE_SECONDS)
+        if reply is None:
+            status = self._process.wait()
+            late = f"took longer than {self._limits.seconds} s"
+            return _failed(late if self._late else f"ended its worker (status {status})")
+        content = json.loads(reply)
+        if "error" in content:
+            return _failed(str(content["error"]))
+        return Execution(True, [_row(values) for values in content["rows"]], None)
+
+    def _exchange(self, request: bytes | None, seconds: float) -> bytes | None:
+        """Send a frame, if there is one, and return the answer; None if the worker died or had to be killed."""
+        source, sink = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
+        watchdog = Timer(seconds, self._end_late)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            if request is not None:
+                write_frame(source, request)
+            reply = read_frame(sink)
+        except BrokenPipeError:
+            reply = None
+        finally:
+            watchdog.cancel()
+        if reply is None:
+            self.alive = False
+            self._process.kill()
+        return reply
+
+    def _end_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def stop(self) -> None:
+        """End the process and wait until it is gone."""
+        self.alive = False
+        self._process.kill()
+        self._process.communicate()
+
+
+def _failed(error: str) -> Execution:
+    return Execution(False, None, error)
+
+
+def _row(values: Sequence[Any]) -> Row:
+    return tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in values)

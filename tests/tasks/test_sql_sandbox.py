@@ -1,0 +1,184 @@
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from molf.tasks.sql_sandbox import Limits, SqlSandbox
+
+CONTEXT = "CREATE TABLE t (a INTEGER, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
+SECONDS = 1.0
+
+# What a model might write, and what the answer has to say. None of it may run.
+HOSTILE = {
+    "attach": ("ATTACH DATABASE 'stolen.db' AS other", "not authorized"),
+    "attach in memory": ("ATTACH ':memory:' AS other", "not authorized"),
+    "detach": ("DETACH main", "not authorized"),
+    "pragma": ("PRAGMA writable_schema = ON", "not authorized"),
+    "pragma function": ("SELECT * FROM pragma_database_list", "not authorized|no such table|prohibited"),
+    "vacuum into": ("VACUUM INTO 'copy.db'", "not authorized|authorization denied"),
+    "load_extension": ("SELECT load_extension('evil.so')", "not authorized"),
+    "readfile": ("SELECT readfile('/etc/passwd')", "not authorized|no such function"),
+    "writefile": ("SELECT writefile('file.txt', 'x')", "not authorized|no such function"),
+    "edit": ("SELECT edit('x', 'sh')", "not authorized|no such function"),
+    "tokenizer": ("SELECT fts3_tokenizer('simple', x'00')", "not authorized|no such function"),
+    "virtual table": ("CREATE VIRTUAL TABLE v USING fts5(x)", "not authorized"),
+    "virtual table of a file": ("CREATE VIRTUAL TABLE v USING csv(filename='/etc/passwd')", "not authorized"),
+    "dot command": (".shell touch file.txt", "syntax error"),
+    "recursion without end": (f"{ENDLESS} SELECT * FROM c", "more than 1000 rows|longer than"),
+    "counting without end": (f"{ENDLESS} SELECT max(x) FROM c", "longer than"),
+    "cartesian product": (f"SELECT count(*) FROM {', '.join(f't AS t{i}' for i in range(40))}", "longer than"),
+    "result of many rows": (f"SELECT 1 FROM {', '.join(f't AS t{i}' for i in range(20))}", "more than 1000 rows"),
+    "large blob": ("SELECT length(randomblob(1000000000))", "too big|memory"),
+    "large zero blob": ("SELECT length(zeroblob(1000000000))", "not authorized"),
+    "long text by format": ("SELECT length(printf('%.*c', 1000000000, 'x'))", "too big|memory|longer than"),
+    "long text by replace": ("SELECT replace(hex(randomblob(900000)), '0', hex(randomblob(900000)))", "too big|memory"),
+    "wide rows": ("SELECT hex(randomblob(900000)) FROM t, t AS u, t AS v", "more than 1048576 bytes"),
+    "deep parentheses": (f"SELECT {'(' * 20_000}1{')' * 20_000}", "stack overflow|too deep|depth"),
+    "deep expression": (f"SELECT 1{' + 1' * 20_000}", "too large|depth|stack"),
+    "many statements": ("SELECT 1;" * 200, "more than 50 statements"),
+    "many semicolons": (f"SELECT '{';' * 5000}'", "semicolons"),
+    "null character": ("SELECT 'a\0b'", "null character"),
+    "lone surrogate": ("SELECT '\ud800'", "not valid Unicode"),
+    "megabytes": (f"SELECT '{'x' * 3_000_000}'", "more than 200000 characters"),
+    "trigger without end": (
+        "CREATE TRIGGER g AFTER INSERT ON t BEGIN INSERT INTO t VALUES (1, 'z'); END; PRAGMA recursive_triggers = ON",
+        "not authorized",
+    ),
+    "nothing": (" ;; -- only a comment\n /* and another */", "no statement"),
+    "prose": ("I cannot help with that.", "syntax error"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with SqlSandbox(workers=1, limits=Limits(seconds=SECONDS, rows=1000, bytes=2**20)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_statements_end_as_not_ok(sandbox, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sql, reason = HOSTILE[name]
+    began = time.monotonic()
+    found = sandbox.execute(CONTEXT, sql)
+    assert not found.ok and found.rows is None
+    assert re.search(reason, found.error), found.error
+    assert time.monotonic() - began < SECONDS + 10  # the limit, the grace, and a new worker on a busy machine
+    assert not list(tmp_path.iterdir()) and not os.listdir(sandbox._folder.name)
+    assert sandbox.execute(CONTEXT, "SELECT count(*) FROM t").rows == [(2,)]  # the next query is none the worse
+
+
+@pytest.mark.parametrize(
+    ("sql", "rows"),
+    [
+        ("SELECT * FROM t ORDER BY a DESC", [(2, "y"), (1, "x")]),
+        ("SELECT 1.5, NULL, x'00ff', 'é'", [(1.5, None, b"\x00\xff", "é")]),
+        ("SELECT 1; SELECT 2;", [(2,)]),
+        ("SELECT a FROM t WHERE b = 'a;b'", []),
+        ("SELECT CAST(x'ff' AS TEXT)", [("\udcff",)]),
+        ("SELECT 9e999", [(float("inf"),)]),
+        ("DELETE FROM t WHERE a = 1", [("t",), ("t", 2, "y")]),
+        ("CREATE TABLE u AS SELECT b FROM t; DROP TABLE t", [("u",), ("u", "x"), ("u", "y")]),
+    ],
+)
+def test_queries_give_their_rows(sandbox, sql, rows):
+    found = sandbox.execute(CONTEXT, sql)
+    assert (found.ok, found.rows, found.error) == (True, rows, None)
+
+
+def test_every_query_has_a_database_of_its_own(sandbox):
+    assert sandbox.execute(CONTEXT, "DROP TABLE t").ok
+    assert sandbox.execute("", "SELECT * FROM t").error == "no such table: t"
+
+
+def test_a_fault_in_the_context_is_told_from_one_in_the_query(sandbox):
+    assert sandbox.execute("CREATE TABLE", "SELECT 1").error.startswith("context: ")
+
+
+def test_many_queries_keep_their_order_and_a_dead_worker_is_replaced():
+    bomb = "SELECT length(printf('%.*c', 1000000000, 'x'))"
+    with SqlSandbox(workers=2, limits=Limits(seconds=0.3)) as sandbox:
+        queries = [f"SELECT {i}" if i != 5 else bomb for i in range(40)]
+        found = sandbox.execute_many([("", sql) for sql in queries])
+        assert [e.rows for e in found] == [None if i == 5 else [(i,)] for i in range(40)]
+        assert not found[5].ok
+        worker = sandbox._idle.get()
+        worker._process.kill()
+        worker._process.wait()
+        sandbox._idle.put(worker)
+        before = sandbox.replaced
+        again = sandbox.execute_many([("", "SELECT 1")] * 4)
+        assert [e.ok for e in again].count(False) == 1 and sandbox.replaced == before + 1
+
+
+def test_no_process_and_no_folder_is_left():
+    with SqlSandbox(workers=2) as sandbox:
+        folder = sandbox._folder.name
+        workers = [sandbox._idle.get() for _ in range(2)]
+        for worker in workers:
+            sandbox._idle.put(worker)
+    assert all(worker._process.poll() is not None for worker in workers)
+    assert not os.path.exists(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's limits are those of Linux")
+def test_the_system_lets_a_worker_open_nothing():
+    code = (
+        "from molf.tasks.sql_worker import limit_process\nimport socket\nlimit_process(2**29)\n"
+        "for act in (lambda: open('/etc/passwd'), lambda: open('new.txt', 'w'), lambda: socket.socket(), "
+        "lambda: bytearray(2**30)):\n"
+        "    try:\n        act()\n    except (OSError, MemoryError) as error:\n        print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["OSError", "OSError", "OSError", "MemoryError"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(context=st.text(max_size=60), sql=st.text(max_size=200))
+def test_any_text_ends_in_an_answer(sandbox, context, sql):
+    found = sandbox.execute(context, sql)
+    assert (found.rows is None) != found.ok and (found.error is None) == found.ok
+
+
+FRAGMENTS = [
+    *"()*,;.'\"=<>-+/|%", "SELECT", "FROM", "WHERE", "t", "a", "b", "GROUP BY", "ORDER BY", "UNION ALL", "WITH RECURSIVE c AS (",
+    "JOIN t AS u ON", "count(*)", "1", "NULL", "'x'", "x'ff'", "LIMIT", "CREATE TABLE v (", "INSERT INTO t", "DELETE FROM t",
+    "PRAGMA", "ATTACH", "VACUUM", "randomblob(99999999)", "OVER (", "\0", "--", "/*",
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sql=st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(" ".join))
+def test_any_words_of_sql_end_in_an_answer(sandbox, sql):
+    found = sandbox.execute(CONTEXT, sql)
+    assert (found.rows is None) != found.ok and (found.error is None) == found.ok
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SqlSandbox(workers=0), "workers=0"),
+        (lambda: Limits(seconds=0), "seconds=0 must be above 0"),
+        (lambda: Limits(memory=1000), "memory=1000 is less than"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_outside_a_with_block_there_are_no_workers():
+    with pytest.raises(RuntimeError, match="inside a with block"):
+        SqlSandbox().execute("", "SELECT 1")
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="does not start.*/bin/false"), SqlSandbox(workers=1):
+        pass

@@ -1,0 +1,48 @@
+import io
+import json
+
+import pytest
+
+from molf.tasks.sql_worker import TooMuch, answer, read_frame, statements, write_frame
+
+LIMITS = {"seconds": 5.0, "memory": 2**29, "rows": 3, "bytes": 100}
+
+
+def test_statements_are_cut_where_sqlite_says_they_end():
+    script = "SELECT ';' ; -- a; b\n CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END; /* ; */ SELECT 2"
+    assert [" ".join(s.split()) for s in statements(script)] == [
+        "SELECT ';' ;",
+        "-- a; b CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END;",
+        "/* ; */ SELECT 2",
+    ]
+
+
+@pytest.mark.parametrize("script", ["", " ;;\n", "-- only this", "/* or\nthis */ ;"])
+def test_white_space_and_comments_are_no_statements(script):
+    assert list(statements(script)) == []
+    assert answer({"context": "", "sql": script}, LIMITS) == {"error": "no statement"}
+
+
+def test_too_many_statements_are_refused():
+    with pytest.raises(TooMuch, match="more than 50 statements"):
+        list(statements("SELECT 1;" * 51))
+
+
+@pytest.mark.parametrize(
+    ("sql", "error"),
+    [
+        ("SELECT 1 UNION SELECT 2 UNION SELECT 3 UNION SELECT 4", "more than 3 rows"),
+        ("SELECT hex(randomblob(60))", "a result of more than 100 bytes"),
+        ("CREATE TABLE a (x); CREATE TABLE b (x); CREATE TABLE c (x); INSERT INTO c VALUES (1)", "more than 3 rows in all tables"),
+    ],
+)  # fmt: skip
+def test_results_are_bounded(sql, error):
+    assert answer({"context": "", "sql": sql}, LIMITS) == {"error": error}
+
+
+def test_frames_come_back_and_a_torn_one_is_the_end():
+    stream = io.BytesIO()
+    write_frame(stream, json.dumps({"sql": "é"}).encode())
+    whole = stream.getvalue()
+    assert read_frame(io.BytesIO(whole)) == whole[4:]
+    assert read_frame(io.BytesIO(whole[:-1])) is None and read_frame(io.BytesIO(b"")) is None
