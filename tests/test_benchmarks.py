@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import eval_speed
 import optimizer_step
 import plan_vs_measured
 import step_time
@@ -44,3 +45,13 @@ def test_plan_vs_measured():
     # How near the two are is not a test: memory that this process had before is reused.
     assert plan_vs_measured.foresee(args, "molf_e") > 0
     assert plan_vs_measured.measure(args, "molf_e") > 0
+
+
+def test_eval_speed(monkeypatch, capsys, tiny_checkpoint):
+    flags = ["--model", tiny_checkpoint, "--task", "fact", "--records", "2", "--json"]
+    monkeypatch.setattr(sys, "argv", ["eval_speed", *flags])
+    eval_speed.main()
+    shown = capsys.readouterr().out
+    assert "disagree" not in shown
+    report = json.loads(shown.splitlines()[-1])["fact"]
+    assert report["records"] == 2 and report["engine"] > 0 and report["loop"] > 0
