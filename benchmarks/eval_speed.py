@@ -16,6 +16,7 @@ from models import SHAPES
 from molf.study.engine.evaluate import evaluate
 from molf.study.models import locate
 from molf.tasks import TASKS, Generate, NextToken, OptionScores, TargetScores, get_task
+from molf.tasks.few_shot import with_examples
 from timing import machine, ratio, take_turns
 
 SLICES = [name for name in ("fact", "med", "sql") if name in TASKS]
@@ -63,10 +64,13 @@ def continue_prompt(model, tokenizer, prompt, request):
     return text[: min((text.index(stop) for stop in request.stop if stop in text), default=len(text))]
 
 
-def compare(model, tokenizer, name, records, rounds):
+def compare(model, tokenizer, name, records, few_shot, rounds):
     """Return records per second of the engine and of the loop, and the ratio of the two with its spread."""
     task = get_task(name)
-    rows = task.load(None, sample=True, limit=records, seed=0).eval
+    split = task.load(None, sample=True, limit=records + few_shot, seed=0)
+    if few_shot:
+        task, split = with_examples(task, split, few_shot, seed=0)
+    rows = split.eval[:records]
     found = {}
 
     def engine():
@@ -89,6 +93,7 @@ def main():
     parser.add_argument("--model", default="bundled:smollm2-135m", help="bundled model, folder, Hub id, or tiny")
     parser.add_argument("--task", nargs="+", choices=SLICES, default=SLICES)
     parser.add_argument("--records", type=int, default=8)
+    parser.add_argument("--few_shot", type=int, default=0, help="examples before every prompt")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     args = parser.parse_args()
@@ -96,7 +101,7 @@ def main():
     report = {}
     print(f"{args.model}; {machine()}; records per second")
     for name in args.task:
-        report[name] = found = compare(model, tokenizer, name, args.records, args.rounds)
+        report[name] = found = compare(model, tokenizer, name, args.records, args.few_shot, args.rounds)
         middle, least, greatest = found["ratio"]
         speeds = f"engine {found['engine']:8.2f}   one at a time {found['loop']:8.2f}"
         print(

@@ -47,8 +47,9 @@ def test_plan_vs_measured():
     assert plan_vs_measured.measure(args, "molf_e") > 0
 
 
-def test_eval_speed(monkeypatch, capsys, tiny_checkpoint):
-    flags = ["--model", tiny_checkpoint, "--task", "fact", "--records", "2", "--json"]
+@pytest.mark.parametrize("few_shot", ["0", "2"])
+def test_eval_speed(monkeypatch, capsys, tiny_checkpoint, few_shot):
+    flags = ["--model", tiny_checkpoint, "--task", "fact", "--records", "2", "--few_shot", few_shot, "--json"]
     monkeypatch.setattr(sys, "argv", ["eval_speed", *flags])
     eval_speed.main()
     shown = capsys.readouterr().out

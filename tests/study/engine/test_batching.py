@@ -13,3 +13,9 @@ def test_batches_keep_to_their_bound(tiny_model, tiny_tokenizer):
 def test_batches_of_rows_longer_than_the_bound_are_single():
     rows = [(0,) * length for length in (9, 4, 2, 2, 2, 1)]
     assert [[len(row) for row in batch] for batch in batches(rows, len, 6)] == [[9], [4], [2, 2, 2], [1]]
+
+
+def test_a_batch_is_mostly_full():
+    rows = [(0,) * length for length in (20, 16, 15, 14, 11, 10)]
+    assert [[len(row) for row in batch] for batch in batches(rows, len, 1000)] == [[20, 16, 15], [14, 11], [10]]
+    assert [len(batch) for batch in batches(rows, len, 1000, shared=10)] == [1, 2, 1, 1, 1], "of what is left to read"

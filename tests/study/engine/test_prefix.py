@@ -50,7 +50,9 @@ def test_a_shared_beginning_is_read_once(tiny_model, tiny_tokenizer):
     shared = next(i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
     shapes = count_rows(tiny_model)
     answer(tiny_model, tiny_tokenizer, [NextToken(question, ("A", "B")) for question in QUESTIONS])
-    assert [shape[:2] for shape in shapes] == [(1, shared), (5, max(map(len, rows)) - shared)]
+    assert shapes[0][:2] == (1, shared)
+    assert sum(shape[0] for shape in shapes[1:]) == 5
+    assert max(shape[1] for shape in shapes[1:]) == max(map(len, rows)) - shared
 
 
 def test_no_prefix_where_there_is_nothing_to_gain(tiny_model):

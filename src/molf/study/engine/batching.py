@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Ids: TypeAlias = tuple[int, ...]
 T = TypeVar("T")
 
+_LEAST_FILLED = 0.75  # of a row; a shorter one waits for a batch with less padding
+
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Ids]:
     """Return the tokens of every distinct text."""
@@ -19,20 +21,26 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[s
     return {text: tuple(ids) for text, ids in zip(distinct, tokenizer(distinct)["input_ids"], strict=True)}
 
 
-def batches(items: Sequence[T], length: Callable[[T], int], batch_tokens: int) -> Iterator[Sequence[T]]:
-    """Cut items, longest first, into batches.
+def batches(
+    items: Sequence[T], length: Callable[[T], int], batch_tokens: int, shared: int = 0
+) -> Iterator[Sequence[T]]:
+    """Cut items, longest first, into batches of rows of about equal length.
 
     Args:
         items: What to cut, sorted by falling ``length``.
         length: How many tokens of a row an item takes.
         batch_tokens: The most tokens of a batch once all its rows are as long as the longest; a longer item is a
             batch of its own.
+        shared: How many tokens at the beginning of every row have been read already.
     """
     first = 0
     while first < len(items):
-        size = max(1, batch_tokens // length(items[first]))
-        yield items[first : first + size]
-        first += size
+        longest = length(items[first])
+        least = shared + _LEAST_FILLED * (longest - shared)
+        most = items[first : first + max(1, batch_tokens // longest)]
+        batch = [item for item in most if length(item) >= least]
+        yield batch
+        first += len(batch)
 
 
 def left_pad(batch: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:

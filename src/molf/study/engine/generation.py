@@ -48,7 +48,7 @@ def generate_texts(
     ):
         for (max_new_tokens, stop), group in alike.items():
             ending = _Ending(tokenizer, max_new_tokens, end_ids, stop)
-            for batch in batches(group, length, batch_tokens):
+            for batch in batches(group, length, batch_tokens, shared=len(prefix.ids)):
                 found = _continue(model, [ids[request.prompt] for request in batch], prefix, ending)
                 texts.update(zip(batch, map(ending.text, found), strict=True))
                 bar.update(len(batch))
@@ -122,7 +122,7 @@ def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, endi
         ids, cache = output.sequences, output.past_key_values
         for row, tokens in zip(going, ids[:, prompt_length:].tolist(), strict=True):
             new_ids[row] = tokens
-        kept = [place for place, row in enumerate(going) if not ending.reached(new_ids[row])]
+        kept = [place for place, row in enumerate(going) if keeps and not ending.reached(new_ids[row])]
         going = [going[place] for place in kept]
         if going:
             ids, mask = ids[kept], torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[kept]

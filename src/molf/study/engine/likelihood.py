@@ -102,7 +102,7 @@ def score_targets(
     prefix = read_prefix(model, rows, most=min((len(row) - kept[row] for row in rows), default=0))
     scores: dict[Request, TargetScores] = {}
     with logging.tqdm(total=len(rows), desc="Likelihoods", disable=not progress) as bar:
-        for batch in batches(rows, len, batch_tokens):
+        for batch in batches(rows, len, batch_tokens, shared=len(prefix.ids)):
             targets = [[encoded[request] for request in on_row[row]] for row in batch]
             logits = _last_logits(model, batch, prefix, max(kept[row] for row in batch))
             found = _read_scores(logits, batch, targets)
