@@ -1,5 +1,7 @@
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from molf.tasks import sql_sandbox
 from molf.tasks.sql_sandbox import Limits, SqlSandbox
 
 CONTEXT = "CREATE TABLE t (a INTEGER, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"
@@ -27,6 +30,21 @@ HOSTILE = {
     "writefile": ("SELECT writefile('file.txt', 'x')", "not authorized|no such function"),
     "edit": ("SELECT edit('x', 'sh')", "not authorized|no such function"),
     "tokenizer": ("SELECT fts3_tokenizer('simple', x'00')", "not authorized|no such function"),
+    "attach by URI": ("ATTACH 'file:stolen.db?mode=rwc' AS other", "not authorized"),
+    "vacuum": ("VACUUM", "not authorized|authorization denied"),
+    "temporary table": ("CREATE TEMP TABLE u AS SELECT 1", "not authorized"),
+    "temporary view": ("CREATE TEMP VIEW u AS SELECT 1", "not authorized"),
+    "heap limit": ("PRAGMA hard_heap_limit = 0", "not authorized"),
+    "temporary folder": ("PRAGMA temp_store_directory = '/tmp'", "not authorized"),
+    "pragma function of a table": ("SELECT * FROM pragma_table_info('t')", "not authorized|no such table|prohibited"),
+    "schema": ("UPDATE sqlite_master SET sql = 'CREATE TABLE t (z)'", "may not be modified"),
+    "into outfile": ("SELECT * FROM t INTO OUTFILE 'file.txt'", "syntax error"),
+    "endless sort": (f"{ENDLESS} SELECT randomblob(1000) AS r FROM c ORDER BY r", "longer than|memory"),
+    "endless insert": (f"INSERT INTO t {ENDLESS} SELECT x, randomblob(1000) FROM c", "longer than|memory|full"),
+    "endless string": (f"{ENDLESS} SELECT group_concat(x) FROM c", "too big|longer than|memory"),
+    "doubling": ("WITH RECURSIVE c(x) AS (SELECT 'a' UNION ALL SELECT x || x FROM c) SELECT max(x) FROM c", "too big|memory"),
+    "deep subqueries": (f"SELECT * FROM {'(SELECT * FROM ' * 5000}t{')' * 5000}", "stack overflow|too deep|depth"),
+    "many joins": (f"SELECT 1 FROM {', '.join(f't AS t{i}' for i in range(65))}", "at most 64 tables"),
     "virtual table": ("CREATE VIRTUAL TABLE v USING fts5(x)", "not authorized"),
     "virtual table of a file": ("CREATE VIRTUAL TABLE v USING csv(filename='/etc/passwd')", "not authorized"),
     "dot command": (".shell touch file.txt", "syntax error"),
@@ -115,6 +133,94 @@ def test_many_queries_keep_their_order_and_a_dead_worker_is_replaced():
         before = sandbox.replaced
         again = sandbox.execute_many([("", "SELECT 1")] * 4)
         assert [e.ok for e in again].count(False) == 1 and sandbox.replaced == before + 1
+
+
+@pytest.mark.parametrize("name", ["attach", "counting without end", "large blob", "null character", "temporary table"])
+def test_a_hostile_context_is_no_better(sandbox, name):
+    assert not sandbox.execute(HOSTILE[name][0], "SELECT 1").ok
+    assert sandbox.execute(CONTEXT, "SELECT count(*) FROM t").rows == [(2,)]
+
+
+@pytest.fixture
+def one():
+    """A sandbox that a test may do violence to, and its only worker."""
+    with SqlSandbox(workers=1, limits=Limits(seconds=0.3)) as sandbox:
+        worker = sandbox._idle.get()
+        sandbox._idle.put(worker)
+        yield sandbox, worker
+
+
+def frame(body):
+    return len(body).to_bytes(4, "big") + body
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"\xff\xff\xff\xff" + b" " * 1000,
+        frame(b"nope"),
+        frame(b"\xff"),
+        frame(b"[" * 30_000),
+        frame(b"[]"),
+        frame(b"{}"),
+        frame(b'{"error": 1}'),
+        frame(b'{"rows": [1]}'),
+        frame(b'{"rows": [[{}]]}'),
+        frame(b'{"rows": [[[1]]]}'),
+        frame(b'{"rows": [[{"blob": "zz"}]]}'),
+        frame(b'{"rows": [[1]]}')[:-3],
+    ],
+)
+def test_nonsense_from_a_worker_is_not_believed(one, reply):
+    sandbox, worker = one
+    worker._process.stdout.close()
+    worker._process.stdout = io.BytesIO(reply)
+    assert not sandbox.execute("", "SELECT 1").ok
+    assert sandbox.replaced == 1 and worker._process.returncode is not None
+    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+
+
+def test_a_worker_that_hangs_is_killed(one):
+    sandbox, worker = one
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    assert sandbox.execute("", "SELECT 1").error == "took longer than 0.3 s"
+    assert sandbox.replaced == 1 and worker._process.returncode == -signal.SIGKILL
+    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+
+
+def test_an_interrupted_query_is_not_answered_to_the_next(one, monkeypatch):
+    sandbox, worker = one
+
+    def interrupted(stream, most):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sql_sandbox, "read_frame", interrupted)
+        sandbox.execute("", "SELECT 1")
+    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+
+
+def test_a_worker_that_cannot_be_replaced_now_may_be_later(one, monkeypatch):
+    sandbox, worker = one
+    worker.stop()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="does not start"):
+        patch.setattr(sys, "executable", "/bin/false")
+        sandbox.execute("", "SELECT 1")
+    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+
+
+def test_a_worker_ends_when_its_parent_is_gone():
+    code = (
+        "import os, signal\nfrom molf.tasks.sql_sandbox import SqlSandbox\nwith SqlSandbox(workers=1) as sandbox:\n"
+        "    print(sandbox._idle.get()._process.pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    for _ in range(500):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", done.stdout.strip()], capture_output=True, text=True).stdout
+        if not state.strip() or state.startswith("Z"):  # whoever adopted it may not have buried it yet
+            return
+        time.sleep(0.02)
+    pytest.fail("the worker still runs after ten seconds")
 
 
 def test_no_process_and_no_folder_is_left():

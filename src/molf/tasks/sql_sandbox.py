@@ -3,20 +3,23 @@
 Every query runs in an empty in-memory SQLite database in a worker process (``sql_worker``), which has an empty environment
 and an empty working folder. What keeps it there, from the inside out:
 
-- SQLite's authorizer refuses ATTACH, DETACH, PRAGMA, virtual tables, ``load_extension`` and functions on files; VACUUM needs
-  ATTACH. SQLite's own limits bound lengths, depths and the size of programs (Python 3.11 and later).
+- SQLite's authorizer allows queries and changes of ordinary tables only, so no ATTACH (which VACUUM needs), DETACH, PRAGMA,
+  virtual or temporary tables, and no ``load_extension`` or functions on files. SQLite's own limits bound lengths, depths and
+  the size of programs (Python 3.11 and later).
 - A progress handler ends a query at its time limit; results are bounded in rows and bytes.
 - The operating system lets the worker open nothing, no file and no socket, write to no file, and have no more memory than its
-  limit (Linux; macOS ignores the limit on memory, Windows has none of these).
-- This process kills a worker that does not answer in time, replaces it and goes on. Answers are JSON of bounded size.
+  limit (Linux; macOS ignores that, so SQLite's own limit on its heap is set too; Windows has none of these).
+- This process kills a worker that does not answer in time or not in the agreed form, replaces it and goes on. Answers are JSON
+  of bounded size; nothing in them is believed before it was looked at.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from threading import Lock, Timer
@@ -84,7 +87,7 @@ class SqlSandbox:
         limits: What each may use.
 
     Attributes:
-        replaced: How many workers had to be replaced so far.
+        replaced: How many workers died or had to be killed so far; each took the one query that it had with it.
     """
 
     def __init__(self, workers: int = 2, limits: Limits | None = None):
@@ -133,6 +136,7 @@ class SqlSandbox:
 
         Raises:
             RuntimeError: Outside a ``with`` block.
+            OSError: If a worker has to be replaced and the new one does not start.
         """
         if self._folder is None:
             raise RuntimeError("a SqlSandbox has workers inside a with block only: with SqlSandbox() as sandbox: ...")
@@ -144,15 +148,18 @@ class SqlSandbox:
             return _failed("not valid Unicode")
         worker = self._idle.get()
         try:
+            if not worker.alive:
+                worker = _Worker(self._folder.name, self._limits)
             found = worker.ask(request)
             if not worker.alive:
-                worker.stop()
                 with self._lock:
                     self.replaced += 1
-                worker = _Worker(self._folder.name, self._limits)
+            return found
+        except BaseException:
+            worker.stop()  # its answer may still be under way, and would be taken for that to the next query
+            raise
         finally:
             self._idle.put(worker)
-        return found
 
     def execute_many(self, queries: Iterable[tuple[str, str]]) -> list[Execution]:
         """Run many queries, as many at a time as there are workers.
@@ -184,24 +191,24 @@ class _Worker:
             start_new_session=True,  # an interrupt at the keyboard is for the run, which then ends its workers
         )
         if self._exchange(None, _START_SECONDS) is None:
-            status = self._process.wait()
-            self.stop()
-            raise OSError(f"a worker for SQL does not start: {sys.executable} ended with status {status}")
+            raise OSError(
+                f"a worker for SQL does not start: {sys.executable} ended with status {self._process.returncode}"
+            )
 
     def ask(self, request: bytes) -> Execution:
         """Have a query run; afterwards the worker may be dead."""
         reply = self._exchange(request, self._limits.seconds + _GRACE_SECONDS)
         if reply is None:
-            status = self._process.wait()
             late = f"took longer than {self._limits.seconds} s"
-            return _failed(late if self._late else f"ended its worker (status {status})")
-        content = json.loads(reply)
-        if "error" in content:
-            return _failed(str(content["error"]))
-        return Execution(True, [_row(values) for values in content["rows"]], None)
+            return _failed(late if self._late else f"ended its worker (status {self._process.returncode})")
+        found = _as_execution(reply)
+        if found is None:
+            self.stop()
+            return _failed("made its worker answer with nonsense")
+        return found
 
     def _exchange(self, request: bytes | None, seconds: float) -> bytes | None:
-        """Send a frame, if there is one, and return the answer; None if the worker died or had to be killed."""
+        """Send a frame, if there is one, and return the answer; None if the worker is of no more use, and ended."""
         source, sink = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
         watchdog = Timer(seconds, self._end_late)
         watchdog.daemon = True
@@ -209,14 +216,16 @@ class _Worker:
         try:
             if request is not None:
                 write_frame(source, request)
-            reply = read_frame(sink)
+            # JSON takes up to 12 bytes for a character.
+            reply = read_frame(sink, most=16 * self._limits.bytes + 4096)
         except BrokenPipeError:
             reply = None
         finally:
             watchdog.cancel()
-        if reply is None:
-            self.alive = False
-            self._process.kill()
+            watchdog.join()
+        if reply is None or self._late:
+            self.stop()
+            return None
         return reply
 
     def _end_late(self) -> None:
@@ -227,12 +236,33 @@ class _Worker:
         """End the process and wait until it is gone."""
         self.alive = False
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):  # of what it did not read
+                cast(Any, pipe).close()
 
 
 def _failed(error: str) -> Execution:
     return Execution(False, None, error)
 
 
-def _row(values: Sequence[Any]) -> Row:
-    return tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in values)
+def _as_execution(reply: bytes) -> Execution | None:
+    """Read a worker's answer; None if it is not in the agreed form."""
+    try:
+        match json.loads(reply):
+            case {"error": str(error)}:
+                return _failed(error)
+            case {"rows": list(rows)} if all(isinstance(row, list) for row in rows):
+                return Execution(True, [tuple(map(_value, row)) for row in rows], None)
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
+def _value(cell: Any) -> Any:
+    match cell:
+        case None | int() | float() | str():
+            return cell
+        case {"blob": str(digits)}:
+            return bytes.fromhex(digits)
+    raise ValueError(f"not a value of SQLite: {cell!r}")

@@ -9,6 +9,7 @@ first frame out says that the limits are in place.
 """
 
 import json
+import math
 import os
 import re
 import sqlite3
@@ -16,14 +17,37 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 MEBIBYTE = 2**20
 _OPCODES_BETWEEN_CHECKS = 10_000
 _MAX_STATEMENTS = 50
-_DENIED_ACTIONS = frozenset(
-    getattr(sqlite3, f"SQLITE_{name}")
-    for name in ("ATTACH", "DETACH", "PRAGMA", "CREATE_VTABLE", "DROP_VTABLE", "CREATE_TEMP_TRIGGER")
+# Queries of, and changes to, the tables in memory. All else is denied: ATTACH, which VACUUM needs, DETACH, PRAGMA, virtual
+# and temporary tables, and what SQLite may come to have.
+_ALLOWED_ACTIONS = frozenset(
+    {
+        sqlite3.SQLITE_SELECT,
+        sqlite3.SQLITE_READ,
+        sqlite3.SQLITE_RECURSIVE,
+        sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_INSERT,
+        sqlite3.SQLITE_UPDATE,
+        sqlite3.SQLITE_DELETE,
+        sqlite3.SQLITE_TRANSACTION,
+        sqlite3.SQLITE_SAVEPOINT,
+        sqlite3.SQLITE_CREATE_TABLE,
+        sqlite3.SQLITE_CREATE_INDEX,
+        sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_CREATE_TRIGGER,
+        sqlite3.SQLITE_DROP_TABLE,
+        sqlite3.SQLITE_DROP_INDEX,
+        sqlite3.SQLITE_DROP_VIEW,
+        sqlite3.SQLITE_DROP_TRIGGER,
+        sqlite3.SQLITE_ALTER_TABLE,
+        sqlite3.SQLITE_REINDEX,
+        sqlite3.SQLITE_ANALYZE,
+    }
 )
 _DENIED_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob"})
 _SQLITE_LIMITS = {  # a name of sqlite3.SQLITE_LIMIT_*: what a query may use of it
@@ -47,24 +71,38 @@ class TooMuch(Exception):
 
 
 def limit_process(memory_bytes: int) -> None:
-    """Give up what no query needs: memory beyond a limit, writing to files, core dumps, and opening anything at all."""
+    """Give up what no query needs: memory beyond a limit, files, core dumps, children, and opening anything at all."""
+    # SQLite keeps to this one everywhere; macOS has no limit on memory that holds.
+    database = sqlite3.connect(":memory:")
+    database.execute(f"PRAGMA hard_heap_limit = {memory_bytes // 2}")
+    database.close()
+    for name, value in {"AS": memory_bytes, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 3}.items():
+        lower_limit(name, value)
+
+
+def limit_cpu(seconds: float) -> None:
+    """Have the system end this process after so much more processor time, should its parent be gone by then."""
+    lower_limit("CPU", math.ceil(time.process_time() + seconds) + 1, for_good=False)
+
+
+def lower_limit(name: str, value: int, *, for_good: bool = True) -> None:
+    """Set a resource limit of this process, where the system has it and lets it be set."""
     try:
         import resource
-    except ModuleNotFoundError:  # Windows: the authorizer and the time limit are all there is
+    except ModuleNotFoundError:  # Windows: the authorizer and the limits on time are all there is
         return
-    wanted = {"RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 3}
-    for name, value in wanted.items():
-        number = getattr(resource, name, None)
-        if number is None:
-            continue
-        hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+    number = getattr(resource, f"RLIMIT_{name}", None)
+    if number is None:
+        return
+    hard = resource.getrlimit(number)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    with suppress(ValueError, OSError):  # macOS refuses some
+        resource.setrlimit(number, (value, value if for_good else hard))
 
 
 def authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
     """Tell SQLite whether a statement may do something; it asks while it compiles the statement."""
-    if action in _DENIED_ACTIONS:
+    if action not in _ALLOWED_ACTIONS:
         return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _DENIED_FUNCTIONS:
         return sqlite3.SQLITE_DENY
@@ -130,7 +168,7 @@ def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[An
     for row in cursor:
         if len(rows) == max_rows:
             raise TooMuch(f"more than {max_rows} rows")
-        size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
+        size += sum(8 + len(value) if isinstance(value, str | bytes) else 8 for value in row)
         if size > max_bytes:
             raise TooMuch(f"a result of more than {max_bytes} bytes")
         rows.append([{"blob": value.hex()} if isinstance(value, bytes) else value for value in row])
@@ -175,12 +213,14 @@ def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
         database.close()
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
-    """Return the next frame, or None at the end of the stream."""
+def read_frame(stream: BinaryIO, most: int = 2**32) -> bytes | None:
+    """Return the next frame, or None at the end of the stream or if the frame has more than ``most`` bytes."""
     head = stream.read(4)
     if len(head) < 4:
         return None
     (size,) = struct.unpack(">I", head)
+    if size > most:
+        return None
     body = stream.read(size)
     return body if len(body) == size else None
 
@@ -200,6 +240,7 @@ def main() -> None:
     limit_process(limits["memory"])
     write_frame(sink, b"{}")
     while (frame := read_frame(source)) is not None:
+        limit_cpu(limits["seconds"])
         try:
             reply = json.dumps(answer(json.loads(frame), limits))
         except MemoryError:
