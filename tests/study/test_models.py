@@ -1,10 +1,11 @@
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
 from molf.study.config import ModelConfig
-from molf.study.models import load_model_and_tokenizer, locate
+from molf.study.models import load_model_and_tokenizer, locate, use_chat_template
 
 
 def test_a_folder_loads_and_pads_with_its_end_of_text(saved_model, tiny_model):
@@ -52,3 +53,17 @@ def test_an_unreachable_hub_id_says_what_else_there_is():
 def test_bundled_names_are_resolved(monkeypatch, tmp_path):
     monkeypatch.setattr("molf.study.models.bundled.resolve", lambda name: tmp_path / name.removeprefix("bundled:"))
     assert locate("bundled:smollm2-135m") == str(tmp_path / "smollm2-135m")
+
+
+def test_a_chat_template_comes_from_a_file_or_from_another_tokenizer(tiny_tokenizer, tmp_path):
+    own, other = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
+    (tmp_path / "chat.jinja").write_text("from a file")
+    use_chat_template(own, str(tmp_path / "chat.jinja"))
+    assert own.chat_template == "from a file"
+    other.chat_template = "of another"
+    other.save_pretrained(tmp_path / "other")
+    use_chat_template(own, str(tmp_path / "other"))
+    assert own.chat_template == "of another"
+    for missing in ("missing.jinja", str(tmp_path / "missing")):
+        with pytest.raises(OSError, match="is neither a Jinja file nor a tokenizer"):
+            use_chat_template(own, missing)

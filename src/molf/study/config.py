@@ -56,9 +56,23 @@ class TaskConfig:
 
     _argument_group_name: ClassVar[str] = "task"
 
-    task: str = field(default="fact", metadata={"help": "Benchmark: fact, med or sql."})
+    task: str = field(default="fact", metadata={"help": "Benchmark: fact, med or sql; or custom, your own data."})
     data_path: str | None = field(
-        default=None, metadata={"help": "Your copy of the task's data; its public source if unset."}
+        default=None,
+        metadata={
+            "help": "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: "
+            "a file, a folder or a Hub id (ID@REVISION)."
+        },
+    )
+    eval_path: str | None = field(
+        default=None,
+        metadata={"help": "Task custom: what to evaluate on, as data_path or as the name of a split of it."},
+    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Task custom: share of the rows to hold out and evaluate on; 0.1 where nothing else is there."
+        },
     )
     sample: bool = field(
         default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}

@@ -1,7 +1,7 @@
 """The parts of a run put together: model, tokenizer, rows, and the trainer that the method calls for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -12,7 +12,8 @@ from trl import SFTTrainer
 from molf.discovery import routed_linears
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
-from molf.study.config import RunConfig
+from molf.study.config import RunConfig, TaskConfig
+from molf.study.engine.examples import training_template
 from molf.study.methods.adalora import AdaLoraAllocation
 from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
@@ -20,12 +21,13 @@ from molf.study.methods.config import MethodConfig
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trained_base import TrainedBase, trained_base
-from molf.study.models import load_model_and_tokenizer, locate
+from molf.study.models import load_model_and_tokenizer, locate, use_chat_template
 from molf.study.preemption import StopRequest
 from molf.study.selection import load_split
 from molf.study.stop_at_step import StopAtStep
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
+from molf.tasks.custom import Custom
 from molf.tasks.few_shot import with_examples
 
 
@@ -53,6 +55,11 @@ class Job:
         return locate(self.config.model.model_name_or_path)
 
     @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The training examples, as ``SFTTrainer`` takes them."""
+        return [self.task.example(row) for row in self.split.train]
+
+    @property
     def eval_rows(self) -> list[dict[str, Any]]:
         """The rows to evaluate on."""
         return self.split.eval[: self.config.task.eval_limit]
@@ -65,13 +72,25 @@ def load_job(config: RunConfig) -> Job:
         ValueError: The task, its data or the model is not to be had as named.
         OSError: Data or model cannot be read or fetched.
     """
-    task = get_task(config.task.task)
+    task = _task(config.task)
     seed = int(config.train["seed"])
     split = load_split(task, config.task, seed=seed)
     if config.task.few_shot:
         task, split = with_examples(task, split, config.task.few_shot, seed)
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    if template := config.train.get("chat_template_path"):
+        use_chat_template(tokenizer, str(template))
     return Job(config, model, tokenizer, task, split)
+
+
+def _task(config: TaskConfig) -> Task:
+    task = get_task(config.task)
+    if isinstance(task, Custom):
+        return replace(task, eval_path=config.eval_path, eval_fraction=config.eval_fraction)
+    for name in ("eval_path", "eval_fraction"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value} is for the task custom; {task.name} says itself what it is evaluated on")
+    return task
 
 
 def job_recipe(job: Job) -> Recipe:
@@ -96,10 +115,14 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     Raises:
         ValueError: A setting is unknown, or there is nothing to train.
     """
-    args = build_train_config(job.config.train | recipe.train | settings)
-    examples = [job.task.example(row) for row in job.split.train]
+    examples = job.examples
     if not examples:
         raise ValueError(f"the task {job.task.name} has no training rows in {job.split.origin}; nothing can be trained")
+    by_form = {}
+    if "messages" in examples[0]:
+        training_template(job.tokenizer)  # an error about it is clearer than the trainer's
+        by_form["assistant_only_loss"] = True
+    args = build_train_config(by_form | job.config.train | recipe.train | settings)
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:

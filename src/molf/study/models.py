@@ -69,3 +69,22 @@ def locate(name: str | None) -> str:
         what = "has no config.json" if folder.exists() else "does not exist"
         raise ValueError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
     return str(folder)
+
+
+def use_chat_template(tokenizer: Any, path: str) -> None:
+    """Give a tokenizer another chat template, as the trainer will; evaluations need it too.
+
+    Args:
+        tokenizer: Changed in place.
+        path: A Jinja file, or a folder or Hub id of a tokenizer that has the template.
+
+    Raises:
+        OSError: There is no such file or tokenizer.
+    """
+    try:
+        if path.endswith((".jinja", ".j2")):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+    except OSError as error:
+        raise OSError(f"chat_template_path={path} is neither a Jinja file nor a tokenizer: {error}") from error

@@ -29,6 +29,8 @@ class Training:
         parameters: Elements of the model's own weights.
         trainable_parameters: Those that are trained.
         lora_parameters: Elements of all LoRA pairs, whether inside the model or in the optimizer.
+        dropped_examples: Examples left out because ``max_length`` leaves nothing of them in the loss.
+        truncated_examples: Other examples whose target lost its end to ``max_length``.
     """
 
     steps: int
@@ -39,6 +41,8 @@ class Training:
     parameters: int
     trainable_parameters: int
     lora_parameters: int
+    dropped_examples: int = 0
+    truncated_examples: int = 0
 
 
 @dataclass(frozen=True)

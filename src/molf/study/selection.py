@@ -40,9 +40,9 @@ def selection_split(split: Split, everything: list[Row], count: int) -> Split:
     Raises:
         ValueError: There are not enough rows.
     """
-    judged = {_key(row) for row in split.eval}
+    judged = {row_key(row) for row in split.eval}
     same = split.train == split.eval
-    free = [row for row in (everything if same else split.train) if _key(row) not in judged]
+    free = [row for row in (everything if same else split.train) if row_key(row) not in judged]
     if len(free) < count + (not same):
         raise ValueError(
             f"selection_limit={count} needs as many rows of {split.origin} that are not evaluated on, and there are "
@@ -52,5 +52,6 @@ def selection_split(split: Split, everything: list[Row], count: int) -> Split:
     return Split(train, held_out, f"{split.origin}, rows for selection")
 
 
-def _key(row: Row) -> str:
+def row_key(row: Row) -> str:
+    """Return a text that only equal rows share."""
     return repr(sorted(row.items()))

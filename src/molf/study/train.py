@@ -1,5 +1,6 @@
 """A run from its configuration to its result: train, leave a plain checkpoint, evaluate, write everything down."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -33,7 +34,10 @@ from molf.study.results import (
 from molf.study.routing import read_routing
 from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, check_folder, clear_folder
 from molf.study.sizing.sizes import measure
+from molf.study.targets import cut_targets
 from molf.tasks.data import written_whole
+
+_log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> Result | None:
@@ -102,6 +106,10 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
     layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
     sizes = measure(trainer.model, layers, job.config.method.ranks or ())
+    cut = cut_targets(job.tokenizer, job.examples, trainer.args)
+    if trainer.is_world_process_zero():
+        for warning in cut.warnings():
+            _log.warning(warning)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     seconds = float(outcome.metrics["train_runtime"])
@@ -115,6 +123,8 @@ def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> T
         parameters=sizes.parameters,
         trainable_parameters=sizes.trainable,
         lora_parameters=sizes.lora,
+        dropped_examples=cut.dropped,
+        truncated_examples=cut.truncated,
     )
 
 

@@ -4,6 +4,7 @@ import difflib
 
 from molf.tasks.base import (
     Answer,
+    ExampleTokens,
     Generate,
     Likelihood,
     Metric,
@@ -15,12 +16,14 @@ from molf.tasks.base import (
     TargetScores,
     Task,
 )
+from molf.tasks.custom import Custom
 from molf.tasks.fact import Fact
 from molf.tasks.med import Med
 
 __all__ = [
     "TASKS",
     "Answer",
+    "ExampleTokens",
     "Generate",
     "Likelihood",
     "Metric",
@@ -37,6 +40,7 @@ __all__ = [
 TASKS: dict[str, Task] = {
     "fact": Fact(),
     "med": Med(),
+    "custom": Custom(),
 }
 
 

@@ -5,6 +5,7 @@ into metrics. So a benchmark is one file without any tensor, and every benchmark
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -58,9 +59,20 @@ class Generate:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class ExampleTokens:
+    """Ask how likely those tokens of a training example are that training counts in its loss.
+
+    Attributes:
+        example: What ``Task.example`` gives. It is tokenized as for training, chat template and end token included.
+    """
+
+    example: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class TargetScores:
-    """The answer to a ``Likelihood``.
+    """The answer to a ``Likelihood`` or an ``ExampleTokens``.
 
     Attributes:
         logprobs: The natural-log probability of each token of the target, given all tokens before it.
@@ -109,9 +121,10 @@ class OptionScores:
         return self.logprobs.index(max(self.logprobs))
 
 
-Request: TypeAlias = Likelihood | NextToken | Generate
+Request: TypeAlias = Likelihood | NextToken | Generate | ExampleTokens
 Answer: TypeAlias = TargetScores | OptionScores | str
-"""``TargetScores`` to a ``Likelihood``, ``OptionScores`` to a ``NextToken``, the generated text to a ``Generate``."""
+"""``TargetScores`` to a ``Likelihood`` or ``ExampleTokens``, ``OptionScores`` to a ``NextToken``, the generated text to a
+``Generate``."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,8 @@ class Task(Protocol):
     def example(self, row: Row) -> dict[str, Any]:
         """Return the training example of ``row``, ``{"prompt": ..., "completion": ...}``.
 
-        The completion begins with its own white space and has no end-of-text token: the trainer adds it.
+        The completion begins with its own white space and has no end-of-text token: the trainer adds it. Other forms
+        are ``{"messages": [{"role": ..., "content": ...}, ...]}`` and ``{"text": ...}``.
         """
         ...
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from molf.tasks.base import Answer, Explained, Metric, Request, Row, Split, Task
+from molf.tasks.base import Answer, ExampleTokens, Explained, Metric, Request, Row, Split, Task
 
 
 class FewShot:
@@ -30,7 +30,12 @@ class FewShot:
 
     def requests(self, row: Row) -> list[Request]:
         """Return what to ask about a row, with the examples before every prompt."""
-        return [replace(request, prompt=self.shots + request.prompt) for request in self.task.requests(row)]
+        return [self._prefixed(request) for request in self.task.requests(row)]
+
+    def _prefixed(self, request: Request) -> Request:
+        if isinstance(request, ExampleTokens):
+            return ExampleTokens({**request.example, "prompt": self.shots + request.example["prompt"]})
+        return replace(request, prompt=self.shots + request.prompt)
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
         """Return the benchmark's metrics."""

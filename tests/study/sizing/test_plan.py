@@ -3,7 +3,7 @@ import pytest
 from molf.study.config import RunConfig
 from molf.study.job import load_job, make_trainer
 from molf.study.methods.recipe import Recipe
-from molf.study.sizing.plan import contradictions, make_plan
+from molf.study.sizing.plan import contradictions, make_plan, seen_in_training
 from molf.tasks import Split
 
 
@@ -77,10 +77,18 @@ def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
 
     monkeypatch.setattr("molf.study.job.get_task", lambda name: Odd())
     plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
-    assert [warning.split(" ", 1)[0] for warning in plan.warnings] == ["1", "1"]
-    assert "different completions" in plan.warnings[0]
-    assert "max_length=20" in plan.warnings[1]
-    assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == plan.warnings[:1]
+    contradicting, seen, cut = plan.warnings
+    assert contradicting.startswith("1 prompts occur with different completions")
+    assert seen.startswith("1 of the rows to evaluate on are trained on too")
+    assert cut.startswith("1 examples have no completion within max_length=20")
+    assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == [contradicting, seen]
+
+
+def test_rows_seen_in_training_are_told_unless_a_benchmark_wants_that():
+    rows = [{"n": 1}, {"n": 2}]
+    assert seen_in_training(Split(rows, [{"n": 2}, {"n": 3}], "here")) == 1
+    assert seen_in_training(Split(rows, [{"n": 3}], "here")) == 0
+    assert seen_in_training(Split(rows, list(rows), "here")) == 0
 
 
 def test_no_rows_to_train_on(settings):

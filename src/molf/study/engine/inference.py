@@ -7,10 +7,11 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molf.study.engine.examples import joined, runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts
 from molf.study.engine.likelihood import encode, score_targets
 from molf.study.engine.next_token import check_options, read_options, targets_of
-from molf.tasks.base import Answer, Generate, Likelihood, NextToken, Request
+from molf.tasks.base import Answer, ExampleTokens, Generate, Likelihood, NextToken, Request
 
 TextGenerator: TypeAlias = Callable[[Sequence[Generate]], Mapping[Request, str]]
 """Continues the prompts of distinct requests."""
@@ -41,7 +42,8 @@ def answer(
         generate: Answers the ``Generate`` requests in place of the model, such as a ``VllmGenerator``.
 
     Returns:
-        ``TargetScores`` for a ``Likelihood``, ``OptionScores`` for a ``NextToken``, the new text for a ``Generate``.
+        ``TargetScores`` for a ``Likelihood`` or ``ExampleTokens``, ``OptionScores`` for a ``NextToken``, the new text for
+        a ``Generate``.
 
     Raises:
         ValueError: If a target has no tokens, an option is not exactly one token, or no token comes before what is
@@ -57,11 +59,20 @@ def answer(
     encoded = encode(tokenizer, [*likelihoods, *(target for choice in choices for target in targets_of(choice))])
     for choice in choices:
         check_options(choice, encoded)
+    examples = [request for request in distinct if isinstance(request, ExampleTokens)]
+    tokenized = tokenize_examples(tokenizer, [request.example for request in examples])
+    runs = {request: runs_in_loss(example) for request, example in zip(examples, tokenized, strict=True)}
+    flat = {(request, number): run for request, own in runs.items() for number, run in enumerate(own)}
     answers: dict[Request, Answer] = {}
     with _evaluating(model), torch.inference_mode():
         scores = score_targets(model, encoded, batch_tokens=batch_tokens, progress=progress)
-        answers.update(scores)
+        answers.update(scores.items())
         answers.update((choice, read_options(choice, scores)) for choice in choices)
+        if flat:
+            found = score_targets(model, flat, batch_tokens=batch_tokens, progress=progress)
+            answers.update(
+                (request, joined([found[request, n] for n in range(len(own))])) for request, own in runs.items()
+            )
         if generate is None:
             answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
     if generate is not None and generations:

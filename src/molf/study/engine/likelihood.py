@@ -7,9 +7,10 @@ network must read to score it: the tokens of prompt and target without the last 
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from transformers.utils import logging
 
 from molf.study.engine.batching import Ids, base_model, batches, tokenize
 from molf.study.engine.prefix import Prefix, read_prefix
-from molf.tasks.base import Likelihood, Request, TargetScores
+from molf.tasks.base import Likelihood, TargetScores
 
+K = TypeVar("K", bound=Hashable)
 _TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]
 
 
@@ -83,9 +85,9 @@ def longest_inputs(inputs: Sequence[Ids]) -> dict[Ids, Ids]:
 
 
 def score_targets(
-    model: PreTrainedModel, encoded: Mapping[Likelihood, EncodedTarget], *, batch_tokens: int, progress: bool
-) -> dict[Request, TargetScores]:
-    """Score the target of every request.
+    model: PreTrainedModel, encoded: Mapping[K, EncodedTarget], *, batch_tokens: int, progress: bool
+) -> dict[K, TargetScores]:
+    """Score every target, under its key.
 
     The network reads no input that another one begins with, and what all inputs begin with only once.
 
@@ -93,14 +95,14 @@ def score_targets(
         FloatingPointError: If the model gives NaN.
     """
     longest = longest_inputs([target.input for target in encoded.values()])
-    on_row: dict[Ids, list[Likelihood]] = defaultdict(list)
+    on_row: dict[Ids, list[K]] = defaultdict(list)
     for request, target in encoded.items():
         on_row[longest[target.input]].append(request)
     kept = {row: len(row) + 1 - min(encoded[r].start for r in on_row[row]) for row in on_row}
     # By length for little padding, then by the logits they need. The largest first: a lack of memory shows at once.
     rows = sorted(on_row, key=lambda row: (len(row), kept[row]), reverse=True)
     prefix = read_prefix(model, rows, most=min((len(row) - kept[row] for row in rows), default=0))
-    scores: dict[Request, TargetScores] = {}
+    scores: dict[K, TargetScores] = {}
     with logging.tqdm(total=len(rows), desc="Likelihoods", disable=not progress) as bar:
         for batch in batches(rows, len, batch_tokens, shared=len(prefix.ids)):
             targets = [[encoded[request] for request in on_row[row]] for row in batch]

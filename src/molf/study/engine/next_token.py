@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from molf.study.engine.likelihood import EncodedTarget
-from molf.tasks.base import Likelihood, NextToken, OptionScores, Request, TargetScores
+from molf.tasks.base import Likelihood, NextToken, OptionScores, TargetScores
 
 
 def targets_of(choice: NextToken) -> list[Likelihood]:
@@ -35,7 +35,7 @@ def _end(prompt: str, length: int = 60) -> str:
     return repr(prompt if len(prompt) <= length else f"...{prompt[-length:]}")
 
 
-def read_options(choice: NextToken, scores: Mapping[Request, TargetScores]) -> OptionScores:
+def read_options(choice: NextToken, scores: Mapping[Likelihood, TargetScores]) -> OptionScores:
     """Put the scores of the options together."""
     found = [scores[target] for target in targets_of(choice)]
     return OptionScores(tuple(s.logprobs[0] for s in found), tuple(s.token_ids[0] for s in found))

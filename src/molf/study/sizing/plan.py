@@ -9,7 +9,10 @@ from typing import Any
 
 from molf.study.config import RunConfig
 from molf.study.job import Job, job_recipe, load_job, make_trainer, routed_layers
+from molf.study.selection import row_key
 from molf.study.sizing.sizes import Sizes, measure
+from molf.study.targets import cut_targets
+from molf.tasks import Split
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,19 @@ def _first_example(trainer: Any, tokenizer: Any) -> list[tuple[str, bool]]:
 
 def _warnings(job: Job, trainer: Any) -> list[str]:
     found = []
-    if contradicting := contradictions([job.task.example(row) for row in job.split.train]):
+    if contradicting := contradictions([example for example in job.examples if "prompt" in example]):
         found.append(f"{contradicting} prompts occur with different completions, which no model can learn both of")
-    dropped = len(job.split.train) - len(trainer.train_dataset)
-    if dropped > 0 and not trainer.args.packing:
-        found.append(
-            f"{dropped} examples have no completion within max_length={trainer.args.max_length} and are left out"
-        )
-    return found
+    if (seen := seen_in_training(job.split)) > 0:
+        found.append(f"{seen} of the rows to evaluate on are trained on too")
+    return found + cut_targets(job.tokenizer, job.examples, trainer.args).warnings()
+
+
+def seen_in_training(split: Split) -> int:
+    """Count the rows to evaluate on that are trained on too; none where a benchmark wants it so for all of them."""
+    if split.train == split.eval:
+        return 0
+    trained = {row_key(row) for row in split.train}
+    return sum(row_key(row) in trained for row in split.eval)
 
 
 def contradictions(examples: Sequence[dict[str, Any]]) -> int:
