@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,15 @@ def steps(log):
 def routing():
     scores = torch.tensor([[1.0, 2.0], [0.25, 0.125]], dtype=torch.float64)
     return Routing(("a.q", "a.k"), ("fft", "lora_r2"), scores, torch.tensor([[True, True], [True, False]]))
+
+
+def test_a_fused_step_that_was_left_out_has_no_line(run):
+    run.step()
+    run.optimizer.routing = replace(routing(), taken=torch.tensor(False))
+    run.event("on_optimizer_step")
+    run.state.global_step += 1
+    run.step()
+    assert steps(run.log) == [1, 3]
 
 
 def test_format_of_a_record():

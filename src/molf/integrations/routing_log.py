@@ -96,6 +96,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if routing is None or routing is self._last:
             return
         self._last = routing
+        if not routing.taken:  # a fused step that was left out says so only when asked
+            return
         if "fft" in routing.experts:
             self._shares.append(routing.share("fft"))
         if self._writes:
