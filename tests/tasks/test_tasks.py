@@ -10,10 +10,10 @@ def test_a_task_is_found_by_its_own_name():
 
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(
-        ValueError, match=r"unknown task 'facts' \(did you mean 'fact'\?\); the tasks are: fact, med, custom"
+        ValueError, match=r"unknown task 'facts' \(did you mean 'fact'\?\); the tasks are: fact, med, sql, custom"
     ):
         get_task("facts")
-    with pytest.raises(ValueError, match="unknown task 'zzz'; the tasks are: fact, med, custom"):
+    with pytest.raises(ValueError, match="unknown task 'zzz'; the tasks are: fact, med, sql, custom"):
         get_task("zzz")
 
 

@@ -19,6 +19,7 @@ from molf.tasks.base import (
 from molf.tasks.custom import Custom
 from molf.tasks.fact import Fact
 from molf.tasks.med import Med
+from molf.tasks.sql import Sql
 
 __all__ = [
     "TASKS",
@@ -40,6 +41,7 @@ __all__ = [
 TASKS: dict[str, Task] = {
     "fact": Fact(),
     "med": Med(),
+    "sql": Sql(),
     "custom": Custom(),
 }
 

@@ -1,0 +1,136 @@
+"""Rows for contexts that create tables without any, so that a wrong query gives another result than the right one.
+
+On empty tables nearly every query "gives the right result". The rows follow from the declared columns and from what the right
+query compares its columns with; nothing is drawn at random. Every table gets
+
+- rows that satisfy all of the query's comparisons, with different values elsewhere, some of them twice;
+- for every compared column, rows in which it alone does not satisfy them, by a near miss (the next number, another case);
+- for every compared column, a row in which it alone does; and rows that satisfy none.
+
+Columns that are compared with each other take the same few values, so that joins find partners, more for one than for another.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+
+from molf.tasks.sql_ast import parse_query, schema_of
+from molf.tasks.sql_conditions import Column, Conditions, Value, conditions_of, split_values
+
+WITNESSES = 5  # rows that satisfy all comparisons; more where the query counts or limits them
+_MOST_WITNESSES = 30
+_KEYS = 5
+_NEAR_MISSES = 3  # per column
+
+_PATTERN = (0, 1, 0, 2, 3)  # the first value twice
+_NUMBERS = (50, 20, 90, 71)  # of the rows that satisfy all: the first neither the largest nor the smallest
+_KEY_PATTERN = (0, 0, 1, 0, 1, 2, 0, 1, 2, 3)  # keys of unequal frequency
+_HAS_ROWS = re.compile(r"\b(?:INSERT|REPLACE)\b[^;]*\bINTO\b|\bCREATE\s+TABLE\b[^;(]*\bAS\b", re.IGNORECASE)
+_TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
+
+
+def has_rows(context: str) -> bool:
+    """Return whether a context puts rows into its tables."""
+    return _HAS_ROWS.search(context) is not None
+
+
+def filled_context(context: str, query: str) -> str:
+    """Return a context with rows in its tables; one that has rows, or cannot be parsed, stays as it is.
+
+    Args:
+        context: Statements that create tables.
+        query: The right query.
+    """
+    schema = schema_of(context)
+    if has_rows(context) or not schema:
+        return context
+    parsed = parse_query(query, schema)
+    conditions = Conditions() if parsed is None else conditions_of(parsed, schema)
+    statements = [context.strip().rstrip(";") + ";"]
+    for number, (table, columns) in enumerate(schema.items()):
+        cells = [
+            _column(declared, conditions, (table, name), 1000 * number + 100 * place)
+            for place, (name, declared) in enumerate(columns.items())
+        ]
+        values = ", ".join(f"({', '.join(map(_literal, row))})" for row in _rows(cells, conditions.count))
+        # Rows that break a constraint of the table are left out.
+        statements.append(f'INSERT OR IGNORE INTO "{table}" VALUES {values};')
+    return "\n".join(statements)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The values of a column.
+
+    Attributes:
+        satisfying: What satisfies the query's conditions on it; empty if there are none.
+        missing: What narrowly does not.
+        key: Whether it is compared with other columns.
+        spell: Turns a number, different for every column, into a value of its type.
+    """
+
+    satisfying: list[Value]
+    missing: list[Value]
+    key: bool
+    spell: Callable[[int], Value]
+
+
+def _column(declared: str, conditions: Conditions, column: Column, base: int) -> _Cells:
+    own = conditions.of.get(column, [])
+    stores_text = any(name in declared.upper() for name in _TEXT_TYPES)
+    satisfying, missing = split_values(own, as_number=not stores_text)
+    key = any(column in group for group in conditions.joined)
+    numeric = column in conditions.numeric or not (stores_text or "DATE" in declared.upper() or not declared)
+
+    def spell(number: int) -> Value:
+        if numeric or key:
+            return number + (0 if key else base)
+        if "DATE" in declared.upper() or "TIME" in declared.upper():
+            return (date(2015, 1, 1) + timedelta(days=7 * number + base)).isoformat()
+        return f"{column[1]} {number:03d}"
+
+    return _Cells(satisfying, missing, key, spell)
+
+
+def _rows(columns: Sequence[_Cells], count: int) -> Iterator[list[Value]]:
+    """Yield the rows of a table; ``count`` is how many the query counts or limits."""
+    compared = [place for place, cells in enumerate(columns) if cells.satisfying and cells.missing]
+    for number in range(min(_MOST_WITNESSES, max(WITNESSES, count + 2))):
+        yield [_witness(cells, number, place) for place, cells in enumerate(columns)]
+    misses = [{place: value} for place in compared for value in columns[place].missing[:_NEAR_MISSES]]
+    first = {place: columns[place].missing[0] for place in compared}
+    alone = [{other: first[other] for other in compared if other != place} for place in compared]
+    # Twice, once with larger and once with smaller values elsewhere than the rows that satisfy all, for MAX and MIN.
+    changes = [change for change in (*misses, *alone, first) for _ in range(2)]
+    for number, change in enumerate(changes):
+        row = [_outsider(cells, number) for cells in columns]
+        for place, value in change.items():
+            row[place] = value
+        yield row
+
+
+def _witness(cells: _Cells, number: int, place: int) -> Value:
+    """Return the value of a row that satisfies all conditions."""
+    if cells.satisfying:
+        return cells.satisfying[number % len(cells.satisfying)]
+    if cells.key:
+        return cells.spell(number % _KEYS + 1)
+    step, again = divmod(number, len(_PATTERN))
+    return cells.spell(_NUMBERS[_PATTERN[(again + place) % len(_PATTERN)]] - step)
+
+
+def _outsider(cells: _Cells, number: int) -> Value:
+    """Return the value of a row in which another column does not satisfy its conditions."""
+    if cells.satisfying:
+        return cells.satisfying[number % len(cells.satisfying)]
+    if cells.key:
+        return cells.spell(_KEY_PATTERN[number % len(_KEY_PATTERN)] + 1)
+    return cells.spell(95 + 3 * number if number % 2 else 15 - number)
+
+
+def _literal(value: Value) -> str:
+    """Write a value in SQL."""
+    if value is None:
+        return "NULL"
+    return str(value) if isinstance(value, int | float) else "'" + value.replace("'", "''") + "'"
