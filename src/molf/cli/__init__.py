@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "eval": "evaluate a model on a task",
     "demo": "teach a small pretrained model some facts with MoLF, in minutes on a CPU",
     "compare": "compare methods on a task: a table, a bar chart, and how far they are apart",
+    "sweep": "carry out a grid of runs, here or on a SLURM cluster",
+    "results": "gather the results of any number of runs in a table, CSV or Parquet",
     "plan": "count parameters and estimate memory without loading weights",
     "report": "show finished runs: tables, and the picture of the routing",
     "export": "write the LoRA experts of a run as one PEFT adapter, or merged into the weights",

@@ -16,6 +16,8 @@ from molf.cli.compare import compare
 from molf.cli.export import export
 from molf.cli.parsing import UsageError, parse_run, print_help
 from molf.cli.plan import plan
+from molf.cli.results import results
+from molf.cli.sweep import sweep
 from molf.study.config import RunConfig
 from molf.study.preemption import PREEMPTED, Preempted
 
@@ -115,6 +117,8 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "eval": evaluate,
     "demo": demo,
     "compare": compare,
+    "sweep": sweep,
+    "results": results,
     "plan": plan,
     "report": report,
     "export": export,

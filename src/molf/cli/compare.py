@@ -1,14 +1,14 @@
 """``molf compare``: from a command line or a file to a comparison, and from its outcome to the terminal."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from molf.cli.names import PUBLISHED_NAMES, canonical
-from molf.cli.parsing import CONFIG_FLAG, UsageError, _hints, parse_run, read_flags, read_yaml
+from molf.cli.grid import as_list, as_switch, configs, contenders
+from molf.cli.names import PUBLISHED_NAMES
+from molf.cli.parsing import CONFIG_FLAG, UsageError, read_flags, read_yaml
 from molf.study.config import RunConfig
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def parse_comparison(argv: Sequence[str]) -> "Comparison":
         methods = given.pop("methods", methods)
         settings |= {_field(name): value for name, value in given.items()}
     settings |= {_field(name): value for name, value in flags if name not in (CONFIG_FLAG, "methods")}
-    methods = _methods(methods, [_list(value) for name, value in flags if name == "methods"])
+    methods = contenders(methods, [as_list(value) for name, value in flags if name == "methods"])
     own = {name: settings.pop(name) for name in _OWN if name in settings}
     root = Path(str(settings.pop("output_root")))
     candidates = {name: _candidates(name, settings, more) for name, more in methods.items()}
@@ -85,12 +85,12 @@ def parse_comparison(argv: Sequence[str]) -> "Comparison":
     try:
         return Comparison(
             candidates=candidates,
-            seeds=tuple(int(seed) for seed in _list(own["seeds"])),
+            seeds=tuple(int(seed) for seed in as_list(own["seeds"])),
             selection_limit=int(own["selection_limit"]),
             folder=root,
             metric=own.get("metric"),
-            all_rates=_switch(own, "all_rates"),
-            keep_models=_switch(own, "keep_models"),
+            all_rates=as_switch("all_rates", own.get("all_rates", False)),
+            keep_models=as_switch("keep_models", own.get("keep_models", False)),
         )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
@@ -104,50 +104,15 @@ def _field(name: str) -> str:
     return field
 
 
-def _methods(in_files: Any, in_flags: list[list[Any]]) -> dict[str, dict[str, Any]]:
-    """Return the settings of each contender by name."""
-    if isinstance(in_files, list):
-        in_files = dict.fromkeys(map(str, in_files))
-    if in_files is not None and not isinstance(in_files, Mapping):
-        raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
-    known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
-    chosen = [str(name) for name in in_flags[-1]] if in_flags else list(known)
-    return {name: known.get(name, {}) for name in chosen}
-
-
 def _candidates(name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, RunConfig]:
     """Return the settings to choose among, by label: all combinations of the listed rates and schedules."""
     settings = {"method": name, **shared, **{_field(key): value for key, value in own.items()}}
-    grid = {field: _list(settings[field]) for field in GRID if field in settings}
-    found: dict[str, RunConfig] = {}
-    for point in product(*grid.values()):
-        values = dict(zip(grid, point, strict=True))
-        config = parse_run([], preset=_known({**settings, **values}, name))
-        varied = [field for field in grid if len(grid[field]) > 1] or list(grid)[:1]
-        found["-".join(_label(field, config) for field in varied) or "default"] = config
-    return found
-
-
-def _known(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    try:
-        return canonical(settings.items(), _hints(), f"the settings of {name}")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    grid = {field: as_list(settings[field]) for field in GRID if field in settings}
+    varied = [field for field in grid if len(grid[field]) > 1] or list(grid)[:1]
+    found = configs(name, settings, grid)
+    return {"-".join(_label(field, config) for field in varied) or "default": config for config in found}
 
 
 def _label(field: str, config: RunConfig) -> str:
     value = config.method.lora_learning_rate if field == "lora_learning_rate" else config.train[field]
     return f"{GRID[field]}{value:g}" if isinstance(value, float) else str(value)
-
-
-def _list(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.strip("[]").split(",")]
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _switch(own: Mapping[str, Any], name: str) -> bool:
-    value = own.get(name, False)
-    if str(value).lower() not in ("true", "false"):
-        raise UsageError(f"{name} is true or false, not {value!r}")
-    return str(value).lower() == "true"

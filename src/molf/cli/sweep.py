@@ -1,0 +1,242 @@
+"""``molf sweep``: from a file and a command line to a grid of runs, and to the engine that carries them out."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from rich.console import Console
+
+from molf.cli.grid import as_list, as_switch, configs, contenders
+from molf.cli.names import PUBLISHED_NAMES
+from molf.cli.parsing import CONFIG_FLAG, UsageError, _allows, _hints, read_flags, read_yaml
+from molf.study.cells import Cell, make_cell
+from molf.study.config import RunConfig, suggestion
+from molf.study.sweeping.slurm import SlurmSettings
+
+if TYPE_CHECKING:
+    from molf.study.sweeping.sweep import Engine
+
+PREFIXES = {
+    "learning_rate": "lr",
+    "lora_learning_rate": "lora",
+    "seed": "s",
+    "lora_rank": "r",
+    "ranks": "r",
+    "limit": "n",
+    **dict.fromkeys(("lr_scheduler_type", "model_name_or_path", "task", "score"), ""),
+}
+"""How the value of an axis begins in a run's name, where that is not the axis' own name."""
+
+ENGINES = ("local", "slurm")
+_OWN: dict[str, Any] = {
+    "engine": "local", "jobs": 1, "retry": False, "keep_models": False, "dry_run": False, "wait": True
+}  # fmt: skip
+_SLURM = {f.name: get_type_hints(SlurmSettings)[f.name] for f in fields(SlurmSettings)}
+_HELP = """usage: molf sweep [FILE] [--SETTING VALUE ...]
+
+Carry out a grid of `molf train` runs. Finished ones are not run again, interrupted ones go on.
+
+  FILE                    YAML file of all that follows; flags win
+  --engine local|slurm    processes of this machine, or a SLURM job array (default: local)
+  --jobs N                local: how many runs at a time (default: 1)
+  --partition NAME, --time MINUTES, --gpus_per_node N, --cpus_per_task N, --mem_gb N, --account NAME, --qos NAME,
+  --constraint NAME, --array_parallelism N, --signal_delay_s SECONDS
+                          slurm: what each job asks for; in a file under `slurm:`, with `setup` and `sbatch` beside
+  --wait false            slurm: return once the jobs are in the queue; the same command later shows how they do
+  --retry                 run failed ones again
+  --keep_models           keep the trained weights
+  --methods NAME ...      methods, or some of the file's; in a file also a mapping of a name to settings
+  --output_root FOLDER    where everything goes (default: runs/sweep)
+  --dry_run               list the runs and their commands, and stop
+
+All other settings are those of `molf train`. One with several values is an axis of the grid. For a setting whose value is
+a list, such as ranks, a list of lists is an axis."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        cells: The runs.
+        folder: Parent of all that is written.
+        own: Settings of the sweep itself.
+        slurm: What each SLURM job asks for.
+    """
+
+    cells: list[Cell]
+    folder: Path
+    own: dict[str, Any]
+    slurm: SlurmSettings
+
+
+def sweep(argv: Sequence[str]) -> None:
+    """Carry out ``molf sweep``.
+
+    Raises:
+        ValueError: The settings make no sweep, or some runs are not finished at the end; the others are shown before.
+    """
+    if "--help" in argv or "-h" in argv:
+        return print(_HELP)
+    request = parse_sweep(argv)
+
+    from molf.study.report import runs_table
+    from molf.study.sweeping import sweep as study
+
+    console = Console(soft_wrap=True, highlight=False)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False)
+
+    study.check_names(request.cells)
+    if request.own["dry_run"]:
+        return _list(request, tell)
+    engine = _engine(request, tell)
+    try:
+        outcome = study.sweep(request.cells, engine, retry=request.own["retry"], tell=tell)
+    except KeyboardInterrupt:
+        raise ValueError(f"interrupted; {_after_interrupt(request)}") from None
+    if outcome.results:
+        console.print(runs_table(outcome.results))
+    for failure in outcome.failures:
+        tell(f"{failure.cell} failed with status {failure.status}; the end of {failure.log}:\n{failure.tail}")
+    problems = [f"{len(outcome.failures)} runs failed: --retry runs them again"] if outcome.failures else []
+    if outcome.unfinished and request.own["wait"]:
+        problems.append(f"{len(outcome.unfinished)} runs are not finished: the same command goes on with them")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def parse_sweep(argv: Sequence[str]) -> Request:
+    """Build a sweep from files and flags; flags win over files, and what a method sets over both.
+
+    Raises:
+        UsageError: A setting is unknown, misplaced or not usable.
+        OSError: A file cannot be read.
+    """
+    first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
+    flags = read_flags(argv[first:])
+    files = [*argv[:first], *(value for name, value in flags if name == CONFIG_FLAG)]
+    settings: dict[str, Any] = {"output_root": "runs/sweep"}
+    methods: Any = None
+    slurm: dict[str, Any] = {}
+    for path in files:
+        given = read_yaml(path)
+        methods = given.pop("methods", methods)
+        slurm |= _section(path, given.pop("slurm", None))
+        settings |= {_field(name): value for name, value in given.items()}
+    named = [as_list(value) for name, value in flags if name == "methods"]
+    given_flags = {_field(name): value for name, value in flags if name not in (CONFIG_FLAG, "methods")}
+    slurm_flags = {name: given_flags.pop(name) for name in list(given_flags) if name in _SLURM}
+    # One value for an axis of the file chooses among the grid's runs, which keep their names.
+    settings |= {name: [value] if _is_axis(name, settings.get(name)) and not isinstance(value, list) else value
+                 for name, value in given_flags.items()}  # fmt: skip
+    own = _own({**_OWN, **{name: settings.pop(name) for name in _OWN if name in settings}})
+    if slurm_flags and own["engine"] != "slurm":
+        raise UsageError(f"{next(iter(slurm_flags))} is a setting of SLURM jobs; add --engine slurm")
+    root = Path(str(settings.pop("output_root")))
+    if methods is None and not named:
+        methods = as_list(settings.pop("method", "molf"))
+    chosen = contenders(methods, named)
+    cells = [cell for name, more in chosen.items() for cell in _cells(root, name, {**settings, **_fields(more)})]
+    return Request(cells, root, own, _slurm_settings({**slurm, **slurm_flags}))
+
+
+def _cells(root: Path, name: str, settings: Mapping[str, Any]) -> Iterator[Cell]:
+    axes = {field: value for field, value in settings.items() if _is_axis(field, value)}
+    for config in configs(name, {"method": name, **settings}, axes):
+        label = "-".join([name, *(_label(field, config) for field in axes)])
+        yield make_cell(root, label, config)
+
+
+def _is_axis(field: str, value: Any) -> bool:
+    """Say whether a setting has several values: a list, or a list of lists where its value is a list."""
+    if not isinstance(value, list):
+        return False
+    takes_lists = _allows(_hints().get(field, Any), list) or get_origin(_hints().get(field)) is list
+    return not takes_lists or any(isinstance(item, list) for item in value)
+
+
+def _label(field: str, config: RunConfig) -> str:
+    value = config.to_dict()[field]
+    words = value if isinstance(value, list) else [value]
+    if field == "model_name_or_path":
+        words = [Path(str(value).rpartition(":")[2]).name]
+    shown = "_".join(f"{word:g}" if isinstance(word, float) else str(word) for word in words)
+    return PREFIXES.get(field, field) + re.sub(r"[^\w.+-]", "_", shown)
+
+
+def _field(name: str) -> str:
+    spelled = name.replace("-", "_")
+    field = PUBLISHED_NAMES.get(spelled, spelled)
+    if field in ("output_dir", "run_name", "only_eval", "resume_from_checkpoint", "overwrite"):
+        raise UsageError(f"{name} is set for every run by the sweep; use output_root")
+    known = [*_hints(), *_OWN, *_SLURM, "methods", "slurm"]
+    if field not in known:
+        raise UsageError(f"unknown setting {name!r}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
+    return field
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {_field(name): value for name, value in settings.items()}
+
+
+def _own(given: dict[str, Any]) -> dict[str, Any]:
+    if given["engine"] not in ENGINES:
+        raise UsageError(f"engine is {' or '.join(ENGINES)}, not {given['engine']!r}")
+    switches = {name: as_switch(name, given[name]) for name, value in _OWN.items() if isinstance(value, bool)}
+    try:
+        return {**given, **switches, "jobs": int(given["jobs"])}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"jobs is a number, not {given['jobs']!r}") from error
+
+
+def _section(path: Any, given: Any) -> dict[str, Any]:
+    section = {} if given is None else given
+    if not isinstance(section, Mapping):
+        raise UsageError(f"slurm in {path} must be a mapping of setting to value, not {given!r}")
+    for name in section:
+        if name not in _SLURM:
+            raise UsageError(f"unknown setting {name!r} under slurm in {path}{suggestion(str(name), _SLURM)}")
+    return dict(section)
+
+
+def _slurm_settings(given: Mapping[str, Any]) -> SlurmSettings:
+    typed: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = next(option for option in (*get_args(_SLURM[name]), _SLURM[name]) if option is not type(None))
+        try:
+            typed[name] = kind(value) if kind in (int, float, str) else value
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{name} cannot be {value!r}: {error}") from error
+    try:
+        return SlurmSettings(**typed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _engine(request: Request, tell: Any) -> "Engine":
+    from molf.study.sweeping.local import LocalEngine, visible_devices
+    from molf.study.sweeping.slurm import SlurmEngine
+
+    own = request.own
+    if own["engine"] == "slurm":
+        return SlurmEngine(request.folder / "jobs", request.slurm, own["keep_models"], own["wait"], tell)
+    return LocalEngine(own["jobs"], visible_devices(), own["keep_models"])
+
+
+def _list(request: Request, tell: Any) -> None:
+    from molf.study.sweeping.sweep import state_of
+
+    for cell in request.cells:
+        tell(f"{state_of(cell):<11}  {shlex.join(cell.command)}")
+    tell(f"dry run: nothing was started; {len(request.cells)} runs, by --engine {request.own['engine']}")
+
+
+def _after_interrupt(request: Request) -> str:
+    if request.own["engine"] == "slurm":
+        return "the jobs stay in the queue, and the same command shows how they do"
+    return "runs have saved what they could, and the same command goes on with them"
