@@ -104,6 +104,8 @@ def test_arguments_that_make_no_sense(source):
         load(source, "a.json", sample=True)
     with pytest.raises(ValueError, match="limit=0 leaves no rows"):
         load(source, limit=0)
+    with pytest.raises(ValueError, match="the package has no sample of this benchmark"):
+        load(replace(source, packaged=()), sample=True)
 
 
 def test_a_file_by_url_records_its_sum_and_is_held_to_a_known_one(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ class Source:
 
     Attributes:
         published: The public data.
-        packaged: Files of the slice in the package: for training and for evaluation, or one for both.
+        packaged: Files of the slice in the package, if there is one: for training and for evaluation, or one for both.
         splits: The published splits to train and to evaluate on; None to do both on all the rows there are.
         fields: Names and types that every row must have; a dot goes into an object.
         problem: Says what else makes a row unusable, or None.
@@ -72,7 +72,7 @@ class Source:
     """
 
     published: HubData | UrlFile
-    packaged: tuple[str, ...]
+    packaged: tuple[str, ...] = ()
     splits: tuple[str, str] | None = None
     fields: Mapping[str, type] = field(default_factory=dict)
     problem: Callable[[Row], str | None] = _no_problem
@@ -95,6 +95,8 @@ class Source:
         """
         if data_path is not None and sample:
             raise ValueError(f"--data_path {data_path} and --sample are two sources of data; pass one of them")
+        if sample and not self.packaged:
+            raise ValueError("the package has no sample of this benchmark; leave --sample out")
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit} leaves no rows; use a limit of at least 1, or none for all rows")
         if sample:
