@@ -99,9 +99,16 @@ def test_the_commit_that_the_hub_names_is_the_one_that_is_read(offline_cache, mo
     assert asked == {"name": "someone/things", "repo_type": "dataset", "revision": "v1", "local_files_only": False}
 
 
-@pytest.mark.parametrize("name", ["someone/things", "someone/things@v2", "not a name"])
-def test_what_cannot_be_had_says_what_to_do(offline_cache, name):
-    with pytest.raises(ConnectionError, match=f"cannot get the data set {name} from the Hub: .*Help yourself"):
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("someone/things", "HF_HUB_OFFLINE is set and no copy is in the cache"),
+        ("someone/things@v2", "HF_HUB_OFFLINE is set and no copy is in the cache"),
+        ("not a name", "Repo id must"),
+    ],
+)
+def test_what_cannot_be_had_says_what_to_do(offline_cache, name, reason):
+    with pytest.raises(ConnectionError, match=f"cannot get the data set {name} from the Hub: {reason}.*Help yourself"):
         hub_splits(name, "Help yourself.")
 
 

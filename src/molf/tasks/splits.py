@@ -81,18 +81,21 @@ def hub_splits(name: str, advice: str) -> tuple[Splits, str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     dataset_id, _, revision = name.partition("@")
+    switch = offline_switch()
     try:
         # Not load_dataset(name): offline, that takes whatever version it read last and does not say which.
         folder = Path(
             snapshot_download(
-                dataset_id, repo_type="dataset", revision=revision or None, local_files_only=bool(offline_switch())
+                dataset_id, repo_type="dataset", revision=revision or None, local_files_only=switch is not None
             )
         )
     except (OSError, HFValidationError) as error:
-        raise ConnectionError(f"cannot get the data set {name} from the Hub: {_first_line(error)}. {advice}") from error
+        not_cached = switch is not None and isinstance(error, LocalEntryNotFoundError)
+        reason = f"{switch} is set and no copy is in the cache" if not_cached else _first_line(error)
+        raise ConnectionError(f"cannot get the data set {name} from the Hub: {reason}. {advice}") from error
     origin = f"{dataset_id}@{folder.name}"
     try:
         return _located(load_dataset(str(folder)), origin), origin
