@@ -31,7 +31,7 @@ def tiny_llama(dtype=torch.float32, seed=3, **config):
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **config})).to(dtype)
 
 
-def save_tiny_checkpoint(folder):
+def save_tiny_checkpoint(folder, **config):
     """Save a tiny random Llama with a byte-level tokenizer, as ``save_pretrained`` leaves them."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,7 @@ def save_tiny_checkpoint(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    tiny_llama(**sizes, **tokens).save_pretrained(folder)
+    tiny_llama(**{**sizes, **tokens, **config}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -8,7 +8,7 @@ import shutil
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -33,14 +33,17 @@ __all__ = ["CheckpointPart", "WholeCheckpoints"]
 logger = logging.getLogger(__name__)
 
 
-class CheckpointPart(Protocol):
-    """What a method keeps in a checkpoint beside the Trainer's own files.
+class CheckpointPart:
+    """What a method keeps in a checkpoint beside the Trainer's own files; each method here does nothing.
 
     Attributes:
         replaces_weights: Whether ``restore`` brings back all weights, and what the Trainer saved of them is not to be read.
     """
 
-    replaces_weights: bool
+    replaces_weights = False
+
+    def check(self, folder: Path) -> None:
+        """Refuse a checkpoint that this run cannot go on from, before anything of it is loaded."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the part's files into a checkpoint."""
@@ -79,7 +82,7 @@ class WholeCheckpoints:
             The folder; None where there is nothing to go on from, or that was not asked for.
 
         Raises:
-            ValueError: The given folder is no whole checkpoint.
+            ValueError: The given folder is no whole checkpoint, or the checkpoint is of another kind of run.
         """
         found: list[Path | None] = [None]
         run_folder = Path(self.args.output_dir)
@@ -89,7 +92,10 @@ class WholeCheckpoints:
             if found[0] is None:
                 logger.warning("no checkpoint in %s yet: training starts from the beginning", run_folder)
         broadcast_object_list(found)
-        return found[0]
+        if (checkpoint := found[0]) is not None:
+            for part in self.parts:
+                part.check(checkpoint)
+        return checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)  # type: ignore[misc]

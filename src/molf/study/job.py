@@ -19,6 +19,7 @@ from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
 from molf.study.methods.config import MethodConfig
 from molf.study.methods.eva import initialise_eva
+from molf.study.methods.made_with import MadeWith
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trained_base import TrainedBase, trained_base
 from molf.study.models import load_model_and_tokenizer, locate, use_chat_template
@@ -136,7 +137,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         callbacks=_callbacks(recipe, stop),
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
-    trainer.parts = _checkpoint_parts(recipe, model)
+    trainer.parts = _checkpoint_parts(job.config, recipe, model)
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -150,11 +151,14 @@ def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback
     return own if stop is None else [*own, StopAtStep(stop)]
 
 
-def _checkpoint_parts(recipe: Recipe, model: nn.Module) -> list[CheckpointPart]:
-    """Return what the method keeps in a checkpoint beside the Trainer's files."""
+def _checkpoint_parts(config: RunConfig, recipe: Recipe, model: nn.Module) -> list[CheckpointPart]:
+    """Return what is kept in a checkpoint beside the Trainer's files."""
+    parts: list[CheckpointPart] = [MadeWith(config)]
     if recipe.adalora is not None:
-        return [AdaLoraState()]
-    return [TrainedBase()] if recipe.adapted and trained_base(model) else []
+        parts.append(AdaLoraState())
+    elif recipe.adapted and trained_base(model):
+        parts.append(TrainedBase())
+    return parts
 
 
 def training_settings(job: Job) -> TrainConfig:

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from molf.integrations.whole_checkpoints import CheckpointPart
+
 FILE_NAME = "adalora.safetensors"
 _FACTOR, _CUT = "factor", "cut"
 _IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class AdaLoraState:
+class AdaLoraState(CheckpointPart):
     """AdaLoRA's whole state, as a part of every checkpoint.
 
     PEFT's own file, which is there for other programs, holds the factors without the cut directions. Training needs these: they

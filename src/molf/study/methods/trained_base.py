@@ -5,15 +5,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from molf.integrations.whole_checkpoints import CheckpointPart
 from molf.study.sizing.sizes import is_adapter
 
 FILE_NAME = "trained_base.safetensors"
 
 
-class TrainedBase:
+class TrainedBase(CheckpointPart):
     """The trained weights of the base model, as a part of every checkpoint."""
-
-    replaces_weights = False
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights."""

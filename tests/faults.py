@@ -1,0 +1,233 @@
+"""Real training runs, killed with SIGKILL and gone on with; ``python tests/faults.py`` prints a table of what was lost.
+
+A server process imports the libraries once and forks a child per run, so that a run costs about as much as its training.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+import molf.study.train
+from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
+from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.job import make_trainer
+from small import save_tiny_checkpoint
+from small_runs import carry_out, small_run, weights
+
+METHODS = {
+    "molf": {},
+    "molf, bf16 weights": {"dtype": "bfloat16"},
+    "molf, branched": {"lora_dropout": 0.1},
+    "molf_e": {"method": "molf_e"},
+    **{name: {"method": name} for name in ("fft", "lora", "rslora", "dora", "pissa", "eva", "lora_plus", "adalora")},
+}
+"""What is killed, by name: every method, and every form of MoLF."""
+
+STEPS = 8
+RUN = {"gradient_accumulation_steps": 1, "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "eval_limit": 1}
+"""Two epochs of four steps with a checkpoint after every second step."""
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["molf.study.train", "transformers.models.llama.modeling_llama"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What kills did to a run.
+
+    Attributes:
+        kills: How often it was killed.
+        while_writing: How many of them came while a checkpoint was being written, put in place or removed.
+        repeated: Steps that were taken again, all together.
+        difference: Largest difference of a final weight from the uninterrupted run's.
+        same_log: Whether the routing logs are the same, byte for byte; None where nothing is routed.
+    """
+
+    kills: int
+    while_writing: int
+    repeated: int
+    difference: float
+    same_log: bool | None
+
+
+class CountSteps(TrainerCallback):
+    """Adds a byte to a file at every step taken, whatever becomes of it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with self.file.open("ab") as file:
+            file.write(b".")
+
+
+class Run:
+    """A run of a method in a folder, which children of this process carry out until one is left to finish.
+
+    Args:
+        name: One of ``METHODS``.
+        model: The folder of the model.
+        folder: The run's folder; its log and the count of its steps go beside it.
+    """
+
+    def __init__(self, name, model, folder):
+        self.settings = small_run(model, folder) | RUN | METHODS[name] | {"resume_from_checkpoint": True}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder, self.log, self.steps = folder, folder.with_suffix(".log"), folder.with_suffix(".steps")
+
+    def start(self, kill_at=None):
+        """Start a child, which kills itself at its ``kill_at``-th change of a file if that is given."""
+        process = CONTEXT.Process(target=_child, args=(self.settings, self.log, self.steps, kill_at))
+        process.start()
+        return process
+
+    def finish(self):
+        """Let a child finish the run."""
+        process = self.start()
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"the run ended with {process.exitcode}:\n{self.log.read_text()[-3000:]}")
+
+    def steps_taken(self):
+        return self.steps.stat().st_size if self.steps.exists() else 0
+
+    def kill(self, rng):
+        """Start a child and kill it at a random moment after a random number of its steps.
+
+        Returns:
+            Whether a checkpoint was being written, put in place or removed then; None if the child was faster.
+        """
+        done = self.steps_taken()
+        there = checkpoints(self.folder)
+        target = done + rng.randrange(STEPS - (step_of(there[-1]) if there else 0))
+        process = self.start()
+        while process.is_alive() and self.steps_taken() < target:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.0 if target == done else 0.1))
+        process.kill()
+        process.join()
+        return self.writing() if process.exitcode == -signal.SIGKILL else None
+
+    def writing(self):
+        unfinished = self.folder / UNFINISHED
+        return unfinished.is_dir() and any(unfinished.iterdir())
+
+    def difference(self, other):
+        """Return the largest difference of a final weight from another run's."""
+        one, two = weights(self.folder), weights(other.folder)
+        assert one.keys() == two.keys()
+        return max(float((one[name].double() - two[name].double()).abs().max()) for name in one)
+
+    def routing(self):
+        log = self.folder / ROUTING_FILE
+        return log.read_bytes() if log.exists() else None
+
+
+def _child(settings, log, steps, kill_at):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if kill_at is not None:
+        _kill_at_change(settings["output_dir"], kill_at)
+
+    def make(*given, **more):
+        trainer = make_trainer(*given, **more)
+        trainer.add_callback(CountSteps(steps))
+        return trainer
+
+    molf.study.train.make_trainer = make
+    carry_out(settings)
+
+
+def _kill_at_change(folder, number):
+    """Kill this process when it is about to change the folder for the ``number``-th time."""
+    changes = iter(range(number))
+
+    def watch(event, arguments):
+        change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and arguments[1] in WRITES
+        )
+        if change and str(arguments[0]).startswith(folder) and next(changes, None) == number - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+WRITES = ("w", "wb", "a", "ab", "xb")
+
+
+def killed_at_random(name, model, folder, kills, rng):
+    """Kill a run of a method at random moments, go on each time, and compare it with an uninterrupted one."""
+    reference, run = Run(name, model, folder / "whole"), Run(name, model, folder / "killed")
+    reference.finish()
+    moments = []
+    while len(moments) < kills:
+        writing = run.kill(rng)
+        if writing is None:  # it was done already: once more from the start
+            shutil.rmtree(run.folder)
+            run.steps.unlink()
+            moments.clear()
+        else:
+            moments.append(writing)
+    return _outcome(run, reference, moments)
+
+
+def killed_at_changes(name, model, folder, kills, rng):
+    """The same, killed just before a file-system change that is drawn at random: in all that writing a checkpoint consists of."""
+    reference, run = Run(name, model, folder / "whole"), Run(name, model, folder / "killed")
+    reference.finish()
+    moments = []
+    while len(moments) < kills:
+        process = run.start(kill_at=rng.randint(1, 40))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, run.log.read_text()[-3000:]
+        moments.append(run.writing())
+    return _outcome(run, reference, moments)
+
+
+def _outcome(run, reference, moments):
+    run.finish()
+    repeated = run.steps_taken() - STEPS
+    same_log = None if reference.routing() is None else run.routing() == reference.routing()
+    return Outcome(len(moments), sum(moments), repeated, run.difference(reference), same_log)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=2, help="of each method, at random moments")
+    parser.add_argument("--changes", type=int, default=10, help="of MoLF and of AdaLoRA, at random changes of files")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    print(
+        "| run | killed | while writing a checkpoint | steps repeated | largest difference of a weight | routing log |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    cases = [(name, killed_at_random, args.kills) for name in METHODS]
+    cases += [(name, killed_at_changes, args.changes) for name in ("molf", "adalora")]
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny_checkpoint(Path(folder) / "model")
+        for i, (name, kill, kills) in enumerate(cases):
+            outcome = kill(name, f"{folder}/model", Path(folder) / str(i), kills, rng)
+            where = name if kill is killed_at_random else f"{name}, at file operations"
+            log = "none" if outcome.same_log is None else "same" if outcome.same_log else "differs"
+            print(
+                f"| {where} | {outcome.kills} | {outcome.while_writing} | {outcome.repeated} | {outcome.difference} | {log} |"
+            )
+            total += outcome.kills
+    print(f"\n{total} kills")
+
+
+if __name__ == "__main__":
+    main()

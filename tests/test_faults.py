@@ -1,0 +1,203 @@
+"""Faults put into real runs: nothing is lost, and what cannot go on says why."""
+
+import json
+import logging
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.serialization import load
+from transformers import TrainerCallback
+
+from faults import METHODS, RUN, killed_at_changes, killed_at_random
+from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.job import make_trainer
+from small import save_tiny_checkpoint
+from small_runs import carry_out, small_run, weights
+
+KILLS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_checkpoint(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(model, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOG_FILE", raising=False)
+    return small_run(model, tmp_path / "run") | RUN
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_at_random_moments(name, model, tmp_path):
+    """SIGKILL twice for each of twelve runs."""
+    outcome = killed_at_random(name, model, tmp_path, KILLS, random.Random(name))
+    assert (outcome.kills, outcome.difference) == (KILLS, 0.0)
+    assert outcome.same_log is (True if "molf" in name else None)
+    assert outcome.repeated <= KILLS * RUN["save_steps"]
+
+
+@pytest.mark.parametrize("name", ["molf", "adalora"])
+def test_killed_while_writing_checkpoints(name, model, tmp_path):
+    outcome = killed_at_changes(name, model, tmp_path, 5, random.Random(name))
+    assert outcome.while_writing > 0
+    assert (outcome.kills, outcome.difference) == (5, 0.0)
+    assert outcome.same_log is (True if name == "molf" else None)
+
+
+def command(settings):
+    flags = [part for name, value in settings.items() for part in (f"--{name}", json.dumps(value).strip('"'))]
+    return subprocess.Popen(
+        [sys.executable, "-m", "molf", "train", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def signal_after(process, checkpoint, number):
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate()[0]
+
+
+def test_the_command_killed_then_stopped_then_finished(settings, tmp_path):
+    settings |= {"max_steps": 12, "save_total_limit": 2}
+    carry_out(settings | {"output_dir": str(tmp_path / "whole")})
+    again = settings | {"resume_from_checkpoint": True}
+    folder = Path(settings["output_dir"])
+
+    killed = command(again)
+    assert "training starts from the beginning" in signal_after(killed, folder / "checkpoint-2", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    stopped = command(again)
+    output = signal_after(stopped, folder / "checkpoint-6", signal.SIGTERM)
+    assert stopped.returncode == 75, output
+    step = int(checkpoints(folder)[-1].name.removeprefix("checkpoint-"))
+    assert f"molf train: stopped by SIGTERM after step {step} of 12; start it again with --resume" in output
+    finished = command(again)
+    output = finished.communicate()[0]
+    assert finished.returncode == 0, output
+    assert json.loads((folder / "result.json").read_text())["training"]["steps"] == 12
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
+    assert (folder / ROUTING_FILE).read_bytes() == (tmp_path / "whole" / ROUTING_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
+def test_a_truncated_checkpoint_is_passed_over(file, settings, tmp_path, caplog):
+    carry_out(settings)
+    folder = Path(settings["output_dir"])
+    whole, log = weights(folder), (folder / ROUTING_FILE).read_bytes()
+    (folder / "result.json").unlink()
+    damaged = folder / "checkpoint-8" / file
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    with caplog.at_level(logging.WARNING):
+        carry_out(settings, resume_from_checkpoint=True)
+    assert f"checkpoint-8 is damaged: {file} has " in caplog.text
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
+    assert (folder / ROUTING_FILE).read_bytes() == log
+
+
+class Spoil(TrainerCallback):
+    """Makes a random gradient not finite at random steps, and holds the step against what was there before it."""
+
+    def __init__(self, steps, rng):
+        self.steps, self.rng, self.checked = steps, rng, 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step not in self.steps:
+            return
+        p = self.rng.choice([p for p in model.parameters() if p.grad is not None])
+        p.grad.view(-1)[self.rng.randrange(p.numel())] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
+        self.before = self.snapshot(model, optimizer)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step in self.steps:
+            after = self.snapshot(model, optimizer)
+            assert all(torch.equal(a, b) for a, b in zip(self.before, after, strict=True))
+            self.checked += 1
+
+    @staticmethod
+    def snapshot(model, optimizer):
+        state = [value.clone() for own in optimizer.state.values() for value in own.values()]
+        return state + [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "molf_e"}, {"dtype": "bfloat16"}], ids=["molf", "molf_e", "bf16"])
+def test_gradients_that_are_not_finite(changes, settings, monkeypatch, caplog):
+    """The step is left out whole, weights, moments and low parts, and counted; resuming keeps the count."""
+    rng = random.Random(str(changes))
+    spoil = Spoil(rng.sample(range(1, 8), 3), rng)
+
+    def make(*given, **more):
+        trainer = make_trainer(*given, **more)
+        trainer.add_callback(spoil)
+        return trainer
+
+    monkeypatch.setattr("molf.study.train.make_trainer", make)
+    result = carry_out(settings | changes)
+    folder = Path(settings["output_dir"])
+    assert spoil.checked == 3 and result.training.steps == 8
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+    steps = [json.loads(line)["step"] for line in (folder / ROUTING_FILE).read_text().splitlines()]
+    assert steps == [step + 1 for step in range(8) if step not in spoil.steps]
+    groups = load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[0]["skipped_steps"] == 3
+    assert "step left out: a gradient is not finite (3 left out so far)" in caplog.text
+
+
+def test_a_corrupted_line_of_data(settings, tmp_path):
+    data = tmp_path / "facts.jsonl"
+    data.write_text('{"case_id": 1}\n{"case_id"\n')
+    with pytest.raises(ValueError, match=rf"{data}, line [12]: "):
+        carry_out(settings, sample=False, data_path=str(data))
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "here", "words"),
+    [
+        ({}, {"ranks": [2]}, r"checkpoint-2 was made with ranks=\[2, 4\] \(here \[2\]\): go on with the settings"),
+        ({}, {"exclude_modules": ["q_proj"]}, r"was made with exclude_modules=\['lm_head'\] \(here \['q_proj'\]\)"),
+        ({"method": "lora"}, {"lora_rank": 8, "method": "dora"}, r"method=lora \(here dora\), lora_rank=4 \(here 8\)"),
+        ({}, {"lora_dropout": 0.1}, r"lora_dropout=None \(here 0\.1\)"),
+    ],
+    ids=["another rank", "other layers", "another method", "another form"],
+)
+def test_a_checkpoint_of_other_settings_is_refused(made, here, words, settings):
+    carry_out(settings | made, max_steps=2)
+    with pytest.raises(ValueError, match=words):
+        carry_out(settings | made | here, max_steps=4, resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(settings, tmp_path):
+    carry_out(settings, max_steps=2)
+    save_tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    words = (
+        r"it has 14 routed modules, this optimizer has 21; missing in the state: \['model\.layers\.2\.mlp\.down_proj'"
+    )
+    with pytest.raises(ValueError, match=words):
+        carry_out(settings, model_name_or_path=str(tmp_path / "deeper"), max_steps=4, resume_from_checkpoint=True)
+
+
+def test_no_pickle_is_read(settings, monkeypatch):
+    """Going on reads the Trainer's torch files with ``weights_only=True``, and never its ``training_args.bin``."""
+    carry_out(settings, max_steps=2)
+    read = []
+
+    def watched(file, *given, **options):
+        read.append((Path(str(file)).name, options.get("weights_only")))
+        return load(file, *given, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    carry_out(settings, max_steps=4, resume_from_checkpoint=True)
+    assert {name for name, _ in read} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(weights_only is True for _, weights_only in read)
