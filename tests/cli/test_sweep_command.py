@@ -41,7 +41,7 @@ def test_a_file(tmp_path):
         "ranks": [2, 4],
         "learning-rate": [1e-4],
         "methods": {"small": {"method": "molf", "ranks": [[2], [2, 4]]}, "fft": None},
-        "slurm": {"partition": "gpu", "time": 30},
+        "slurm": {"partition": "gpu", "time": 30, "setup": ["module load cuda"], "sbatch": {"nice": 5}},
         "jobs": 3,
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -52,6 +52,7 @@ def test_a_file(tmp_path):
     ]  # fmt: skip
     assert request.cells[1].config.method.ranks == [2, 4] and request.cells[4].config.method.ranks == [2, 4]
     assert (request.slurm.partition, request.slurm.time, request.own["jobs"]) == ("gpu", 20, 3)
+    assert (request.slurm.setup, request.slurm.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.
     assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
 
@@ -78,6 +79,7 @@ def test_the_published_searches(file, number):
         ("--engine cloud", "engine is local or slurm, not 'cloud'"),
         ("--engine slurm --time soon", "time cannot be 'soon'"),
         ("--engine slurm --time 0", "time=0 must be at least 1"),
+        ("--engine slurm --setup x", "setup is a list, given in a file under slurm, not 'x'"),
         ("--jobs many", "jobs is a number"),
         ("--retry maybe", "retry is true or false"),
         ("--output_dir x", "output_dir is set for every run by the sweep"),

@@ -207,9 +207,15 @@ def _section(path: Any, given: Any) -> dict[str, Any]:
 def _slurm_settings(given: Mapping[str, Any]) -> SlurmSettings:
     typed: dict[str, Any] = {}
     for name, value in given.items():
+        container = get_origin(_SLURM[name])
+        if container in (list, dict):
+            if not isinstance(value, container):
+                raise UsageError(f"{name} is a {container.__name__}, given in a file under slurm, not {value!r}")
+            typed[name] = value
+            continue
         kind = next(option for option in (*get_args(_SLURM[name]), _SLURM[name]) if option is not type(None))
         try:
-            typed[name] = kind(value) if kind in (int, float, str) else value
+            typed[name] = kind(value)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{name} cannot be {value!r}: {error}") from error
     try:
