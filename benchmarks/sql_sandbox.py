@@ -3,14 +3,16 @@
     python benchmarks/sql_sandbox.py [--executions 10000] [--workers 2] [--fuzz 20000] [--json]
 
 The rate is that of the packaged gold queries, beside a process of its own for every query (the naive way) in the same run.
-With `--fuzz N`, N mutations of gold queries run as well: pieces of other queries and of hostile statements spliced in, parts
-cut, doubled or scrambled. Reported are how they ended, the longest one, and what they left: files and processes.
+With `--fuzz N`, N mutations of gold queries run as well: words moved, doubled or taken from other queries, hostile expressions
+and statements put in, queries joined, nested and multiplied, characters broken. Reported are how they ended, the longest one,
+which the limit of half a second and a second of grace bound, and what they left: files and processes.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -20,36 +22,59 @@ from pathlib import Path
 from molf.tasks import get_task
 from molf.tasks.sql_sandbox import Limits, SqlSandbox
 
-SPLICES = [
-    "ATTACH 'x.db' AS x;", "VACUUM INTO 'x.db';", "PRAGMA user_version=1;", "load_extension('x')", "writefile('x','y')",
-    "randomblob(1000000000)", "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c) SELECT max(x) FROM c;",
-    "zeroblob(1e9)", "printf('%.*c', 1e9, 'x')", "(" * 3000, "\0", "\udcff", ";" * 50, "'" * 7, "--", "/*", "UNION ALL",
-    "CROSS JOIN sqlite_master a CROSS JOIN sqlite_master b", "CREATE VIRTUAL TABLE v USING fts5(x);", "9" * 400,
+_ENDLESS = "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c)"
+# In place of a name, a number or a text of a query: what takes memory or time, or asks for what is refused.
+EXPRESSIONS = [
+    "randomblob(1000000000)", "hex(randomblob(3000000))", "printf('%.*c', 1000000000, 'x')", "load_extension('x')",
+    "writefile('x', 'y')", "readfile('/etc/passwd')", "(SELECT group_concat(sql) FROM sqlite_master)", "9e999", "x'ff00'", "-1",
+    "(SELECT count(*) FROM pragma_database_list)", "NULL", "1" * 400, "(" * 300 + "1" + ")" * 300, "count(*) OVER ()", "'\udcff'",
 ]  # fmt: skip
+STATEMENTS = [
+    "ATTACH 'x.db' AS x", "VACUUM INTO 'x.db'", "PRAGMA user_version = 1", "CREATE TEMP TABLE x AS SELECT 1", "DROP TABLE x",
+    "CREATE VIRTUAL TABLE v USING fts5(x)", "INSERT INTO sqlite_master VALUES (1)", "BEGIN", "ROLLBACK", ";" * 50, "\0",
+]  # fmt: skip
+_WORD = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+|\S")
 
 
 def mutated(sql, others, dice):
-    """Return a query after one to four random changes."""
-    for _ in range(dice.randint(1, 4)):
-        at, to = sorted(dice.randrange(len(sql) + 1) for _ in range(2))
-        kind = dice.randrange(6)
-        if kind == 0:
-            sql = sql[:at] + dice.choice(SPLICES) + sql[at:]
-        elif kind == 1:
-            sql = sql[:at] + sql[to:]
+    """Return a query after one to three random changes; some of them can still run."""
+    for _ in range(dice.randint(1, 3)):
+        words = _WORD.findall(sql.rstrip("; "))
+        place = dice.randrange(len(words)) if words else 0
+        kind = dice.randrange(9)
+        if kind == 0:  # a word that is no keyword becomes an expression; seldom one that would run for ever
+            names = [at for at, word in enumerate(words) if word[0].isalnum() and not word.isupper()]
+            at = dice.choice(names or [0])
+            words[at : at + 1] = [_ENDLESS if dice.random() < 0.02 else dice.choice(EXPRESSIONS)]
+        elif kind == 1:  # words change places, go, or come twice
+            words.insert(dice.randrange(len(words) + 1), words.pop(place) if words else "SELECT")
         elif kind == 2:
-            sql = sql[:to] + sql[at:to] * dice.randint(1, 20) + sql[to:]
-        elif kind == 3:
-            other = dice.choice(others)
-            sql = sql[:at] + other[dice.randrange(len(other)) :]
+            words[place : place + dice.randint(1, 3)] = words[place : place + 1] * dice.randint(0, 5)
+        elif kind == 3:  # another query's words
+            other = _WORD.findall(dice.choice(others))
+            words[place : place + 1] = [dice.choice(other)]
         elif kind == 4:
-            sql = (
-                sql[:at] + "".join(dice.choice(" '\"();,*=<>%_\\\n\x01é") for _ in range(dice.randint(1, 5))) + sql[to:]
+            words = [*words, dice.choice(["UNION ALL", "EXCEPT", "UNION", ";"]), dice.choice(others)]
+        elif kind == 5:
+            words = (
+                [dice.choice(STATEMENTS), ";", *words]
+                if dice.random() < 0.5
+                else [*words, ";", dice.choice(STATEMENTS)]
             )
-        else:
-            words = sql.split(" ")
-            dice.shuffle(words)
-            sql = " ".join(words)
+        elif kind == 6:  # every row with every row
+            words = [
+                "SELECT count(*) FROM",
+                ", ".join(f"({' '.join(words)}) AS q{i}" for i in range(dice.choice([1, 2, 12]))),
+            ]
+        elif kind == 7:  # nested
+            depth = dice.choice([1, 3, 30, 300])
+            words = ["SELECT * FROM ("] * depth + words + [")"] * depth
+        else:  # broken characters
+            text = list(sql)
+            for _ in range(dice.randint(1, 4)):
+                text.insert(dice.randrange(len(text) + 1), dice.choice("'\"();,*=<>%_\\\n\0\x01\udcffé"))
+            words = ["".join(text)]
+        sql = " ".join(words)
     return sql
 
 
@@ -57,7 +82,7 @@ def fuzz(queries, count, workers, seed=1):
     """Run mutated queries and report what became of them."""
     dice = random.Random(seed)
     golds = [sql for _, sql in queries]
-    limits = Limits(seconds=1.0)
+    limits = Limits(seconds=0.5)
     before = set(os.listdir())
     outcomes, longest = Counter(), 0.0
     with SqlSandbox(workers, limits) as sandbox:
@@ -71,7 +96,9 @@ def fuzz(queries, count, workers, seed=1):
                 outcomes["ran" if found.ok else "refused"] += 1
             assert not os.listdir(folder), f"files appeared: {os.listdir(folder)}"
         replaced = sandbox.replaced
-    left = subprocess.run(["pgrep", "-f", "sql_worker.py"], capture_output=True, text=True).stdout.split()
+    left = subprocess.run(
+        ["pgrep", "-f", "-P", str(os.getpid()), "sql_worker.py"], capture_output=True, text=True
+    ).stdout.split()
     return {
         "inputs": count, **outcomes, "replaced_workers": replaced, "longest_s": round(longest, 2),
         "files_left": len(set(os.listdir()) - before), "processes_left": len(left),
