@@ -168,6 +168,8 @@ def _ordered(query: "exp.Expr") -> "exp.Expr":
 
     for node in reversed(list(query.walk(bfs=True))):  # children before their parents
         if isinstance(node, exp.And | exp.Or):
+            if type(node.parent) is type(node):  # sorted with the whole chain
+                continue
             operands = sorted((operand.copy() for operand in node.flatten()), key=lambda one: one.sql(DIALECT))
             joined = operands[0]
             for operand in operands[1:]:

@@ -17,7 +17,8 @@ Column: TypeAlias = tuple[str, str]
 
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _NEGATED = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
-_ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d$")
+_ISO_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+_LARGEST = 2**50
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,25 @@ def _comparable(value: Value, as_number: bool) -> tuple[int, float, str]:
 
 
 def _number(value: Value) -> int | float | None:
+    """Return a value as a number; None if it is none, or one whose neighbours a float cannot tell apart."""
     for kind in (int, float):
         try:
-            return kind(value)  # type: ignore[arg-type]
+            number = kind(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             continue
+        return number if abs(number) < _LARGEST else None
     return None
+
+
+def _date(text: str) -> date | None:
+    """Return the day that a text in ISO format names; None if there is no such day, or none a few years around it."""
+    if not _ISO_DATE.match(text):
+        return None
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:  # 30 February
+        return None
+    return day if 10 < day.year < 9990 else None
 
 
 @dataclass(frozen=True)
@@ -263,10 +277,9 @@ def _candidates(condition: Condition) -> Iterator[Value]:
         yield from (f"{bare} etc", f"etc {bare}", f"etc {bare} etc", bare[:-1], "other")
     elif (number := _number(constant)) is not None:
         numbers = [number + step for step in (0, -1, 1, -2, 2, 5, -5, 13, -13)] + [number * 2, number / 2, number * 3]
-        whole = [int(n) if n == int(n) else n for n in numbers if abs(n) < 2**53]
+        whole = [int(n) if n == int(n) else n for n in numbers]
         yield from map(str, whole) if isinstance(constant, str) else whole
-    elif _ISO_DATE.match(str(constant)):
-        day = date.fromisoformat(str(constant))
+    elif (day := _date(str(constant))) is not None:
         yield from ((day + timedelta(days)).isoformat() for days in (0, -1, 1, -2, 2, -400, 400, 31, -31))
     else:
         text = str(constant)
