@@ -9,6 +9,7 @@ import pytest
 import eval_speed
 import optimizer_step
 import plan_vs_measured
+import sql_rows
 import step_time
 
 
@@ -56,3 +57,11 @@ def test_eval_speed(monkeypatch, capsys, tiny_checkpoint, few_shot):
     assert "disagree" not in shown
     report = json.loads(shown.splitlines()[-1])["fact"]
     assert report["records"] == 2 and report["engine"] > 0 and report["loop"] > 0
+
+
+def test_sql_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sql_rows", "--limit", "3", "--json"])
+    sql_rows.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["filled"]["results"] == 1 and report["empty"]["results"] == 0
+    assert report["filled"]["all"] > 0.9 > report["empty"]["all"]

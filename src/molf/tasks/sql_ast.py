@@ -58,7 +58,7 @@ def schema_of(context: str) -> Schema:
             schema[declared.this.name.lower()] = {
                 column.name.lower(): kind.sql(DIALECT) if (kind := column.args.get("kind")) else ""
                 for column in declared.expressions
-                if isinstance(column, exp.ColumnDef)
+                if isinstance(column, exp.ColumnDef | exp.Identifier)  # the latter without a type
             }
     return schema
 
@@ -87,6 +87,33 @@ def parse_query(sql: str, schema: Schema) -> "exp.Expr | None":
 
 
 @_quiet()
+def qualified_query(sql: str, schema: Schema) -> "exp.Expr | None":
+    """Parse one statement, with every column led by its table and every table under a name of its own.
+
+    Returns:
+        The statement, or None where sqlglot does not understand it.
+    """
+    from sqlglot.errors import SqlglotError
+    from sqlglot.optimizer.qualify import qualify
+
+    query = parse_query(sql, schema)
+    if query is None:
+        return None
+    try:
+        return qualify(
+            query,
+            dialect=DIALECT,
+            schema=dict(schema),
+            validate_qualify_columns=False,
+            quote_identifiers=False,
+            identify=False,
+            canonicalize_table_aliases=True,
+        )
+    except (SqlglotError, RecursionError):
+        return None
+
+
+@_quiet()
 def logic_of(sql: str, schema: Schema) -> str | None:
     """Return a query in a form that is the same for queries which say the same thing in other words.
 
@@ -97,21 +124,11 @@ def logic_of(sql: str, schema: Schema) -> str | None:
         The form, or None where sqlglot does not understand the query.
     """
     from sqlglot.errors import SqlglotError
-    from sqlglot.optimizer.qualify import qualify
 
-    query = parse_query(sql, schema)
+    query = qualified_query(sql, schema)
     if query is None:
         return None
     try:
-        query = qualify(
-            query,
-            dialect=DIALECT,
-            schema=dict(schema),
-            validate_qualify_columns=False,
-            quote_identifiers=False,
-            identify=False,
-            canonicalize_table_aliases=True,
-        )
         _expand_order(query)
         _rename_outputs(query)
         return _ordered(query).sql(DIALECT, comments=False)

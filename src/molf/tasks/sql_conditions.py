@@ -63,9 +63,9 @@ def _comparable(value: Value, as_number: bool) -> tuple[int, float, str]:
 
 def _number(value: Value) -> int | float | None:
     """Return a value as a number; None if it is none, or one whose neighbours a float cannot tell apart."""
-    for kind in (int, float):
+    for kind in (int, float) if isinstance(value, str) else (float,):  # not int of 7.9, which is 7
         try:
-            number = kind(value)  # type: ignore[arg-type]
+            number = value if isinstance(value, int) else kind(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             continue
         return number if abs(number) < _LARGEST else None
@@ -104,7 +104,7 @@ def conditions_of(query: "exp.Expr", schema: Schema) -> Conditions:
     """Read the comparisons of a query wherever they stand, in subqueries too.
 
     Args:
-        query: From ``parse_query``.
+        query: From ``qualified_query``.
         schema: The tables.
     """
     from sqlglot import exp
@@ -185,7 +185,7 @@ def _comparisons(node: "exp.Expr", names: _Names) -> Iterator[tuple[Column, Cond
             continue
         if _is_year(left):
             operator, right = "like", exp.Literal.string(f"{right.name}%")
-        if isinstance(node.parent, exp.Not):
+        if isinstance(node.parent, exp.Not) or node.args.get("negate"):
             operator = _NEGATED.get(operator, "not like")
         yield column, Condition(operator, _constant(right))
 
@@ -276,7 +276,10 @@ def _candidates(condition: Condition) -> Iterator[Value]:
         bare = core.replace("%", "").strip()
         yield from (f"{bare} etc", f"etc {bare}", f"etc {bare} etc", bare[:-1], "other")
     elif (number := _number(constant)) is not None:
-        numbers = [number + step for step in (0, -1, 1, -2, 2, 5, -5, 13, -13)] + [number * 2, number / 2, number * 3]
+        yield constant  # a text may be more than its number: +8, 34.50
+        numbers = [number + step for step in (0, -1, 1, -2, 2, 5, -5, 13, -13)]
+        # The last three are on one side as numbers and as texts too: 95 of 9, and 0 and 1 of 10.
+        numbers += [number * 2, number / 2, number * 10 + 5, 0, 1]
         whole = [int(n) if n == int(n) else n for n in numbers]
         yield from map(str, whole) if isinstance(constant, str) else whole
     elif (day := _date(str(constant))) is not None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from molf.tasks.sql_ast import parse_query, schema_of
+from molf.tasks.sql_ast import qualified_query, schema_of
 from molf.tasks.sql_conditions import Column, Conditions, Value, conditions_of, split_values
 
 WITNESSES = 5  # rows that satisfy all comparisons; more where the query counts or limits them
@@ -23,9 +23,14 @@ _MOST_WITNESSES = 30
 _KEYS = 5
 _NEAR_MISSES = 3  # per column
 
-_PATTERN = (0, 1, 0, 2, 3)  # the first value twice
-_NUMBERS = (50, 20, 90, 71)  # of the rows that satisfy all: the first neither the largest nor the smallest
-_KEY_PATTERN = (0, 0, 1, 0, 1, 2, 0, 1, 2, 3)  # keys of unequal frequency
+# The values of rows that satisfy all, in every third column: the extremes in different rows of the first three, which are
+# those that narrowly satisfy, and one value twice.
+_LOW, _HIGH, _TWICE, _OTHER = 20, 90, 50, 71
+_PATTERNS = (
+    (_LOW, _HIGH, _TWICE, _TWICE, _OTHER),
+    (_TWICE, _LOW, _HIGH, _OTHER, _TWICE),
+    (_HIGH, _OTHER, _LOW, _TWICE, _TWICE),
+)
 _HAS_ROWS = re.compile(r"\b(?:INSERT|REPLACE)\b[^;]*\bINTO\b|\bCREATE\s+TABLE\b[^;(]*\bAS\b", re.IGNORECASE)
 _TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
 
@@ -45,17 +50,20 @@ def filled_context(context: str, query: str) -> str:
     schema = schema_of(context)
     if has_rows(context) or not schema:
         return context
-    parsed = parse_query(query, schema)
+    parsed = qualified_query(query, schema)
     conditions = Conditions() if parsed is None else conditions_of(parsed, schema)
     statements = [context.strip().rstrip(";") + ";"]
     for number, (table, columns) in enumerate(schema.items()):
         cells = [
-            _column(declared, conditions, (table, name), 1000 * number + 100 * place)
+            _column(declared, conditions, (table, name), 1000 * number + 200 * place)
             for place, (name, declared) in enumerate(columns.items())
         ]
-        values = ", ".join(f"({', '.join(map(_literal, row))})" for row in _rows(cells, conditions.count))
+        values = ", ".join(
+            f"({', '.join(map(_literal, row))})" for row in _rows(cells, conditions.count, _KEYS + 1 + number)
+        )
         # Rows that break a constraint of the table are left out.
-        statements.append(f'INSERT OR IGNORE INTO "{table}" VALUES {values};')
+        names = ", ".join(f'"{name}"' for name in columns)
+        statements.append(f'INSERT OR IGNORE INTO "{table}" ({names}) VALUES {values};')
     return "\n".join(statements)
 
 
@@ -93,8 +101,14 @@ def _column(declared: str, conditions: Conditions, column: Column, base: int) ->
     return _Cells(satisfying, missing, key, spell)
 
 
-def _rows(columns: Sequence[_Cells], count: int) -> Iterator[list[Value]]:
-    """Yield the rows of a table; ``count`` is how many the query counts or limits."""
+def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[Value]]:
+    """Yield the rows of a table.
+
+    Args:
+        columns: Its columns.
+        count: How many rows the query counts or limits.
+        own_key: A key that no other table has.
+    """
     compared = [place for place, cells in enumerate(columns) if cells.satisfying and cells.missing]
     for number in range(min(_MOST_WITNESSES, max(WITNESSES, count + 2))):
         yield [_witness(cells, number, place) for place, cells in enumerate(columns)]
@@ -102,22 +116,29 @@ def _rows(columns: Sequence[_Cells], count: int) -> Iterator[list[Value]]:
     first = {place: columns[place].missing[0] for place in compared}
     alone = [{other: first[other] for other in compared if other != place} for place in compared]
     # Twice, once with larger and once with smaller values elsewhere than the rows that satisfy all, for MAX and MIN.
-    changes = [change for change in (*misses, *alone, first) for _ in range(2)]
+    changes = [change for change in (*misses, *alone, first) if change for _ in range(2)]
     for number, change in enumerate(changes):
         row = [_outsider(cells, number) for cells in columns]
         for place, value in change.items():
             row[place] = value
         yield row
+    if any(cells.key for cells in columns):
+        # A row without partners in other tables; and, in one table, keys that occur more, as and less often than counted.
+        repeated = [1] * max(2, count) + [2] * max(1, count - 1) + [3] * max(0, count - 2)
+        for number, key in enumerate([own_key, *(repeated if own_key == _KEYS + 1 else [])]):
+            yield [
+                cells.spell(key) if cells.key else _witness(cells, number, place) for place, cells in enumerate(columns)
+            ]
 
 
 def _witness(cells: _Cells, number: int, place: int) -> Value:
     """Return the value of a row that satisfies all conditions."""
     if cells.satisfying:
-        return cells.satisfying[number % len(cells.satisfying)]
+        return cells.satisfying[max(0, number - 2) % len(cells.satisfying)]
     if cells.key:
         return cells.spell(number % _KEYS + 1)
-    step, again = divmod(number, len(_PATTERN))
-    return cells.spell(_NUMBERS[_PATTERN[(again + place) % len(_PATTERN)]] - step)
+    again, number = divmod(number, WITNESSES)
+    return cells.spell(_PATTERNS[place % len(_PATTERNS)][number] - again)
 
 
 def _outsider(cells: _Cells, number: int) -> Value:
@@ -125,8 +146,8 @@ def _outsider(cells: _Cells, number: int) -> Value:
     if cells.satisfying:
         return cells.satisfying[number % len(cells.satisfying)]
     if cells.key:
-        return cells.spell(_KEY_PATTERN[number % len(_KEY_PATTERN)] + 1)
-    return cells.spell(95 + 3 * number if number % 2 else 15 - number)
+        return cells.spell(number % _KEYS + 1)
+    return cells.spell(_HIGH + 5 + number if number % 2 else _LOW - 5 - number)
 
 
 def _literal(value: Value) -> str:
