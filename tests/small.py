@@ -1,11 +1,9 @@
-"""Small models and training loops that several tests of the core share."""
+"""Small models and training loops that several tests of the core share. Light to import, for processes that need torch alone."""
 
 import copy
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from molf.scores import Score
 
@@ -25,6 +23,8 @@ def mlp(dtype=torch.float64, seed=3):
 
 def tiny_llama(dtype=torch.float32, seed=3, **config):
     """A random Llama of two layers with tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -33,6 +33,9 @@ def tiny_llama(dtype=torch.float32, seed=3, **config):
 
 def save_tiny_checkpoint(folder, **config):
     """Save a tiny random Llama with a byte-level tokenizer, as ``save_pretrained`` leaves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -1,6 +1,7 @@
 """AdamW in the two phases that routing needs: move all moments, then step the winners only.
 
-Everything works on lists of ``Slot`` (one tensor with its gradient and moments), flattened and cut into blocks: on a CPU a
+Everything works on lists of ``Slot`` (one tensor with its gradient and moments; of a sharded one the part that is here),
+flattened and cut into blocks: on a CPU a
 block stays in the cache while several operations pass over it, on an accelerator many tensors share one launch.
 Temporaries never exceed one block.
 """
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molf.distributed import is_sharded, local
 from molf.precision import Noise, load, store
 from molf.scores import Score
 
@@ -25,7 +27,7 @@ _ACCELERATOR_BLOCK = 1 << 26
 
 
 class Slot(NamedTuple):
-    """One trainable tensor at one step; all of one shape."""
+    """One trainable tensor at one step; all of one shape. They may be sharded, all alike, or the gradient be a plain part."""
 
     param: Tensor
     grad: Tensor | None
@@ -68,7 +70,8 @@ def observe_(
     bias corrections of 1 (a huge step count), lr = weight decay = -1 and a scratch tensor as the parameter, it decays the scratch
     to zero and leaves ``u = m / (sqrt(v) + eps)`` there, which is what the scores are made of.
     """
-    sums: dict[int, Tensor] = {}
+    # A shard may be empty; its sum is zero.
+    sums = {i: local(slot.exp_avg).sum() for i, slot in enumerate(slots) if not local(slot.exp_avg).numel()}
     whole = Rates(lr=-1.0, weight_decay=-1.0, betas=betas, eps=eps, t=math.inf)
     for batch in _blocks(slots):
         scratch = workspace.like([slot.exp_avg for _, slot in batch])
@@ -97,8 +100,8 @@ def update_(slots: Sequence[Slot], rates: Rates, workspace: Workspace, noise: No
         torch._foreach_add_(denominators, rates.eps * correction2)
         moments = [slot.exp_avg for _, slot in batch]
         torch._foreach_addcdiv_(values, moments, denominators, value=-rates.lr * correction2 / correction1)
-        for value, (_, slot) in zip(values, batch, strict=True):
-            store(value, slot.param, slot.low, noise)
+        for value, (i, slot) in zip(values, batch, strict=True):
+            store(value, slot.param, slot.low, noise, is_sharded(slots[i].param))
 
 
 def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
@@ -107,8 +110,8 @@ def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> N
         values = [load(slot.param, slot.low) for _, slot in batch]
         step = torch.full((), rates.t, dtype=torch.float32, device=values[0].device)
         _fused([slot._replace(param=value) for value, (_, slot) in zip(values, batch, strict=True)], rates, step)
-        for value, (_, slot) in zip(values, batch, strict=True):
-            store(value, slot.param, slot.low, noise)
+        for value, (i, slot) in zip(values, batch, strict=True):
+            store(value, slot.param, slot.low, noise, is_sharded(slots[i].param))
 
 
 def _fused(slots: Sequence[Slot], rates: Rates, step: Tensor) -> None:
@@ -134,7 +137,8 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[list[tuple[int, Slot]]]:
     """Cut the slots into flat pieces and yield batches of (slot index, piece) of one device and dtype within the budget."""
     batch: list[tuple[int, Slot]] = []
     room, kind = 0, None
-    for i, slot in enumerate(slots):
+    for i, whole in enumerate(slots):
+        slot = Slot(*(None if x is None else local(x) for x in whole))  # type: ignore[arg-type]
         n = slot.param.numel()
         budget = _CPU_BLOCK if slot.param.device.type == "cpu" else _ACCELERATOR_BLOCK
         flat = [None if x is None else x.contiguous().view(-1) if x is slot.grad else x.view(-1) for x in slot]

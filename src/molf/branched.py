@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
+from molf.distributed import like_rows, part_of
 from molf.layers import Pair, RoutedLayer, init_moments, init_step
 
 __all__ = ["BranchedLayer"]
@@ -40,17 +41,17 @@ class BranchedLayer(RoutedLayer):
 
     def base_weight(self) -> Tensor:
         """Return ``W`` itself, or its float32 value where it is bf16."""
-        return self._full(self.base[0])
+        return like_rows(self._full(self.base[0]), self.base[0])
 
     def set_base_weight(self, value: Tensor) -> None:
         """Set ``W``."""
-        self._write(self.base[0], value)
+        self._write(self.base[0], part_of(value, self.base[0]))
 
     def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
         """Set a pair."""
         start = len(self.base) + 2 * i
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
-            self._write(p, value)
+            self._write(p, part_of(value, p))
 
     def _find_slots(self, i: int) -> list[Slot]:
         if self.experts[i] == "fft":

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.distributed import is_sharded, sharded_like
 from molf.precision import master_dtype
 
 __all__ = ["check_compatible", "restore_dtypes"]
 
+# Entries that every rank holds whole: A and its moments.
+_WHOLE = (".A", ".A.exp_avg", ".A.exp_avg_sq")
 _TAGS = ("module", "form", "ranks", "experts", "scales")
 
 
@@ -64,7 +67,7 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
     """Put the saved tensors back in their own dtypes.
 
     ``Optimizer.load_state_dict`` casts floating state to the parameter's dtype: float32 moments of a bf16 weight would
-    come back as bf16, and its int16 low part too.
+    come back as bf16, and its int16 low part too. What is given whole and belongs to a sharded parameter is sharded.
     """
     saved = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -75,5 +78,8 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
                 continue
             if value.ndim == 0:  # a count, which lives on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
-            elif optimizer.state[p][name].dtype != value.dtype:
+                continue
+            if optimizer.state[p][name].dtype != value.dtype:
                 optimizer.state[p][name] = value.detach().clone().to(p.device)
+            if is_sharded(p) and not name.endswith(_WHOLE):
+                optimizer.state[p][name] = sharded_like(optimizer.state[p][name], p)

@@ -1,6 +1,7 @@
 """The user's view of the experts: ``optimizer.experts[module][expert]``.
 
-Views look their tensors up in the optimizer at every access, so they stay right after loading, moving or sharding.
+Views look their tensors up in the optimizer at every access, so they stay right after loading, moving or sharding. Of a sharded
+model they give copies of the whole tensors, gathered from all ranks: every rank has to ask, and to set, the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from molf.distributed import full
 from molf.layers import RoutedLayer
 from molf.precision import master_dtype
 
@@ -42,13 +44,13 @@ class FftExpert(_Expert):
     @property
     def weight(self) -> Tensor:
         """``W`` without the LoRA parts; in the merged form ``W_eff - sum_i s_i B_i A_i``, computed at each access."""
-        return self._layer().base_weight()
+        return full(self._layer().base_weight())
 
     @property
     def bias(self) -> Tensor | None:
         """The live bias of the layer, None where it has none that trains."""
         base = self._layer().base
-        return base[1].detach() if len(base) > 1 else None
+        return full(base[1].detach()) if len(base) > 1 else None
 
     @torch.no_grad()
     def assign(self, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
@@ -78,13 +80,13 @@ class LoraExpert(_Expert):
     def A(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live down-projection ``[r, in]``. Change it through ``assign``."""
         layer = self._layer()
-        return layer.pairs[self._index(layer)].A
+        return full(layer.pairs[self._index(layer)].A)
 
     @property
     def B(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live up-projection ``[out, r]``. Change it through ``assign``."""
         layer = self._layer()
-        return layer.pairs[self._index(layer)].B
+        return full(layer.pairs[self._index(layer)].B)
 
     @property
     def scale(self) -> float:
@@ -102,8 +104,8 @@ class LoraExpert(_Expert):
         layer = self._layer()
         i = self._index(layer)
         pair = layer.pairs[i]
-        new_A = self._checked(f"{self.name}.A", pair.A if A is None else A, pair.A)
-        new_B = self._checked(f"{self.name}.B", pair.B if B is None else B, pair.B)
+        new_A = self._checked(f"{self.name}.A", full(pair.A) if A is None else A, pair.A)
+        new_B = self._checked(f"{self.name}.B", full(pair.B) if B is None else B, pair.B)
         layer.set_pair(i, new_A, new_B)
 
 

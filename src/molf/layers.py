@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
+from molf.distributed import is_sharded, local, part_of
 from molf.precision import Noise, load, master_dtype, store
 
 __all__ = ["Pair", "RoutedLayer", "init_moments"]
@@ -45,7 +46,7 @@ class RoutedLayer(abc.ABC):
         self.experts: tuple[str, ...] = group["experts"]
         lr = float(group["lr"])
         self.lrs = tuple(lr if name == "fft" else lr * group["lora_lr_ratio"] for name in self.experts)
-        self.numel = sum(p.numel() for p in group["params"])
+        self.numel = sum(local(p).numel() for p in group["params"])
         self._slots: dict[int, list[Slot]] = {}
 
     @staticmethod
@@ -56,7 +57,7 @@ class RoutedLayer(abc.ABC):
     @property
     @abc.abstractmethod
     def pairs(self) -> list[Pair]:
-        """The live pairs of the LoRA experts, in their order."""
+        """The live pairs of the LoRA experts, in their order, as they are held (sharded or not)."""
 
     @property
     @abc.abstractmethod
@@ -65,15 +66,15 @@ class RoutedLayer(abc.ABC):
 
     @abc.abstractmethod
     def base_weight(self) -> Tensor:
-        """Return ``W`` without the LoRA parts, in full precision."""
+        """Return ``W`` without the LoRA parts, in full precision, sharded as the weight is."""
 
     @abc.abstractmethod
     def set_base_weight(self, value: Tensor) -> None:
-        """Set ``W``; the LoRA parts stay."""
+        """Set ``W`` to a whole matrix; the LoRA parts stay."""
 
     @abc.abstractmethod
     def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
-        """Set the i-th pair; ``W`` stays."""
+        """Set the i-th pair to whole matrices; ``W`` stays."""
 
     @property
     def active(self) -> bool:
@@ -84,9 +85,18 @@ class RoutedLayer(abc.ABC):
         """Return the gradients that backward left on parameters."""
         return [p.grad for p in self.group["params"] if p.grad is not None]
 
-    def derived_gradients(self) -> list[Tensor]:
-        """Return gradients that no parameter carries, because they follow from others."""
+    def derived_slots(self) -> list[Slot]:
+        """Return the tensors whose gradients no parameter carries, because they follow from others."""
         return []
+
+    def lend(self, room: Tensor) -> None:
+        """Compute the gradients that have to be summed over the shards into the memory given, ``shared_numel`` elements."""
+        assert not room.numel(), "by default there are none"
+
+    @property
+    def shared_numel(self) -> int:
+        """How many elements of gradients have to be summed over the shards, beyond what backward has summed."""
+        return 0
 
     def count_step(self) -> None:
         """Count this step: there is one count for all experts of the layer."""
@@ -115,8 +125,8 @@ class RoutedLayer(abc.ABC):
         """Do what is left after AdamW has moved the winners' tensors."""
 
     def set_bias(self, value: Tensor) -> None:
-        """Set the bias."""
-        self._write(self.base[1], value)
+        """Set the bias, given whole."""
+        self._write(self.base[1], part_of(value, self.base[1]))
 
     def _rates(self, i: int, decayed: bool = True) -> Rates:
         decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
@@ -128,10 +138,18 @@ class RoutedLayer(abc.ABC):
         return Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
 
     def _full(self, p: Tensor) -> Tensor:
-        return load(p.detach(), self._state[p].get("low"))
+        """Return the full-precision value of what is here of a parameter."""
+        low = self._state[p].get("low")
+        return load(local(p.detach()), None if low is None else local(low))
 
     def _write(self, p: Tensor, value: Tensor) -> None:
-        store(self._full(p).copy_(value), p.detach(), self._state[p].get("low"), self._noise)
+        """Give what is here of a parameter a value."""
+        self._put_back(p, self._full(p).copy_(value))
+
+    def _put_back(self, p: Tensor, value: Tensor) -> None:
+        """Put a changed full-precision value back where ``_full`` took it from."""
+        low = self._state[p].get("low")
+        store(value, local(p.detach()), None if low is None else local(low), self._noise, is_sharded(p))
 
 
 def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool) -> None:

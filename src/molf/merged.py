@@ -7,6 +7,9 @@ Backward gives ``G = dL/dW_eff``, from which every expert's exact gradient follo
     dW = G        dB_i = s_i G A_i^T        dA_i = s_i B_i^T G
 
 After the step the change of the winner is folded into ``W_eff``. ``W`` itself is never stored.
+
+Sharded by rows, ``W_eff``, ``B`` and their moments are cut alike, so ``dW``, ``dB`` and the fold concern own rows only. ``A`` is
+whole on every rank, and ``dA`` is the sum of what the shards' rows give.
 """
 
 from __future__ import annotations
@@ -19,15 +22,22 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
+from molf.distributed import is_sharded, like_rows, local, part_of
 from molf.layers import Pair, RoutedLayer, init_moments, init_step
-from molf.precision import load, master_dtype, store
+from molf.precision import master_dtype
 
 __all__ = ["MergedLayer", "base_weight", "decay_base_", "expert_gradients", "fold_"]
 
 
-def expert_gradients(grad: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
-    """Return ``(dA, dB)`` of a pair from the gradient ``G [out, in]`` of the effective weight."""
-    dA, dB = torch.zeros_like(pair.A), torch.empty_like(pair.B)
+def expert_gradients(grad: Tensor, pair: Pair, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return ``(dA, dB)`` of a pair from the gradient ``G [out, in]`` of the effective weight, or from some of its rows.
+
+    Args:
+        grad: The gradient.
+        pair: The pair, with the same rows of B.
+        room: Where to put dA, by default new memory.
+    """
+    dA, dB = torch.zeros_like(pair.A) if room is None else room, torch.empty_like(pair.B)
     if pair.started:
         torch.addmm(dA, pair.B.T, grad, beta=0, alpha=pair.scale, out=dA)
     return dA, torch.addmm(dB, grad, pair.A.T, beta=0, alpha=pair.scale, out=dB)
@@ -85,12 +95,13 @@ class MergedLayer(RoutedLayer):
         if not fresh:
             return
         generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
-        dtype, (n_out, n_in) = master_dtype(weight.dtype), weight.shape
+        dtype, n_in = master_dtype(weight.dtype), weight.shape[1]
         for name, r in zip(group["experts"][1:], group["ranks"], strict=True):
             bound = 1 / math.sqrt(n_in)
             A = torch.empty(r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
             A = A.to(weight.device, dtype)
-            for key, value in (("A", A), ("B", torch.zeros(n_out, r, dtype=dtype, device=weight.device))):
+            rows = torch.zeros(len(local(weight)), r, dtype=dtype, device=weight.device)
+            for key, value in (("A", A), ("B", like_rows(rows, weight))):
                 state[weight][f"{name}.{key}"] = value
                 state[weight][f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
                 state[weight][f"{name}.{key}.exp_avg_sq"] = torch.zeros_like(value)
@@ -111,33 +122,50 @@ class MergedLayer(RoutedLayer):
         ]
 
     @property
+    def _pairs_here(self) -> list[Pair]:
+        """The pairs with the rows of B that are here."""
+        return [pair._replace(B=local(pair.B)) for pair in self.pairs]
+
+    @property
     def active(self) -> bool:
         """Whether the weight has a gradient: all experts' gradients follow from it."""
         return self.base[0].grad is not None
 
     def base_weight(self) -> Tensor:
         """Return ``W = W_eff - sum_i s_i B_i A_i``, a new tensor."""
-        return base_weight(self._full(self.base[0]), self.pairs)
+        return like_rows(base_weight(self._full(self.base[0]), self._pairs_here), self.base[0])
 
     def set_base_weight(self, value: Tensor) -> None:
         """Set ``W``; the effective weight follows."""
-        self._write(self.base[0], self._full(self.base[0]) + (value - self.base_weight()))
+        change = part_of(value, self.base[0]) - local(self.base_weight())
+        self._write(self.base[0], self._full(self.base[0]) + change)
 
     def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
         """Set a pair; the effective weight follows, ``W`` stays."""
-        pair = self.pairs[i]
+        pair = self._pairs_here[i]
         before = _snapshot(pair)
         pair.A.copy_(A)
-        pair.B.copy_(B)
+        pair.B.copy_(part_of(B, self.pairs[i].B))
         self._count_win(i + 1)
         effective = self._full(self.base[0]).clone()
         fold_(effective, before, pair)
         self._write(self.base[0], effective)
 
-    def derived_gradients(self) -> list[Tensor]:
-        """Return ``dA`` and ``dB`` of all pairs."""
-        lora = range(1, len(self.experts))
-        return [slot.grad for i in lora for slot in self.slots(i) if slot.grad is not None]
+    @property
+    def shared_numel(self) -> int:
+        """Elements of ``dA`` of the pairs that have started; the others' is zero."""
+        return sum(pair.A.numel() for pair in self.pairs if pair.started) if is_sharded(self.base[0]) else 0
+
+    def lend(self, room: Tensor) -> None:
+        """Compute the pairs' gradients, with those of A in the memory given."""
+        sizes = [pair.A.numel() if pair.started else 0 for pair in self.pairs]
+        for i, part in enumerate(torch.split(room, sizes)):
+            pair = self._pairs_here[i]
+            self._slots[i + 1] = self._pair_slots(i + 1, pair, part.view_as(pair.A) if pair.started else None)
+
+    def derived_slots(self) -> list[Slot]:
+        """Return A and B of all pairs."""
+        return [slot for i in range(1, len(self.experts)) for slot in self.slots(i)]
 
     def pair_slot(self, i: int, key: str) -> Slot:
         """Return A or B (``key``) of the i-th expert with its moments, without the gradient, which is not kept anywhere."""
@@ -147,19 +175,21 @@ class MergedLayer(RoutedLayer):
     def _find_slots(self, i: int) -> list[Slot]:
         if i == 0:
             return [self._slot(p) for p in self.base if p.grad is not None]
-        pair = self.pairs[i - 1]
-        gradients = expert_gradients(self.gradients()[0].to(pair.A.dtype), pair)
+        return self._pair_slots(i, self._pairs_here[i - 1])
+
+    def _pair_slots(self, i: int, pair: Pair, room: Tensor | None = None) -> list[Slot]:
+        gradients = expert_gradients(local(self.gradients()[0]).to(pair.A.dtype), pair, room)
         return [self.pair_slot(i, key)._replace(grad=grad) for key, grad in zip("AB", gradients, strict=True)]
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
         """Decay ``W`` inside ``W_eff`` if it won, remember the winning pairs, and return what AdamW has to move."""
         weight, *bias = self.slots(0)
-        self._effective = load(weight.param, weight.low)
-        self._moved = [(i, pair, _snapshot(pair)) for i, pair in enumerate(self.pairs, start=1) if i in winners]
+        self._effective, pairs = self._full(self.base[0]), self._pairs_here
+        self._moved = [(i, pair, _snapshot(pair)) for i, pair in enumerate(pairs, start=1) if i in winners]
         work = []
         if 0 in winners:
             rates = self._rates(0)
-            decay_base_(self._effective, self.pairs, rates.lr * rates.weight_decay)
+            decay_base_(self._effective, pairs, rates.lr * rates.weight_decay)
             bare = self._rates(0, decayed=False)
             work = [(bare, weight._replace(param=self._effective, low=None)), *((bare, slot) for slot in bias)]
         for i, _, _ in self._moved:
@@ -171,8 +201,7 @@ class MergedLayer(RoutedLayer):
         for i, pair, before in self._moved:
             fold_(self._effective, before, pair)
             self._count_win(i)
-        weight = self.slots(0)[0]
-        store(self._effective, weight.param, weight.low, self._noise)
+        self._put_back(self.base[0], self._effective)
         del self._effective, self._moved
 
     def _count_win(self, i: int) -> None:

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from molf.adamw import Rates, Slot, adamw_
 from molf.checkpoint import check_compatible, restore_dtypes
+from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.forms import FORMS
-from molf.gradients import prepare_gradients
+from molf.gradients import all_zero, prepare_gradients
 from molf.groups import param_groups
 from molf.kernels import refusal
 from molf.layers import RoutedLayer, init_moments, init_step
 from molf.options import check_given_groups, check_options, check_top_k
 from molf.precision import Noise
+from molf.resharding import Names, refuse_orphans
 from molf.router import route
 from molf.routing import Routing
 from molf.scores import Score, get_score
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from molf.kernels.step import FusedStep
 
 __all__ = ["MoLF"]
@@ -60,6 +64,8 @@ class MoLF(torch.optim.Optimizer):
         fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
             needs an accelerator, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
             these kernels yet.
+        process_group: Ranks that train the same unsharded model (DDP), all of which take the first one's decisions; None for
+            all ranks there are. Sharded parameters (FSDP2) know their ranks.
 
     Attributes:
         routing: The last step's decision, a ``molf.Routing``; None before the first step. A fused step leaves it on the device.
@@ -93,6 +99,7 @@ class MoLF(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         bf16_update: str = "split",
         fused: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         check_options(betas, eps, max_grad_norm, bf16_update)
         grouping: dict[str, Any] = {
@@ -115,6 +122,9 @@ class MoLF(torch.optim.Optimizer):
         self.fused = bool(fused)
         self._kernels: FusedStep | None = None
         self._left_out: Tensor | None = None  # steps that kernels left out since the count was last asked for
+        self._process_group = process_group
+        self._names = Names(model, groups) if isinstance(model, nn.Module) else None
+        self._agreed = False
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
@@ -144,17 +154,17 @@ class MoLF(torch.optim.Optimizer):
             if group.get("module") == module:
                 form = FORMS[group["form"]]
                 form.init_state(group, self.state, self.bf16_update == "split")
-                return form(group, self.state, self.noise())
+                return form(group, self.state, self.noise(self._ranks()))
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 
-    def noise(self) -> Noise | None:
-        """Return the noise of this step's stochastic rounding, None where low parts are kept."""
+    def noise(self, ranks: Ranks) -> Noise | None:
+        """Return the noise of this step's stochastic rounding on one of these ranks, None where low parts are kept."""
         if self.bf16_update == "split":
             return None
         routed = [group for group in self.param_groups if "module" in group]
         steps = max(int(self.state[group["params"][0]].get("step", 0)) for group in routed)
-        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63)
+        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, ranks.index)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,25 +183,41 @@ class MoLF(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._init_states()
+        ranks = self._begin()
         ordinary = [g for g in self.param_groups if "module" not in g]
-        if self._is_dry():
+        if self._is_dry(ranks):
             return loss
-        noise = None if self.fused else self.noise()
+        noise = None if self.fused else self.noise(ranks)
         routed = [FORMS[g["form"]](g, self.state, noise) for g in self.param_groups if "module" in g]
         layers = [layer for layer in routed if layer.active]
         if self.fused and layers:
-            self._take_fused(layers, ordinary)
+            self._take_fused(layers, ordinary, ranks)
             return loss
-        if not self._prepare(layers, ordinary):
+        if not self._prepare(layers, ordinary, ranks):
             return loss
         if layers:
-            self.routing = route(layers, self.score, self.top_k, noise)
+            self.routing = route(layers, self.score, self.top_k, noise, ranks)
         for group in ordinary:
             self._adamw(group, noise)
         return loss
 
+    def _ranks(self) -> Ranks:
+        """Return the ranks that train together; if the model was sharded since, its new parameters are looked up first."""
+        if self._names is not None:
+            self._names.follow(self.param_groups)
+        return find_ranks(self.param_groups, self._process_group)
+
+    def _begin(self) -> Ranks:
+        """Make everything ready for a step."""
+        ranks = self._ranks()
+        if not self._agreed:
+            agree_on_seeds(self.param_groups, self.state, ranks)
+            self._agreed = True
+        self._init_states()
+        return ranks
+
     def _init_states(self) -> None:
+        refuse_orphans(self.param_groups, self.state)
         keep_low = self.bf16_update == "split"
         for group in self.param_groups:
             if "module" in group:
@@ -202,30 +228,31 @@ class MoLF(torch.optim.Optimizer):
                     init_step(self.state[p])
                     init_moments(p, self.state[p], keep_low)
 
-    def _is_dry(self) -> bool:
+    def _is_dry(self, ranks: Ranks) -> bool:
         """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
         if any(float(group["lr"]) for group in self.param_groups):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(bool(grad.any()) for grad in grads)
+        return all_zero(grads, ranks)
 
-    def _prepare(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]]) -> bool:
+    def _prepare(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]], ranks: Ranks) -> bool:
         """Unscale, measure and clip the gradients; return whether the step can be taken."""
         dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
         dense += [grad for layer in layers for grad in layer.gradients()]
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self.grad_norm = prepare_gradients(dense, layers, self.max_grad_norm, scale)
+        self.grad_norm = prepare_gradients(dense, layers, self.max_grad_norm, scale, overflow, ranks)
         if self.grad_norm.isfinite() and not overflow:
             return True
         for group in self.param_groups:
             group["skipped_steps"] += 1
-        logger.warning(
-            "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
-            self.skipped_steps,
-        )
+        if ranks.first:
+            logger.warning(
+                "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
+                self.skipped_steps,
+            )
         return False
 
-    def _take_fused(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]]) -> None:
+    def _take_fused(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]], ranks: Ranks) -> None:
         """Take the step by kernels; whether it was left out is asked for later, by ``skipped_steps``."""
         if self._kernels is None:
             if reason := refusal(layers, ordinary, self.score):
@@ -233,9 +260,8 @@ class MoLF(torch.optim.Optimizer):
             from molf.kernels.step import FusedStep
 
             self._kernels = FusedStep(layers[0].group["params"][0].device, self.score, self.top_k, self.max_grad_norm)
-        outcome = self._kernels.take(
-            layers, ordinary, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        )
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        outcome = self._kernels.take(layers, ordinary, self.state, scale, overflow, ranks)
         self.grad_norm = outcome.norm
         self._left_out = outcome.taken.logical_not() + (0 if self._left_out is None else self._left_out)
         names = tuple(layer.name for layer in layers)
@@ -269,4 +295,5 @@ class MoLF(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm", "fused", "_left_out")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}, "_kernels": None}
+        bound = {"_kernels": None, "_names": None, "_process_group": None, "_agreed": False}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}, **bound}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot, Workspace, observe_, update_
+from molf.distributed import Ranks, is_sharded
 from molf.layers import RoutedLayer
 from molf.precision import Noise
 from molf.routing import Routing, choose
@@ -22,7 +23,7 @@ __all__ = ["route"]
 _CHUNK = 1 << 26
 
 
-def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise | None) -> Routing:
+def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise | None, ranks: Ranks) -> Routing:
     """Take the step of all routed layers.
 
     Args:
@@ -30,27 +31,29 @@ def route(layers: Sequence[RoutedLayer], score: Score, top_k: int, noise: Noise 
         score: What ranks the experts of a layer.
         top_k: How many of them move.
         noise: For stochastic rounding, None where low parts are kept.
+        ranks: Those that train these layers together; scores are summed over the shards, and all take the first's decision.
 
     Returns:
         The decision.
     """
     workspace = Workspace()
-    total, n = _observe(layers, score, workspace)
+    total, n = _observe(layers, score, workspace, ranks)
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
     scores = score.finish(total=total, n=n, lr=lr)
-    chosen = choose(scores, top_k)
+    chosen = ranks.agree(choose(scores, top_k), layers[0].group["params"][0].device)
     winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
     for chunk in _chunks(layers):
         _update(chunk, [next(winners) for _ in chunk], workspace, noise)
     return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
 
 
-def _observe(layers: Sequence[RoutedLayer], score: Score, workspace: Workspace) -> tuple[Tensor, Tensor]:
+def _observe(layers: Sequence[RoutedLayer], score: Score, workspace: Workspace, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Move all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
     shape = (len(layers), len(layers[0].experts))
     sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
     sums: list[Tensor] = []
     owners: list[tuple[int, int]] = []
+    sharded: list[bool] = []
     first = 0
     for chunk in _chunks(layers):
         for layer in chunk:
@@ -62,13 +65,15 @@ def _observe(layers: Sequence[RoutedLayer], score: Score, workspace: Workspace) 
                 own = layer.slots(e)
                 slots += own
                 owners += [(m, e)] * len(own)
+                sharded += [is_sharded(slot.param) for slot in own]
                 sizes[m, e] = sum(slot.param.numel() for slot in own)
             sums += observe_(slots, chunk[0].group["betas"], chunk[0].group["eps"], score, workspace)
         for layer in chunk:
             layer.release()
         first += len(chunk)
     # The step's one transfer of scores. Everything on the host says so: the default device may be another.
-    on_host = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double()
+    parts = torch.stack([part.to(sums[0].device) for part in sums])
+    on_host = ranks.sum_parts(parts, sharded).cpu().double()
     total = torch.zeros(shape, dtype=torch.float64, device="cpu")
     total.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
     return total, sizes

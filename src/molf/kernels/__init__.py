@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from molf.distributed import is_sharded
 from molf.layers import RoutedLayer
 from molf.scores import EPD, PFN, Score
 
@@ -39,6 +40,8 @@ def refusal(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], s
     weights = {layer.group["params"][0].dtype for layer in layers}
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch's CUDA builds for Linux bring it"
+    if any(is_sharded(p) for p in params):
+        return "the kernels work on whole weights, and these are sharded"
     if len(devices) > 1:
         return f"the kernels work on one device, and the parameters are on {', '.join(sorted(map(str, devices)))}"
     if params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.distributed import Ranks
 from molf.gradients import total_norm
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
@@ -64,6 +65,7 @@ class FusedStep:
         state: dict[Any, dict[str, Any]],
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
     ) -> Outcome:
         """Take the step of all layers and ordinary parameters that have gradients.
 
@@ -73,6 +75,7 @@ class FusedStep:
             state: The optimizer's, with the entries of all of them.
             scale: The loss scale to divide gradients by, from a GradScaler, or None.
             overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
+            ranks: Those that train the model together: all take the first's decision.
         """
         tables, (betas, eps) = self._tables, (layers[0].group["betas"], layers[0].group["eps"])
         work = Work(layers, ordinary, state, tables.device)
@@ -81,7 +84,7 @@ class FusedStep:
         torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
         totals = move_moments_(work.moments(), work.experts, betas, eps, self._score.name == "pfn", scalars, tables)
         scores = self._scores(work, layers, totals)
-        chosen = choose(scores, self._top_k)
+        chosen = ranks.agree(choose(scores, self._top_k), tables.device)
         won = torch.cat([chosen.flatten(), chosen.new_ones(work.experts - chosen.numel())]).to(torch.int8)
         corrections = _corrections(work.counts, betas)
         seed = work.counts[0].long() + layers[0].group["lora_seed"] % 2**31

@@ -1,0 +1,377 @@
+"""What several gloo ranks check together, for ``test_distributed.py``: every check returns numbers, which the test judges.
+
+One start of the processes serves all checks, because each start imports torch. Nothing here needs more than torch.
+"""
+
+import copy
+import json
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from molf import MoLF
+from molf.distributed import full, like_rows, local
+from molf.precision import join
+from small import Prefer, mlp
+
+RATES = {"lr": 1e-2, "lora_lr": 2e-2}
+MERGED = {"ranks": (2, 3), **RATES}
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with LoRA adapters, which looks to MoLF as PEFT's does."""
+
+    def __init__(self, base, ranks):
+        super().__init__()
+        self.base_layer = base
+        self.r = {f"r{r}": r for r in ranks}
+        self.active_adapters, self.scaling, self.lora_variant = list(self.r), dict.fromkeys(self.r, 2.0), {}
+        linear = {"bias": False, "dtype": base.weight.dtype}
+        self.lora_A = nn.ModuleDict({name: nn.Linear(base.in_features, r, **linear) for name, r in self.r.items()})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(r, base.out_features, **linear) for name, r in self.r.items()})
+
+    def get_base_layer(self):
+        return self.base_layer
+
+    def forward(self, x):
+        pairs = [self.scaling[name] * self.lora_B[name](self.lora_A[name](x)) for name in self.r]
+        return self.base_layer(x) + sum(pairs)
+
+
+def adapted(freeze, dtype=torch.float64):
+    model = mlp(dtype).requires_grad_(not freeze)
+    for i in (1, 4, 5):
+        model[i] = AdaptedLinear(model[i], (2, 3))
+    return model
+
+
+def ddp(model):
+    return DistributedDataParallel(model)
+
+
+def fsdp(model, **how):
+    for module in (model[1], model[4]):
+        fully_shard(module, **how)
+    return fully_shard(model, **how)
+
+
+def hsdp(model):
+    return fsdp(
+        model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copies", "shards"))
+    )
+
+
+def batch(t, dtype):
+    generator = torch.Generator().manual_seed(100 + t)
+    ids = torch.randint(0, 11, (8, 6), generator=generator)
+    return ids, torch.randn(8, 6, 3, generator=generator).to(dtype)
+
+
+def backward(model, t, rows, dtype, micro):
+    """Leave the mean gradient of those rows of a batch, taken in ``micro`` parts, in the model."""
+    ids, target = batch(t, dtype)
+    for part in range(micro):
+        last = part == micro - 1
+        own = rows[part::micro]
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last
+        ((model(ids[own]) - target[own]).square().mean() / micro).backward()
+
+
+def train(model, optimizer, steps, rows, micro=1, dtype=torch.float64):
+    winners = []
+    for t in steps:
+        optimizer.zero_grad()
+        backward(model, t, rows, dtype, micro)
+        optimizer.step()
+        winners.append(optimizer.routing.winners())
+    return winners
+
+
+def my_rows():
+    return list(range(dist.get_rank(), 8, dist.get_world_size()))
+
+
+def everything(model, optimizer):
+    """All weights and states, whole, by the names of the plain model."""
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    tensors = {name: full(p.detach()) for name, p in named.items()}
+    for name, p in named.items():
+        tensors |= {f"{name}/{key}": full(value) for key, value in optimizer.state.get(p, {}).items()}
+    return tensors
+
+
+def furthest(one, other):
+    assert one.keys() == other.keys()
+    return max(float((x - other[name]).abs().max()) for name, x in one.items())
+
+
+class Checks:
+    """The checks of one rank. Names without an underscore are run in order."""
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        self._size = dist.get_world_size()
+        groups = [dist.new_group([rank]) for rank in range(self._size)]
+        self._alone = groups[dist.get_rank()]
+
+    def _compare(self, build, wrap, options, micro=1, before=False):
+        """Train alone on whole batches and together on parts of them; return how far apart they end."""
+        plain, shared = build(), build()
+        shared.load_state_dict(plain.state_dict())
+        torch.manual_seed(5)
+        alone = MoLF(plain, process_group=self._alone, **options)
+        expected = train(plain, alone, range(5), list(range(8)), micro)
+        torch.manual_seed(5)
+        optimizer = MoLF(shared, **options) if before else None
+        shared = wrap(shared)
+        optimizer = optimizer or MoLF(shared, **options)
+        winners = train(shared, optimizer, range(5), my_rows(), micro)
+        won = {name for step in winners for names in step.values() for name in names}
+        return {
+            "apart": furthest(everything(shared, optimizer), everything(plain, alone)),
+            "same winners": winners == expected,
+            "kinds of winners": len(won),
+            "norms apart": abs(float(optimizer.grad_norm) - float(alone.grad_norm)),
+        }
+
+    def ddp_merged(self):
+        return self._compare(mlp, ddp, MERGED)
+
+    def ddp_accumulating(self):
+        return self._compare(mlp, ddp, {**MERGED, "max_grad_norm": 0.1}, micro=2)
+
+    def ddp_branched(self):
+        return self._compare(lambda: adapted(freeze=True), ddp, RATES)
+
+    def fsdp_merged(self):
+        return self._compare(mlp, fsdp, MERGED)
+
+    def fsdp_two_winners_clipped(self):
+        return self._compare(mlp, fsdp, {**MERGED, "top_k": 2, "max_grad_norm": 0.1})
+
+    def fsdp_pfn_accumulating(self):
+        return self._compare(mlp, fsdp, {**MERGED, "score": "pfn"}, micro=2)
+
+    def fsdp_made_before_sharding(self):
+        return self._compare(mlp, fsdp, MERGED, before=True)
+
+    def fsdp_branched(self):
+        return self._compare(lambda: adapted(freeze=True), fsdp, {**RATES, "max_grad_norm": 0.1})
+
+    def fsdp_branched_beside_the_base(self):
+        return self._compare(lambda: adapted(freeze=False), fsdp, {**RATES, "top_k": 2})
+
+    def hsdp_merged(self):
+        return self._compare(mlp, hsdp, {**MERGED, "max_grad_norm": 0.1}) if self._size == 4 else None
+
+    def different_seeds(self):
+        """Ranks seeded differently start from the first one's experts."""
+        torch.manual_seed(dist.get_rank())
+        model = ddp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        train(model, optimizer, range(2), my_rows())
+        A = optimizer.experts["1"]["lora_r2"].A
+        first = A.clone()
+        dist.broadcast(first, src=0)
+        return {"apart": float((A - first).abs().max())}
+
+    def decision_is_the_first_ones(self):
+        """A score that differs between ranks does not part them."""
+        model = ddp(mlp())
+        optimizer = MoLF(model, score=Prefer(min(dist.get_rank(), 1)), **MERGED)
+        train(model, optimizer, range(1), my_rows())
+        return {"winners": sorted({name for names in optimizer.routing.winners().values() for name in names})}
+
+    def one_rank_is_not_finite(self):
+        """A gradient that is not finite on one rank makes all leave the step out."""
+        model = fsdp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        train(model, optimizer, range(2), my_rows())
+        before = copy.deepcopy(everything(model, optimizer))
+        backward(model, 2, my_rows(), torch.float64, 1)
+        if dist.get_rank() == self._size - 1:
+            model[1].weight.grad._local_tensor[0, 0] = torch.nan
+        optimizer.step()
+        skipped = optimizer.skipped_steps
+        return {"skipped": skipped, "apart": furthest(everything(model, optimizer), before)}
+
+    def overflow_on_one_rank(self):
+        model = fsdp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        backward(model, 0, my_rows(), torch.float64, 1)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(dist.get_rank() == 0))
+        optimizer.step()
+        return {"skipped": optimizer.skipped_steps}
+
+    def views_are_whole(self):
+        """Experts are seen and set whole, and the effective weight follows."""
+        model = fsdp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        train(model, optimizer, range(3), my_rows())
+        experts = optimizer.experts["1"]
+        weight, pair, effective = experts["fft"].weight, experts["lora_r3"], full(model[1].weight.detach()).clone()
+        A, B = pair.A.clone(), pair.B.clone()
+        pair.assign(A=A + 1, B=B - 1)
+        experts["fft"].assign(weight=weight + 2, bias=torch.ones(13))
+        moved = full(model[1].weight.detach()) - effective
+        return {
+            "shapes": [list(weight.shape), list(A.shape), list(B.shape), list(experts["fft"].bias.shape)],
+            "apart": max(
+                float((moved - 2 - pair.scale * ((B - 1) @ (A + 1) - B @ A)).abs().max()),
+                float((experts["fft"].weight - weight - 2).abs().max()),
+                float((pair.B - B + 1).abs().max()),
+                float((experts["fft"].bias - 1).abs().max()),
+            ),
+        }
+
+    def bf16(self):
+        """Given the same gradients, bf16 shards with low parts go where whole bf16 weights with low parts go."""
+        return self._given_gradients({**MERGED, "max_grad_norm": 1.0})
+
+    def _given_gradients(self, options):
+        plain = mlp(torch.bfloat16)
+        model = fsdp(copy.deepcopy(plain))
+        torch.manual_seed(5)
+        optimizer, alone = MoLF(model, **options), MoLF(plain, process_group=self._alone, **options)
+        same = True
+        for t in range(5):
+            generator = torch.Generator().manual_seed(t)
+            for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+                p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements, src_data_rank=None)
+            optimizer.step()
+            alone.step()
+            same = same and optimizer.routing.winners() == alone.routing.winners()
+        exact = [
+            {n: full(like_rows(join(local(p.detach()), local(o.state[p]["low"])), p)) for n, p in m.named_parameters()}
+            for m, o in ((model, optimizer), (plain, alone))
+        ]
+        return {"apart": furthest(*exact), "same winners": same}
+
+    def stochastic_rounding(self):
+        """Shards round with random numbers of their own, copies alike, and a step again from the same state is the same."""
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(8, 16, bias=False, dtype=torch.bfloat16))
+        nn.init.ones_(model[0].weight)
+        model = fully_shard(model)
+        optimizer = MoLF(model, ranks=(2,), lr=1e-3, weight_decay=0.0, bf16_update="stochastic")
+        state = copy.deepcopy(optimizer.state_dict())
+        runs = []
+        for _ in range(2):
+            optimizer.load_state_dict(copy.deepcopy(state))
+            nn.init.ones_(model[0].weight)
+            weight = model[0].weight
+            weight.grad = torch.full_like(weight, 1.0)
+            optimizer.step()
+            runs.append(full(weight.detach()).float())
+        parts = runs[0].chunk(self._size)
+        return {
+            "again apart": float((runs[0] - runs[1]).abs().max()),
+            "values": len(runs[0].unique()),
+            "shards alike": any(torch.equal(parts[0], part) for part in parts[1:]),
+        }
+
+    def mixed_precision(self):
+        """Float32 shards computing in bf16: weights and states stay float32."""
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model = fsdp(mlp(torch.float32), mp_policy=policy)
+        optimizer = MoLF(model, **MERGED)
+        train(model, optimizer, range(3), my_rows(), dtype=torch.bfloat16)
+        tensors = [x for own in optimizer.state.values() for x in own.values()]
+        finite = all(full(x).isfinite().all() for x in [*tensors, *(p.detach() for p in model.parameters())])
+        return {"dtypes": sorted({str(x.dtype) for x in [*tensors, *model.parameters()]}), "finite": bool(finite)}
+
+    def sharded_states(self):
+        """Every state of a shard is a shard, A is whole."""
+        model = fsdp(mlp(torch.bfloat16))
+        optimizer = MoLF(model, **MERGED)
+        backward(model, 0, my_rows(), torch.bfloat16, 1)
+        optimizer.step()
+        own = optimizer.state[model[1].weight]
+        return {"sharded": sorted(key for key, value in own.items() if isinstance(value, DTensor))}
+
+    def odd_placements(self):
+        """Column shards are refused, with the reason."""
+        model = nn.Sequential(nn.Linear(8, 8))
+        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+        model(torch.ones(1, 8)).sum().backward()
+        try:
+            MoLF(model, **MERGED).step()
+        except ValueError as error:
+            return {"error": str(error)}
+
+    def state_before_sharding(self):
+        model = mlp()
+        optimizer = MoLF(model, **MERGED)
+        optimizer.experts["1"]["lora_r2"].assign(B=torch.ones(13, 2))
+        model = fsdp(model)
+        backward(model, 0, my_rows(), torch.float64, 1)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+    def a_whole_state_is_sharded(self):
+        """``load_state_dict`` takes a state that was saved by one process."""
+        plain = mlp()
+        alone = MoLF(plain, process_group=self._alone, **MERGED)
+        train(plain, alone, range(3), list(range(8)))
+        model = fsdp(copy.deepcopy(plain))
+        optimizer = MoLF(model, **MERGED)
+        optimizer.load_state_dict(copy.deepcopy(alone.state_dict()))
+        train(plain, alone, range(3, 6), list(range(8)))
+        train(model, optimizer, range(3, 6), my_rows())
+        return {"apart": furthest(everything(model, optimizer), everything(plain, alone))}
+
+    def checkpoint(self):
+        """Two ranks save and go on; other numbers of ranks load and must arrive where they arrived."""
+        folder = self._folder / "checkpoint"
+        torch.manual_seed(5 if self._size == 2 else 99)
+        model = fsdp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        if self._size == 2:
+            train(model, optimizer, range(3), my_rows())
+            optimizer.zero_grad()
+        weights, states = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": states}
+        if self._size == 2:
+            dcp.save(state, checkpoint_id=folder)
+        else:
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        train(model, optimizer, range(3, 6), my_rows())
+        end = everything(model, optimizer)
+        if self._size == 2 and dist.get_rank() == 0:
+            torch.save(end, self._folder / "end.pt")
+        dist.barrier()
+        return {"apart": furthest(end, torch.load(self._folder / "end.pt"))}
+
+
+def run(rank, size, folder):
+    """Carry out all checks on one rank; leave what they return, or how they failed, in ``{size}ranks-{rank}.json``."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into an output
+    store = dist.FileStore(f"{folder}/store{size}", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    checks, reports = Checks(folder), {}
+    for name in [name for name in vars(Checks) if not name.startswith("_")]:
+        try:
+            reports[name] = getattr(checks, name)()
+        except Exception:
+            reports[name] = {"failed": traceback.format_exc()}
+    Path(folder, f"{size}ranks-{rank}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()

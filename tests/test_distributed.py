@@ -1,0 +1,153 @@
+"""Several gloo ranks against one process. The checks are in ``ranks.py``; each start of ranks serves all of them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import multiprocessing
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import ranks
+from molf import MoLF
+from small import mlp
+
+# How far apart several ranks and one process may end in float64.
+APART = 1e-10
+COMPARED = [
+    "ddp_merged",
+    "ddp_accumulating",
+    "ddp_branched",
+    "fsdp_merged",
+    "fsdp_two_winners_clipped",
+    "fsdp_pfn_accumulating",
+    "fsdp_made_before_sharding",
+    "fsdp_branched",
+    "fsdp_branched_beside_the_base",
+    "hsdp_merged",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+def start(size, folder):
+    """Run all checks on so many ranks and return their reports."""
+    multiprocessing.spawn(ranks.run, (size, str(folder)), nprocs=size)
+    return [json.loads((folder / f"{size}ranks-{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return start(2, folder)
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    return start(4, folder)
+
+
+@pytest.fixture(params=[2, 4])
+def reports(request):
+    """The reports of all ranks, as a function of the check's name."""
+    found = request.getfixturevalue({2: "two", 4: "four"}[request.param])
+
+    def of(check):
+        for report in found:
+            assert "failed" not in (report[check] or {}), report[check]["failed"]
+        return [report[check] for report in found]
+
+    return of
+
+
+@pytest.mark.parametrize("check", COMPARED)
+def test_ranks_equal_one_process(reports, check):
+    for report in reports(check):
+        if report is not None:  # copies of shards need four ranks
+            assert report["apart"] <= APART and report["norms apart"] <= APART
+            assert report["same winners"]
+
+
+def test_copies_of_shards_were_compared(four):
+    assert all(report["hsdp_merged"]["apart"] <= APART for report in four)
+
+
+def test_both_kinds_of_experts_win_somewhere(two):
+    assert max(two[0][check]["kinds of winners"] for check in COMPARED if check != "hsdp_merged") > 1
+
+
+def test_ranks_seeded_differently_start_alike(reports):
+    assert all(report["apart"] == 0 for report in reports("different_seeds"))
+
+
+def test_the_first_rank_decides(reports):
+    assert all(report["winners"] == ["fft"] for report in reports("decision_is_the_first_ones"))
+
+
+def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(reports):
+    assert all(report == {"skipped": 1, "apart": 0} for report in reports("one_rank_is_not_finite"))
+
+
+def test_all_ranks_leave_out_a_step_that_overflows_on_one(reports):
+    assert all(report["skipped"] == 1 for report in reports("overflow_on_one_rank"))
+
+
+def test_experts_of_a_sharded_model_are_seen_whole(reports):
+    for report in reports("views_are_whole"):
+        assert report["shapes"] == [[13, 7], [3, 7], [13, 3], [13]]
+        assert report["apart"] <= APART
+
+
+def test_sharded_low_parts(reports):
+    for report in reports("bf16"):
+        # Sums over shards round otherwise than sums over rows; without low parts it would be 1e-3.
+        assert report["same winners"] and report["apart"] <= 5e-5
+
+
+def test_stochastic_rounding_of_shards(reports):
+    for report in reports("stochastic_rounding"):
+        assert report["again apart"] == 0 and report["values"] > 1 and not report["shards alike"]
+
+
+def test_mixed_precision_policy(reports):
+    assert all(report == {"dtypes": ["torch.float32"], "finite": True} for report in reports("mixed_precision"))
+
+
+def test_states_are_sharded_like_their_weights(reports):
+    pairs = [f"lora_r{r}.B{end}" for r in (2, 3) for end in ("", ".exp_avg", ".exp_avg_sq")]
+    for report in reports("sharded_states"):
+        assert report["sharded"] == ["exp_avg", "exp_avg_sq", *pairs, "low"]
+
+
+def test_column_shards_are_refused(reports):
+    assert all("needs row shards, Shard(0)" in report["error"] for report in reports("odd_placements"))
+
+
+def test_state_from_before_sharding_is_refused(reports):
+    assert all("shard first, then load the state" in report["error"] for report in reports("state_before_sharding"))
+
+
+def test_a_whole_state_is_sharded_on_loading(reports):
+    assert all(report["apart"] <= APART for report in reports("a_whole_state_is_sharded"))
+
+
+def test_checkpoint_of_two_ranks_goes_on_on_others(reports):
+    assert all(report["apart"] <= APART for report in reports("checkpoint"))
+
+
+def test_checkpoint_of_two_ranks_goes_on_in_one_process(two, folder):
+    model = mlp(seed=99)
+    optimizer = MoLF(model, **ranks.MERGED)
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": states}
+    with pytest.warns(UserWarning, match="load in a single process"):
+        dcp.load(state, checkpoint_id=folder / "checkpoint")
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=copy.deepcopy(state["optimizer"])
+    )
+    ranks.train(model, optimizer, range(3, 6), list(range(8)))
+    end = torch.load(folder / "end.pt")
+    assert ranks.furthest(ranks.everything(model, optimizer), end) <= APART
