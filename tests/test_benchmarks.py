@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import communication
 import eval_speed
 import optimizer_step
 import plan_vs_measured
@@ -65,3 +66,9 @@ def test_sql_rows(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["filled"]["results"] == 1 and report["empty"]["results"] == 0
     assert report["filled"]["all"] > 0.9 > report["empty"]["all"]
+
+
+def test_bytes_that_ranks_send_are_as_the_formulas_say():
+    counted, foreseen = communication.count_on_ranks(2)
+    assert set(counted) == {f"{sharding} {method}" for sharding in ("ddp", "fsdp") for method in communication.METHODS}
+    assert counted == foreseen
