@@ -46,7 +46,7 @@ class RoutedLayer(abc.ABC):
         self.experts: tuple[str, ...] = group["experts"]
         lr = float(group["lr"])
         self.lrs = tuple(lr if name == "fft" else lr * group["lora_lr_ratio"] for name in self.experts)
-        self.numel = sum(local(p).numel() for p in group["params"])
+        self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._slots: dict[int, list[Slot]] = {}
 
     @staticmethod

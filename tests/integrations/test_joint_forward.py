@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners import lora
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from conftest import TOLERANCE
 from molf import add_lora_experts
@@ -103,3 +104,20 @@ def test_pickles_and_saves_like_peft(tmp_path):
 def test_a_single_expert_runs_pefts_own():
     model = add_lora_experts(tiny_llama(), ranks=(2,))
     assert torch.equal(model(IDS).logits, one_by_one(model)(IDS).logits)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with their block", "one by one"])
+def test_sharded_adapters(tmp_path, alone):
+    """The joint pass reads adapters that are gathered with their block, and steps aside for those sharded one by one."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = experts()
+        expected = model(input_ids=IDS).logits.detach()
+        for module in list(model.modules()):
+            if isinstance(module, torch.nn.Linear if alone else JointLinear) and not isinstance(module, FSDPModule):
+                fully_shard(module)
+        fully_shard(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=TOLERANCE[torch.float64])
+    finally:
+        dist.destroy_process_group()

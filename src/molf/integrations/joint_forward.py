@@ -14,6 +14,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from molf.distributed import is_sharded
+
 __all__ = ["JointLinear", "join_experts"]
 
 
@@ -31,6 +33,8 @@ class JointLinear(lora.Linear):  # type: ignore[misc]
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (self.disable_adapters or self.merged or self.lora_variant or kwargs)
         rates = {getattr(self.lora_dropout[name], "p", 0.0) for name in names}
+        # Sharded one by one, adapters are whole only while their own layers run.
+        plain = plain and not any(is_sharded(self.lora_A[n].weight) or is_sharded(self.lora_B[n].weight) for n in names)
         # Without gradients (evaluation, token by token) putting the pairs together would cost more than it saves.
         if not (plain and len(names) > 1 and len(rates) == 1 and torch.is_grad_enabled()):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
