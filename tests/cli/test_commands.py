@@ -158,7 +158,7 @@ def test_two_processes_leave_one_run(model_folder):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to run: ") == 1

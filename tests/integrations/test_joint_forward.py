@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners import lora
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from conftest import TOLERANCE
 from molf import add_lora_experts
@@ -114,8 +114,8 @@ def test_sharded_adapters(tmp_path, alone):
     try:
         model = experts()
         expected = model(input_ids=IDS).logits.detach()
-        for module in list(model.modules()):
-            if isinstance(module, torch.nn.Linear if alone else JointLinear) and not isinstance(module, FSDPModule):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and "lora_" in name if alone else isinstance(module, JointLinear):
                 fully_shard(module)
         fully_shard(model)
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=TOLERANCE[torch.float64])

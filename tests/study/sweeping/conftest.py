@@ -1,5 +1,7 @@
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,9 @@ CLUSTER = Path(__file__).parents[2] / "slurm" / "cluster.sh"
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def cluster():
     """A real SLURM on this machine, which all programs that the tests start find by ``SLURM_CONF``."""
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = Path(tempfile.mkdtemp(prefix="molf-slurm-"))  # not pytest's, which may be gone before the daemons are
     with pytest.MonkeyPatch.context() as patch:
         try:
             started = subprocess.run(
@@ -23,3 +25,4 @@ def cluster(tmp_path_factory):
             yield folder
         finally:
             subprocess.run([CLUSTER, "stop", folder], check=True, stdout=subprocess.DEVNULL)
+            shutil.rmtree(folder, ignore_errors=True)
