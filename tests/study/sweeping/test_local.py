@@ -32,6 +32,7 @@ def test_models_may_be_kept(tmp_path):
 def test_an_interrupted_sweep_stops_its_runs_and_they_save(tmp_path):
     code = (
         "from pathlib import Path; from fake_runs import fake_cell; from molf.study.sweeping.local import LocalEngine\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may have it ignored
         f"cells = [fake_cell(Path({str(tmp_path)!r}), 'hold', name) for name in ('a', 'b', 'c')]\n"
         "list(LocalEngine(jobs=2).run(cells))"
     )
