@@ -171,7 +171,8 @@ def test_conv1d_of_gpt2(freeze_base):
     model = add_lora_experts(tiny_gpt2(torch.float64), ranks=(2, 4), freeze_base=freeze_base)
     assert isinstance(model.base_model.model.transformer.h[0].attn.c_attn.base_layer, Conv1D)
     twin = copy.deepcopy(model)
-    rates = {"lr": 1e-2, "weight_decay": 0.0}
+    # The gradient of a key's bias is zero but for rounding, which a small eps would blow up to a step.
+    rates = {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-4}
     optimizer = MoLF(model, **rates, lora_weight_decay=0.0, top_k=2 if freeze_base else 3)
     assert len(optimizer.experts) == 8
     assert len(optimizer.param_groups[-1]["experts"]) == (2 if freeze_base else 3)
