@@ -138,11 +138,15 @@ class MoLF(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
+        self._count_left_out()
+        return int(self.param_groups[0]["skipped_steps"])
+
+    def _count_left_out(self) -> None:
+        """Add the steps that kernels left out, which they count on the device, to the count in the groups."""
         if self._left_out is not None:
             left_out, self._left_out = int(self._left_out), None
             for group in self.param_groups:
                 group["skipped_steps"] += left_out
-        return int(self.param_groups[0]["skipped_steps"])
 
     def routed_layer(self, module: str) -> RoutedLayer:
         """Return the routed layer of that name as it is now, its state in place.
@@ -280,7 +284,7 @@ class MoLF(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the count of steps left out up to date."""
-        assert self.skipped_steps >= 0
+        self._count_left_out()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
