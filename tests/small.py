@@ -21,6 +21,19 @@ def mlp(dtype=torch.float64, seed=3):
     ).to(dtype)
 
 
+def wide(dtype=torch.float32, seed=3):
+    """An ``mlp`` with matrices of many sizes: rows longer and shorter than 256 elements, and a last one that is small."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Embedding(16, 300),
+        nn.Linear(300, 41),
+        nn.Tanh(),
+        nn.LayerNorm(41),
+        nn.Linear(41, 257, bias=False),
+        nn.Linear(257, 3),
+    ).to(dtype)
+
+
 def tiny_llama(dtype=torch.float32, seed=3, **config):
     """A random Llama of two layers with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molf.adamw import Rates, Slot
 from molf.distributed import like_rows, part_of
-from molf.layers import Pair, RoutedLayer, init_moments, init_step
+from molf.layers import Pair, RoutedLayer, in_8_bits, init_moments, init_step
 
 __all__ = ["BranchedLayer"]
 
@@ -22,11 +22,11 @@ class BranchedLayer(RoutedLayer):
     """A layer whose group lists all experts' parameters: weight and bias if they train, then A and B of every LoRA expert."""
 
     @staticmethod
-    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
+    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int) -> None:
         """Create AdamW's usual entries for every parameter, and one step count for the layer."""
         init_step(state[group["params"][0]])
-        for p in group["params"]:
-            init_moments(p, state[p], keep_low)
+        for p, packed in zip(group["params"], in_8_bits(group, optim_bits), strict=True):
+            init_moments(p, state[p], keep_low, packed)
 
     @property
     def base(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from molf.distributed import is_sharded, sharded_like
+from molf.layers import in_8_bits
 from molf.precision import master_dtype
 
 __all__ = ["check_compatible", "restore_dtypes"]
@@ -17,8 +18,13 @@ _WHOLE = (".A", ".A.exp_avg", ".A.exp_avg_sq")
 _TAGS = ("module", "form", "ranks", "experts", "scales")
 
 
-def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Refuse a state of another model or of other experts.
+def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], optim_bits: int) -> None:
+    """Refuse a state of another model, of other experts, or of moments kept in another way.
+
+    Args:
+        groups: The optimizer's.
+        state_dict: What is to be loaded.
+        optim_bits: The optimizer's.
 
     Raises:
         ValueError: Naming what differs.
@@ -43,11 +49,11 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
                     f"{tag}={own.get(tag)} here; construct MoLF with the values of the saved run"
                 )
     for own, other in zip(groups, saved, strict=False):
-        for p, key in zip(own["params"], other["params"], strict=False):
-            _check_tensors(own.get("module", "an ordinary parameter"), p, state_dict["state"].get(key, {}))
+        for p, packed, key in zip(own["params"], in_8_bits(own, optim_bits), other["params"], strict=False):
+            _check_tensors(own.get("module", "an ordinary parameter"), p, packed, state_dict["state"].get(key, {}))
 
 
-def _check_tensors(where: str, p: Tensor, saved: dict[str, Any]) -> None:
+def _check_tensors(where: str, p: Tensor, packed: bool, saved: dict[str, Any]) -> None:
     if "exp_avg" not in saved:
         return
     shape, dtype = saved["exp_avg"].shape, saved["exp_avg"].dtype
@@ -55,7 +61,13 @@ def _check_tensors(where: str, p: Tensor, saved: dict[str, Any]) -> None:
         raise ValueError(
             f"this optimizer state does not fit: {where} is {list(p.shape)} here and {list(shape)} in the state"
         )
-    if dtype != master_dtype(p.dtype) or ("low" in saved and p.dtype != torch.bfloat16):
+    if packed != (dtype == torch.uint8):
+        saved_bits, ours = (32, 8) if packed else (8, 32)
+        raise ValueError(
+            f"this optimizer state is of another precision: {where} has moments of {saved_bits} bits in the state and of "
+            f"{ours} bits here; construct MoLF with optim_bits={saved_bits}, as the saved run did"
+        )
+    if dtype not in (master_dtype(p.dtype), torch.uint8) or ("low" in saved and p.dtype != torch.bfloat16):
         theirs = "bfloat16 weights with low parts" if "low" in saved else f"{dtype} moments"
         raise ValueError(
             f"this optimizer state is of another precision: {where} has {theirs} in the state, and its weights are {p.dtype} "

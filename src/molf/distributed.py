@@ -33,6 +33,7 @@ __all__ = [
     "like_rows",
     "local",
     "part_of",
+    "refuse_column_shards",
     "sharded_like",
 ]
 
@@ -169,6 +170,19 @@ def find_ranks(groups: Iterable[dict[str, Any]], process_group: ProcessGroup | N
     mesh, dims = first.device_mesh, _sharded_dims(first)
     every = tuple(mesh.get_group(i) for i in range(mesh.ndim))
     return Ranks(every[dims[0]], every)
+
+
+def refuse_column_shards(p: Tensor) -> None:
+    """Refuse a parameter that is sharded otherwise than by rows.
+
+    Raises:
+        ValueError: Saying why.
+    """
+    if is_sharded(p) and any(x.is_shard() and not x.is_shard(0) for x in p.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"a matrix {list(p.shape)} is sharded {p.placements}: moments in 8 bits need row shards, Shard(0); leave out "  # type: ignore[attr-defined]
+            "shard_placement_fn or use optim_bits=32"
+        )
 
 
 def agree_on_seeds(groups: Sequence[dict[str, Any]], state: dict[Any, Any], ranks: Ranks) -> None:

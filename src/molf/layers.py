@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
-from molf.distributed import is_sharded, local, part_of
+from molf.distributed import is_sharded, like_rows, local, part_of, refuse_column_shards
 from molf.precision import Noise, load, master_dtype, store
+from molf.quantised import block_count, is_large_matrix
 
-__all__ = ["Pair", "RoutedLayer", "init_moments"]
+__all__ = ["Pair", "RoutedLayer", "in_8_bits", "init_moments", "init_step"]
 
 
 class Pair(NamedTuple):
@@ -51,7 +52,7 @@ class RoutedLayer(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
+    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int) -> None:
         """Create the state of a group where it is missing."""
 
     @property
@@ -113,8 +114,9 @@ class RoutedLayer(abc.ABC):
         """Find the i-th expert's tensors and gradients."""
 
     def release(self) -> None:
-        """Drop the gradients: phase 2 needs moments only."""
-        self._slots = {i: [slot._replace(grad=None) for slot in slots] for i, slots in self._slots.items()}
+        """Drop the gradients that phase 2 does not need: it moves 8-bit moments once more."""
+        for i, slots in self._slots.items():
+            self._slots[i] = [slot if slot.in_8_bits else slot._replace(grad=None) for slot in slots]
 
     @abc.abstractmethod
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
@@ -134,8 +136,7 @@ class RoutedLayer(abc.ABC):
         return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], step)
 
     def _slot(self, p: Tensor) -> Slot:
-        own = self._state[p]
-        return Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
+        return Slot.of(p, self._state[p])
 
     def _full(self, p: Tensor) -> Tensor:
         """Return the full-precision value of what is here of a parameter."""
@@ -152,11 +153,28 @@ class RoutedLayer(abc.ABC):
         store(value, local(p.detach()), None if low is None else local(low), self._noise, is_sharded(p))
 
 
-def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool) -> None:
-    """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing."""
+def in_8_bits(group: dict[str, Any], optim_bits: int) -> list[bool]:
+    """Say of every parameter of a group whether its moments are kept in 8 bits: large matrices that train with full rank."""
+    adapters = 2 * len(group["ranks"]) if group.get("form") == "branched" else 0
+    full_rank = len(group["params"]) - adapters
+    return [optim_bits == 8 and i < full_rank and is_large_matrix(p) for i, p in enumerate(group["params"])]
+
+
+def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool, in_8_bits: bool = False) -> None:
+    """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing.
+
+    In 8 bits, ``exp_avg`` and ``exp_avg_sq`` are codes, and their block maxima, zero at first, lie beside them.
+    """
     if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=master_dtype(p.dtype))
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros_like(p, dtype=torch.uint8 if in_8_bits else master_dtype(p.dtype))
+            if in_8_bits:
+                refuse_column_shards(p)
+                here = local(p)
+                absmax = torch.zeros(
+                    len(here), block_count(p.numel() // max(1, len(p))), dtype=torch.float32, device=here.device
+                )
+                state[f"{key}.absmax"] = like_rows(absmax, p)
     if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
         state["low"] = torch.zeros_like(p, dtype=torch.int16)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from molf.adamw import Rates, Slot
 from molf.distributed import is_sharded, like_rows, local, part_of
-from molf.layers import Pair, RoutedLayer, init_moments, init_step
+from molf.layers import Pair, RoutedLayer, in_8_bits, init_moments, init_step
 from molf.precision import master_dtype
 
 __all__ = ["MergedLayer", "base_weight", "decay_base_", "expert_gradients", "fold_"]
@@ -81,7 +81,7 @@ class MergedLayer(RoutedLayer):
     """A layer whose weight is the effective weight; its pairs are tensors in the state of that weight."""
 
     @staticmethod
-    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool) -> None:
+    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int) -> None:
         """Create moments, low parts, LoRA pairs and their moments where they are missing.
 
         All entries are flat tensors keyed by name in the state of the weight: ``lora_r8.A``, ``lora_r8.A.exp_avg``, ..., and
@@ -90,8 +90,8 @@ class MergedLayer(RoutedLayer):
         """
         weight = group["params"][0]
         fresh = init_step(state[weight])
-        for p in group["params"]:
-            init_moments(p, state[p], keep_low)
+        for p, packed in zip(group["params"], in_8_bits(group, optim_bits), strict=True):
+            init_moments(p, state[p], keep_low, packed)
         if not fresh:
             return
         generator = torch.Generator("cpu").manual_seed(group["lora_seed"])

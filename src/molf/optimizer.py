@@ -17,8 +17,8 @@ from molf.forms import FORMS
 from molf.gradients import all_zero, prepare_gradients
 from molf.groups import param_groups
 from molf.kernels import refusal
-from molf.layers import RoutedLayer, init_moments, init_step
-from molf.options import check_given_groups, check_options, check_top_k
+from molf.layers import RoutedLayer, in_8_bits, init_moments, init_step
+from molf.options import check_given_groups, check_optim_bits, check_options, check_top_k
 from molf.precision import Noise
 from molf.resharding import Names, refuse_orphans
 from molf.router import route
@@ -59,6 +59,8 @@ class MoLF(torch.optim.Optimizer):
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
+        optim_bits: 32, or 8 to keep the moments of every large matrix that trains with full rank in 8 bits, block-wise, at a
+            quarter of the memory. Vectors, matrices below 4096 elements and LoRA pairs keep theirs in float32.
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
             ``"stochastic"`` (rounding at random, no memory).
         fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
@@ -97,6 +99,7 @@ class MoLF(torch.optim.Optimizer):
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: str | Sequence[str] = ("lm_head",),
         max_grad_norm: float | None = None,
+        optim_bits: int = 32,
         bf16_update: str = "split",
         fused: bool | None = None,
         process_group: ProcessGroup | None = None,
@@ -115,6 +118,7 @@ class MoLF(torch.optim.Optimizer):
             groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
         else:
             groups = check_given_groups(model, grouping)
+        self.optim_bits = check_optim_bits(optim_bits, groups, fused)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
         self.max_grad_norm = max_grad_norm
@@ -157,7 +161,7 @@ class MoLF(torch.optim.Optimizer):
         for group in self.param_groups:
             if group.get("module") == module:
                 form = FORMS[group["form"]]
-                form.init_state(group, self.state, self.bf16_update == "split")
+                form.init_state(group, self.state, self.bf16_update == "split", self.optim_bits)
                 return form(group, self.state, self.noise(self._ranks()))
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
@@ -225,12 +229,12 @@ class MoLF(torch.optim.Optimizer):
         keep_low = self.bf16_update == "split"
         for group in self.param_groups:
             if "module" in group:
-                FORMS[group["form"]].init_state(group, self.state, keep_low)
+                FORMS[group["form"]].init_state(group, self.state, keep_low, self.optim_bits)
                 continue
-            for p in group["params"]:
+            for p, packed in zip(group["params"], in_8_bits(group, self.optim_bits), strict=True):
                 if p.grad is not None:
                     init_step(self.state[p])
-                    init_moments(p, self.state[p], keep_low)
+                    init_moments(p, self.state[p], keep_low, packed)
 
     def _is_dry(self, ranks: Ranks) -> bool:
         """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
@@ -277,8 +281,7 @@ class MoLF(torch.optim.Optimizer):
             if p.grad is not None:
                 own = self.state[p]
                 own["step"] += 1
-                slot = Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
-                by_step.setdefault(float(own["step"]), []).append(slot)
+                by_step.setdefault(float(own["step"]), []).append(Slot.of(p, own))
         for step, slots in by_step.items():
             adamw_(slots, Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step), noise)
 
@@ -293,11 +296,21 @@ class MoLF(torch.optim.Optimizer):
         Raises:
             ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
         """
-        check_compatible(self.param_groups, state_dict)
+        check_compatible(self.param_groups, state_dict, self.optim_bits)
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        options = ("top_k", "score", "max_grad_norm", "bf16_update", "routing", "grad_norm", "fused", "_left_out")
+        options = (
+            "top_k",
+            "score",
+            "max_grad_norm",
+            "optim_bits",
+            "bf16_update",
+            "routing",
+            "grad_norm",
+            "fused",
+            "_left_out",
+        )
         bound = {"_kernels": None, "_names": None, "_process_group": None, "_agreed": False}
         return {**super().__getstate__(), **{key: getattr(self, key) for key in options}, **bound}

@@ -6,10 +6,13 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from molf.groups import param_groups
 from molf.precision import BF16_UPDATES
+from molf.quantised import OPTIM_BITS
 
-__all__ = ["check_given_groups", "check_options", "check_top_k"]
+__all__ = ["check_given_groups", "check_optim_bits", "check_options", "check_top_k"]
 
 
 def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
@@ -26,6 +29,26 @@ def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float |
         raise ValueError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
     if bf16_update not in BF16_UPDATES:
         raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
+
+
+def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]], fused: bool | None) -> int:
+    """Return ``optim_bits`` if the moments of these groups can be kept so.
+
+    Raises:
+        ValueError: For another number of bits, or 8 bits beside float64 weights or in a fused step.
+    """
+    if type(optim_bits) is not int or optim_bits not in OPTIM_BITS:
+        raise ValueError(f"optim_bits={optim_bits!r}: use one of {list(OPTIM_BITS)}")
+    if optim_bits == 8 and any(p.dtype == torch.float64 for group in groups for p in group["params"]):
+        raise ValueError(
+            "optim_bits=8 with float64 weights: moments of 8 bits would void their precision; use float32 or bfloat16 weights, "
+            "or optim_bits=32"
+        )
+    if optim_bits == 8 and fused:
+        raise ValueError(
+            "fused=True with optim_bits=8: the kernels work on float32 moments; use fused=False or optim_bits=32"
+        )
+    return optim_bits
 
 
 def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from molf.adamw import Rates, Slot, Workspace, observe_, update_
+from molf.adamw import Rates, Slot, Workspace, observe_, settle_, update_
 from molf.distributed import Ranks, is_sharded
 from molf.layers import RoutedLayer
 from molf.precision import Noise
@@ -88,6 +88,14 @@ def _update(
             work.setdefault(rates, []).append(slot)
     for rates, slots in work.items():
         update_(slots, rates, workspace, noise)
+    lost = [
+        slot
+        for layer, won in zip(layers, winners, strict=True)
+        for i in range(len(layer.experts))
+        for slot in layer.slots(i)
+        if i not in won and slot.in_8_bits
+    ]
+    settle_(lost, layers[0].group["betas"], layers[0].group["eps"], workspace)
     for layer in layers:
         layer.finish_update()
 

@@ -1,0 +1,272 @@
+"""Moments in 8 bits (``optim_bits=8``): each step against the oracle that is given the moments the codes stand for."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import molf.adamw
+from conftest import TOLERANCE
+from molf import MoLF, add_lora_experts
+from molf.precision import join
+from molf.quantised import code_values, dequantise
+from molf.reference import ReferenceMoLF
+from small import differing, loss_of, mlp, snapshot, train, wide
+
+RATES = {"lr": 2e-3, "lora_lr": 4e-3}
+
+
+def built(dtype=torch.float32, seed=3, **options):
+    model = wide(dtype, seed)
+    torch.manual_seed(seed)
+    return model, MoLF(model, **{"ranks": (2, 3), "optim_bits": 8, **RATES, **options})
+
+
+def opened(own, key):
+    """Return a moment of a state as the codes say, by the definition."""
+    codes, absmax = own[key], own[f"{key}.absmax"]
+    values = code_values(key == "exp_avg", codes.device)[codes.long()]
+    return values * absmax.repeat_interleave(256, 1)[:, : codes.shape[1]]
+
+
+def packed(optimizer):
+    """Return the parameters whose moments are codes, with their state."""
+    return {p: own for p, own in optimizer.state.items() if "exp_avg.absmax" in own}
+
+
+class Oracle(ReferenceMoLF):
+    """The paper in plain loops, which before every step is told the moments that an optimizer's codes stand for."""
+
+    def of(self, p, optimizer):
+        """Return the oracle's own tensor of a parameter of the optimizer's model: full-rank experts and ordinary ones."""
+        for group, twin in zip(optimizer.param_groups, self.groups, strict=True):
+            for i, q in enumerate(group["params"]):
+                if q is p:
+                    fft = self.experts.get(group.get("module"), [None])[0]
+                    return fft.weights["weight"] if fft else self.ordinary[id(twin["params"][i])]
+        raise AssertionError("no such parameter")
+
+    def hear(self, optimizer):
+        for p, own in packed(optimizer).items():
+            weight = self.of(p, optimizer)
+            weight.m, weight.v = opened(own, "exp_avg"), opened(own, "exp_avg_sq")
+
+
+def merged_pair(**options):
+    model, optimizer = built(**options)
+    twin = wide()
+    torch.manual_seed(3)
+    return model, optimizer, twin, Oracle(twin, ranks=(2, 3), **RATES, **options)
+
+
+def branched_pair(**options):
+    twin = wide()
+    adapted = add_lora_experts(copy.deepcopy(twin), ranks=(2, 3), freeze_base=False, exclude_modules=())
+    optimizer = MoLF(adapted, optim_bits=8, **RATES, **options)
+    oracle = Oracle(twin, ranks=(2, 3), **RATES, **options)
+    for name, experts in oracle.experts.items():
+        for expert in experts[1:]:
+            expert.weights["A"].value.copy_(optimizer.experts[name][expert.name].A)
+    return adapted, optimizer, twin, oracle
+
+
+@pytest.mark.parametrize("pair", [merged_pair, branched_pair])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"score": "pfn", "betas": (0.8, 0.95), "eps": 1e-4}], ids=str)
+def test_every_step_equals_the_oracle(pair, options):
+    model, optimizer, twin, oracle = pair(**options)
+    won = set()
+    for t in range(8):
+        for m in (model, twin):
+            m.zero_grad()
+            loss_of(m, t).backward()
+        if t:  # there is no state before
+            oracle.hear(optimizer)
+        optimizer.step()
+        oracle.step()
+        won |= {tuple(sorted(names)) for names in optimizer.routing.winners().values()}
+        for module, experts in oracle.experts.items():
+            assert sorted(optimizer.routing.winners()[module]) == sorted(oracle.winners[module])
+            scores = optimizer.routing.scores[optimizer.routing.modules.index(module)]
+            assert scores.tolist() == pytest.approx(list(oracle.scores[module].values()), rel=1e-3)
+            for expert in experts:
+                for leaf, weight in expert.weights.items():
+                    found = getattr(optimizer.experts[module][expert.name], leaf)
+                    torch.testing.assert_close(found, weight.value, rtol=0, atol=5 * TOLERANCE[torch.float32])
+        assert_codes_are_nearest(optimizer, oracle)
+    assert len(won) > 1
+
+
+def assert_codes_are_nearest(optimizer, oracle):
+    assert len(packed(optimizer)) == 3
+    for p, own in packed(optimizer).items():
+        weight = oracle.of(p, optimizer)
+        for key, exact in (("exp_avg", weight.m), ("exp_avg_sq", weight.v)):
+            most = own[f"{key}.absmax"].repeat_interleave(256, 1)[:, : exact.shape[1]]
+            values = code_values(key == "exp_avg", exact.device)
+            least = (exact[..., None] / most.clamp(min=1e-30)[..., None] - values).abs().amin(-1) * most
+            smallest = values[1] * most if key == "exp_avg_sq" else 0.0  # above 0 stays above 0
+            assert ((opened(own, key) - exact).abs() <= least + smallest + 1e-5 * most + 1e-12).all()
+
+
+def test_which_moments_are_in_8_bits():
+    model, optimizer = built()
+    train(model, optimizer, 1)
+    assert {id(p) for p in packed(optimizer)} == {id(model[i].weight) for i in (0, 1, 4)}
+    for p, own in optimizer.state.items():
+        for key, value in own.items():
+            codes = p in packed(optimizer) and key in ("exp_avg", "exp_avg_sq")
+            assert value.dtype == (torch.uint8 if codes else torch.float32), key
+    own = optimizer.state[model[1].weight]
+    assert own["exp_avg"].shape == (41, 300) and own["exp_avg.absmax"].shape == own["exp_avg_sq.absmax"].shape == (
+        41,
+        2,
+    )
+
+
+def test_adapters_stay_in_32_bits():
+    model = add_lora_experts(nn.Sequential(nn.Linear(300, 300)), ranks=(16,), freeze_base=False, exclude_modules=())
+    optimizer = MoLF(model, optim_bits=8)
+    model(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    assert [list(p.shape) for p in packed(optimizer)] == [[300, 300]]
+    assert len(optimizer.state) == 4
+
+
+def test_bytes_of_the_state():
+    """Two codes an element, and two maxima a block."""
+    sizes = {}
+    for bits in (8, 32):
+        model, optimizer = built(optim_bits=bits, ranks=())
+        train(model, optimizer, 1)
+        sizes[bits] = sum(x.numel() * x.element_size() for own in optimizer.state.values() for x in own.values())
+    elements, blocks = 16 * 300 + 300 * 41 + 41 * 257, 16 * 2 + 41 * 2 + 257 * 1
+    assert sizes[32] - sizes[8] == 8 * elements - (2 * elements + 8 * blocks)
+
+
+def test_an_element_whose_second_moment_is_tiny_takes_no_leap():
+    """Where v rounds to 0 and m does not, the next step without a gradient would be m / eps."""
+    model = nn.Sequential(nn.Linear(256, 16, bias=False))
+    optimizer = MoLF(model, ranks=(), lr=1e-3, weight_decay=0.0, optim_bits=8)
+    for gradient in (1e-4, 0.0):  # far below the largest one of its block
+        before = model[0].weight.detach().clone()
+        model[0].weight.grad = torch.full((16, 256), gradient)
+        model[0].weight.grad[:, 0] = 1.0
+        optimizer.step()
+        assert (model[0].weight - before).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("budget", [1024, 256])
+def test_cutting_into_blocks_changes_nothing(monkeypatch, budget):
+    """Whole rows at a time, or parts of a row that end where blocks of 256 end. Kernels round otherwise at an array's end."""
+    whole, optimizer = built()
+    train(whole, optimizer, 1)
+    monkeypatch.setattr(molf.adamw, "_CPU_BLOCK", budget)
+    model, other = built()
+    train(model, other, 1)
+    assert len(packed(optimizer)) == 3
+    for p, q in zip(packed(optimizer), packed(other), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float32])
+        for key in ("exp_avg", "exp_avg_sq"):
+            one, two = optimizer.state[p], other.state[q]
+            torch.testing.assert_close(one[f"{key}.absmax"], two[f"{key}.absmax"], rtol=1e-6, atol=0)
+            assert (one[key] == two[key]).double().mean() > 0.999
+
+
+def test_tensors_of_more_dimensions_are_matrices_of_their_first():
+    model = nn.Sequential(nn.Conv1d(40, 30, 7), nn.Flatten(), nn.Linear(60, 2))
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3, optim_bits=8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 40, 8)).square().sum().backward()
+        optimizer.step()
+    own = optimizer.state[model[0].weight]
+    assert own["exp_avg"].shape == (30, 40, 7) and own["exp_avg.absmax"].shape == (30, 2)
+    rows = own["exp_avg"].view(30, 280)
+    assert (
+        dequantise(rows, own["exp_avg.absmax"], True).abs().amax(1).allclose(own["exp_avg.absmax"].amax(1), rtol=0.01)
+    )
+
+
+def test_bf16_with_low_parts_is_the_float32_run():
+    """Given the same gradients nothing may differ at all."""
+    low_model, low = built(torch.bfloat16)
+    full_model = wide(torch.bfloat16).float()
+    torch.manual_seed(3)
+    full = MoLF(full_model, ranks=(2, 3), optim_bits=8, **RATES)
+    for t in range(4):
+        generator = torch.Generator().manual_seed(t)
+        for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            q.grad = p.grad.float()
+        low.step()
+        full.step()
+    for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
+        assert torch.equal(join(p.detach(), low.state[p]["low"]), q.detach())
+        assert all(torch.equal(value, low.state[p][key]) for key, value in full.state[q].items())
+
+
+KINDS = {
+    "float32": (torch.float32, {}),
+    "clipped, two winners": (torch.float32, {"max_grad_norm": 0.1, "top_k": 2}),
+    "bf16 split": (torch.bfloat16, {}),
+    "bf16 stochastic": (torch.bfloat16, {"bf16_update": "stochastic"}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.keys())
+def test_interrupted_and_resumed_is_uninterrupted(dtype, options):
+    model, optimizer = built(dtype, **options)
+    train(model, optimizer, 3)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    resumed, other = built(dtype, seed=9, **options)
+    for o, state in zip((resumed, other), torch.load(file, weights_only=True), strict=True):
+        o.load_state_dict(state)
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    assert train(model, optimizer, range(3, 6)) == train(resumed, other, range(3, 6))
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+
+
+@pytest.mark.parametrize(("saved", "here"), [(8, 32), (32, 8)])
+def test_a_state_of_other_bits_is_refused(saved, here):
+    model, optimizer = built(optim_bits=saved)
+    train(model, optimizer, 1)
+    other_model, other = built(optim_bits=here)
+    before = snapshot(other_model, other)
+    words = (
+        f"ordinary parameter has moments of {saved} bits in the state and of {here} bits here; .* optim_bits={saved}"
+    )
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(optimizer.state_dict())
+    assert not differing(before, snapshot(other_model, other))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_with_a_non_finite_gradient_leaves_all_codes(bad):
+    model, optimizer = built()
+    train(model, optimizer, 2)
+    before = snapshot(model, optimizer)
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    model[4].weight.grad[3, 5] = bad
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not differing(before, snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("bits", [4, 16, 8.0, "8", None, True])
+def test_other_numbers_of_bits_are_refused(bits):
+    with pytest.raises(ValueError, match=r"optim_bits=.*: use one of \[32, 8\]"):
+        MoLF(mlp(torch.float32), ranks=(2,), optim_bits=bits)
+
+
+def test_a_fused_step_is_refused():
+    with pytest.raises(ValueError, match="fused=True with optim_bits=8: .* use fused=False or optim_bits=32"):
+        MoLF(wide(), ranks=(2,), optim_bits=8, fused=True)
+
+
+def test_float64_weights_are_refused():
+    with pytest.raises(ValueError, match="optim_bits=8 with float64 weights: .* or optim_bits=32"):
+        MoLF(mlp(torch.float64), ranks=(2,), optim_bits=8)
