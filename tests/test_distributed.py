@@ -107,6 +107,24 @@ def test_sharded_low_parts(reports):
         assert report["same winners"] and report["apart"] <= 5e-5
 
 
+def test_sharded_8_bit_states(reports):
+    found = reports("eight_bits")
+    for report in found:
+        # A code may differ where sums over shards, or a kernel at an array's end, round otherwise.
+        assert report["same winners"] and report["codes alike"] > 0.999 and report["apart"] <= 1e-5
+        assert report["packed"] == 5
+    assert sum(report["maxima here"] for report in found) == found[0]["maxima of all"]
+
+
+def test_8_bit_checkpoint_of_two_ranks_goes_on_on_others(reports):
+    for report in reports("eight_bit_checkpoint"):
+        assert report == {"differing": [], "dtypes": ["torch.float32", "torch.uint8"], "finite": True}
+
+
+def test_8_bit_states_of_column_shards_are_refused(reports):
+    assert all("moments in 8 bits need row shards, Shard(0)" in r["error"] for r in reports("eight_bits_in_columns"))
+
+
 def test_stochastic_rounding_of_shards(reports):
     for report in reports("stochastic_rounding"):
         assert report["again apart"] == 0 and report["values"] > 1 and not report["shards alike"]
