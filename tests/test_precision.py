@@ -86,14 +86,14 @@ def test_full_precision_parameters_are_updated_in_place(dtype):
     p = torch.ones(3, dtype=dtype)
     value = load(p, None)
     value.add_(1)
-    store(value, p, None, None)
+    store(value, p, None, None, p)
     assert p.tolist() == [2.0] * 3
 
 
 def test_store_keeps_the_low_part():
     p, low = torch.ones(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
     value = load(p, low) + 1e-4
-    store(value, p, low, None)
+    store(value, p, low, None, p)
     assert p.tolist() == [1.0] * 3
     assert same_bits(load(p, low), value)
 

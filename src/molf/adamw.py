@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.distributed import is_sharded, local
+from molf.distributed import local
 from molf.precision import Noise, load, master_dtype, store
 from molf.quantised import BLOCK, block_count, dequantise, quantise_
 from molf.scores import Score
@@ -137,7 +137,7 @@ def update_(slots: Sequence[Slot], rates: Rates, workspace: Workspace, noise: No
         moments = [slot.exp_avg for _, slot in batch]
         torch._foreach_addcdiv_(values, moments, denominators, value=-rates.lr * correction2 / correction1)
         for value, (i, slot) in zip(values, batch, strict=True):
-            store(value, slot.param, slot.low, noise, is_sharded(slots[i].param))
+            store(value, slot.param, slot.low, noise, slots[i].param)
 
 
 def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
@@ -147,7 +147,7 @@ def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> N
         moved = [_opened(slot._replace(param=value)) for value, (_, slot) in zip(values, batch, strict=True)]
         _fused(moved, rates, torch.full((), rates.t, dtype=torch.float32, device=values[0].device))
         for opened, (i, slot) in zip(moved, batch, strict=True):
-            store(opened.param, slot.param, slot.low, noise, is_sharded(slots[i].param))
+            store(opened.param, slot.param, slot.low, noise, slots[i].param)
             _close_(opened, slot)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molf.adamw import Rates, Slot
-from molf.distributed import is_sharded, like_rows, local, part_of, refuse_column_shards
+from molf.distributed import like_rows, local, part_of, refuse_column_shards
 from molf.precision import Noise, load, master_dtype, store
 from molf.quantised import block_count, is_large_matrix
 
@@ -45,10 +46,15 @@ class RoutedLayer(abc.ABC):
         self.group, self._state, self._noise = group, state, noise
         self.name: str = group["module"]
         self.experts: tuple[str, ...] = group["experts"]
-        lr = float(group["lr"])
-        self.lrs = tuple(lr if name == "fft" else lr * group["lora_lr_ratio"] for name in self.experts)
+        self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._slots: dict[int, list[Slot]] = {}
+
+    @cached_property
+    def lrs(self) -> tuple[float, ...]:
+        """The experts' learning rates; asking waits for the device where ``lr`` is a tensor there."""
+        lr = float(self.group["lr"])
+        return tuple(lr * ratio for ratio in self.lr_ratios)
 
     @staticmethod
     @abc.abstractmethod
@@ -150,7 +156,7 @@ class RoutedLayer(abc.ABC):
     def _put_back(self, p: Tensor, value: Tensor) -> None:
         """Put a changed full-precision value back where ``_full`` took it from."""
         low = self._state[p].get("low")
-        store(value, local(p.detach()), None if low is None else local(low), self._noise, is_sharded(p))
+        store(value, local(p.detach()), None if low is None else local(low), self._noise, p)
 
 
 def in_8_bits(group: dict[str, Any], optim_bits: int) -> list[bool]:

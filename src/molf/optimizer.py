@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from molf.adamw import Rates, Slot, adamw_
 from molf.checkpoint import check_compatible, restore_dtypes
-from molf.distributed import Ranks, agree_on_seeds, find_ranks
+from molf.distributed import Ranks, agree_on_seeds, find_ranks, is_sharded
 from molf.experts import Experts
 from molf.forms import FORMS
-from molf.gradients import all_zero, prepare_gradients
+from molf.gradients import all_zero
 from molf.groups import param_groups
 from molf.kernels import refusal
-from molf.layers import RoutedLayer, in_8_bits, init_moments, init_step
+from molf.layers import RoutedLayer
 from molf.options import check_given_groups, check_optim_bits, check_options, check_top_k
+from molf.plain import PlainStep
 from molf.precision import Noise
-from molf.resharding import Names, refuse_orphans
-from molf.router import route
-from molf.routing import Routing
+from molf.resharding import Names
+from molf.routing import Outcome, Routing
 from molf.scores import Score, get_score
+from molf.states import init_group, init_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -142,15 +142,18 @@ class MoLF(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
-        self._count_left_out()
+        self._fetch_left_out()
         return int(self.param_groups[0]["skipped_steps"])
 
-    def _count_left_out(self) -> None:
+    def _fetch_left_out(self) -> None:
         """Add the steps that kernels left out, which they count on the device, to the count in the groups."""
         if self._left_out is not None:
-            left_out, self._left_out = int(self._left_out), None
-            for group in self.param_groups:
-                group["skipped_steps"] += left_out
+            self._count_left_out(int(self._left_out))
+            self._left_out.zero_()
+
+    def _count_left_out(self, steps: int) -> None:
+        for group in self.param_groups:
+            group["skipped_steps"] += steps
 
     def routed_layer(self, module: str) -> RoutedLayer:
         """Return the routed layer of that name as it is now, its state in place.
@@ -160,19 +163,10 @@ class MoLF(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             if group.get("module") == module:
-                form = FORMS[group["form"]]
-                form.init_state(group, self.state, self.bf16_update == "split", self.optim_bits)
-                return form(group, self.state, self.noise(self._ranks()))
+                init_group(group, self.state, self.bf16_update == "split", self.optim_bits)
+                return FORMS[group["form"]](group, self.state, self._noise(self._ranks()))
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
-
-    def noise(self, ranks: Ranks) -> Noise | None:
-        """Return the noise of this step's stochastic rounding on one of these ranks, None where low parts are kept."""
-        if self.bf16_update == "split":
-            return None
-        routed = [group for group in self.param_groups if "module" in group]
-        steps = max(int(self.state[group["params"][0]].get("step", 0)) for group in routed)
-        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, ranks.index)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -191,22 +185,10 @@ class MoLF(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fresh = not any(self.state.values())
         ranks = self._begin()
-        ordinary = [g for g in self.param_groups if "module" not in g]
-        if self._is_dry(ranks):
-            return loss
-        noise = None if self.fused else self.noise(ranks)
-        routed = [FORMS[g["form"]](g, self.state, noise) for g in self.param_groups if "module" in g]
-        layers = [layer for layer in routed if layer.active]
-        if self.fused and layers:
-            self._take_fused(layers, ordinary, ranks)
-            return loss
-        if not self._prepare(layers, ordinary, ranks):
-            return loss
-        if layers:
-            self.routing = route(layers, self.score, self.top_k, noise, ranks)
-        for group in ordinary:
-            self._adamw(group, noise)
+        if not (fresh and self._is_dry(ranks)):
+            self._settle(self._take(self.param_groups, ranks, self._noise(ranks)), ranks)
         return loss
 
     def _ranks(self) -> Ranks:
@@ -221,20 +203,8 @@ class MoLF(torch.optim.Optimizer):
         if not self._agreed:
             agree_on_seeds(self.param_groups, self.state, ranks)
             self._agreed = True
-        self._init_states()
+        init_states(self.param_groups, self.state, self.bf16_update == "split", self.optim_bits)
         return ranks
-
-    def _init_states(self) -> None:
-        refuse_orphans(self.param_groups, self.state)
-        keep_low = self.bf16_update == "split"
-        for group in self.param_groups:
-            if "module" in group:
-                FORMS[group["form"]].init_state(group, self.state, keep_low, self.optim_bits)
-                continue
-            for p, packed in zip(group["params"], in_8_bits(group, self.optim_bits), strict=True):
-                if p.grad is not None:
-                    init_step(self.state[p])
-                    init_moments(p, self.state[p], keep_low, packed)
 
     def _is_dry(self, ranks: Ranks) -> bool:
         """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
@@ -243,51 +213,61 @@ class MoLF(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return all_zero(grads, ranks)
 
-    def _prepare(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]], ranks: Ranks) -> bool:
-        """Unscale, measure and clip the gradients; return whether the step can be taken."""
-        dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
-        dense += [grad for layer in layers for grad in layer.gradients()]
-        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self.grad_norm = prepare_gradients(dense, layers, self.max_grad_norm, scale, overflow, ranks)
-        if self.grad_norm.isfinite() and not overflow:
-            return True
-        for group in self.param_groups:
-            group["skipped_steps"] += 1
-        if ranks.first:
-            logger.warning(
-                "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
-                self.skipped_steps,
-            )
-        return False
+    def _noise(self, ranks: Ranks) -> Noise | None:
+        """Return the noise of this step's stochastic rounding, None where low parts are kept or kernels make their own."""
+        if self.bf16_update == "split" or self.fused:
+            return None
+        routed = [group for group in self.param_groups if "module" in group]
+        steps = max(int(self.state.get(group["params"][0], {}).get("step", 0)) for group in routed)
+        params = [p for group in self.param_groups for p in group["params"]]
+        # What is whole on every rank is rounded alike on all; a shard has a number of its own.
+        apart = (ranks.index + 1) * len(params)
+        streams = {p: i + apart * is_sharded(p) for i, p in enumerate(params)}
+        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, streams)
 
-    def _take_fused(self, layers: list[RoutedLayer], ordinary: list[dict[str, Any]], ranks: Ranks) -> None:
-        """Take the step by kernels; whether it was left out is asked for later, by ``skipped_steps``."""
+    def _take(self, groups: Sequence[dict[str, Any]], ranks: Ranks, noise: Noise | None) -> Outcome:
+        """Take the step of these groups' layers and parameters that have gradients."""
+        layers = [FORMS[group["form"]](group, self.state, noise) for group in groups if "module" in group]
+        active = [layer for layer in layers if layer.active]
+        ordinary = [group for group in groups if "module" not in group]
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not self.fused:
+            plain = PlainStep(self.score, self.top_k, self.max_grad_norm)
+            return plain.take(active, ordinary, self.state, scale, overflow, ranks, noise)
+        seed = next(group["lora_seed"] for group in self.param_groups if "module" in group)
+        return self._fused_step().take(active, ordinary, self.state, scale, overflow, ranks, seed)
+
+    def _fused_step(self) -> FusedStep:
         if self._kernels is None:
-            if reason := refusal(layers, ordinary, self.score):
+            if reason := refusal(self.param_groups, self.score):
                 raise ValueError(f"fused=True: {reason}; use fused=False")
             from molf.kernels.step import FusedStep
 
-            self._kernels = FusedStep(layers[0].group["params"][0].device, self.score, self.top_k, self.max_grad_norm)
-        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        outcome = self._kernels.take(layers, ordinary, self.state, scale, overflow, ranks)
-        self.grad_norm = outcome.norm
-        self._left_out = outcome.taken.logical_not() + (0 if self._left_out is None else self._left_out)
-        names = tuple(layer.name for layer in layers)
-        self.routing = Routing(names, layers[0].experts, outcome.scores, outcome.chosen, outcome.taken)
+            device = self.param_groups[0]["params"][0].device
+            self._kernels = FusedStep(device, self.score, self.top_k, self.max_grad_norm)
+        return self._kernels
 
-    def _adamw(self, group: dict[str, Any], noise: Noise | None) -> None:
-        by_step: dict[float, list[Slot]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                own = self.state[p]
-                own["step"] += 1
-                by_step.setdefault(float(own["step"]), []).append(Slot.of(p, own))
-        for step, slots in by_step.items():
-            adamw_(slots, Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step), noise)
+    def _settle(self, outcome: Outcome, ranks: Ranks) -> None:
+        """Keep what a step tells about itself; whether a fused one was left out is asked for later, by ``skipped_steps``."""
+        self.grad_norm = outcome.norm
+        if outcome.routing is not None:
+            self.routing = outcome.routing
+        if isinstance(outcome.taken, Tensor):
+            # In place: a CUDA graph that holds this step goes on counting.
+            if self._left_out is None:
+                self._left_out = torch.zeros((), dtype=torch.int64, device=outcome.taken.device)
+            self._left_out += outcome.taken.logical_not()
+        elif not outcome.taken:
+            self._count_left_out(1)
+            if ranks.first:
+                logger.warning(
+                    "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
+                    self.skipped_steps,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the count of steps left out up to date."""
-        self._count_left_out()
+        self._fetch_left_out()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,13 +9,15 @@ A bf16 weight keeps 8 significant bits, so most single fine-tuning updates round
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 __all__ = ["BF16_UPDATES", "Noise", "join", "load", "master_dtype", "split", "stochastic_round", "store"]
 
 BF16_UPDATES = ("split", "stochastic")
-# Between the seeds of two shards; odd and large, so that no step of one has the seed of a step of another.
+# Between the seeds of two parameters; odd and large, so that no step of one has the seed of a step of another.
 _APART = 0x9E3779B97F4A7C15
 
 
@@ -43,26 +45,25 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 class Noise:
-    """The random numbers of one step's stochastic rounding: a generator per device, each seeded alike.
+    """The random numbers of one step's stochastic rounding: every parameter has its own, whichever comes first.
 
     What every rank holds whole is rounded alike on all of them; shards have random numbers of their own.
 
     Args:
         seed: Of this step, so that a resumed run rounds exactly as an uninterrupted one.
-        shard: This rank's place among those that hold shards.
+        streams: A number for every parameter that no other has.
     """
 
-    def __init__(self, seed: int, shard: int = 0):
-        self._seed, self._shard = seed, shard
-        self._generators: dict[tuple[torch.device, bool], torch.Generator] = {}
+    def __init__(self, seed: int, streams: Mapping[Tensor, int]):
+        self._seed, self._streams = seed, streams
+        self._generators: dict[Tensor, torch.Generator] = {}
 
-    def on(self, device: torch.device, sharded: bool = False) -> torch.Generator:
-        """Return the generator of a device for shards or whole tensors, which goes on where its last use left it."""
-        key = (device, sharded)
-        if key not in self._generators:
-            seed = (self._seed + sharded * (self._shard + 1) * _APART) % 2**63
-            self._generators[key] = torch.Generator(device).manual_seed(seed)
-        return self._generators[key]
+    def of(self, param: Tensor) -> torch.Generator:
+        """Return the generator of a parameter, which goes on where its last use left it."""
+        if param not in self._generators:
+            seed = (self._seed + self._streams[param] * _APART) % 2**63
+            self._generators[param] = torch.Generator(param.device).manual_seed(seed)
+        return self._generators[param]
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,7 +79,7 @@ def load(param: Tensor, low: Tensor | None) -> Tensor:
     return param.to(master_dtype(param.dtype))
 
 
-def store(value: Tensor, param: Tensor, low: Tensor | None, noise: Noise | None, sharded: bool = False) -> None:
+def store(value: Tensor, param: Tensor, low: Tensor | None, noise: Noise | None, whole: Tensor) -> None:
     """Write a full-precision value back where ``load`` took it from.
 
     Args:
@@ -86,7 +87,7 @@ def store(value: Tensor, param: Tensor, low: Tensor | None, noise: Noise | None,
         param: The model's parameter (or a slice of it).
         low: Its low part, where it has one.
         noise: For stochastic rounding, needed for a bf16 parameter without a low part.
-        sharded: Whether this is a part of the parameter that no other rank holds.
+        whole: The parameter itself, which the noise is drawn for.
     """
     if value.dtype == param.dtype:
         return
@@ -96,4 +97,4 @@ def store(value: Tensor, param: Tensor, low: Tensor | None, noise: Noise | None,
         low.copy_(rest)
     else:
         assert noise is not None, "a bf16 parameter without a low part is rounded stochastically"
-        param.copy_(stochastic_round(value, noise.on(param.device, sharded)))
+        param.copy_(stochastic_round(value, noise.of(whole)))

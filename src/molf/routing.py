@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Routing", "choose"]
+__all__ = ["Outcome", "Routing", "choose"]
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
@@ -56,3 +56,18 @@ class Routing:
         if expert not in self.experts:
             raise ValueError(f"no expert {expert!r} here: the experts are {list(self.experts)}")
         return float(self.chosen[:, self.experts.index(expert)].sum() / self.chosen.sum())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did. After a fused step everything is on the model's device.
+
+    Attributes:
+        routing: The decision; None if no layer was routed, because none had a gradient or the step was left out.
+        norm: Of the gradients before clipping, 0-dim; those of LoRA pairs included if they are clipped.
+        taken: False, or a false 0-dim tensor, if the step was left out because a gradient was not finite.
+    """
+
+    routing: Routing | None
+    norm: Tensor
+    taken: bool | Tensor

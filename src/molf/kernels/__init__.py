@@ -20,24 +20,21 @@ from typing import Any
 import torch
 
 from molf.distributed import is_sharded
-from molf.layers import RoutedLayer
 from molf.scores import EPD, PFN, Score
 
 __all__ = ["refusal"]
 
 
-def refusal(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], score: Score) -> str | None:
-    """Say why the kernels can't take the step of these layers, or return None if they can.
+def refusal(groups: Sequence[dict[str, Any]], score: Score) -> str | None:
+    """Say why the kernels can't take the step of these groups, or return None if they can.
 
     Args:
-        layers: The routed layers.
-        ordinary: Groups of parameters that take plain AdamW.
+        groups: The optimizer's.
         score: What ranks the experts of a layer.
     """
-    groups = [*(layer.group for layer in layers), *ordinary]
     params = [p for group in groups for p in group["params"]]
     devices = {p.device for p in params}
-    weights = {layer.group["params"][0].dtype for layer in layers}
+    weights = {group["params"][0].dtype for group in groups if "module" in group}
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch's CUDA builds for Linux bring it"
     if any(is_sharded(p) for p in params):

@@ -50,7 +50,7 @@ class Effective(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     layer: int
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     pairs: tuple[MovedPair, ...]
 
@@ -87,6 +87,7 @@ def _fold(
     scales,
     layers,
     rates,
+    decays,
     corrections,
     chosen,
     tiles,
@@ -114,7 +115,7 @@ def _fold(
     W = load_weight(weight, low, at, inside, HELD)
     fft = tl.load(won) != 0
     if fft:
-        lr, decay = tl.load(rates + 2 * i), tl.load(rates + 2 * i + 1)
+        lr, decay = tl.load(rates + i), tl.load(decays + i)
         base = W
         if decay != 0:
             for e in tl.static_range(R):
@@ -188,9 +189,8 @@ def fold_winners_(
             tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
             tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
             tables.numbers(f"{name}.layers", tuple(layer.layer for layer in own), torch.int32),
-            tables.numbers(
-                f"{name}.rates", tuple(x for layer in own for x in (layer.lr, layer.weight_decay)), torch.float32
-            ),
+            tables.rates(f"{name}.rates", [layer.lr for layer in own]),
+            tables.numbers(f"{name}.decays", tuple(layer.weight_decay for layer in own), torch.float32),
             corrections,
             chosen,
             tiles,

@@ -6,7 +6,6 @@ Whether the step is taken at all (finite gradients), the clipping factor, the st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +20,10 @@ from molf.kernels.tables import Tables
 from molf.kernels.winners import move_winners_
 from molf.kernels.work import Work
 from molf.layers import RoutedLayer
-from molf.routing import choose
+from molf.routing import Outcome, Routing, choose
 from molf.scores import Score
 
-__all__ = ["FusedStep", "Outcome"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step did, all on the device.
-
-    Attributes:
-        scores: ``[L, E]`` float64.
-        chosen: ``[L, E]`` bool.
-        norm: Of the gradients, before clipping; those of pairs included if that was asked for.
-        taken: False if the step was left out, 0-dim bool.
-    """
-
-    scores: Tensor
-    chosen: Tensor
-    norm: Tensor
-    taken: Tensor
+__all__ = ["FusedStep"]
 
 
 class FusedStep:
@@ -63,43 +45,53 @@ class FusedStep:
         layers: Sequence[RoutedLayer],
         ordinary: Sequence[dict[str, Any]],
         state: dict[Any, dict[str, Any]],
-        scale: Tensor | None = None,
-        overflow: Tensor | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        scale: Tensor | None,
+        overflow: Tensor | None,
+        ranks: Ranks,
+        seed: int,
     ) -> Outcome:
         """Take the step of all layers and ordinary parameters that have gradients.
 
         Args:
-            layers: The L routed layers, at least one, all with the same E experts and the same Adam.
+            layers: The L routed layers, all with the same E experts and the same Adam.
             ordinary: Groups of parameters that take plain AdamW.
             state: The optimizer's, with the entries of all of them.
             scale: The loss scale to divide gradients by, from a GradScaler, or None.
             overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
             ranks: Those that train the model together: all take the first's decision.
+            seed: Of stochastic rounding, the same at every step.
         """
-        tables, (betas, eps) = self._tables, (layers[0].group["betas"], layers[0].group["eps"])
+        tables = self._tables
         work = Work(layers, ordinary, state, tables.device)
+        if not work.items:
+            return Outcome(None, torch.zeros((), device=tables.device), taken=True)
+        first = layers[0].group if layers else ordinary[0]
+        betas, eps = first["betas"], first["eps"]
         pair_gradients(work.products, tables)
         norm, scalars = _prepare(work, self._max_norm, scale, overflow)
         torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
         totals = move_moments_(work.moments(), work.experts, betas, eps, self._score.name == "pfn", scalars, tables)
-        scores = self._scores(work, layers, totals)
-        chosen = ranks.agree(choose(scores, self._top_k), tables.device)
-        won = torch.cat([chosen.flatten(), chosen.new_ones(work.experts - chosen.numel())]).to(torch.int8)
-        corrections = _corrections(work.counts, betas)
-        seed = work.counts[0].long() + layers[0].group["lora_seed"] % 2**31
+        routing = self._decide(work, layers, totals, scalars, ranks) if layers else None
+        won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
+        if routing is not None:
+            won[: work.routed] = routing.chosen.flatten()
+        corrections, noise = _corrections(work.counts, betas), work.counts[0].long() + seed % 2**31
         for name, derived in (("pairs", True), ("rest", False)):
-            move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, seed)
-        fold_winners_(work.effective, won, corrections, eps, scalars, tables, seed)
+            move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
+        fold_winners_(work.effective, won, corrections, eps, scalars, tables, noise)
         _count_wins(work, won, scalars)
-        return Outcome(scores, chosen, norm, scalars.go.bool())
+        return Outcome(routing, norm, scalars.go.bool())
 
-    def _scores(self, work: Work, layers: Sequence[RoutedLayer], totals: Tensor) -> Tensor:
+    def _decide(
+        self, work: Work, layers: Sequence[RoutedLayer], totals: Tensor, scalars: Scalars, ranks: Ranks
+    ) -> Routing:
         shape = (len(layers), len(layers[0].experts))
         n = self._tables.numbers("scores.n", work.sizes[: shape[0] * shape[1]], torch.float64)
-        rates = tuple(lr for layer in layers for lr in layer.lrs)
-        lr = self._tables.numbers("scores.lr", rates, torch.float64)
-        return self._score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
+        lr = self._tables.rates("scores.lr", work.rates, torch.float64)
+        scores = self._score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
+        chosen = ranks.agree(choose(scores, self._top_k), self._tables.device)
+        names = tuple(layer.name for layer in layers)
+        return Routing(names, layers[0].experts, scores, chosen, scalars.go.bool())
 
 
 def _prepare(

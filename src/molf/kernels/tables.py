@@ -43,6 +43,12 @@ class Tables:
         """Return numbers on the device; copied again when any of them has changed."""
         return self.made(name, (dtype, values), lambda: torch.tensor(values, dtype=dtype, device="cpu"))
 
+    def rates(self, name: str, rates: Sequence[float | Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return learning rates on the device, where those that are tensors are read anew at every call."""
+        fixed = self.numbers(name, tuple(0.0 if isinstance(lr, Tensor) else lr for lr in rates), dtype)
+        live = [lr.to(dtype) if isinstance(lr, Tensor) else fixed[i] for i, lr in enumerate(rates)]
+        return torch.stack(live) if any(isinstance(lr, Tensor) for lr in rates) else fixed
+
     def made(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed."""
         found = self._kept.get(name)

@@ -37,7 +37,7 @@ class Step(NamedTuple):
         exp_avg_sq: Second moment, float32.
         expert: Number of its expert, ``l * E + e``; its entry of ``chosen`` says whether it moves.
         layer: Number of its layer, for the step count.
-        lr: Learning rate.
+        lr: Learning rate, or a 0-dim tensor on the device that holds it.
         weight_decay: Decoupled decay.
         change: Where the change of the parameter is left, float32, or None. It is not written where the expert lost.
     """
@@ -48,7 +48,7 @@ class Step(NamedTuple):
     exp_avg_sq: Tensor
     expert: int
     layer: int
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     change: Tensor | None = None
 
@@ -101,6 +101,7 @@ def _winners(
     experts,
     layers,
     rates,
+    decays,
     corrections,
     chosen,
     blocks,
@@ -119,7 +120,7 @@ def _winners(
     start = tl.load(blocks + 2 * block + 1)
     size = tl.load(sizes + slot)
     layer = tl.load(layers + slot)
-    lr, decay = tl.load(rates + 2 * slot), tl.load(rates + 2 * slot + 1)
+    lr, decay = tl.load(rates + slot), tl.load(decays + slot)
     correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
     param, low = tl.load(params + slot), tl.load(lows + slot)
     exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
@@ -178,9 +179,8 @@ def move_winners_(
             tables.numbers(f"{kept}.sizes", sizes, torch.int64),
             tables.numbers(f"{kept}.experts", tuple(step.expert for step in own), torch.int32),
             tables.numbers(f"{kept}.layers", tuple(step.layer for step in own), torch.int32),
-            tables.numbers(
-                f"{kept}.rates", tuple(x for step in own for x in (step.lr, step.weight_decay)), torch.float32
-            ),
+            tables.rates(f"{kept}.rates", [step.lr for step in own]),
+            tables.numbers(f"{kept}.decays", tuple(step.weight_decay for step in own), torch.float32),
             corrections,
             chosen,
             blocks,

@@ -26,7 +26,7 @@ class Item(NamedTuple):
         slot: The tensor with gradient and moments.
         expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
         layer: Number of its step count: that of the layer, then one for each ordinary parameter.
-        lr: Learning rate.
+        lr: Learning rate; a 0-dim tensor where the group's is one on the device.
         weight_decay: Decoupled decay.
         derived: Whether it belongs to a pair of the merged form, whose gradient follows from the dense one.
         effective: Whether it is an effective weight, which is moved when the winners are folded in.
@@ -35,7 +35,7 @@ class Item(NamedTuple):
     slot: Slot
     expert: int
     layer: int
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     derived: bool = False
     effective: bool = False
@@ -56,6 +56,7 @@ class Work:
         products: What the gradients of the merged form's pairs follow from.
         wins: How often each of these pairs moved, and the numbers of their experts.
         effective: The merged form's weights.
+        rates: The learning rates of all experts of all layers.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Work:
         self.products: list[Product] = []
         self.wins: list[tuple[Tensor, int]] = []
         self.effective: list[Effective] = []
+        self.rates: list[float | Tensor] = []
         for layer in layers:
             self._add_layer(layer)
-        self.routed = len(layers) * len(layers[0].experts)
+        self.routed = sum(len(layer.experts) for layer in layers)
         for group in ordinary:
             for p in group["params"]:
                 if p.grad is not None:
@@ -125,23 +127,36 @@ class Work:
         count: Tensor = own[key]
         return count
 
+    def _lr(self, group: dict[str, Any]) -> float | Tensor:
+        """Return a group's rate; a tensor on the device stays there."""
+        lr: float | Tensor = group["lr"]
+        return lr if isinstance(lr, Tensor) and lr.device == self._device else float(lr)
+
+    def _rates(self, layer: RoutedLayer) -> list[float | Tensor]:
+        """Return the rates of a layer's experts."""
+        lr = self._lr(layer.group)
+        return [lr * ratio for ratio in layer.lr_ratios]
+
     def _add_layer(self, layer: RoutedLayer) -> None:
         number = len(self.counts)
         self.counts.append(self._count(layer.group["params"][0], "step"))
         first = number * len(layer.experts)
+        rates = self._rates(layer)
+        self.rates += rates
         if isinstance(layer, MergedLayer):
-            self._add_merged(layer, number, first)
+            self._add_merged(layer, number, first, rates)
             return
-        for e, lr in enumerate(layer.lrs):
+        for e, lr in enumerate(rates):
             decay = layer.group["weight_decay" if layer.experts[e] == "fft" else "lora_weight_decay"]
             for slot in layer.slots(e):
                 self.items.append(Item(slot, first + e, number, lr, decay if slot.param.ndim > 1 else 0.0))
 
-    def _add_merged(self, layer: MergedLayer, number: int, first: int) -> None:
+    def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Tensor]) -> None:
         weight, *biases = layer.slots(0)
+        lr, *lora_lrs = rates
         decay, lora_decay = layer.group["weight_decay"], layer.group["lora_weight_decay"]
-        self.items.append(Item(weight, first, number, layer.lrs[0], decay, effective=True))
-        self.items += [Item(slot, first, number, layer.lrs[0], 0.0) for slot in biases]
+        self.items.append(Item(weight, first, number, lr, decay, effective=True))
+        self.items += [Item(slot, first, number, lr, 0.0) for slot in biases]
         moved = []
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             wins = self._count(layer.base[0], f"{name}.wins")
@@ -153,7 +168,7 @@ class Work:
             self.products.append(Product(weight.grad, pair.A, pair.B, scale, wins, pair.dA, pair.dB))
             for slot, grad in ((A, pair.dA), (B, pair.dB)):
                 own = slot._replace(grad=grad)
-                self.items.append(Item(own, first + e, number, layer.lrs[e], lora_decay, derived=True))
+                self.items.append(Item(own, first + e, number, lora_lrs[e - 1], lora_decay, derived=True))
         self.effective.append(
             Effective(
                 weight.param,
@@ -161,7 +176,7 @@ class Work:
                 weight.exp_avg,
                 weight.exp_avg_sq,
                 number,
-                layer.lrs[0],
+                lr,
                 decay,
                 tuple(moved),
             )
@@ -172,4 +187,4 @@ class Work:
         self.counts.append(self._count(p, "step"))
         slot = Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
         expert = self.routed + number - self._layers
-        self.items.append(Item(slot, expert, number, float(group["lr"]), group["weight_decay"]))
+        self.items.append(Item(slot, expert, number, self._lr(group), group["weight_decay"]))
