@@ -1,5 +1,6 @@
 """Faults put into real runs: nothing is lost, and what cannot go on says why."""
 
+import csv
 import json
 import logging
 import random
@@ -14,7 +15,7 @@ import torch
 from torch.serialization import load
 from transformers import TrainerCallback
 
-from faults import METHODS, RUN, killed_at_changes, killed_at_random
+from faults import CONTEXT, METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.job import make_trainer
@@ -152,6 +153,35 @@ def test_gradients_that_are_not_finite(changes, settings, monkeypatch, caplog):
     groups = load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["skipped_steps"] == 3
     assert "step left out: a gradient is not finite (3 left out so far)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ({}, {"resume_from_checkpoint": True}),
+        ({"save_strategy": "no"}, {"overwrite": True}),
+        ({"only_eval": True}, {}),
+    ],
+    ids=["resumed", "started anew", "evaluation"],
+)
+def test_killed_between_its_row_and_its_result_a_run_has_one_row(first, again, settings, tmp_path, monkeypatch):
+    log, settings = tmp_path / "log.csv", settings | first | {"max_steps": 2}
+    process = CONTEXT.Process(target=log_and_die, args=(settings, log))
+    process.start()
+    process.join()
+    folder = Path(settings["output_dir"])
+    assert process.exitcode == -signal.SIGKILL and not (folder / "result.json").exists()
+    monkeypatch.setenv("LOG_FILE", str(log))
+
+    def rows():
+        with log.open(newline="") as file:
+            return [row["run_id"] for row in csv.DictReader(file)]
+
+    (written,) = rows()
+    result = carry_out(settings, **again)
+    assert rows() == [result.run_id] == [written]
+    other = carry_out(settings, overwrite=True)
+    assert rows() == [written, other.run_id] and other.run_id != written
 
 
 def test_a_corrupted_line_of_data(settings, tmp_path):

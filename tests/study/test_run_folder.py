@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from molf.study.config import RunConfig
-from molf.study.run_folder import check_folder
+from molf.study.run_folder import check_folder, run_id
 from small_runs import FILES, carry_out
 
 
@@ -69,3 +69,12 @@ def test_a_read_only_folder(settings, tmp_path):
 def test_asking_leaves_nothing_behind(settings, tmp_path):
     check_folder(RunConfig.from_dict(settings))
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_run_keeps_its_id_until_its_result_is_there(tmp_path):
+    folder = tmp_path / "run"
+    first = run_id(folder)
+    assert run_id(folder) == first
+    (folder / "result.json").write_text(f'{{"run_id": "{first}"}}')
+    second = run_id(folder)
+    assert second == run_id(folder) != first, "a repeated run, which replaces a finished one"

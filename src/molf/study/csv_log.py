@@ -12,23 +12,28 @@ from filelock import FileLock
 from molf.tasks.data import written_whole
 
 
-def append_csv(path: Path, row: Mapping[str, Any]) -> None:
+def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> None:
     """Add a row to a CSV file that several runs may share; columns it does not have yet come last, empty in older rows.
 
     The next version of the file is written beside it and takes its place, under a lock: a writer that is killed loses
-    its own row at most, and a reader never sees half a row. The old rows are copied, and read only where columns are new.
+    its own row at most, and a reader never sees half a row. The old rows are copied, and parsed only where columns are new or
+    a row is replaced.
 
     Args:
         path: The file; made with its parents where missing.
         row: Values by column.
+        key: Column whose value, a text like no other in the file, is that of one row only: a row that has it is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), written_whole(path) as partial:
         columns = _columns(path)
         new = [name for name in row if name not in columns]
-        if new or not _ends_with_newline(path):
+        replaced = None
+        if key in columns and str(row[key]).encode() in path.read_bytes():
+            replaced = key, str(row[key])
+        if new or replaced or not _ends_with_newline(path):
             columns += new
-            _rewrite(path, partial, columns)
+            _rewrite(path, partial, columns, replaced)
         else:
             shutil.copyfile(path, partial)
         with partial.open("a", newline="", encoding="utf-8") as file:
@@ -50,10 +55,13 @@ def _ends_with_newline(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _rewrite(path: Path, target: Path, columns: list[str]) -> None:
+def _rewrite(path: Path, target: Path, columns: list[str], left_out: tuple[str, str] | None) -> None:
+    """Copy a file with new columns, and without the rows that have a certain value in a column."""
     with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         if path.exists():
             with path.open(newline="", encoding="utf-8") as old:
-                writer.writerows(csv.DictReader(old))
+                writer.writerows(
+                    row for row in csv.DictReader(old) if left_out is None or row[left_out[0]] != left_out[1]
+                )

@@ -62,6 +62,7 @@ class Result:
         peak_memory_bytes: Largest memory of the accelerator, or of the process on a CPU; None where it is not known.
         training: What training took, or None for an evaluation.
         routing: Share of layers and steps that each expert won, or None without routing.
+        run_id: What tells this run from all others; a run that is interrupted keeps it. None in results of older versions.
     """
 
     config: dict[str, Any]
@@ -76,6 +77,7 @@ class Result:
     peak_memory_bytes: int | None
     training: Training | None = None
     routing: dict[str, float] | None = None
+    run_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the result as plain JSON values."""
@@ -110,7 +112,7 @@ class Result:
             row |= {f"training/{name}": value for name, value in asdict(self.training).items()}
         row |= {f"routing/{name}": share for name, share in (self.routing or {}).items()}
         row |= {f"version/{name}": version for name, version in self.versions.items()}
-        plain = ("headline", "data_origin", "device", "commit", "seconds", "peak_memory_bytes")
+        plain = ("headline", "data_origin", "device", "commit", "seconds", "peak_memory_bytes", "run_id")
         return row | {name: getattr(self, name) for name in plain}
 
 

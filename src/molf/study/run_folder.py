@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 from molf.integrations.checkpoint_folder import checkpoints, remove_checkpoints
@@ -10,10 +11,12 @@ from molf.study.config import RunConfig
 from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results import RESULT_FILE, read_result
+from molf.tasks.data import written_whole
 
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
+RUN_ID_FILE = ".run_id"
 
 
 def check_folder(config: RunConfig) -> None:
@@ -62,3 +65,16 @@ def clear_folder(folder: Path) -> None:
     if (folder / ADAPTERS_FOLDER).is_dir():
         shutil.rmtree(folder / ADAPTERS_FOLDER)
     remove_checkpoints(folder)
+
+
+def run_id(folder: Path) -> str:
+    """Return the id of the run in a folder: the same however often it is started, until the result is there that carries it."""
+    file, result = folder / RUN_ID_FILE, folder / RESULT_FILE
+    if file.is_file():
+        known = file.read_text(encoding="utf-8")
+        if not (result.is_file() and known in result.read_text(encoding="utf-8")):
+            return known
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as partial:
+        partial.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return file.read_text(encoding="utf-8")

@@ -32,7 +32,7 @@ from molf.study.results import (
     write_result,
 )
 from molf.study.routing import read_routing
-from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, check_folder, clear_folder
+from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, check_folder, clear_folder, run_id
 from molf.study.sizing.sizes import measure
 from molf.study.targets import cut_targets
 from molf.tasks.data import written_whole
@@ -74,6 +74,8 @@ def _run(config: RunConfig, stop: StopRequest) -> Result | None:
     trainer = make_trainer(job, recipe, stop)
     main = trainer.is_world_process_zero()
     checkpoint = trainer.find_checkpoint(config.resume_from)
+    if main:
+        run_id(config.output_dir)  # settled while the result is there of what is replaced
     if main and checkpoint is None:
         clear_folder(config.output_dir)
     before = _evaluate(job, trainer.model, job.source) if main and config.task.eval_before else None
@@ -189,6 +191,7 @@ def _result(
         peak_memory_bytes=peak_memory_bytes(),
         training=training,
         routing=read_routing(log).shares() if routed else None,
+        run_id=run_id(job.config.output_dir),
     )
 
 
@@ -203,9 +206,13 @@ def _write_all(job: Job, result: Result, evaluation: Evaluation) -> None:
 
 
 def _record(config: RunConfig, result: Result) -> None:
-    """Write settings and result; the result comes last, because it says that the run is finished."""
+    """Write settings and result; the result comes last, because it says that the run is finished.
+
+    A run that is killed between its row and its result replaces that row when it is started again.
+    """
     with written_whole(config.output_dir / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if log_file := os.environ.get("LOG_FILE"):
-        append_csv(Path(log_file), result.row())
+        append_csv(Path(log_file), result.row(), key="run_id")
     write_result(config.output_dir, result)
+    (config.output_dir / RUN_ID_FILE).unlink()
