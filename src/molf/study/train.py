@@ -107,7 +107,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
     layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
-    sizes = measure(trainer.model, layers, job.config.method.ranks or ())
+    sizes = measure(trainer.model, layers, job.config.method.ranks or (), job.config.method.optim_bits)
     cut = cut_targets(job.tokenizer, job.examples, trainer.args)
     if trainer.is_world_process_zero():
         for warning in cut.warnings():

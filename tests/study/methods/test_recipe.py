@@ -34,6 +34,7 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
         "target_modules": "all-linear",
         "exclude_modules": ("lm_head",),
         "max_grad_norm": 1.0,
+        "optim_bits": 32,
         "bf16_update": "split",
     }
 

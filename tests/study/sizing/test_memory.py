@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, Qwen2Config
 
+from molf import MoLF
 from molf.study.config import RunConfig
 from molf.study.sizing.activations import measure_activations
 from molf.study.sizing.blueprint import Blueprint
@@ -86,9 +87,36 @@ def test_frozen_and_half_precision_parts():
     assert [count.trainable for count in needs.parameters.values()] == [weights, 0, 4 * pairs, 0]
     assert needs.memory.weights == 2 * (weights + biases + other)
     assert needs.memory.gradients == 2 * weights
-    assert needs.memory.states == 8 * weights + 2 * (weights + biases)
+    assert needs.memory.states == (8 + 2) * weights
     stochastic = needs_of(QWEN_1_5B, method="fft", dtype="bfloat16")
     assert stochastic.memory.states == 8 * (weights + biases + other)
+
+
+@pytest.mark.parametrize("optim_bits", [32, 8])
+@pytest.mark.parametrize(
+    ("dtype", "bf16_update"), [("float32", "split"), ("bfloat16", "split"), ("bfloat16", "stochastic")]
+)
+def test_states_are_those_of_a_real_step(optim_bits, dtype, bf16_update):
+    model = tiny_llama(getattr(torch, dtype), hidden_size=72, vocab_size=90, attention_bias=True)
+    settings = {"ranks": [4], "optim_bits": optim_bits, "bf16_update": bf16_update}
+    memory = needs_of(model.config, method="molf", dtype=dtype, **settings).memory
+    optimizer = MoLF(model, **settings)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    found = [
+        (key, x.numel() * x.element_size()) for own in optimizer.state.values() for key, x in own.items() if x.ndim
+    ]
+    assert sum(size for key, size in found if key.startswith("lora")) == memory.lora
+    assert sum(size for key, size in found if not key.startswith("lora")) == memory.states
+
+
+def test_8_bit_states_of_a_3b_model():
+    """Two bytes a parameter, and eight a block of 256; vectors stay in float32."""
+    weights, biases, other, _ = by_hand(QWEN_3B)
+    norms = 36 * 2 * 2048 + 2048
+    matrices = weights + other - norms
+    found = needs_of(QWEN_3B, dtype="bfloat16", bf16_update="stochastic", optim_bits=8).memory.states
+    assert found == 2 * matrices + 8 * matrices // 256 + 8 * (biases + norms)  # all rows end where a block ends
 
 
 @pytest.mark.parametrize("bf16", [False, True])

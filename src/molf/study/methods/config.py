@@ -79,6 +79,10 @@ class MethodConfig:
         default=None,
         metadata={"help": "Whether full fine-tuning is one of molf's experts; molf without it is molf_e."},
     )
+    optim_bits: Literal[32, 8] = field(
+        default=32,
+        metadata={"help": "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."},
+    )
     bf16_update: Literal["split", "stochastic"] = field(
         default="split",
         metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
@@ -93,6 +97,10 @@ class MethodConfig:
             raise ValueError("use_rslora=False with method rslora: leave it out or use method lora")
         if self.method == "adalora" and self.use_rslora:
             raise ValueError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
+        if self.optim_bits == 8 and not self.routes:
+            raise ValueError(
+                f"optim_bits=8 with method {self.method}: MoLF alone keeps moments in 8 bits; leave it out"
+            )
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"

@@ -86,6 +86,7 @@ def _molf(method: MethodConfig, train: Mapping[str, Any]) -> Recipe:
         "top_k": method.top_k,
         "score": method.score,
         "max_grad_norm": float(train["max_grad_norm"]) if train["max_grad_norm"] else None,
+        "optim_bits": method.optim_bits,
         "bf16_update": method.bf16_update,
     }
     experts = {

@@ -29,7 +29,6 @@ class Blueprint:
         recipe: Its method, spelt out.
         model: The model, with adapters where the method has them.
         pairs: Elements of the LoRA pairs that MoLF keeps in its optimizer: sum of ``r (in + out)`` over layers and ranks.
-        routed: Elements of the weights and biases that MoLF routes full fine-tuning to.
     """
 
     def __init__(self, config: RunConfig, model_config: Any = None):
@@ -47,9 +46,6 @@ class Blueprint:
             self.recipe = method_recipe(config.method, config.train, linears)
             layers = list(routed_layers(plain, config.method).values()) if self.recipe.molf is not None else []
             self.pairs = _pairs(layers, config.method.ranks or ()) if self.recipe.merged else 0
-            self.routed = (
-                sum(p.numel() for layer in layers for p in layer.parameters()) if config.method.fft_expert else 0
-            )
             if config.method.freeze_non_linear and not self.recipe.adapted:
                 freeze_all_but_routed(plain, config.method)
             self.model = add_adapters(plain, _start_as_usual(self.recipe), bool(config.method.freeze_non_linear))

@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from molf.study.sizing.activations import Activations, measure_activations
 from molf.study.sizing.blueprint import LINEAR, Blueprint
-from molf.study.sizing.sizes import is_adapter
+from molf.study.sizing.sizes import is_adapter, moments_bytes
 
 _FLOAT = 4
 _MOMENTS = 8  # bytes per element: two float32 moments
@@ -40,8 +40,8 @@ class Memory:
     Attributes:
         weights: ``size(dtype) * |base|``: the model's own weights.
         gradients: ``size(dtype) * |trained base|``.
-        states: ``8 * |trained base|``, two float32 moments; with bfloat16 weights under MoLF 2 more for each routed
-            element, the low part of the weight.
+        states: ``8 * |trained base|``, two float32 moments, or about ``2 * |trained base|`` in 8 bits (``moments_bytes``); with
+            bfloat16 weights under MoLF 2 more for each element, the low part of the weight.
         lora: ``(4 + 8) * |LoRA|`` for pairs in MoLF's optimizer (A, B and moments, all float32); adapters inside the model
             have gradients too, ``(4 + 4 + 8) * |LoRA|``.
         activations: What the forward pass of a micro-batch keeps, with or without gradient checkpointing as the run has it.
@@ -148,14 +148,16 @@ def _memory(blueprint: Blueprint, kept: Activations, tokens: int, copies: int) -
     named = list(blueprint.model.named_parameters())
     base = [p for name, p in named if not is_adapter(name)]
     adapters = [p for name, p in named if is_adapter(name)]
-    splits = blueprint.config.model.dtype == "bfloat16" and blueprint.config.method.bf16_update == "split"
+    method = blueprint.config.method
+    splits = method.routes and blueprint.config.model.dtype == "bfloat16" and method.bf16_update == "split"
+    low_parts = _LOW_PART * _elements(_trained(base)) if splits else 0
     head = blueprint.model.get_output_embeddings().weight
     tile = min(tokens, _TILE_TOKENS) * min(len(head), _TILE_WORDS)
     checkpointing = bool(blueprint.setting("gradient_checkpointing"))
     return Memory(
         weights=_bytes(base),
         gradients=_bytes(_trained(base)),
-        states=_MOMENTS * _elements(_trained(base)) + (_LOW_PART * blueprint.routed if splits else 0),
+        states=moments_bytes(_trained(base), method.optim_bits) + low_parts,
         lora=_bytes(adapters) + (_FLOAT + _MOMENTS) * (_elements(_trained(adapters)) + blueprint.pairs),
         activations=kept.checkpointed if checkpointing else kept.kept,
         activations_all=kept.kept,

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+
+from molf.quantised import block_count, is_large_matrix
 
 _MOMENTS = 8  # bytes per element: two float32 moments
+_PACKED, _MAXIMA = 2, 8  # bytes per element and per block: two 8-bit moments and their block maxima
 _PAIR = 4  # bytes per element of MoLF's A and B, in float32
 
 
@@ -19,7 +22,7 @@ class Sizes:
         lora: Elements of all LoRA pairs, inside the model (PEFT) or in the optimizer (MoLF).
         weights_bytes: The model's weights, a PEFT adapter included.
         gradients_bytes: One gradient per trained weight, in the weight's type.
-        optimizer_bytes: Two float32 moments per trained weight.
+        optimizer_bytes: Two moments per trained weight, float32 or in 8 bits.
         lora_pairs_bytes: MoLF's pairs: A, B and their two moments, all float32.
     """
 
@@ -37,13 +40,15 @@ class Sizes:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.lora_pairs_bytes
 
 
-def measure(model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[int] = ()) -> Sizes:
+def measure(
+    model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[int] = (), optim_bits: int = 32
+) -> Sizes:
     """Count parameters and estimate memory.
 
     With W all weights, T the trained ones (adapters included) and P = sum over routed layers [out, in] and ranks r of
     r * (in + out)::
 
-        weights = bytes(W)    gradients = bytes(T)    optimizer = 8 * |T|    LoRA pairs = (4 + 8) * P
+        weights = bytes(W)    gradients = bytes(T)    optimizer = moments(T)    LoRA pairs = (4 + 8) * P
 
     Temporary memory of a step and activations, which depend on batch and sequence length, are not in it.
 
@@ -51,10 +56,12 @@ def measure(model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[
         model: The model as it is trained, with its PEFT adapter if it has one.
         routed: The layers that MoLF routes; none for the baselines.
         ranks: MoLF's LoRA ranks.
+        optim_bits: Bits of MoLF's moments.
     """
     named = list(model.named_parameters())
     adapter = sum(p.numel() for name, p in named if is_adapter(name))
     trained = [p for _, p in named if p.requires_grad]
+    own = moments_bytes((p for name, p in named if p.requires_grad and not is_adapter(name)), optim_bits)
     pairs = sum(rank * (layer.in_features + layer.out_features) for layer in routed for rank in ranks)
     return Sizes(
         parameters=sum(p.numel() for _, p in named) - adapter,
@@ -62,9 +69,23 @@ def measure(model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[
         lora=sum(p.numel() for name, p in named if p.requires_grad and is_adapter(name)) + pairs,
         weights_bytes=sum(p.numel() * p.element_size() for _, p in named),
         gradients_bytes=sum(p.numel() * p.element_size() for p in trained),
-        optimizer_bytes=_MOMENTS * sum(p.numel() for p in trained),
+        optimizer_bytes=own + moments_bytes(p for name, p in named if p.requires_grad and is_adapter(name)),
         lora_pairs_bytes=(_PAIR + _MOMENTS) * pairs,
     )
+
+
+def moments_bytes(parameters: Iterable[Tensor], optim_bits: int = 32) -> int:
+    """Return the bytes of two moments of each parameter: ``8 N`` in float32.
+
+    In 8 bits a matrix ``[out, in]`` of 4096 elements or more takes ``2 N + 8 out ceil(in / 256)``.
+    """
+    total = 0
+    for p in parameters:
+        if optim_bits == 8 and is_large_matrix(p):
+            total += _PACKED * p.numel() + _MAXIMA * len(p) * block_count(p.numel() // len(p))
+        else:
+            total += _MOMENTS * p.numel()
+    return total
 
 
 def is_adapter(name: str) -> bool:
