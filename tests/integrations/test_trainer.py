@@ -49,13 +49,13 @@ def causal_rows():
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def trained(folder, dtype=torch.float32, resume=None, model=None, **options):
+def trained(folder, dtype=torch.float32, resume=None, model=None, optimizer=OPTIONS, **options):
     model = tiny_llama(dtype) if model is None else model
     trainer = Trainer(
         model,
         arguments(folder, **options),
         train_dataset=causal_rows(),
-        optimizer_cls_and_kwargs=trainer_optimizer(**OPTIONS),
+        optimizer_cls_and_kwargs=trainer_optimizer(**optimizer),
         callbacks=[RoutingLog(folder)],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -109,6 +109,16 @@ def test_resumed_run_is_the_uninterrupted_one(whole, tmp_path, dtype):
         {k: v for k, v in row.items() if k in ("step", "loss", "lr/lora")} for row in whole[dtype].state.log_history
     ]
     assert logged == expected
+
+
+def test_resumed_run_with_8_bit_states_is_the_uninterrupted_one(tmp_path):
+    sizes, optimizer = {"hidden_size": 64, "intermediate_size": 80, "vocab_size": 90}, {**OPTIONS, "optim_bits": 8}
+    uninterrupted = trained(tmp_path, model=tiny_llama(**sizes), optimizer=optimizer)
+    last = str(tmp_path / "checkpoint-3")
+    resumed = trained(tmp_path / "other", resume=last, model=tiny_llama(**sizes, seed=9), optimizer=optimizer)
+    dtypes = {key: x.dtype for key, x in resumed.optimizer.state[resumed.model.model.embed_tokens.weight].items()}
+    assert dtypes["exp_avg"] == torch.uint8 and dtypes["exp_avg.absmax"] == torch.float32
+    assert_same_state(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
