@@ -384,6 +384,16 @@ class Checks:
         except ValueError as error:
             return {"error": str(error)}
 
+    def gradient_release(self):
+        """Refused at construction, whether the model is whole or sharded."""
+        errors = []
+        for model in (mlp(), fsdp(mlp())):
+            try:
+                MoLF(model, **MERGED, optimizer_in_backward=True)
+            except ValueError as error:
+                errors.append(str(error))
+        return {"errors": errors}
+
     def state_before_sharding(self):
         model = mlp()
         optimizer = MoLF(model, **MERGED)

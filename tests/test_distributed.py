@@ -144,6 +144,12 @@ def test_column_shards_are_refused(reports):
     assert all("needs row shards, Shard(0)" in report["error"] for report in reports("odd_placements"))
 
 
+def test_gradient_release_is_refused(reports):
+    for report in reports("gradient_release"):
+        assert len(report["errors"]) == 2
+        assert all("can't be summed over ranks first (DDP, FSDP)" in error for error in report["errors"])
+
+
 def test_state_from_before_sharding_is_refused(reports):
     assert all("shard first, then load the state" in report["error"] for report in reports("state_before_sharding"))
 

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from molf.checkpoint import check_compatible, restore_dtypes
-from molf.distributed import Ranks, agree_on_seeds, find_ranks, is_sharded
+from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.forms import FORMS
 from molf.gradients import all_zero
 from molf.groups import param_groups
-from molf.kernels import refusal
 from molf.layers import RoutedLayer
-from molf.options import check_given_groups, check_optim_bits, check_options, check_top_k
-from molf.plain import PlainStep
-from molf.precision import Noise
+from molf.left_out import LeftOut
+from molf.options import RELEASED, check_given_groups, check_optim_bits, check_options, check_top_k
+from molf.release import Release, retire_others
 from molf.resharding import Names
 from molf.routing import Outcome, Routing
 from molf.scores import Score, get_score
 from molf.states import init_group, init_states
+from molf.stepping import noise_of, take
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["MoLF"]
 
 logger = logging.getLogger(__name__)
+
+# What a copy of an optimizer takes over, beside groups and state.
+_OPTIONS = ("top_k", "score", "max_grad_norm", "optim_bits", "bf16_update", "fused", "optimizer_in_backward")
+_COPIED = (*_OPTIONS, "routing", "grad_norm")
 
 
 class MoLF(torch.optim.Optimizer):
@@ -66,6 +70,9 @@ class MoLF(torch.optim.Optimizer):
         fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
             needs an accelerator, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
             these kernels yet.
+        optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are there, and free them:
+            all gradients never exist at once. ``step`` then only closes the step. Not with ``max_grad_norm``, accumulation,
+            a loss scale, a closure or several ranks; a layer whose gradient is not finite is left out alone.
         process_group: Ranks that train the same unsharded model (DDP), all of which take the first one's decisions; None for
             all ranks there are. Sharded parameters (FSDP2) know their ranks.
 
@@ -102,6 +109,7 @@ class MoLF(torch.optim.Optimizer):
         optim_bits: int = 32,
         bf16_update: str = "split",
         fused: bool | None = None,
+        optimizer_in_backward: bool = False,
         process_group: ProcessGroup | None = None,
     ):
         check_options(betas, eps, max_grad_norm, bf16_update)
@@ -124,15 +132,23 @@ class MoLF(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
         self.fused = bool(fused)
-        self._kernels: FusedStep | None = None
-        self._left_out: Tensor | None = None  # steps that kernels left out since the count was last asked for
-        self._process_group = process_group
-        self._names = Names(model, groups) if isinstance(model, nn.Module) else None
-        self._agreed = False
+        self.optimizer_in_backward = optimizer_in_backward
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
+        self._release: Release | None = None
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
         super().__init__(groups, defaults)
+        self._start(model if isinstance(model, nn.Module) else None, process_group)
+
+    def _start(self, model: nn.Module | None = None, process_group: ProcessGroup | None = None) -> None:
+        """Begin with what a copy of an optimizer does not take over from its original."""
+        self.kernels: dict[int, FusedStep] = {}  # by the part of the groups that they take the step of
+        self._left_out = LeftOut()
+        self._process_group = process_group
+        self._names = None if model is None else Names(model, self.param_groups)
+        self._agreed = False
+        self._release = Release(self, model) if self.optimizer_in_backward else None
+        retire_others(self.param_groups, self._release)
 
     @property
     def experts(self) -> Experts:
@@ -142,18 +158,7 @@ class MoLF(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
-        self._fetch_left_out()
-        return int(self.param_groups[0]["skipped_steps"])
-
-    def _fetch_left_out(self) -> None:
-        """Add the steps that kernels left out, which they count on the device, to the count in the groups."""
-        if self._left_out is not None:
-            self._count_left_out(int(self._left_out))
-            self._left_out.zero_()
-
-    def _count_left_out(self, steps: int) -> None:
-        for group in self.param_groups:
-            group["skipped_steps"] += steps
+        return self._left_out.fetch(self.param_groups)
 
     def routed_layer(self, module: str) -> RoutedLayer:
         """Return the routed layer of that name as it is now, its state in place.
@@ -164,7 +169,7 @@ class MoLF(torch.optim.Optimizer):
         for group in self.param_groups:
             if group.get("module") == module:
                 init_group(group, self.state, self.bf16_update == "split", self.optim_bits)
-                return FORMS[group["form"]](group, self.state, self._noise(self._ranks()))
+                return FORMS[group["form"]](group, self.state, noise_of(self, self.ranks()))
         names = [group["module"] for group in self.param_groups if "module" in group]
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 
@@ -182,24 +187,40 @@ class MoLF(torch.optim.Optimizer):
             closure: Re-evaluates the model and returns the loss.
         """
         loss = None
+        if closure is not None and self._release is not None:
+            raise ValueError(f"{RELEASED}step() takes no closure: call backward, then step()")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         fresh = not any(self.state.values())
-        ranks = self._begin()
-        if not (fresh and self._is_dry(ranks)):
-            self._settle(self._take(self.param_groups, ranks, self._noise(ranks)), ranks)
+        ranks = self.begin()
+        if fresh and self._is_dry(ranks):
+            return loss
+        outcome = self._take(ranks) if self._release is None else self._release.close(ranks)
+        self.grad_norm = outcome.norm
+        if outcome.routing is not None:
+            self.routing = outcome.routing
+        self._left_out.note(outcome.taken, self.param_groups)
         return loss
 
-    def _ranks(self) -> Ranks:
+    def _take(self, ranks: Ranks) -> Outcome:
+        outcome = take(self, self.param_groups, ranks, noise_of(self, ranks))
+        if outcome.taken is False and ranks.first:
+            logger.warning(
+                "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
+                self.skipped_steps + 1,
+            )
+        return outcome
+
+    def ranks(self) -> Ranks:
         """Return the ranks that train together; if the model was sharded since, its new parameters are looked up first."""
         if self._names is not None:
             self._names.follow(self.param_groups)
         return find_ranks(self.param_groups, self._process_group)
 
-    def _begin(self) -> Ranks:
-        """Make everything ready for a step."""
-        ranks = self._ranks()
+    def begin(self) -> Ranks:
+        """Make everything ready for a step, and return the ranks that take it together."""
+        ranks = self.ranks()
         if not self._agreed:
             agree_on_seeds(self.param_groups, self.state, ranks)
             self._agreed = True
@@ -213,61 +234,14 @@ class MoLF(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return all_zero(grads, ranks)
 
-    def _noise(self, ranks: Ranks) -> Noise | None:
-        """Return the noise of this step's stochastic rounding, None where low parts are kept or kernels make their own."""
-        if self.bf16_update == "split" or self.fused:
-            return None
-        routed = [group for group in self.param_groups if "module" in group]
-        steps = max(int(self.state.get(group["params"][0], {}).get("step", 0)) for group in routed)
-        params = [p for group in self.param_groups for p in group["params"]]
-        # What is whole on every rank is rounded alike on all; a shard has a number of its own.
-        apart = (ranks.index + 1) * len(params)
-        streams = {p: i + apart * is_sharded(p) for i, p in enumerate(params)}
-        return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, streams)
-
-    def _take(self, groups: Sequence[dict[str, Any]], ranks: Ranks, noise: Noise | None) -> Outcome:
-        """Take the step of these groups' layers and parameters that have gradients."""
-        layers = [FORMS[group["form"]](group, self.state, noise) for group in groups if "module" in group]
-        active = [layer for layer in layers if layer.active]
-        ordinary = [group for group in groups if "module" not in group]
-        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if not self.fused:
-            plain = PlainStep(self.score, self.top_k, self.max_grad_norm)
-            return plain.take(active, ordinary, self.state, scale, overflow, ranks, noise)
-        seed = next(group["lora_seed"] for group in self.param_groups if "module" in group)
-        return self._fused_step().take(active, ordinary, self.state, scale, overflow, ranks, seed)
-
-    def _fused_step(self) -> FusedStep:
-        if self._kernels is None:
-            if reason := refusal(self.param_groups, self.score):
-                raise ValueError(f"fused=True: {reason}; use fused=False")
-            from molf.kernels.step import FusedStep
-
-            device = self.param_groups[0]["params"][0].device
-            self._kernels = FusedStep(device, self.score, self.top_k, self.max_grad_norm)
-        return self._kernels
-
-    def _settle(self, outcome: Outcome, ranks: Ranks) -> None:
-        """Keep what a step tells about itself; whether a fused one was left out is asked for later, by ``skipped_steps``."""
-        self.grad_norm = outcome.norm
-        if outcome.routing is not None:
-            self.routing = outcome.routing
-        if isinstance(outcome.taken, Tensor):
-            # In place: a CUDA graph that holds this step goes on counting.
-            if self._left_out is None:
-                self._left_out = torch.zeros((), dtype=torch.int64, device=outcome.taken.device)
-            self._left_out += outcome.taken.logical_not()
-        elif not outcome.taken:
-            self._count_left_out(1)
-            if ranks.first:
-                logger.warning(
-                    "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
-                    self.skipped_steps,
-                )
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the count of steps left out up to date."""
-        self._fetch_left_out()
+        """Return the state, with the count of steps left out up to date.
+
+        Raises:
+            RuntimeError: Inside a step: after a backward that has moved layers, before ``step``.
+        """
+        self._check_between_steps()
+        self._left_out.fetch(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -277,20 +251,27 @@ class MoLF(torch.optim.Optimizer):
             ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
         """
         check_compatible(self.param_groups, state_dict, self.optim_bits)
+        if self._release is not None:
+            self._release.forget()
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of ordinary parameters."""
+        super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.watch(len(self.param_groups) - 1)
+
+    def _check_between_steps(self) -> None:
+        if self._release is not None:
+            self._release.refuse_unfinished()
+
     def __getstate__(self) -> dict[str, Any]:
-        options = (
-            "top_k",
-            "score",
-            "max_grad_norm",
-            "optim_bits",
-            "bf16_update",
-            "routing",
-            "grad_norm",
-            "fused",
-            "_left_out",
-        )
-        bound = {"_kernels": None, "_names": None, "_process_group": None, "_agreed": False}
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in options}, **bound}
+        self._check_between_steps()
+        self._left_out.fetch(self.param_groups)
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "optimizer_in_backward" in state:  # a copy of an optimizer, and not a state that is loaded
+            self._start()

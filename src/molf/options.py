@@ -7,12 +7,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
+from molf.distributed import Ranks
 from molf.groups import param_groups
 from molf.precision import BF16_UPDATES
 from molf.quantised import OPTIM_BITS
 
-__all__ = ["check_given_groups", "check_optim_bits", "check_options", "check_top_k"]
+__all__ = ["RELEASED", "check_given_groups", "check_optim_bits", "check_options", "check_release", "check_top_k"]
+
+RELEASED = "optimizer_in_backward=True moves a layer as soon as its gradient is there and keeps none, so "
+"""How refusals begin that gradient release is the reason of."""
 
 
 def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
@@ -89,3 +94,26 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
     if len({group["experts"] for group in groups if "module" in group}) > 1:
         raise ValueError("all routed groups must have the same experts")
     return groups
+
+
+def check_release(max_grad_norm: float | None, ranks: Ranks, model: Any = None) -> None:
+    """Refuse what needs all gradients before the first layer moves.
+
+    Args:
+        max_grad_norm: The optimizer's.
+        ranks: Those that train the model together.
+        model: What the optimizer was made for, where that is known.
+
+    Raises:
+        ValueError: Naming the setting, with the reason and what to do.
+    """
+    if max_grad_norm is not None:
+        raise ValueError(
+            f"{RELEASED}max_grad_norm={max_grad_norm} can't be had, which needs the norm of all gradients first: leave one of "
+            "them out"
+        )
+    if ranks.alike or ranks.shards is not None or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{RELEASED}it can't be summed over ranks first (DDP, FSDP): train on one device with the plain model, or use "
+            "optimizer_in_backward=False"
+        )

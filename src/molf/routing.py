@@ -5,12 +5,13 @@ Letters: M routed modules, E experts; ``scores [M, E]``, ``chosen [M, E]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Routing", "choose"]
+__all__ = ["Outcome", "Routing", "choose", "joined"]
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
@@ -35,7 +36,7 @@ class Routing:
         modules: Names of the M modules that were routed at this step (those that had a gradient).
         experts: Names of the E experts, in the order of the columns: ``fft``, then ``lora_r{rank}`` as given.
         scores: ``[M, E]`` float64; on the CPU, or after a fused step on the model's device.
-        chosen: ``[M, E]`` bool beside it, true for the winners.
+        chosen: ``[M, E]`` bool beside it, true for the winners; of a module that was left out alone there is none.
         taken: False, or a false 0-dim tensor, if a fused step was left out because a gradient was not finite.
     """
 
@@ -71,3 +72,29 @@ class Outcome:
     routing: Routing | None
     norm: Tensor
     taken: bool | Tensor
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """Put together what became of parts of a step that were taken one by one; the step is taken if all of them are."""
+    if not outcomes:
+        return Outcome(None, torch.zeros(()), taken=True)
+    norms = torch.stack([outcome.norm.to(outcomes[0].norm.device, torch.float64) for outcome in outcomes])
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    routings = [outcome.routing for outcome in outcomes if outcome.routing is not None]
+    return Outcome(_joined(routings) if routings else None, norm, _all([outcome.taken for outcome in outcomes]))
+
+
+def _joined(routings: Sequence[Routing]) -> Routing:
+    taken = [routing.taken for routing in routings]
+    return Routing(
+        tuple(module for routing in routings for module in routing.modules),
+        routings[0].experts,
+        torch.cat([routing.scores for routing in routings]),
+        torch.cat([routing.chosen & routing.taken for routing in routings]),
+        torch.stack([x for x in taken if isinstance(x, Tensor)]).any() if isinstance(taken[0], Tensor) else any(taken),
+    )
+
+
+def _all(taken: Sequence[bool | Tensor]) -> bool | Tensor:
+    on_device = [x for x in taken if isinstance(x, Tensor)]
+    return torch.stack(on_device).all() if on_device else all(taken)

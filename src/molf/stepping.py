@@ -1,0 +1,78 @@
+"""Taking a step of some groups of an optimizer, by PyTorch's kernels or by MoLF's own, with the optimizer's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from molf.distributed import Ranks, is_sharded
+from molf.forms import FORMS
+from molf.kernels import refusal
+from molf.plain import PlainStep
+from molf.precision import Noise
+from molf.routing import Outcome
+
+if TYPE_CHECKING:
+    from molf.kernels.step import FusedStep
+    from molf.optimizer import MoLF
+
+__all__ = ["noise_of", "take"]
+
+# Between the seeds of parts that are moved one by one: that many steps have noise of their own.
+_APART = 1 << 16
+
+
+def noise_of(optimizer: MoLF, ranks: Ranks) -> Noise | None:
+    """Return the noise of this step's stochastic rounding, None where low parts are kept or kernels make their own.
+
+    Args:
+        optimizer: Before any of its layers has counted the step.
+        ranks: Those that train the model together.
+    """
+    if optimizer.bf16_update == "split" or optimizer.fused:
+        return None
+    routed = [group for group in optimizer.param_groups if "module" in group]
+    steps = max(int(optimizer.state.get(group["params"][0], {}).get("step", 0)) for group in routed)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    # What is whole on every rank is rounded alike on all; a shard has a number of its own.
+    apart = (ranks.index + 1) * len(params)
+    streams = {p: i + apart * is_sharded(p) for i, p in enumerate(params)}
+    return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, streams)
+
+
+def take(
+    optimizer: MoLF, groups: Sequence[dict[str, Any]], ranks: Ranks, noise: Noise | None, part: int = 0
+) -> Outcome:
+    """Take the step of the layers and ordinary parameters in these groups that have gradients.
+
+    Args:
+        optimizer: Its state of them is there.
+        groups: All of its groups, or some, or parts of ordinary ones.
+        ranks: Those that train the model together.
+        noise: Of this step.
+        part: Which groups these are, a number of their own: kernels keep their tables from step to step.
+
+    Raises:
+        ValueError: If kernels are asked for that can't take the step; the reason is given.
+    """
+    layers = [FORMS[group["form"]](group, optimizer.state, noise) for group in groups if "module" in group]
+    active = [layer for layer in layers if layer.active]
+    ordinary = [group for group in groups if "module" not in group]
+    scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if not optimizer.fused:
+        plain = PlainStep(optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
+        return plain.take(active, ordinary, optimizer.state, scale, overflow, ranks, noise)
+    seed = next(group["lora_seed"] for group in optimizer.param_groups if "module" in group) + part * _APART
+    return _kernels(optimizer, part).take(active, ordinary, optimizer.state, scale, overflow, ranks, seed)
+
+
+def _kernels(optimizer: MoLF, part: int) -> FusedStep:
+    kept = optimizer.kernels
+    if not kept and (reason := refusal(optimizer.param_groups, optimizer.score)):
+        raise ValueError(f"fused=True: {reason}; use fused=False")
+    if part not in kept:
+        from molf.kernels.step import FusedStep
+
+        device = optimizer.param_groups[0]["params"][0].device
+        kept[part] = FusedStep(device, optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
+    return kept[part]
