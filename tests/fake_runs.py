@@ -75,4 +75,6 @@ def fake_cell(parent, behaviour, name=None):
     """A cell named after what it does."""
     name = name or behaviour
     parent.mkdir(exist_ok=True)
-    return FakeCell(name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour)
+    return FakeCell(
+        name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour=behaviour
+    )

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import molf
+from conftest import TOLERANCE
 from molf.cli import COMMANDS, main
 from molf.cli import commands as command_functions
 from molf.study.preemption import Preempted
 from molf.study.presets import DEMO
+from small_runs import weights
 
 SMALL = "--sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4 --disable_tqdm True"
 
@@ -147,24 +150,37 @@ def test_help_of_a_command(command, capsys):
     assert capsys.readouterr().out.startswith(f"usage: molf {command} ")
 
 
-def test_two_processes_leave_one_run(model_folder):
+def test_two_processes_leave_one_run_and_equal_one_process(model_folder):
     """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # So large an epsilon keeps Adam from making sums that are rounded otherwise into steps of another sign.
+    line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --learning_rate 1e-2 --adam_epsilon 1e-3"
     done = subprocess.run(
         [
             *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "molf"],
-            *shlex.split(f"train --model_name_or_path {model_folder} {SMALL} --use_cpu --output_dir run"),
+            *shlex.split(f"{line} --output_dir two"),
         ],
         capture_output=True,
         text=True,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to run: ") == 1
-    result = json.loads(Path("run/result.json").read_text())
-    assert result["training"]["steps"] == 2, "two epochs of four rows in batches of two on each of two processes"
-    assert len(Path("run/molf_expert_selection.jsonl").read_text().splitlines()) == 2
+    assert done.stdout.count("written to two: ") == 1
+    result = json.loads(Path("two/result.json").read_text())
+    assert result["training"]["steps"] == 4, "two epochs of eight rows in batches of two on each of two processes"
+
+    assert call(f"{line} --gradient_accumulation_steps 2 --output_dir one") == 0
+    two, one, start = weights("two"), weights("one"), weights(model_folder)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=TOLERANCE[torch.float32])
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
+    assert winners("two") == winners("one") and len(winners("one")) == 4
+
+
+def winners(folder):
+    """The winners of every layer at every step."""
+    lines = Path(folder, "molf_expert_selection.jsonl").read_text().splitlines()
+    return [{name: entry["winners"] for name, entry in json.loads(line)["selections"].items()} for line in lines]
 
 
 def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):

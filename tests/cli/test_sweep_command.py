@@ -1,13 +1,22 @@
 import shlex
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from conftest import TOLERANCE
 from molf.cli import main
 from molf.cli.parsing import UsageError
 from molf.cli.sweep import parse_sweep
+from molf.study.cells import write_settings
+from molf.study.preemption import PREEMPTED
 from molf.study.results import read_result
+from molf.study.sweeping.attempt import Attempt, has_checkpoint
+from molf.study.sweeping.sweep import state_of
+from small_runs import weights
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 SMALL = (
@@ -80,7 +89,8 @@ def test_the_published_searches(file, number):
         ("--engine slurm --time soon", "time cannot be 'soon'"),
         ("--engine slurm --time 0", "time=0 must be at least 1"),
         ("--engine slurm --setup x", "setup is a list, given in a file under slurm, not 'x'"),
-        ("--jobs many", "jobs is a number"),
+        ("--jobs many", "jobs is a number, 1 or more, not 'many'"),
+        ("--nproc_per_node 0", "nproc_per_node is a number, 1 or more, not '0'"),
         ("--retry maybe", "retry is true or false"),
         ("--output_dir x", "output_dir is set for every run by the sweep"),
         ("--methods ffft", "invalid choice"),
@@ -124,6 +134,32 @@ def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
     assert main(shlex.split(line)) == 1
     assert "1 of 2 runs are finished; 0 to run" in capsys.readouterr().out
     assert (tmp_path / "out" / "fft-tiny.log").stat().st_mtime_ns == started
+
+
+def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, tmp_path):
+    settings = (
+        f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 12 "
+        "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
+    )
+    line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
+    (cell,) = parse(line).cells
+    write_settings(cell)
+    attempt = Attempt(cell, keep_model=True, own_session=True)
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(attempt)
+        while not status.done() and not has_checkpoint(cell):
+            time.sleep(0.02)
+        attempt.stop()
+    assert status.result() == PREEMPTED, cell.log.read_text()
+    assert state_of(cell) == "interrupted" and has_checkpoint(cell)
+    assert main(["sweep", *shlex.split(line)]) == 0, cell.log.read_text()
+    assert read_result(cell.folder).training.steps == 12
+
+    assert main(["train", *shlex.split(f"{settings} --gradient_accumulation_steps 2 --output_dir one")]) == 0
+    two, one = weights(cell.folder), weights("one")
+    for name, tensor in one.items():
+        # As in one step, but twelve times.
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=12 * TOLERANCE[torch.float32])
 
 
 def test_help(capsys):

@@ -32,7 +32,7 @@ PREFIXES = {
 
 ENGINES = ("local", "slurm")
 _OWN: dict[str, Any] = {
-    "engine": "local", "jobs": 1, "retry": False, "keep_models": False, "dry_run": False, "wait": True
+    "engine": "local", "jobs": 1, "nproc_per_node": 1, "retry": False, "keep_models": False, "dry_run": False, "wait": True
 }  # fmt: skip
 _SLURM = {f.name: get_type_hints(SlurmSettings)[f.name] for f in fields(SlurmSettings)}
 _HELP = """usage: molf sweep [FILE] [--SETTING VALUE ...]
@@ -42,6 +42,7 @@ Carry out a grid of `molf train` runs. Finished ones are not run again, interrup
   FILE                    YAML file of all that follows; flags win
   --engine local|slurm    processes of this machine, or a SLURM job array (default: local)
   --jobs N                local: how many runs at a time (default: 1)
+  --nproc_per_node N      how many processes of one machine train a run together, as with torchrun (default: 1)
   --partition NAME, --time MINUTES, --gpus_per_node N, --cpus_per_task N, --mem_gb N, --account NAME, --qos NAME,
   --constraint NAME, --array_parallelism N, --signal_delay_s SECONDS
                           slurm: what each job asks for; in a file under `slurm:`, with `setup` and `sbatch` beside
@@ -141,15 +142,15 @@ def parse_sweep(argv: Sequence[str]) -> Request:
     if methods is None and not named:
         methods = as_list(settings.pop("method", "molf"))
     chosen = contenders(methods, named)
-    cells = [cell for name, more in chosen.items() for cell in _cells(root, name, {**settings, **_fields(more)})]
+    runs = [run for name, more in chosen.items() for run in _runs(name, {**settings, **_fields(more)})]
+    cells = [make_cell(root, label, config, own["nproc_per_node"]) for label, config in runs]
     return Request(cells, root, own, _slurm_settings({**slurm, **slurm_flags}))
 
 
-def _cells(root: Path, name: str, settings: Mapping[str, Any]) -> Iterator[Cell]:
+def _runs(name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, RunConfig]]:
     axes = {field: value for field, value in settings.items() if _is_axis(field, value)}
     for config in configs(name, {"method": name, **settings}, axes):
-        label = "-".join([name, *(_label(field, config) for field in axes)])
-        yield make_cell(root, label, config)
+        yield "-".join([name, *(_label(field, config) for field in axes)]), config
 
 
 def _is_axis(field: str, value: Any) -> bool:
@@ -188,10 +189,16 @@ def _own(given: dict[str, Any]) -> dict[str, Any]:
     if given["engine"] not in ENGINES:
         raise UsageError(f"engine is {' or '.join(ENGINES)}, not {given['engine']!r}")
     switches = {name: as_switch(name, given[name]) for name, value in _OWN.items() if isinstance(value, bool)}
+    return {**given, **switches, **{name: _count(name, given[name]) for name in ("jobs", "nproc_per_node")}}
+
+
+def _count(name: str, value: Any) -> int:
     try:
-        return {**given, **switches, "jobs": int(given["jobs"])}
+        if (count := int(value)) < 1:
+            raise ValueError
     except (ValueError, TypeError) as error:
-        raise UsageError(f"jobs is a number, not {given['jobs']!r}") from error
+        raise UsageError(f"{name} is a number, 1 or more, not {value!r}") from error
+    return count
 
 
 def _section(path: Any, given: Any) -> dict[str, Any]:

@@ -25,10 +25,12 @@ class Cell:
     Attributes:
         name: Name of its folder.
         config: Its settings.
+        processes: How many processes of one machine train it together.
     """
 
     name: str
     config: RunConfig
+    processes: int = 1
 
     @property
     def folder(self) -> Path:
@@ -48,7 +50,9 @@ class Cell:
     @property
     def command(self) -> list[str]:
         """What starts it."""
-        return [sys.executable, "-m", "molf", "train", "--config", str(self.settings)]
+        several = ["-m", "molf.study.torchrun", "--standalone", f"--nproc_per_node={self.processes}"]
+        launcher = several if self.processes > 1 else []
+        return [sys.executable, *launcher, "-m", "molf", "train", "--config", str(self.settings)]
 
     @property
     def finished(self) -> bool:
@@ -77,14 +81,14 @@ class Failure:
     tail: str
 
 
-def make_cell(parent: Path, name: str, config: RunConfig) -> Cell:
+def make_cell(parent: Path, name: str, config: RunConfig, processes: int = 1) -> Cell:
     """Return a cell with a folder of its name.
 
     What an interrupted run left there is replaced; a finished cell is never run again.
     """
     output = replace(config.output, overwrite=True, clean_ckpt_at_end=True)
     train = config.train | {"output_dir": str(parent / name), "run_name": name}
-    return Cell(name, replace(config, output=output, train=train))
+    return Cell(name, replace(config, output=output, train=train), processes)
 
 
 def carry_out(cell: Cell, keep_model: bool, tell: Callable[[str], None]) -> Result | Failure:

@@ -1,5 +1,6 @@
 """The trainer's settings: TRL's ``SFTConfig`` with the defaults of the published recipe."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -65,6 +66,9 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
     )
 
     def __post_init__(self) -> None:
+        # Several processes on a machine without accelerators would each train a copy of their own.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self.dataloader_pin_memory = (

@@ -61,6 +61,9 @@ def test_runs_share_the_machine(monkeypatch):
         {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "4")
     ]
     assert LocalEngine(jobs=1, devices=("4", "6")).environment(0) == {}
+    assert LocalEngine(jobs=1).environment(0, processes=4) == {"OMP_NUM_THREADS": "2"}
+    pairs = LocalEngine(jobs=2, devices=("0", "1", "2", "3"))
+    assert [pairs.environment(slot, processes=2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0,1", "2,3"]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert LocalEngine(jobs=3).environment(0) == {}
 

@@ -42,7 +42,13 @@ def start(cluster, tiny_checkpoint, tmp_path):
         yaml.safe_dump({"model_name_or_path": tiny_checkpoint, **SETTINGS}, sort_keys=False)
     )
     command = [sys.executable, "-m", "molf", "sweep", "sweep.yaml", "--engine", "slurm"]
-    return lambda: subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def start(*flags):
+        return subprocess.Popen(
+            [*command, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
 
 
 def until(condition, process, seconds=900):
@@ -68,17 +74,23 @@ def run_of(name):
     return found
 
 
-def requeue(out):
-    job = json.loads((out / "requeued.job.json").read_text())["job"]
-    subprocess.run(["scontrol", "requeue", job], check=True)
+def job_of(out, name):
+    return json.loads((out / f"{name}.job.json").read_text())["job"]
 
-    def started_again():
+
+def requeue(job):
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    return started_again(job)
+
+
+def started_again(job):
+    def started():
         # SLURM would let it wait for two minutes.
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
         shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
         return "Restarts=1" in shown and any(f"JobState={state}" in shown for state in ("RUNNING", "COMPLETED"))
 
-    return started_again
+    return started
 
 
 def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
@@ -88,7 +100,7 @@ def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     for pid in run_of("killed"):
         os.kill(pid, signal.SIGKILL)
     until(lambda: any(out.glob("requeued/checkpoint-*")), first)
-    until(requeue(out), first)
+    until(requeue(job_of(out, "requeued")), first)
     said, _ = first.communicate(timeout=900)
     assert first.returncode == 1, said
     assert "out/killed was interrupted" in said and "1 runs are not finished" in said
@@ -106,3 +118,16 @@ def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     }
     assert results["killed"].training.steps == results["requeued"].training.steps == 120
     assert results["killed"].metrics == results["requeued"].metrics
+
+
+def test_a_run_on_two_processes_whose_time_is_up_goes_on(start, tmp_path):
+    out = tmp_path / "out"
+    sweep = start("--methods", "requeued", "--nproc_per_node", "2")
+    until(lambda: any(out.glob("requeued/checkpoint-*")), sweep)
+    job = job_of(out, "requeued")
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)  # what `#SBATCH --signal` sends before the limit
+    until(started_again(job), sweep)
+    said, _ = sweep.communicate(timeout=900)
+    assert sweep.returncode == 0, said
+    result = read_result(out / "requeued")
+    assert result.training.steps == 60 and "resume_from_checkpoint" in result.config

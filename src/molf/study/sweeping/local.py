@@ -15,7 +15,7 @@ class LocalEngine:
     """Carries out cells on this machine.
 
     Attributes:
-        jobs: How many at a time. Each gets an equal share of the CPU's threads, and of several accelerators one.
+        jobs: How many at a time. Each gets an equal share of the CPU's threads, and of several accelerators one per process.
         devices: Accelerators to deal out, as ``CUDA_VISIBLE_DEVICES`` names them.
         keep_models: Keep the trained weights.
     """
@@ -40,7 +40,7 @@ class LocalEngine:
 
         def carry_out(attempt: Attempt) -> None:
             slot = slots.get()
-            attempt.environment = self.environment(slot)
+            attempt.environment = self.environment(slot, attempt.cell.processes)
             try:
                 attempt()
             finally:
@@ -57,13 +57,14 @@ class LocalEngine:
                 for attempt in attempts:
                     attempt.stop()
 
-    def environment(self, slot: int) -> dict[str, str]:
+    def environment(self, slot: int, processes: int = 1) -> dict[str, str]:
         """Return what a run in one of the places gets: its share of the machine, unless the user has set it."""
         share: dict[str, str] = {}
-        if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        if self.jobs > 1 and len(self.devices) > 1:
-            share["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        if (sharers := self.jobs * processes) > 1 and "OMP_NUM_THREADS" not in os.environ:
+            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // sharers))
+        if self.jobs > 1 and (count := len(self.devices)) > 1:
+            own = range(slot * processes, (slot + 1) * processes)
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[number % count] for number in own)
         return share
 
 

@@ -122,9 +122,8 @@ class SlurmEngine:
         executor = submitit.SlurmExecutor(folder=self.folder)
         executor.update_parameters(job_name=f"molf-{self.folder.parent.name}", **self.settings.parameters())
         grace = max(1.0, self.settings.signal_delay_s * 0.8)
-        environment = self._environment()
         attempts = [
-            Attempt(cell, self.keep_models, grace=grace, requeue_signal=_SIGNAL, environment=environment)
+            Attempt(cell, self.keep_models, grace=grace, requeue_signal=_SIGNAL, environment=self._environment(cell))
             for cell in cells
         ]
         try:
@@ -137,9 +136,11 @@ class SlurmEngine:
                 partial.write_text(json.dumps({"job": job.job_id}) + "\n", encoding="utf-8")
         self.tell(f"submitted {len(cells)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, cell: Cell) -> dict[str, str]:
         cpus = self.settings.cpus_per_task
-        return {} if cpus is None or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cpus)}
+        if cpus is None or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, cpus // cell.processes))}
 
     def _ended(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         waiting, missed, pause, told = list(cells), Counter[str](), _FIRST_PAUSE, ""
