@@ -10,7 +10,9 @@ import eval_speed
 import optimizer_step
 import plan_vs_measured
 import sql_rows
+import states
 import step_time
+from small import save_tiny_checkpoint
 
 
 def last_line(script, monkeypatch, capsys, *argv):
@@ -64,6 +66,17 @@ def test_sql_rows(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["filled"]["results"] == 1 and report["empty"]["results"] == 0
     assert report["filled"]["all"] > 0.9 > report["empty"]["all"]
+
+
+def test_states(monkeypatch, capsys, tmp_path):
+    save_tiny_checkpoint(tmp_path, hidden_size=64, intermediate_size=96)
+    flags = ["--model", str(tmp_path), "--rank", "2", "--steps", "4", "--seeds", "2", "--json"]
+    monkeypatch.setattr(sys, "argv", ["states", *flags])
+    states.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["bytes"]["8"] < 0.5 * report["bytes"]["32"]
+    assert all(curve["4"] < curve["0"] for curves in report["losses"].values() for curve in curves)
+    assert 0 < report["rounding"]["exp_avg, blocks along rows"] < 0.02
 
 
 def test_bytes_that_ranks_send_are_as_the_formulas_say():

@@ -262,11 +262,6 @@ def test_other_numbers_of_bits_are_refused(bits):
         MoLF(mlp(torch.float32), ranks=(2,), optim_bits=bits)
 
 
-def test_a_fused_step_is_refused():
-    with pytest.raises(ValueError, match="fused=True with optim_bits=8: .* use fused=False or optim_bits=32"):
-        MoLF(wide(), ranks=(2,), optim_bits=8, fused=True)
-
-
 def test_float64_weights_are_refused():
     with pytest.raises(ValueError, match="optim_bits=8 with float64 weights: .* or optim_bits=32"):
         MoLF(mlp(torch.float64), ranks=(2,), optim_bits=8)

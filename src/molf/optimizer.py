@@ -126,7 +126,7 @@ class MoLF(torch.optim.Optimizer):
             groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
         else:
             groups = check_given_groups(model, grouping)
-        self.optim_bits = check_optim_bits(optim_bits, groups, fused)
+        self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
         self.max_grad_norm = max_grad_norm

@@ -36,11 +36,11 @@ def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float |
         raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
 
 
-def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]], fused: bool | None) -> int:
+def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
     """Return ``optim_bits`` if the moments of these groups can be kept so.
 
     Raises:
-        ValueError: For another number of bits, or 8 bits beside float64 weights or in a fused step.
+        ValueError: For another number of bits, or 8 bits beside float64 weights.
     """
     if type(optim_bits) is not int or optim_bits not in OPTIM_BITS:
         raise ValueError(f"optim_bits={optim_bits!r}: use one of {list(OPTIM_BITS)}")
@@ -48,10 +48,6 @@ def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]], fused: bool 
         raise ValueError(
             "optim_bits=8 with float64 weights: moments of 8 bits would void their precision; use float32 or bfloat16 weights, "
             "or optim_bits=32"
-        )
-    if optim_bits == 8 and fused:
-        raise ValueError(
-            "fused=True with optim_bits=8: the kernels work on float32 moments; use fused=False or optim_bits=32"
         )
     return optim_bits
 

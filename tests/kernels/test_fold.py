@@ -8,6 +8,7 @@ from molf.kernels.fold import Effective, MovedPair, fold_winners_
 from molf.layers import Pair
 from molf.merged import decay_base_, fold_
 from molf.precision import join, split
+from packing import BETAS, drawn, moved
 
 LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)
 
@@ -38,9 +39,25 @@ def test_fold_equals_the_merged_form(tables, scalars, how, won, started):
         for o, p in zip(before, moved, strict=True)
     )
     weight, low = (value.clone(), None) if how == "float" else (x.clone().to(device) for x in split(value))
-    layer = Effective(weight.to(device), low, m.to(device), v.to(device), 0, LR, DECAY, pairs)
+    layer = Effective(weight.to(device), low, (m.to(device), v.to(device)), 0, LR, DECAY, pairs)
     chosen = torch.tensor(won, dtype=torch.int8, device=device)
-    fold_winners_([layer], chosen, torch.tensor([[c1, c2]], device=device), EPS, scalars, tables)
+    fold_winners_([layer], chosen, torch.tensor([[c1, c2]], device=device), (0.9, 0.999), EPS, scalars, tables)
     got = (layer.weight if low is None else join(layer.weight, low)).cpu()
     tolerance = {"rtol": 2e-6, "atol": 2e-6} if device.type == "cpu" else {"rtol": 2e-3, "atol": 5e-3}
     torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_8_bit_moments_are_opened_and_moved(tables, scalars, dtype):
+    """As if the moments of this step had been given in float32; rows of 300 elements have a short last block."""
+    device, ends = tables.device, []
+    packed = drawn(device, (OUT, 300), 0, dtype)
+    for moments in (packed, moved(packed, 0.5)):
+        torch.manual_seed(4)
+        A, B, started = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
+        pair = MovedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, started.to(device))
+        layer = Effective(torch.randn(OUT, 300).to(device), None, moments, 0, LR, DECAY, (pair,))
+        chosen = torch.tensor([1, 0], dtype=torch.int8, device=device)
+        fold_winners_([layer], chosen, torch.tensor([[0.3, 0.1]], device=device), BETAS, EPS, scalars, tables)
+        ends.append(layer.weight)
+    torch.testing.assert_close(*ends, rtol=2e-6, atol=2e-6)

@@ -3,9 +3,11 @@
 Letters: L routed layers, R LoRA experts a layer, E = R + 1 experts, S tensors (slots), N blocks of work.
 
 1. ``products``: the gradients of all LoRA pairs from the dense gradients.
-2. ``moments``: all experts' moments, and the sums that scores are made of, added up in a fixed order.
+2. ``moments``: all experts' moments, and the sums that scores are made of, added up in a fixed order. Of moments in 8 bits
+   only the sums (``packed``).
 3. ``winners``: the AdamW step of the experts that won; what lost returns at once and is not read.
 4. ``fold``: the winners' changes into the effective weights.
+5. ``settle``: moments in 8 bits moved and written back, and the step of winners that have such.
 
 Nothing here is imported unless a fused step is asked for. With ``TRITON_INTERPRET=1`` everything runs on a CPU, slowly.
 """

@@ -5,7 +5,8 @@ With ``W_eff = W + sum_i s_i B_i A_i`` and the pairs already moved (``B'``, ``A'
     fft won      W_eff -= lr wd (W_eff - sum_i s_i B_i A_i) + lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     LoRA i won   W_eff += s_i (B_i dA + dB A_i')
 
-A tile reads moments where ``fft`` won, and pairs where one won or is decayed away from; nothing else.
+A tile reads moments where ``fft`` won, and pairs where one won or is decayed away from; nothing else. Moments in 8 bits are
+still those of the step before: they are opened and moved here, and written back later (``molf.kernels.settle``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molf.kernels.moments import Scalars
+from molf.kernels.moments import GRADIENTS, Scalars
+from molf.kernels.packed import Packed, load_moved, pointers, values
 from molf.kernels.tables import Tables
 from molf.kernels.winners import held, load_weight, store_weight
+from molf.quantised import BLOCK
 
 __all__ = ["Effective", "MovedPair", "fold_winners_"]
 
@@ -43,12 +46,11 @@ class MovedPair(NamedTuple):
 
 
 class Effective(NamedTuple):
-    """A layer's effective weight: its parameter, low part, moments, rate and decay, and its R pairs."""
+    """A layer's effective weight: its parameter, low part, float32 or 8-bit moments, rate and decay, and its R pairs."""
 
     weight: Tensor
     low: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: tuple[Tensor, Tensor] | Packed
     layer: int
     lr: float | Tensor
     weight_decay: float
@@ -78,8 +80,10 @@ def _product(left, right, rows, columns, n_out, n_in, r, ranks, sign_left, sign_
 def _fold(
     weights,
     lows,
-    exp_avgs,
-    exp_avg_sqs,
+    grads,
+    moments,
+    maxima,
+    values,
     pairs,
     starteds,
     shapes,
@@ -92,9 +96,14 @@ def _fold(
     chosen,
     tiles,
     go,
+    clip,
+    beta1,
+    beta2,
     eps,
     seed,
     R: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -130,8 +139,16 @@ def _fold(
                         total += _product((B, dB), (A, dA), rows, columns, n_out, n_in, r, ranks, -moved, -moved)
                     base -= tl.load(scales + i * R + e) * total
         correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-        m = tl.load(tl.load(exp_avgs + i).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-        v = tl.load(tl.load(exp_avg_sqs + i).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        pair = 2 * i
+        if GRAD is None:
+            m = tl.load(tl.load(moments + pair).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+            v = tl.load(tl.load(moments + pair + 1).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        else:
+            block = rows.to(tl.int64)[:, None] * tl.cdiv(n_in, BLOCK) + (columns // BLOCK)[None, :]
+            grad, factor = tl.load(grads + i), tl.load(clip)
+            m, v = load_moved(
+                grad, moments + pair, maxima + pair, at, block, inside, values, factor, beta1, beta2, GRAD
+            )
         W -= lr * decay * base + lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
     for e in tl.static_range(R):
         if tl.load(won + e + 1) != 0:
@@ -151,6 +168,7 @@ def fold_winners_(
     layers: Sequence[Effective],
     chosen: Tensor,
     corrections: Tensor,
+    betas: tuple[float, float],
     eps: float,
     scalars: Scalars,
     tables: Tables,
@@ -162,17 +180,20 @@ def fold_winners_(
         layers: Every layer with its pairs, the same number R of pairs in all.
         chosen: Whether each expert won, int8 ``[L * E]`` on the device, ``fft`` first in every layer.
         corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
+        betas: Decay rates of the moments.
         eps: Added to the denominator.
-        scalars: Whether to go on.
+        scalars: Whether to go on, and the factor of the gradients.
         tables: Of this device.
         seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
 
-    def kind(layer: Effective) -> int:
-        return held(layer.weight, layer.low)
+    def kind(layer: Effective) -> tuple[int, str]:
+        grad = str(layer.moments.grad.dtype) if isinstance(layer.moments, Packed) else ""
+        return held(layer.weight, layer.low), grad
 
-    for how, group in groupby(sorted(layers, key=kind), key=kind):
-        own, name = list(group), f"fold.{how}"
+    for (how, grad), group in groupby(sorted(layers, key=kind), key=kind):
+        own, name = list(group), f"fold.{how}.{grad}"
+        packed = [layer.moments for layer in own if isinstance(layer.moments, Packed)]
         pairs = [pair for layer in own for pair in layer.pairs]
         shapes = tuple((layer.weight.shape[0], layer.weight.shape[1]) for layer in own)
         tiles = tables.tiles(f"{name}.tiles", shapes, (_TILE, _TILE))
@@ -181,8 +202,8 @@ def fold_winners_(
         _fold[(len(tiles),)](
             weights,
             tables.pointers(f"{name}.lows", lows) if lows else weights,
-            tables.pointers(f"{name}.exp_avgs", [layer.exp_avg for layer in own]),
-            tables.pointers(f"{name}.exp_avg_sqs", [layer.exp_avg_sq for layer in own]),
+            *_moments(name, own, packed, tables),
+            values(tables),
             tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
             tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
             tables.numbers(f"{name}.shapes", tuple(n for shape in shapes for n in shape), torch.int32),
@@ -194,12 +215,26 @@ def fold_winners_(
             corrections,
             chosen,
             tiles,
-            scalars.go,
+            *scalars,
+            *betas,
             eps,
             scalars.go if seed is None else seed,
             R=len(own[0].pairs),
+            GRAD=GRADIENTS[packed[0].grad.dtype] if packed else None,
+            BLOCK=BLOCK,
             HELD=how,
             BM=_TILE,
             BN=_TILE,
             BK=_DEPTH,
         )
+
+
+def _moments(
+    name: str, layers: Sequence[Effective], packed: Sequence[Packed], tables: Tables
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return addresses: of gradients, of moments ``[L, 2]`` and of their block maxima; only the moments' if they are float32."""
+    if packed:
+        return pointers(name, packed, tables)
+    pairs = [layer.moments for layer in layers if not isinstance(layer.moments, Packed)]
+    moments = tables.pointers(f"{name}.moments", [x for pair in pairs for x in pair])
+    return moments, moments, moments

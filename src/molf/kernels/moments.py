@@ -19,11 +19,13 @@ from torch import Tensor
 
 from molf.kernels.tables import Tables
 
-__all__ = ["Moments", "Scalars", "move_moments_"]
+__all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_"]
 
 _CHUNK, _BLOCK = 4096, 1024
 _STRIP = 256
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+GRADIENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+"""The dtypes that gradients may have."""
 
 
 class Moments(NamedTuple):
@@ -144,13 +146,29 @@ def move_moments_(
                 scalars.clip,
                 *betas,
                 eps,
-                GRAD=_TYPES[dtype],
+                GRAD=GRADIENTS[dtype],
                 PFN=pfn,
                 CHUNK=_CHUNK,
                 BLOCK=_BLOCK,
             )
         first += len(blocks)
-    bounds = tables.numbers("moments.bounds", _bounds([slot.expert for slot in ordered], counts, experts), torch.int32)
+    return add_up("moments", partials, [slot.expert for slot in ordered], counts, experts, tables)
+
+
+def add_up(
+    name: str, partials: Tensor, owners: Sequence[int], counts: Sequence[int], experts: int, tables: Tables
+) -> Tensor:
+    """Add up partial sums per expert in their order, float64 ``[experts]``.
+
+    Args:
+        name: Of the tables.
+        partials: One sum a block, float32, those of one expert together.
+        owners: The expert of each tensor.
+        counts: The number of blocks of each tensor.
+        experts: Number of experts.
+        tables: Of this device.
+    """
+    bounds = tables.numbers(f"{name}.bounds", _bounds(owners, counts, experts), torch.int32)
     totals = torch.zeros(experts, device=tables.device, dtype=torch.float64)
     if experts:
         _totals[(experts,)](partials, bounds, totals, STRIP=_STRIP)

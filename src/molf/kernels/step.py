@@ -15,7 +15,9 @@ from molf.distributed import Ranks
 from molf.gradients import total_norm
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
+from molf.kernels.packed import observe_packed
 from molf.kernels.products import pair_gradients
+from molf.kernels.settle import settle_packed_
 from molf.kernels.tables import Tables
 from molf.kernels.winners import move_winners_
 from molf.kernels.work import Work
@@ -70,7 +72,11 @@ class FusedStep:
         pair_gradients(work.products, tables)
         norm, scalars = _prepare(work, self._max_norm, scale, overflow)
         torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
-        totals = move_moments_(work.moments(), work.experts, betas, eps, self._score.name == "pfn", scalars, tables)
+        pfn, packed = self._score.name == "pfn", work.packed_steps()
+        totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
+        if packed:
+            moments = [step.packed for step in packed]
+            totals += observe_packed(moments, work.experts, betas, eps, pfn, scalars, tables)
         routing = self._decide(work, layers, totals, scalars, ranks) if layers else None
         won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
         if routing is not None:
@@ -78,7 +84,8 @@ class FusedStep:
         corrections, noise = _corrections(work.counts, betas), work.counts[0].long() + seed % 2**31
         for name, derived in (("pairs", True), ("rest", False)):
             move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
-        fold_winners_(work.effective, won, corrections, eps, scalars, tables, noise)
+        fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
+        settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
         _count_wins(work, won, scalars)
         return Outcome(routing, norm, scalars.go.bool())
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from molf.adamw import Slot
 from molf.kernels.fold import Effective, MovedPair
 from molf.kernels.moments import Moments
+from molf.kernels.packed import Packed
 from molf.kernels.products import Product
+from molf.kernels.settle import PackedStep
 from molf.kernels.winners import Step
 from molf.layers import RoutedLayer
 from molf.merged import MergedLayer
@@ -91,11 +93,26 @@ class Work:
         return tuple(sizes)
 
     def moments(self) -> list[Moments]:
-        """Return all tensors for phase 1."""
+        """Return the tensors with float32 moments for phase 1."""
         return [
             Moments(item.slot.grad, item.slot.exp_avg, item.slot.exp_avg_sq, item.expert)
             for item in self.items
-            if item.slot.grad is not None
+            if item.slot.grad is not None and not item.slot.in_8_bits
+        ]
+
+    def packed_steps(self) -> list[PackedStep]:
+        """Return the matrices with 8-bit moments."""
+        return [
+            PackedStep(
+                packed=_packed(item.slot, item.expert),
+                param=None if item.effective else item.slot.param,
+                low=None if item.effective else item.slot.low,
+                layer=item.layer,
+                lr=item.lr,
+                weight_decay=item.weight_decay,
+            )
+            for item in self.items
+            if item.slot.in_8_bits
         ]
 
     def gradients(self, derived: bool) -> list[Tensor]:
@@ -103,7 +120,7 @@ class Work:
         return [item.slot.grad for item in self.items if item.derived == derived and item.slot.grad is not None]
 
     def steps(self, derived: bool) -> list[Step]:
-        """Return the merged form's pairs, whose changes take the place of their gradients, or all else that AdamW moves."""
+        """Return the merged form's pairs, whose changes take the place of their gradients, or all else with float32 moments."""
         return [
             Step(
                 param=item.slot.param,
@@ -117,7 +134,7 @@ class Work:
                 change=item.slot.grad if derived else None,
             )
             for item in self.items
-            if item.derived == derived and not item.effective
+            if item.derived == derived and not item.effective and not item.slot.in_8_bits
         ]
 
     def _count(self, p: Tensor, key: str) -> Tensor:
@@ -173,8 +190,7 @@ class Work:
             Effective(
                 weight.param,
                 weight.low,
-                weight.exp_avg,
-                weight.exp_avg_sq,
+                _packed(weight, first) if weight.in_8_bits else (weight.exp_avg, weight.exp_avg_sq),
                 number,
                 lr,
                 decay,
@@ -183,8 +199,13 @@ class Work:
         )
 
     def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
-        own, number = self._state[p], len(self.counts)
+        number = len(self.counts)
         self.counts.append(self._count(p, "step"))
-        slot = Slot(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own.get("low"))
         expert = self.routed + number - self._layers
-        self.items.append(Item(slot, expert, number, self._lr(group), group["weight_decay"]))
+        self.items.append(Item(Slot.of(p, self._state[p]), expert, number, self._lr(group), group["weight_decay"]))
+
+
+def _packed(slot: Slot, expert: int) -> Packed:
+    """Return the 8-bit moments of a slot with its gradient."""
+    assert slot.grad is not None and slot.exp_avg_absmax is not None and slot.exp_avg_sq_absmax is not None
+    return Packed(slot.grad, slot.exp_avg, slot.exp_avg_sq, slot.exp_avg_absmax, slot.exp_avg_sq_absmax, expert)

@@ -1,0 +1,194 @@
+"""Phase 2 of moments in 8 bits: moved again and written back, of winners and losers; winners' parameters take the AdamW step.
+
+Effective weights are moved when the winners are folded in (``molf.kernels.fold``). That comes first: it opens the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels.moments import GRADIENTS, Scalars
+from molf.kernels.packed import ROWS, Packed, load_moved, places, pointers, shape_of, shapes_of, values
+from molf.kernels.tables import Tables
+from molf.kernels.winners import held, load_weight, store_weight
+from molf.quantised import BLOCK, nearest_code
+
+__all__ = ["PackedStep", "settle_packed_"]
+
+_NO_STEP = -1  # beside the ways a weight is held (``molf.kernels.winners``): it is not moved here
+_NOISE = 500_000  # above the numbers that tell other tensors' noise apart
+
+
+class PackedStep(NamedTuple):
+    """One matrix with 8-bit moments.
+
+    Attributes:
+        packed: Gradient and moments.
+        param: Float32 or bf16; None if it is moved elsewhere, as effective weights are.
+        low: The low part of a bf16 parameter, or None.
+        layer: Number of its layer, for the step count.
+        lr: Learning rate, or a 0-dim tensor on the device that holds it.
+        weight_decay: Decoupled decay.
+    """
+
+    packed: Packed
+    param: Tensor | None
+    low: Tensor | None
+    layer: int
+    lr: float | Tensor
+    weight_decay: float
+
+
+@triton.jit
+def _pack(codes, maxima, at, block, inside, x, lower, starts, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write moments as codes and block maxima, given by their addresses."""
+    x = tl.where(inside, x, 0.0)
+    most = tl.max(tl.abs(x), axis=1)
+    first = tl.arange(0, BLOCK)[None, :] == 0
+    address = maxima.to(tl.pointer_type(tl.float32)) + block
+    tl.store(address, most[:, None] + tl.zeros_like(x), mask=inside & first)
+    x = tl.div_rn(x, tl.where(most > 0, most, 1.0)[:, None] + tl.zeros_like(x))
+    code = tl.load(lower + (x.to(tl.int32, bitcast=True) >> 16) + 32768).to(tl.int32)
+    code += (x > tl.load(starts + code)).to(tl.int32)
+    if not SIGNED:
+        code = tl.maximum(code, (x > 0).to(tl.int32))
+    tl.store(codes.to(tl.pointer_type(tl.uint8)) + at, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _settle(
+    params,
+    lows,
+    grads,
+    codes,
+    maxima,
+    shapes,
+    experts,
+    layers,
+    rates,
+    decays,
+    corrections,
+    chosen,
+    blocks,
+    values,
+    lower,
+    starts,
+    go,
+    clip,
+    beta1,
+    beta2,
+    eps,
+    seed,
+    GRAD: tl.constexpr,
+    HELD: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(go) == 0:
+        return
+    slot, at, block, inside = places(blocks, shapes, ROWS, BLOCK)
+    pair = 2 * slot
+    m, v = load_moved(
+        tl.load(grads + slot), codes + pair, maxima + pair, at, block, inside, values, tl.load(clip), beta1, beta2, GRAD
+    )
+    if HELD >= 0:  # noqa: SIM102 - decided when it is compiled
+        if tl.load(chosen + tl.load(experts + slot)) != 0:
+            layer = tl.load(layers + slot)
+            lr, decay = tl.load(rates + slot), tl.load(decays + slot)
+            correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
+            param, low = tl.load(params + slot), tl.load(lows + slot)
+            p = load_weight(param, low, at, inside, HELD)
+            p = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
+            store_weight(param, low, at, inside, p, seed, NOISE + slot, HELD)
+    _pack(tl.load(codes + pair), tl.load(maxima + pair), at, block, inside, m, lower, starts, True, BLOCK)
+    _pack(
+        tl.load(codes + pair + 1),
+        tl.load(maxima + pair + 1),
+        at,
+        block,
+        inside,
+        v,
+        lower + 65536,
+        starts + 256,
+        False,
+        BLOCK,
+    )
+
+
+def settle_packed_(
+    slots: Sequence[PackedStep],
+    chosen: Tensor,
+    corrections: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    scalars: Scalars,
+    tables: Tables,
+    seed: Tensor | None = None,
+) -> None:
+    """Move the 8-bit moments of all slots, and the parameters of those whose expert won.
+
+    Args:
+        slots: The matrices.
+        chosen: Whether each expert won, int8 ``[L * E]`` on the device.
+        corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        scalars: Whether to go on, and the factor of the gradients.
+        tables: Of this device.
+        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
+    """
+
+    def kind(slot: PackedStep) -> tuple[str, int]:
+        how = _NO_STEP if slot.param is None else held(slot.param, slot.low)
+        return str(slot.packed.grad.dtype), how
+
+    for (dtype, how), group in groupby(sorted(slots, key=kind), key=kind):
+        own, name = list(group), f"settle.{dtype}.{how}"
+        packed = [slot.packed for slot in own]
+        blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(one)[2] for one in packed), ROWS)
+        addresses = pointers(name, packed, tables)
+        params = [slot.param for slot in own if slot.param is not None]
+        lows = [slot.low for slot in own if slot.low is not None]
+        if not len(blocks):
+            continue
+        _settle[(len(blocks),)](
+            tables.pointers(f"{name}.params", params) if params else addresses[0],
+            tables.pointers(f"{name}.lows", lows) if lows else addresses[0],
+            *addresses,
+            shapes_of(name, packed, tables),
+            tables.numbers(f"{name}.experts", tuple(slot.packed.expert for slot in own), torch.int32),
+            tables.numbers(f"{name}.layers", tuple(slot.layer for slot in own), torch.int32),
+            tables.rates(f"{name}.rates", [slot.lr for slot in own]),
+            tables.numbers(f"{name}.decays", tuple(slot.weight_decay for slot in own), torch.float32),
+            corrections,
+            chosen,
+            blocks,
+            values(tables),
+            *_nearest(tables),
+            *scalars,
+            *betas,
+            eps,
+            scalars.go if seed is None else seed,
+            GRAD=GRADIENTS[own[0].packed.grad.dtype],
+            HELD=how,
+            NOISE=_NOISE,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+        )
+
+
+def _nearest(tables: Tables) -> tuple[Tensor, Tensor]:
+    """Return the tables of ``nearest_code``, for first and for second moments, one after the other."""
+
+    def both(i: int) -> Tensor:
+        return torch.cat([nearest_code(signed, torch.device("cpu"))[i] for signed in (True, False)])
+
+    return tables.made("lower", None, lambda: both(0)), tables.made("starts", None, lambda: both(1))

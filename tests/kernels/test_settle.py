@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from molf.kernels.moments import Scalars
+from molf.kernels.settle import PackedStep, settle_packed_
+from molf.precision import join, split
+from molf.quantised import quantise_
+from packing import BETAS, EPS, SHAPES, drawn, moved, opened
+
+LR, DECAY, T = 0.1, 0.3, 3
+
+
+def corrections(device):
+    return torch.tensor([[1 - BETAS[0] ** T, math.sqrt(1 - BETAS[1] ** T)]], device=device)
+
+
+def made(device, how, expert, shape):
+    packed = drawn(device, shape, expert, torch.float32 if how == "float" else torch.bfloat16)
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(50 + expert))
+    high, low = split(value)
+    if how == "elsewhere":
+        return PackedStep(packed, None, None, 0, LR, DECAY)
+    param, low = (value, None) if how == "float" else (high, low if how == "split" else None)
+    low = None if low is None else low.clone().to(device)
+    return PackedStep(packed, param.clone().to(device), low, 0, LR, DECAY)
+
+
+def value(step):
+    return join(step.param, step.low) if step.low is not None else step.param.float()
+
+
+def settle(steps, chosen, tables, scalars):
+    chosen = torch.tensor(chosen, dtype=torch.int8, device=tables.device)
+    seed = torch.full((), 3, device=tables.device)
+    settle_packed_(steps, chosen, corrections(tables.device), BETAS, EPS, scalars, tables, seed)
+
+
+@pytest.mark.parametrize("how", ["float", "split", "stochastic", "elsewhere"])
+def test_all_moments_are_written_and_winners_alone_move(tables, scalars, how):
+    steps, before = ([made(tables.device, how, e, s) for e, s in enumerate(SHAPES)] for _ in range(2))
+    settle(steps, [1, 0, 1, 0, 1], tables, scalars)
+    for step, old in zip(steps, before, strict=True):
+        m, v = moved(old.packed, 0.5)
+        assert_written(step.packed, m, v)
+        if how == "elsewhere":
+            continue
+        if old.packed.expert % 2:
+            assert torch.equal(step.param, old.param)
+            continue
+        c1, c2 = corrections(tables.device)[0]
+        moves = LR * (m / c1) / (v.sqrt() / c2 + EPS)
+        expected = value(old) * (1 - LR * DECAY) - moves.view(old.param.shape)
+        if how == "stochastic":  # to one of the two neighbours in bf16
+            assert ((value(step) - expected).abs() <= expected.abs() / 128 + 1e-6).all()
+        else:
+            torch.testing.assert_close(value(step), expected, rtol=5e-6, atol=5e-6)
+
+
+def assert_written(packed, m, v):
+    """Codes are those of the plain step, but for a last bit between two of them."""
+    for x, signed, codes, absmax in (
+        (m, True, packed.exp_avg, packed.exp_avg_absmax),
+        (v, False, packed.exp_avg_sq, packed.exp_avg_sq_absmax),
+    ):
+        expected, most = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(absmax)
+        quantise_(x.clone(), expected, most, signed)
+        torch.testing.assert_close(absmax, most, rtol=1e-6, atol=0)
+        apart = (codes.view(expected.shape).int() - expected.int()).abs()
+        assert apart.numel() == 0 or (apart.max() <= 1 and (apart > 0).double().mean() < 0.01)
+
+
+def test_second_moments_above_zero_stay_so(tables, scalars):
+    step = made(tables.device, "elsewhere", 0, (2, 300))
+    step.packed.exp_avg_sq_absmax.zero_()
+    step.packed.grad[:] = 1e-5
+    step.packed.grad[:, ::256] = 1.0
+    settle([step], [0], tables, scalars)
+    assert (opened(step.packed)[1] > 0).all()
+
+
+def test_blocks_of_zeros_stay_zero(tables, scalars):
+    step = made(tables.device, "float", 0, (2, 300))
+    for x in (step.packed.exp_avg_absmax, step.packed.exp_avg_sq_absmax, step.packed.grad):
+        x.zero_()
+    settle([step], [1], tables, scalars)
+    assert not any(x.any() for x in opened(step.packed)) and step.param.isfinite().all()
+
+
+def test_a_step_that_is_left_out_writes_nothing(tables, scalars):
+    step, before = (made(tables.device, "float", 0, (2, 300)) for _ in range(2))
+    settle([step], [1], tables, Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip))
+    assert torch.equal(step.param, before.param)
+    assert all(torch.equal(x, y) for x, y in zip(step.packed[:5], before.packed[:5], strict=True))
