@@ -35,6 +35,19 @@ def test_options_are_those_of_the_optimizer():
         factory()(tiny_llama(), **options)
 
 
+RELEASING = {"ranks": (2,), "lr": 5e-3, "lora_lr": 1e-2, "optimizer_in_backward": True}
+
+
+def test_gradient_release_needs_the_trainers_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"give the Trainer's arguments too, trainer_optimizer\(args, \.\.\.\)"):
+        trainer_optimizer(**RELEASING)
+    for name, value in (("max_grad_norm", 1.0), ("gradient_accumulation_steps", 2)):
+        given = arguments(tmp_path, **{"gradient_accumulation_steps": 1, name: value})
+        with pytest.raises(ValueError, match=rf"optimizer_in_backward=True with {name}={value}"):
+            trainer_optimizer(given, **RELEASING)
+    assert trainer_optimizer(arguments(tmp_path, gradient_accumulation_steps=1), **RELEASING)[1] == RELEASING
+
+
 def arguments(folder, kind=TrainingArguments, **options):
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     shape = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1}
@@ -51,11 +64,12 @@ def causal_rows():
 
 def trained(folder, dtype=torch.float32, resume=None, model=None, optimizer=OPTIONS, **options):
     model = tiny_llama(dtype) if model is None else model
+    given = arguments(folder, **options)
     trainer = Trainer(
         model,
-        arguments(folder, **options),
+        given,
         train_dataset=causal_rows(),
-        optimizer_cls_and_kwargs=trainer_optimizer(**optimizer),
+        optimizer_cls_and_kwargs=trainer_optimizer(given, **optimizer),
         callbacks=[RoutingLog(folder)],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -109,6 +123,19 @@ def test_resumed_run_is_the_uninterrupted_one(whole, tmp_path, dtype):
         {k: v for k, v in row.items() if k in ("step", "loss", "lr/lora")} for row in whole[dtype].state.log_history
     ]
     assert logged == expected
+
+
+def test_released_gradients_change_nothing_and_resume(tmp_path):
+    plain = {name: value for name, value in RELEASING.items() if name != "optimizer_in_backward"}
+    usual = trained(tmp_path / "usual", optimizer=plain, gradient_accumulation_steps=1)
+    whole = trained(tmp_path / "whole", optimizer=RELEASING, gradient_accumulation_steps=1)
+    assert_same_state(whole, usual)
+    assert lines(whole) == lines(usual) and len(lines(whole)) == 6
+    last = str(tmp_path / "whole" / "checkpoint-3")
+    again = {"model": tiny_llama(seed=9), "optimizer": RELEASING, "gradient_accumulation_steps": 1}
+    assert_same_state(trained(tmp_path / "again", resume=last, **again), usual)
+    norms = [[row["grad_norm"] for row in t.state.log_history if "loss" in row] for t in (whole, usual)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
 def test_resumed_run_with_8_bit_states_is_the_uninterrupted_one(tmp_path):

@@ -135,12 +135,17 @@ def test_freezing_all_but_the_routed_weights(settings):
     assert all("q_proj" in name or "v_proj" in name for name in changed)
 
 
+RELEASING = {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 1}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         *({"method": method} for method in ("molf", "molf_e", "fft", *BASELINES)),
         {"method": "molf", "lora_dropout": 0.1},
         {"method": "molf_e", "freeze_non_linear": False},
+        {"method": "molf", **RELEASING, "per_device_train_batch_size": 4},
+        {"method": "molf_e", **RELEASING, "per_device_train_batch_size": 4},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -260,6 +265,7 @@ def test_mistakes_stop_a_run_before_it_writes(settings):
         ({"learning_rte": 1.0}, "did you mean 'learning_rate'"),
         ({"method": "eva", "lora_rank": 64}, "lora_rank=64 with method eva exceeds"),
         ({"model_name_or_path": "/no/such/folder"}, "does not exist"),
+        ({**RELEASING, "max_grad_norm": 1.0}, "optimizer_in_backward=True with max_grad_norm=1.0"),
     )
     for change, message in mistakes:
         with pytest.raises(ValueError, match=message):

@@ -122,7 +122,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if self._shares:
             ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
             self._shares = []
-        if molf.grad_norm is not None and (molf.max_grad_norm is not None or "grad_norm" not in logs):
+        own_norm = molf.max_grad_norm is not None or molf.optimizer_in_backward or "grad_norm" not in logs
+        if molf.grad_norm is not None and own_norm:
             ours["grad_norm"] = float(molf.grad_norm)
         logs.update(ours)
         if state.log_history:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from molf.integrations.release_settings import check_release_settings
 from molf.optimizer import MoLF
 
 __all__ = ["MoLFFactory", "trainer_optimizer"]
@@ -19,7 +20,7 @@ class MoLFFactory:
         return MoLF(model, **options)
 
 
-def trainer_optimizer(**options: Any) -> tuple[type[MoLFFactory], dict[str, Any]]:
+def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactory], dict[str, Any]]:
     """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with MoLF.
 
     The Trainer builds the optimizer itself, after placing the model, and saves and resumes it like its own. Learning rate
@@ -28,6 +29,18 @@ def trainer_optimizer(**options: Any) -> tuple[type[MoLFFactory], dict[str, Any]
     attribute: ``trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(...)`` before ``trainer.train()``.
 
     Args:
+        args: The Trainer's own ``TrainingArguments``; needed with ``optimizer_in_backward=True``, with which not all of them
+            go together.
         **options: The keyword arguments of ``molf.MoLF``.
+
+    Raises:
+        ValueError: With ``optimizer_in_backward=True``, if the arguments are missing, accumulate, clip or scale the loss.
     """
+    if options.get("optimizer_in_backward"):
+        if args is None:
+            raise ValueError(
+                "optimizer_in_backward=True: give the Trainer's arguments too, trainer_optimizer(args, ...), so that settings "
+                "which can't be had with it are refused and not ignored"
+            )
+        check_release_settings(vars(args))
     return MoLFFactory, options

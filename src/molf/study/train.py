@@ -107,7 +107,8 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
     layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
-    sizes = measure(trainer.model, layers, job.config.method.ranks or (), job.config.method.optim_bits)
+    method = job.config.method
+    sizes = measure(trainer.model, layers, method.ranks or (), method.optim_bits, method.optimizer_in_backward)
     cut = cut_targets(job.tokenizer, job.examples, trainer.args)
     if trainer.is_world_process_zero():
         for warning in cut.warnings():

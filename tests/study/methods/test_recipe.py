@@ -35,6 +35,7 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
         "exclude_modules": ("lm_head",),
         "max_grad_norm": 1.0,
         "optim_bits": 32,
+        "optimizer_in_backward": False,
         "bf16_update": "split",
     }
 
@@ -42,6 +43,25 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
 @pytest.mark.parametrize("off", [0, 0.0, None])
 def test_molf_without_clipping(off):
     assert method_recipe(MethodConfig(), TRAIN | {"max_grad_norm": off}, LLAMA).molf["max_grad_norm"] is None
+
+
+RELEASING = {"max_grad_norm": 0, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize("method", ["molf", "molf_e"])
+def test_gradient_release(method):
+    recipe = method_recipe(MethodConfig(method=method, optimizer_in_backward=True), TRAIN | RELEASING, LLAMA)
+    assert recipe.molf["optimizer_in_backward"] is True
+    assert recipe.molf["max_grad_norm"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("max_grad_norm", 1.0, 0), ("gradient_accumulation_steps", 4, 1), ("fp16", True, False)],
+)
+def test_gradient_release_with_what_needs_all_gradients(name, value, allowed):
+    with pytest.raises(ValueError, match=rf"optimizer_in_backward=True with {name}={value}: .*set {name}={allowed}$"):
+        method_recipe(MethodConfig(optimizer_in_backward=True), TRAIN | RELEASING | {name: value}, LLAMA)
 
 
 def test_molf_arguments_are_those_of_the_optimizer():

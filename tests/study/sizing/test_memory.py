@@ -148,11 +148,28 @@ def test_activations_grow_with_the_batch_and_leave_no_hook():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+RELEASING = {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 1}
+
+
+def test_released_gradients_are_those_of_one_layer():
+    embedding, mlp = 151936 * 1536, 1536 * 8960
+    everything = needs_of(QWEN_1_5B, **RELEASING).memory
+    assert everything.gradients == 4 * embedding and everything.released
+    assert needs_of(QWEN_1_5B, freeze_non_linear=True, dtype="bfloat16", **RELEASING).memory.gradients == 2 * mlp
+    efficient, usual = (needs_of(QWEN_1_5B, method="molf_e", ranks=[2, 4], **more).memory for more in (RELEASING, {}))
+    pairs = by_hand(QWEN_1_5B)[3]
+    assert efficient.gradients == 4 * 6 * (1536 + 8960)
+    assert usual.lora - efficient.lora == 4 * 6 * pairs
+    plain = needs_of(QWEN_1_5B, max_grad_norm=0, gradient_accumulation_steps=1).memory
+    assert everything.peak < plain.peak
+
+
 def test_the_peak():
     memory = Memory(10, 4, 20, 3, 5, 9, 5, 2, accumulates=False)
     assert (memory.resident, memory.peak) == (33, 33 + 7)
     assert Memory(10, 40, 20, 3, 5, 9, 5, 2, accumulates=False).peak == 33 + 40
     assert Memory(10, 4, 20, 3, 5, 9, 5, 2, accumulates=True).peak == 33 + 4 + 7
+    assert Memory(10, 4, 20, 3, 5, 9, 5, 2, accumulates=False, released=True).peak == 33 + 4 + 7
 
 
 def test_settings_decide_what_is_kept():

@@ -87,6 +87,13 @@ class MethodConfig:
         default="split",
         metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
     )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
+            "gradient_accumulation_steps 1 only."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.method == "molf_e" and self.fft_expert:
@@ -100,6 +107,10 @@ class MethodConfig:
         if self.optim_bits == 8 and not self.routes:
             raise ValueError(
                 f"optim_bits=8 with method {self.method}: MoLF alone keeps moments in 8 bits; leave it out"
+            )
+        if self.optimizer_in_backward and not self.routes:
+            raise ValueError(
+                f"optimizer_in_backward=True with method {self.method}: MoLF alone moves layers inside backward; leave it out"
             )
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from molf.integrations.release_settings import check_release_settings
 from molf.study.methods.baselines import adalora_arguments, lora_arguments
 from molf.study.methods.config import MethodConfig
 
@@ -77,6 +78,8 @@ def _adam(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def _molf(method: MethodConfig, train: Mapping[str, Any]) -> Recipe:
     """Spell MoLF out: merged where the base trains without dropout, else with PEFT adapters as experts (branched)."""
+    if method.optimizer_in_backward:
+        check_release_settings(train)
     optimizer = {
         "lr": float(train["learning_rate"]),
         "lora_lr": _lora_rate(method, train),
@@ -88,6 +91,7 @@ def _molf(method: MethodConfig, train: Mapping[str, Any]) -> Recipe:
         "max_grad_norm": float(train["max_grad_norm"]) if train["max_grad_norm"] else None,
         "optim_bits": method.optim_bits,
         "bf16_update": method.bf16_update,
+        "optimizer_in_backward": method.optimizer_in_backward,
     }
     experts = {
         "ranks": tuple(method.ranks or ()),

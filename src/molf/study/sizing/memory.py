@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from molf.study.sizing.activations import Activations, measure_activations
 from molf.study.sizing.blueprint import LINEAR, Blueprint
-from molf.study.sizing.sizes import is_adapter, moments_bytes
+from molf.study.sizing.sizes import is_adapter, largest_layer_bytes, moments_bytes
 
 _FLOAT = 4
 _MOMENTS = 8  # bytes per element: two float32 moments
@@ -39,11 +39,11 @@ class Memory:
 
     Attributes:
         weights: ``size(dtype) * |base|``: the model's own weights.
-        gradients: ``size(dtype) * |trained base|``.
+        gradients: ``size(dtype) * |trained base|``; with ``optimizer_in_backward`` those of the largest layer, adapters included.
         states: ``8 * |trained base|``, two float32 moments, or about ``2 * |trained base|`` in 8 bits (``moments_bytes``); with
             bfloat16 weights under MoLF 2 more for each element, the low part of the weight.
         lora: ``(4 + 8) * |LoRA|`` for pairs in MoLF's optimizer (A, B and moments, all float32); adapters inside the model
-            have gradients too, ``(4 + 4 + 8) * |LoRA|``.
+            have gradients too, ``(4 + 4 + 8) * |LoRA|``, unless layers free them.
         activations: What the forward pass of a micro-batch keeps, with or without gradient checkpointing as the run has it.
         activations_all: The same without gradient checkpointing.
         activations_checkpointed: The same with it.
@@ -51,6 +51,7 @@ class Memory:
             an accelerator and 8 on a CPU, where the softmax makes copies; and where the head is trained its gradient in
             float32, ``4 * |head|``. The trainer never holds the scores of all tokens at once.
         accumulates: Whether a step has several micro-batches, so that gradients are there during the forward pass.
+        released: Whether every layer frees its gradients at once.
     """
 
     weights: int
@@ -62,6 +63,7 @@ class Memory:
     activations_checkpointed: int
     logits: int
     accumulates: bool
+    released: bool = False
 
     @property
     def resident(self) -> int:
@@ -74,10 +76,10 @@ class Memory:
 
         Gradients take the place of activations as the backward pass goes on, so it is
         ``resident + max(activations + logits, gradients)``; with accumulation the gradients of earlier micro-batches are
-        there as well: ``resident + gradients + activations + logits``.
+        there as well: ``resident + gradients + activations + logits``. So are those of the last layer if each frees them.
         """
         passing = self.activations + self.logits
-        if self.accumulates:
+        if self.accumulates or self.released:
             return self.resident + self.gradients + passing
         return self.resident + max(passing, self.gradients)
 
@@ -153,17 +155,21 @@ def _memory(blueprint: Blueprint, kept: Activations, tokens: int, copies: int) -
     low_parts = _LOW_PART * _elements(_trained(base)) if splits else 0
     head = blueprint.model.get_output_embeddings().weight
     tile = min(tokens, _TILE_TOKENS) * min(len(head), _TILE_WORDS)
+    released = method.optimizer_in_backward
     checkpointing = bool(blueprint.setting("gradient_checkpointing"))
     return Memory(
         weights=_bytes(base),
-        gradients=_bytes(_trained(base)),
+        gradients=largest_layer_bytes(named) if released else _bytes(_trained(base)),
         states=moments_bytes(_trained(base), method.optim_bits) + low_parts,
-        lora=_bytes(adapters) + (_FLOAT + _MOMENTS) * (_elements(_trained(adapters)) + blueprint.pairs),
+        lora=_bytes(adapters)
+        + (_MOMENTS if released else _FLOAT + _MOMENTS) * _elements(_trained(adapters))
+        + (_FLOAT + _MOMENTS) * blueprint.pairs,
         activations=kept.checkpointed if checkpointing else kept.kept,
         activations_all=kept.kept,
         activations_checkpointed=kept.checkpointed,
         logits=_FLOAT * (copies * tile + (head.numel() if head.requires_grad else 0)),
         accumulates=int(blueprint.setting("gradient_accumulation_steps")) > 1,
+        released=released,
     )
 
 

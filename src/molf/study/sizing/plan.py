@@ -54,7 +54,13 @@ def make_plan(config: RunConfig) -> Plan:
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),
         rows=(len(job.split.train), len(job.eval_rows)),
-        sizes=measure(trainer.model, routed, config.method.ranks or (), config.method.optim_bits),
+        sizes=measure(
+            trainer.model,
+            routed,
+            config.method.ranks or (),
+            config.method.optim_bits,
+            config.method.optimizer_in_backward,
+        ),
         warnings=_warnings(job, trainer),
     )
 

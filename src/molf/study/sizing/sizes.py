@@ -21,7 +21,7 @@ class Sizes:
         trainable: Those of them that are trained.
         lora: Elements of all LoRA pairs, inside the model (PEFT) or in the optimizer (MoLF).
         weights_bytes: The model's weights, a PEFT adapter included.
-        gradients_bytes: One gradient per trained weight, in the weight's type.
+        gradients_bytes: One gradient per trained weight, in the weight's type; of the largest layer if each is freed at once.
         optimizer_bytes: Two moments per trained weight, float32 or in 8 bits.
         lora_pairs_bytes: MoLF's pairs: A, B and their two moments, all float32.
     """
@@ -41,7 +41,11 @@ class Sizes:
 
 
 def measure(
-    model: nn.Module, routed: Iterable[nn.Linear] = (), ranks: Sequence[int] = (), optim_bits: int = 32
+    model: nn.Module,
+    routed: Iterable[nn.Linear] = (),
+    ranks: Sequence[int] = (),
+    optim_bits: int = 32,
+    released: bool = False,
 ) -> Sizes:
     """Count parameters and estimate memory.
 
@@ -57,6 +61,7 @@ def measure(
         routed: The layers that MoLF routes; none for the baselines.
         ranks: MoLF's LoRA ranks.
         optim_bits: Bits of MoLF's moments.
+        released: Whether MoLF frees the gradients of a layer as soon as they are there.
     """
     named = list(model.named_parameters())
     adapter = sum(p.numel() for name, p in named if is_adapter(name))
@@ -68,10 +73,23 @@ def measure(
         trainable=sum(p.numel() for name, p in named if p.requires_grad and not is_adapter(name)),
         lora=sum(p.numel() for name, p in named if p.requires_grad and is_adapter(name)) + pairs,
         weights_bytes=sum(p.numel() * p.element_size() for _, p in named),
-        gradients_bytes=sum(p.numel() * p.element_size() for p in trained),
+        gradients_bytes=largest_layer_bytes(named) if released else sum(p.nbytes for p in trained),
         optimizer_bytes=own + moments_bytes(p for name, p in named if p.requires_grad and is_adapter(name)),
         lora_pairs_bytes=(_PAIR + _MOMENTS) * pairs,
     )
+
+
+def largest_layer_bytes(named: Iterable[tuple[str, Tensor]]) -> int:
+    """Return the bytes of the gradients of the layer that has most, its adapters included.
+
+    Args:
+        named: All parameters by name.
+    """
+    by_layer: dict[str, int] = {}
+    for name, p in named:
+        layer = name.split(".lora_")[0] if is_adapter(name) else name.rpartition(".")[0].removesuffix(".base_layer")
+        by_layer[layer] = by_layer.get(layer, 0) + p.requires_grad * p.nbytes
+    return max(by_layer.values(), default=0)
 
 
 def moments_bytes(parameters: Iterable[Tensor], optim_bits: int = 32) -> int:
