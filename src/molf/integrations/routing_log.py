@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.integrations.fetching import Fetch
 from molf.optimizer import MoLF
 from molf.routing import Routing
 
@@ -18,6 +20,7 @@ __all__ = ["FILE_NAME", "RoutingLog", "selection_record"]
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "molf_expert_selection.jsonl"
+_MOST_PENDING = 16  # decisions that may be on their way; so far behind, an accelerator is waited for
 
 
 def selection_record(step: int, routing: Routing) -> dict[str, Any]:
@@ -40,6 +43,9 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
     ``lr/fft``, ``lr/lora``, ``molf/fft_share`` (share of the wins since the last log), ``molf/skipped_steps`` and
     ``grad_norm``. On resuming, lines of steps after the checkpoint are dropped, so there are neither gaps nor duplicates.
 
+    No step waits for a decision that is on an accelerator still: its line follows when it is there, and before the Trainer logs,
+    saves the optimizer or ends.
+
     Args:
         output_dir: Folder of the log file, created when training starts. Only the main process writes.
     """
@@ -50,6 +56,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._shares: list[float] = []
         self._last: Routing | None = None
         self._rates: dict[str, float] = {}
+        self._pending: deque[tuple[int, Fetch]] = deque()
+        self._before_saving: Any = None
 
     def attach(self, trainer: Trainer) -> RoutingLog:
         """Add this callback to a trainer, ahead of the reporting ones, so that trackers receive its numbers too."""
@@ -66,6 +74,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Open the log: a new one, or on resuming the old one up to the checkpoint's step."""
         molf = _molf(optimizer)
+        self._stop_watching()  # of a training that failed
+        self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._settle(wait=True))
         self._last, self._shares = molf.routing, []
         self._writes = state.is_world_process_zero
         if not self._writes:
@@ -87,7 +97,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Write the decision of the step just taken; a step that was left out has none."""
+        """Take the decision of the step just taken down; a step that was left out has none."""
         molf = _molf(optimizer)
         group = next(group for group in molf.param_groups if "module" in group)
         lr = float(group["lr"])  # the scheduler has not moved yet: this is the rate of the step just taken
@@ -96,6 +106,29 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if routing is None or routing is self._last:
             return
         self._last = routing
+        self._pending.append((state.global_step + 1, Fetch(routing)))
+        self._settle(wait=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what is left."""
+        self._settle(wait=True)
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        self._pending.clear()
+        if self._before_saving is not None:
+            self._before_saving.remove()
+            self._before_saving = None
+
+    def _settle(self, wait: bool) -> None:
+        """Write the decisions that are there, or all of them, waiting."""
+        while self._pending and (wait or self._pending[0][1].done or len(self._pending) > _MOST_PENDING):
+            step, fetch = self._pending.popleft()
+            self._write(step, fetch.get())
+
+    def _write(self, step: int, routing: Routing) -> None:
         if not routing.taken:  # a fused step that was left out says so only when asked
             return
         if "fft" in routing.experts:
@@ -103,7 +136,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if self._writes:
             # Opened for each line: one that is written stays, and whatever ends the training leaves no file open.
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(selection_record(state.global_step + 1, routing)) + "\n")
+                file.write(json.dumps(selection_record(step, routing)) + "\n")
 
     def on_log(
         self,
@@ -118,6 +151,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if logs is None or "loss" not in logs:
             return
         molf = _molf(optimizer)
+        self._settle(wait=True)  # the Trainer has waited for its loss
         ours: dict[str, float] = {**self._rates, "molf/skipped_steps": molf.skipped_steps}
         if self._shares:
             ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
