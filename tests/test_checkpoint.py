@@ -192,3 +192,23 @@ def test_state_of_plain_adamw_is_refused():
     train(model, adamw, 1)
     with pytest.raises(ValueError, match="0 routed modules, this optimizer has 3"):
         MoLF(model, ranks=(2,)).load_state_dict(adamw.state_dict())
+
+
+def test_a_state_that_came_with_lists_for_tuples():
+    """As distributed checkpoints send a whole state from rank to rank: not another state, and tuples again afterwards."""
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    groups = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+    assert any(isinstance(group.get("ranks"), list) for group in groups)
+    other_model, other = build()
+    (state,) = through_a_file(optimizer)
+    other.load_state_dict({**state, "param_groups": groups})
+    other_model.load_state_dict(model.state_dict())
+    for group, as_was in zip(other.param_groups, optimizer.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in as_was.items() if k != "params"}
+    for pair in ((model, optimizer), (other_model, other)):
+        train(*pair, 2)
+    assert not differing(snapshot(model, optimizer), snapshot(other_model, other))

@@ -11,11 +11,20 @@ from molf.distributed import is_sharded, sharded_like
 from molf.layers import in_8_bits
 from molf.precision import master_dtype
 
-__all__ = ["check_compatible", "restore_dtypes"]
+__all__ = ["check_compatible", "restore_dtypes", "with_tuples"]
 
 # Entries that every rank holds whole: A and its moments.
 _WHOLE = (".A", ".A.exp_avg", ".A.exp_avg_sq")
 _TAGS = ("module", "form", "ranks", "experts", "scales")
+
+
+def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose groups have tuples again where one that was sent from rank to rank has lists."""
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], optim_bits: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from molf.checkpoint import check_compatible, restore_dtypes
+from molf.checkpoint import check_compatible, restore_dtypes, with_tuples
 from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.forms import FORMS
@@ -250,6 +250,7 @@ class MoLF(torch.optim.Optimizer):
         Raises:
             ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
         """
+        state_dict = with_tuples(state_dict)
         check_compatible(self.param_groups, state_dict, self.optim_bits)
         if self._release is not None:
             self._release.forget()

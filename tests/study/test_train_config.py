@@ -36,3 +36,41 @@ def test_checkpointing_by_either_name(name, tmp_path):
 
 def test_telemetry_is_off():
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize("given", [True, "True"])
+def test_sharded_runs_write_shards_and_recompute_by_fsdp(given, tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=given, gradient_checkpointing=True)
+    assert config.fsdp is True
+    assert config.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
+    assert config.fsdp_plugin_args["activation_checkpointing"] is True
+    assert not config.gradient_checkpointing, "which would gather a block's weights once more"
+
+
+def test_what_is_asked_of_fsdp_is_kept(tmp_path):
+    asked = '{"state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": false, "reshard_after_forward": false}'
+    config = TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp="True", fsdp_config=asked)
+    assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
+    assert config.fsdp_plugin_args["activation_checkpointing"] is False
+    assert config.fsdp_plugin_args["reshard_after_forward"] is False
+    (tmp_path / "fsdp.json").write_text(asked, encoding="utf-8")
+    config = TrainConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        fsdp=True,
+        fsdp_config=str(tmp_path / "fsdp.json"),
+        gradient_checkpointing=False,
+    )
+    assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
+
+
+def test_no_sharding_unless_asked(tmp_path):
+    for given in ("False", None):
+        assert TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=given).fsdp_plugin_args is None
+
+
+def test_a_broken_fsdp_config_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"fsdp_config=\{no JSON is no JSON object .* give one, or the name of a JSON file"
+    ):
+        TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=True, fsdp_config="{no JSON")

@@ -38,9 +38,11 @@ class CheckpointPart:
 
     Attributes:
         replaces_weights: Whether ``restore`` brings back all weights, and what the Trainer saved of them is not to be read.
+        every_rank: Whether every process of a run saves its own share of the part, rather than the writing one alone.
     """
 
     replaces_weights = False
+    every_rank = False
 
     def check(self, folder: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from, before anything of it is loaded."""
@@ -128,11 +130,10 @@ class WholeCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self._writing = False
-        if not self.args.should_save:
-            return
         for part in self.parts:
-            part.save(self.accelerator.unwrap_model(self.model), partial)
-        if self.state.best_model_checkpoint == str(partial):
+            if part.every_rank or self.args.should_save:
+                part.save(self.accelerator.unwrap_model(self.model), partial)
+        if self.args.should_save and self.state.best_model_checkpoint == str(partial):
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(partial / "trainer_state.json"))
 

@@ -25,6 +25,7 @@ from molf.study.methods.trained_base import TrainedBase, trained_base
 from molf.study.models import load_model_and_tokenizer, locate, use_chat_template
 from molf.study.preemption import StopRequest
 from molf.study.selection import load_split
+from molf.study.sharding import TrainedShards, check_sharded, check_sharding
 from molf.study.stop_at_step import StopAtStep
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
@@ -124,6 +125,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         training_template(job.tokenizer)  # an error about it is clearer than the trainer's
         by_form["assistant_only_loss"] = True
     args = build_train_config(by_form | job.config.train | recipe.train | settings)
+    check_sharding(args, recipe)
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -137,7 +139,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         callbacks=_callbacks(recipe, stop),
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
-    trainer.parts = _checkpoint_parts(job.config, recipe, model)
+    check_sharded(trainer)
+    trainer.parts = _checkpoint_parts(job.config, recipe, trainer)
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -151,12 +154,14 @@ def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback
     return own if stop is None else [*own, StopAtStep(stop)]
 
 
-def _checkpoint_parts(config: RunConfig, recipe: Recipe, model: nn.Module) -> list[CheckpointPart]:
+def _checkpoint_parts(config: RunConfig, recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
     """Return what is kept in a checkpoint beside the Trainer's files."""
-    parts: list[CheckpointPart] = [MadeWith(config)]
+    parts: list[CheckpointPart] = [MadeWith(config, sharded=trainer.is_fsdp_enabled)]
     if recipe.adalora is not None:
         parts.append(AdaLoraState())
-    elif recipe.adapted and trained_base(model):
+    elif recipe.adapted and trainer.is_fsdp_enabled:
+        parts.append(TrainedShards())
+    elif recipe.adapted and trained_base(trainer.model):
         parts.append(TrainedBase())
     return parts
 

@@ -33,6 +33,7 @@ from molf.study.results import (
 )
 from molf.study.routing import read_routing
 from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, check_folder, clear_folder, run_id
+from molf.study.sharding import whole_model
 from molf.study.sizing.sizes import measure
 from molf.study.targets import cut_targets
 from molf.tasks.data import written_whole
@@ -86,9 +87,11 @@ def _run(config: RunConfig, stop: StopRequest) -> Result | None:
             f"stopped by {stop.received} after step {training.steps} of {trainer.state.max_steps}; start it again with "
             "--resume_from_checkpoint True to go on from there"
         )
+    sharded = trainer.is_fsdp_enabled
+    trained = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     if not main:
         return None
-    model = _plain_model(trainer, recipe, config.output_dir)
+    model = _plain_model(trained, recipe, config.output_dir)
     model.config.use_cache = use_cache
     save_checkpoint(model, job.tokenizer, config.output_dir)
     after = _evaluate(job, model, str(config.output_dir))
@@ -131,13 +134,12 @@ def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> T
     )
 
 
-def _plain_model(trainer: Any, recipe: Recipe, folder: Path) -> Any:
-    """Return the trained model without wrappers, adapters merged into the weights.
+def _plain_model(model: Any, recipe: Recipe, folder: Path) -> Any:
+    """Return the trained model with its adapters merged into the weights.
 
     MoLF-Efficient's experts are saved first, as they can still be exported as one adapter then. Where more was trained than
     experts, they would not be what was trained.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.experts is not None and not trained_base(model):
         save_adapters(model, folder / ADAPTERS_FOLDER)
     return model.merge_and_unload() if recipe.adapted else model

@@ -29,10 +29,13 @@ class MadeWith(CheckpointPart):
 
     Args:
         config: The run's settings.
+        sharded: Whether its processes hold shards of the model, which makes checkpoints of another form.
     """
 
-    def __init__(self, config: RunConfig):
-        self.settings = {name: value for name, value in config.to_dict().items() if name in _NAMES}
+    def __init__(self, config: RunConfig, sharded: bool = False):
+        self.settings = {name: value for name, value in config.to_dict().items() if name in _NAMES} | {
+            "sharded": sharded
+        }
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write them."""
@@ -47,7 +50,7 @@ class MadeWith(CheckpointPart):
         file = folder / FILE_NAME
         if not file.is_file():
             return
-        there: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        there: dict[str, Any] = {"sharded": False} | json.loads(file.read_text(encoding="utf-8"))
         differing = [name for name, value in self.settings.items() if there.get(name) != value]
         if differing:
             words = ", ".join(f"{name}={there.get(name)} (here {self.settings[name]})" for name in differing)

@@ -1,0 +1,111 @@
+"""A run whose model is sharded over its processes (FSDP2, ``--fsdp True``): what it needs, and the whole model at its end."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import TrainingArguments
+
+from molf.integrations.whole_checkpoints import CheckpointPart
+from molf.study.config import RunConfig
+from molf.study.methods.adapters import add_adapters
+from molf.study.methods.recipe import Recipe
+from molf.study.models import load_model_and_tokenizer
+
+FOLDER_NAME = "trained_weights"
+_REPLACED = "leave fsdp out, and every process holds the whole model (DDP)"
+
+
+class TrainedShards(CheckpointPart):
+    """All that is trained beside or in adapters, as a part of every checkpoint: each rank writes and reads what it holds.
+
+    The Trainer saves one adapter of a sharded model, and nothing of its base. Any number of ranks goes on from this.
+    """
+
+    replaces_weights = True
+    every_rank = True
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write this rank's shards."""
+        save(_trained(model), checkpoint_id=folder / FOLDER_NAME)
+
+    def restore(self, model: nn.Module, folder: Path) -> None:
+        """Give a model, trained in the same way, the weights of a checkpoint.
+
+        Raises:
+            ValueError: The checkpoint was not written by such a run.
+        """
+        if not (folder / FOLDER_NAME).is_dir():
+            raise ValueError(
+                f"{folder} has no {FOLDER_NAME}: it was not written by a sharded run that trains adapters; go on with the "
+                "settings that it was made with, or pass --overwrite to train from the start"
+            )
+        weights = _trained(model)
+        load(weights, checkpoint_id=folder / FOLDER_NAME)
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+
+
+def _trained(model: nn.Module) -> dict[str, Any]:
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+
+
+def check_sharding(args: TrainingArguments, recipe: Recipe) -> None:
+    """Refuse to shard what can't be, before a trainer is made.
+
+    Args:
+        args: The trainer's settings.
+        recipe: The method.
+
+    Raises:
+        ValueError: Saying what to do.
+    """
+    if not args.fsdp:
+        return
+    if int(args.fsdp_config.get("version", 2)) != 2:
+        raise ValueError(
+            "fsdp_config asks for version 1, which hides the layers' weights in flat ones: use version 2, the default"
+        )
+    if args.parallel_mode.value != "distributed":
+        raise ValueError(
+            "fsdp shards a model over several processes, and this is the only one: start it with "
+            "torchrun --nproc_per_node N -m molf train ..."
+        )
+    if recipe.adalora is not None or (recipe.lora or {}).get("init_lora_weights") == "eva":
+        raise ValueError(
+            f"methods that give every layer a rank of its own (adalora, eva) can't be sharded with fsdp: {_REPLACED}"
+        )
+
+
+def check_sharded(trainer: Any) -> None:
+    """Refuse a trainer that silently does something else than shard.
+
+    Raises:
+        ValueError: Saying what to do.
+    """
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp: accelerate shards models on accelerators only, and this run is on {trainer.args.device}; {_REPLACED}"
+        )
+
+
+def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:
+    """Return the trained model unsharded, on the first rank's device; every rank has to ask for it.
+
+    Args:
+        trainer: Its model is sharded, and stays so.
+        config: The run.
+        recipe: Its method.
+
+    Returns:
+        A model like the one that was loaded, with the trained weights and the adapters; None on all ranks but the first.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    model, _ = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    model = add_adapters(model, recipe, freeze_rest=bool(config.method.freeze_non_linear))
+    model.load_state_dict(weights)
+    return model.to(trainer.args.device)
