@@ -25,6 +25,7 @@ CASES = {
     "pissa": {"method": "pissa", "lora_dropout": 0.0},
     "bf16": {"dtype": "bfloat16"},
     "autocast": {"bf16": True},
+    "few_bits": {"optim_bits": 8},
     "full": {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
 }
 ALIKE = ["molf", "molf_e", "pissa"]
