@@ -1,6 +1,6 @@
 """Time of the optimizer step alone: MoLF with FFT winning everywhere and with LoRA winning everywhere, against fused AdamW.
 
-    python benchmarks/optimizer_step.py [--shape smollm2-135m] [--rank 128] [--rounds 9] [--json]
+    python benchmarks/optimizer_step.py [--shape smollm2-135m] [--rank 128] [--optim_bits 8] [--rounds 9] [--json]
 
 Gradients stay as they are between steps; the contenders take turns on models of the same shape.
 """
@@ -37,15 +37,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--optim_bits", type=int, default=32, help="of MoLF's moments")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="make the last line a JSON object")
     args = parser.parse_args()
 
-    model = with_gradients(args.shape)
+    model, options = with_gradients(args.shape), {"ranks": (args.rank,), "lr": 1e-5, "optim_bits": args.optim_bits}
     optimizers = {
         "adamw_fused": torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
-        "fft_wins": MoLF(with_gradients(args.shape), ranks=(args.rank,), lr=1e-5, score=Always(0)),
-        "lora_wins": MoLF(with_gradients(args.shape), ranks=(args.rank,), lr=1e-5, score=Always(1)),
+        "fft_wins": MoLF(with_gradients(args.shape), score=Always(0), **options),
+        "lora_wins": MoLF(with_gradients(args.shape), score=Always(1), **options),
     }
     seconds = take_turns({name: optimizer.step for name, optimizer in optimizers.items()}, args.rounds, warmup=2)
     routed = optimizers["fft_wins"].experts

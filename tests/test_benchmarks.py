@@ -37,8 +37,9 @@ def test_step_time_refuses_odd_tokens(monkeypatch, capsys, tokens):
     assert "multiple of 128" in capsys.readouterr().err
 
 
-def test_optimizer_step(monkeypatch, capsys):
-    report = last_line(optimizer_step, monkeypatch, capsys)
+@pytest.mark.parametrize("bits", ["32", "8"])
+def test_optimizer_step(monkeypatch, capsys, bits):
+    report = last_line(optimizer_step, monkeypatch, capsys, "--optim_bits", bits)
     assert set(report) == {"fft_wins", "lora_wins"} and min(report.values()) > 0
 
 

@@ -207,6 +207,19 @@ def test_bf16_with_low_parts_is_the_float32_run():
         assert all(torch.equal(value, low.state[p][key]) for key, value in full.state[q].items())
 
 
+def test_moved_inside_backward_is_moved_after_it():
+    """Gradients go as soon as a layer has moved, and a layer with 8-bit moments needs its own twice."""
+    model, optimizer = built()
+    inside, other = built(optimizer_in_backward=True)
+    for t in range(3):
+        for m, o in ((model, optimizer), (inside, other)):
+            o.zero_grad()
+            loss_of(m, t).backward()
+            o.step()
+    assert all(p.grad is None for p in inside.parameters())
+    assert not differing(snapshot(model, optimizer), snapshot(inside, other))
+
+
 KINDS = {
     "float32": (torch.float32, {}),
     "clipped, two winners": (torch.float32, {"max_grad_norm": 0.1, "top_k": 2}),

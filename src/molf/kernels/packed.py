@@ -43,8 +43,9 @@ def load_moved(grad, codes, maxima, at, block, inside, values, factor, beta1, be
     of the same shape, the numbers of their blocks.
     """
     g = tl.load(grad.to(tl.pointer_type(GRAD)) + at, mask=inside, other=0.0).to(tl.float32) * factor
-    m = tl.load(values + tl.load(tl.load(codes).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0))
-    v = tl.load(values + 256 + tl.load(tl.load(codes + 1).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0))
+    code_m = tl.load(tl.load(codes).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
+    code_v = tl.load(tl.load(codes + 1).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
+    m, v = tl.load(values + code_m.to(tl.int32)), tl.load(values + 256 + code_v.to(tl.int32))
     m *= tl.load(tl.load(maxima).to(tl.pointer_type(tl.float32)) + block, mask=inside, other=0.0)
     v *= tl.load(tl.load(maxima + 1).to(tl.pointer_type(tl.float32)) + block, mask=inside, other=0.0)
     m += (1 - beta1) * (g - m)
