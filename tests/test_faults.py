@@ -132,15 +132,27 @@ class Spoil(TrainerCallback):
         return state + [p.detach().clone() for p in model.parameters()]
 
 
+class NeverSee(TrainerCallback):
+    """Takes the gradients of certain steps away."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            model.zero_grad()
+
+
 @pytest.mark.parametrize("changes", [{}, {"method": "molf_e"}, {"dtype": "bfloat16"}], ids=["molf", "molf_e", "bf16"])
-def test_gradients_that_are_not_finite(changes, settings, monkeypatch, caplog):
-    """The step is left out whole, weights, moments and low parts, and counted; resuming keeps the count."""
+def test_gradients_that_are_not_finite(changes, settings, tmp_path, monkeypatch, caplog):
+    """The step is left out whole and counted: the run ends where one ends that never saw the gradients of these steps."""
     rng = random.Random(str(changes))
     spoil = Spoil(rng.sample(range(1, 8), 3), rng)
+    callbacks = [spoil]
 
     def make(*given, **more):
         trainer = make_trainer(*given, **more)
-        trainer.add_callback(spoil)
+        trainer.add_callback(callbacks[-1])
         return trainer
 
     monkeypatch.setattr("molf.study.train.make_trainer", make)
@@ -153,6 +165,11 @@ def test_gradients_that_are_not_finite(changes, settings, monkeypatch, caplog):
     groups = load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["skipped_steps"] == 3
     assert "step left out: a gradient is not finite (3 left out so far)" in caplog.text
+
+    callbacks.append(NeverSee(spoil.steps))
+    carry_out(settings | changes, output_dir=str(tmp_path / "other"))
+    other = weights(tmp_path / "other")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(folder).items())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import copy
 import logging
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from conftest import TOLERANCE
 from molf import MoLF
+from ranks import adapted
 from small import (
     assert_equals_twin,
     differing,
@@ -124,6 +126,42 @@ def test_a_step_with_a_bad_gradient_is_left_out_whole(value, spoilt, max_grad_no
     assert train(model, optimizer, range(3, 6)) == train(twin, other, range(3, 6))
     assert_identical(model, optimizer, twin, other)
     assert (optimizer.skipped_steps, other.skipped_steps) == (1, 0)
+
+
+FORMS = {
+    "merged": (lambda: mlp(torch.float32), {}),
+    "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
+    "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
+    "merged, bf16 weights rounded at random": (lambda: mlp(torch.bfloat16), {"bf16_update": "stochastic"}),
+    "branched": (lambda: adapted(freeze=True, dtype=torch.float32), {"ranks": None}),
+    "branched, base trained": (lambda: adapted(freeze=False, dtype=torch.float32), {"ranks": None}),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
+    """All weights and states end bit for bit where they end without those batches; the schedule goes by the step."""
+    rng = random.Random(f"{form} {seed}")
+    bad = rng.sample(range(12), 4)
+    make, options = FORMS[form]
+    model = make()
+    twin, optimizer, other = pair_of(model, **options)
+    for t in range(12):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        if t in bad:
+            spoilt = rng.choice([p for p in model.parameters() if p.grad is not None])
+            spoilt.grad.view(-1)[rng.randrange(spoilt.numel())] = rng.choice(
+                [float("nan"), float("inf"), -float("inf")]
+            )
+        optimizer.step()
+        if t not in bad:
+            train(twin, other, [t])
+        for group in (*optimizer.param_groups, *other.param_groups):
+            group["lr"] *= 0.9
+    assert_identical(model, optimizer, twin, other)
+    assert (optimizer.skipped_steps, other.skipped_steps) == (4, 0)
 
 
 @pytest.mark.parametrize("bf16_update", ["split", "stochastic"])
