@@ -118,6 +118,14 @@ class Run:
         process.join()
         return self.writing() if process.exitcode == -signal.SIGKILL else None
 
+    def kill_at(self, number):
+        """Start a child that is killed when it is about to change the folder for the ``number``-th time; return as ``kill``."""
+        process = self.start(kill_at=number)
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the run ended with {process.exitcode}:\n{self.log.read_text()[-3000:]}")
+        return self.writing() if process.exitcode else None
+
     def writing(self):
         unfinished = self.folder / UNFINISHED
         return unfinished.is_dir() and any(unfinished.iterdir())
@@ -175,30 +183,26 @@ def log_and_die(settings, log_file):
 
 def killed_at_random(name, model, folder, kills, rng):
     """Kill a run of a method at random moments, go on each time, and compare it with an uninterrupted one."""
+    return _killed(name, model, folder, kills, lambda run: run.kill(rng))
+
+
+def killed_at_changes(name, model, folder, kills, rng):
+    """The same, killed just before a file-system change that is drawn at random: in all that writing a checkpoint consists of."""
+    return _killed(name, model, folder, kills, lambda run: run.kill_at(rng.randint(1, 40)))
+
+
+def _killed(name, model, folder, kills, kill):
     reference, run = Run(name, model, folder / "whole"), Run(name, model, folder / "killed")
     reference.finish()
     moments = []
     while len(moments) < kills:
-        writing = run.kill(rng)
+        writing = kill(run)
         if writing is None:  # it was done already: once more from the start
             shutil.rmtree(run.folder)
             run.steps.unlink()
             moments.clear()
         else:
             moments.append(writing)
-    return _outcome(run, reference, moments)
-
-
-def killed_at_changes(name, model, folder, kills, rng):
-    """The same, killed just before a file-system change that is drawn at random: in all that writing a checkpoint consists of."""
-    reference, run = Run(name, model, folder / "whole"), Run(name, model, folder / "killed")
-    reference.finish()
-    moments = []
-    while len(moments) < kills:
-        process = run.start(kill_at=rng.randint(1, 40))
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, run.log.read_text()[-3000:]
-        moments.append(run.writing())
     return _outcome(run, reference, moments)
 
 
@@ -212,7 +216,7 @@ def _outcome(run, reference, moments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=2, help="of each method, at random moments")
-    parser.add_argument("--changes", type=int, default=10, help="of MoLF and of AdaLoRA, at random changes of files")
+    parser.add_argument("--changes", type=int, default=5, help="of MoLF and of AdaLoRA, at random changes of files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
