@@ -54,6 +54,7 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+MaxArraySize=4
 KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides

@@ -8,7 +8,7 @@ import pytest
 
 from fake_runs import fake_cell
 from molf.study.sweeping.attempt import has_checkpoint
-from molf.study.sweeping.slurm import SlurmEngine, SlurmSettings, job_of, queued_jobs
+from molf.study.sweeping.slurm import SlurmEngine, SlurmSettings, job_of, largest_array, queued_jobs
 from molf.study.sweeping.sweep import sweep
 
 TESTS = Path(__file__).parents[2]
@@ -66,6 +66,15 @@ def test_an_array_of_runs(submit, tmp_path):
     assert cells[2].resumed() == [False, True] and len(cells[0].starts()) == 1
 
 
+def test_more_runs_than_an_array_may_have(submit, tmp_path):
+    cells = [fake_cell(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
+    outcome, told = submit(cells)
+    assert len(outcome.results) == 6
+    arrays = [job_of(cell).partition("_")[0] for cell in cells]
+    assert arrays == [arrays[0]] * largest_array() + [arrays[-1]] * 2 and arrays[0] != arrays[-1]
+    assert [line.split(",")[0] for line in told if "submitted" in line] == ["submitted 4 jobs", "submitted 2 jobs"]
+
+
 def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):
     cell = fake_cell(tmp_path / "out", "hold")
     outcome, _ = submit([cell], wait=False)
@@ -117,12 +126,14 @@ def test_no_slurm_here(tmp_path, monkeypatch):
 def test_a_silent_controller_is_no_empty_queue(tmp_path, monkeypatch):
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
     (tmp_path / "squeue").chmod(0o755)
-    for program in ("sbatch", "srun"):
+    for program in ("sbatch", "srun", "scontrol"):
         (tmp_path / program).symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert queued_jobs() is None
     with pytest.raises(ValueError, match="squeue does not answer"):
         next(SlurmEngine(tmp_path / "jobs").run([fake_cell(tmp_path, "finish")]))
+    with pytest.raises(ValueError, match="scontrol does not say how large an array may be"):
+        largest_array()
 
 
 @pytest.mark.parametrize("name", ["time", "array_parallelism", "signal_delay_s"])

@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ class SlurmSettings:
         account: Account to charge.
         qos: Quality of service.
         constraint: Features a node must have.
-        array_parallelism: How many jobs of the array may run at a time.
+        array_parallelism: How many jobs of an array may run at a time.
         signal_delay_s: How many seconds before the limit a run is told to save.
         setup: Shell commands to run first, such as ``module load cuda``.
         sbatch: Any other option of ``sbatch``, by its long name.
@@ -97,7 +98,7 @@ class SlurmEngine:
         Raises:
             ValueError: There is no SLURM here, or it refuses the jobs.
         """
-        for program in ("sbatch", "squeue", "srun"):
+        for program in ("sbatch", "squeue", "srun", "scontrol"):
             if shutil.which(program) is None:
                 raise ValueError(
                     f"there is no {program} here; run this where jobs are submitted, or use --engine local"
@@ -110,12 +111,14 @@ class SlurmEngine:
         new = [cell for cell in cells if cell not in queued]
         if queued:
             self.tell(f"{len(queued)} jobs are in the queue already")
-        if new:
-            self._submit(new)
+        size = largest_array()
+        for first in range(0, len(new), size):
+            self._submit(new[first : first + size])
         if self.wait:
             yield from self._ended(cells)
 
     def _submit(self, cells: Sequence[Cell]) -> None:
+        """Submit cells as one array."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 
@@ -172,6 +175,18 @@ def queued_jobs() -> dict[str, str] | None:
         return None
     pairs = (line.split() for line in answer.stdout.splitlines())
     return {job: state.lower() for job, state in pairs}
+
+
+def largest_array() -> int:
+    """Return how many jobs an array of this cluster may have.
+
+    Raises:
+        ValueError: SLURM does not say.
+    """
+    answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    if (found := re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)) is None:
+        raise ValueError(f"scontrol does not say how large an array may be; try again ({answer.stderr.strip()})")
+    return max(1, int(found[1]))
 
 
 def job_of(cell: Cell) -> str | None:
