@@ -11,6 +11,17 @@ def test_a_table_is_made_again_only_when_something_moved(tables):
     assert tables.pointers("grads", moved).tolist() == [x.data_ptr() for x in moved]
 
 
+def test_what_lies_in_new_memory_needs_no_new_table(tables):
+    kept, rooms, copied = torch.zeros(3, device=tables.device), [], []
+    for _ in range(2):
+        tables.room = torch.empty(16, device=tables.device)
+        rooms.append(tables.room)
+        tensors = [tables.room[4:8], kept, tables.room[:4], tables.room[16:]]
+        assert tables.pointers("grads", tensors).tolist() == [x.data_ptr() for x in tensors]
+        copied.append(tables._kept["grads"])
+    assert rooms[0].data_ptr() != rooms[1].data_ptr() and copied[0] is copied[1]
+
+
 def test_numbers_follow_their_values(tables):
     first = tables.numbers("rates", (0.1, 0.2), torch.float32)
     assert tables.numbers("rates", (0.1, 0.2), torch.float32) is first

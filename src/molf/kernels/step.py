@@ -65,6 +65,7 @@ class FusedStep:
         """
         tables = self._tables
         work = Work(layers, ordinary, state, tables.device)
+        tables.room = work.room
         if not work.items:
             return Outcome(None, torch.zeros((), device=tables.device), taken=True)
         first = layers[0].group if layers else ordinary[0]

@@ -1,7 +1,7 @@
 """What a launch over many tensors reads: tables of pointers and of blocks of work, on the device.
 
 A table is copied to the device when it changes only. Gradients are new tensors at most steps, but allocators give back the
-same memory, so most steps copy nothing.
+same memory, so most steps copy nothing; none at all where gradients stay in place, so that a CUDA graph can hold the step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ class Tables:
 
     Args:
         device: Where the kernels run.
+
+    Attributes:
+        room: Memory that is new at every step. What lies in it is addressed from its start, so that no table has to change.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.room = torch.empty(0, device=device)
         self._kept: dict[str, tuple[Hashable, Tensor]] = {}
 
     def pointers(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -37,7 +41,13 @@ class Tables:
                     f"a fused step needs contiguous tensors on {self.device}, but one of {name} has strides {x.stride()} "
                     f"on {x.device}: use fused=False"
                 )
-        return self.numbers(name, tuple(x.data_ptr() for x in tensors), torch.int64)
+        base = self.room.data_ptr()
+        inside = tuple(base <= x.data_ptr() < base + self.room.nbytes for x in tensors)
+        addresses = tuple(x.data_ptr() - base * here for x, here in zip(tensors, inside, strict=True))
+        table = self.numbers(name, addresses, torch.int64)
+        if not any(inside):
+            return table
+        return torch.add(table, self.numbers(f"{name}.inside", inside, torch.int64), alpha=base)
 
     def numbers(self, name: str, values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype) -> Tensor:
         """Return numbers on the device; copied again when any of them has changed."""
@@ -50,11 +60,21 @@ class Tables:
         return torch.stack(live) if any(isinstance(lr, Tensor) for lr in rates) else fixed
 
     def made(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed."""
+        """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed.
+
+        Raises:
+            RuntimeError: If it has changed since the last step, and a CUDA graph is being captured.
+        """
         found = self._kept.get(name)
         if found is None or found[0] != key:
             table = make()
             if self.device.type == "cuda":
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        f"{name} has changed since the last step, which a CUDA graph can't follow: before capturing, take two "
+                        "steps with the gradients in the tensors that will hold them at every replay, and let rates that "
+                        "change be tensors on the device"
+                    )
                 # From pinned memory the copy need not wait; the table on the host is kept alive by PyTorch until it is done.
                 table = table.pin_memory().to(self.device, non_blocking=True)
             found = (key, table)

@@ -59,6 +59,7 @@ class Work:
         wins: How often each of these pairs moved, and the numbers of their experts.
         effective: The merged form's weights.
         rates: The learning rates of all experts of all layers.
+        room: One piece of memory for the gradients of the merged form's pairs.
     """
 
     def __init__(
@@ -75,6 +76,10 @@ class Work:
         self.wins: list[tuple[Tensor, int]] = []
         self.effective: list[Effective] = []
         self.rates: list[float | Tensor] = []
+        merged = [layer for layer in layers if isinstance(layer, MergedLayer)]
+        elements = sum(sum(layer.group["ranks"]) * sum(layer.base[0].shape) for layer in merged)
+        self.room = torch.empty(elements, dtype=torch.float32, device=device)
+        self._lent = 0
         for layer in layers:
             self._add_layer(layer)
         self.routed = sum(len(layer.experts) for layer in layers)
@@ -178,7 +183,7 @@ class Work:
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             wins = self._count(layer.base[0], f"{name}.wins")
             A, B = (layer.pair_slot(e, key) for key in "AB")
-            pair = MovedPair(A.param, B.param, torch.empty_like(A.param), torch.empty_like(B.param), scale, wins)
+            pair = MovedPair(A.param, B.param, self._lend(A.param), self._lend(B.param), scale, wins)
             moved.append(pair)
             self.wins.append((wins, first + e))
             assert weight.grad is not None, "a layer without a gradient is not routed"
@@ -197,6 +202,11 @@ class Work:
                 tuple(moved),
             )
         )
+
+    def _lend(self, like: Tensor) -> Tensor:
+        """Return memory for a tensor like the given one."""
+        first, self._lent = self._lent, self._lent + like.numel()
+        return self.room[first : self._lent].view_as(like)
 
     def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
         number = len(self.counts)

@@ -1,0 +1,189 @@
+"""A fused step never asks the device for a value. On a GPU it is captured in a CUDA graph, too."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from molf import MoLF
+from molf.kernels.tables import Tables
+from ranks import adapted
+from small import differing, loss_of, mlp, snapshot, train, wide
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+
+
+def interpreting():
+    """Whether Triton's interpreter is at work, which copies what it is given."""
+    frame = sys._getframe(1)
+    while frame is not None and "/triton/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
+
+
+class NoQuestions(TorchFunctionMode):
+    """On a CPU, where nothing would wait, every call that would on a GPU is an error."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func.__name__ not in ASKING or interpreting(), f"{func.__name__} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class NoScalars(TorchDispatchMode):
+    """The same for what is asked inside PyTorch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        assert not asked or interpreting(), "a value is asked for inside PyTorch"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def nobody_waits():
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+    else:
+        with NoQuestions(), NoScalars():
+            yield
+
+
+def test_questions_are_noticed():
+    x = torch.ones(2, 2)
+    for ask in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: float(x[0, 0]), x.tolist, x.cpu):
+        with pytest.raises(AssertionError), NoQuestions():
+            ask()
+    with pytest.raises(AssertionError), NoScalars():
+        torch.full((2,), x[0, 0])
+
+
+def static_gradients(model, t):
+    """Give a model the gradients of step ``t``, always in the same tensors."""
+    generator = torch.Generator().manual_seed(t)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+KINDS = {
+    "float32": (torch.float32, {}),
+    "clipped, pfn": (torch.float32, {"max_grad_norm": 0.1, "score": "pfn", "top_k": 2}),
+    "adamw": (torch.float32, {"ranks": ()}),
+    "bf16 split": (torch.bfloat16, {}),
+    "bf16 stochastic": (torch.bfloat16, {"bf16_update": "stochastic"}),
+    "8 bits": (torch.float32, {"optim_bits": 8}),
+    "rate on the device": (torch.float32, {"lr": "tensor"}),
+}
+kinds = pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.keys())
+
+
+def warmed_up(dtype, options, model=None):
+    """A model and an optimizer that have taken two steps."""
+    if model is None:
+        model = wide(dtype) if "optim_bits" in options else mlp(dtype)
+    model.to(DEVICE)
+    if options.get("lr") == "tensor":
+        options = {**options, "lr": torch.tensor(1e-2, device=DEVICE)}
+    torch.manual_seed(1)
+    optimizer = MoLF(model, **{"ranks": (2, 4), "lr": 1e-2, "fused": True, **options})
+    for t in range(2):
+        static_gradients(model, t)
+        optimizer.step()
+    return model, optimizer
+
+
+@kinds
+def test_a_step_asks_nothing_and_copies_no_table_where_gradients_stay_in_place(dtype, options, monkeypatch, request):
+    model, optimizer = warmed_up(dtype, options)
+    taken = optimizer.kernels[0]._tables.room  # kept, so that the next step gets other memory
+    made = Tables.made
+
+    def unchanged(tables, name, key, make):
+        assert tables._kept[name][0] == key, f"{name} has changed"
+        return made(tables, name, key, make)
+
+    monkeypatch.setattr(Tables, "made", unchanged)
+    static_gradients(model, 2)
+    request.getfixturevalue("nobody_waits")
+    optimizer.step()
+    assert not taken.numel() or optimizer.kernels[0]._tables.room.data_ptr() != taken.data_ptr()
+
+
+def test_a_step_of_adapters_asks_nothing(request):
+    model, optimizer = warmed_up(torch.float32, {"ranks": None}, adapted(freeze=False, dtype=torch.float32))
+    request.getfixturevalue("nobody_waits")
+    optimizer.step()
+
+
+def test_rates_of_zero_and_a_loss_scale_ask_nothing(request):
+    model, optimizer = warmed_up(torch.float32, {})
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    request.getfixturevalue("nobody_waits")
+    optimizer.step()
+
+
+def test_released_layers_ask_nothing(request):
+    model = mlp(torch.float32).to(DEVICE)
+    optimizer = MoLF(model, ranks=(2,), fused=True, optimizer_in_backward=True)
+    train(model, optimizer, 2)
+    loss = loss_of(model, 2)
+    request.getfixturevalue("nobody_waits")
+    loss.backward()
+    optimizer.step()
+
+
+def test_a_rate_on_the_device_is_the_rate():
+    model, optimizer = warmed_up(torch.float32, {"lr": "tensor", "lora_lr": 2e-2})
+    twin, other = warmed_up(torch.float32, {"lora_lr": 2e-2})
+    for t in range(2, 5):
+        for group, twins in zip(optimizer.param_groups, other.param_groups, strict=True):
+            group["lr"].fill_(1e-2 / t)
+            twins["lr"] = float(group["lr"])
+        for m, o in ((model, optimizer), (twin, other)):
+            static_gradients(m, t)
+            o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@gpu
+@kinds
+def test_a_captured_step_is_the_step(dtype, options):
+    model, optimizer = warmed_up(dtype, options)
+    twin, other = copy.deepcopy((model, optimizer))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for t in range(2, 5):
+        static_gradients(model, t)
+        if t == 3:
+            next(model.parameters()).grad.view(-1)[0] = float("nan")
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad.copy_(p.grad)
+        if isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
+            for group in (*optimizer.param_groups, *other.param_groups):
+                group["lr"].fill_(1e-2 / t)
+        graph.replay()
+        other.step()
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+    assert optimizer.skipped_steps == other.skipped_steps == 1
+
+
+@gpu
+def test_gradients_that_move_while_capturing_are_refused():
+    model, optimizer = warmed_up(torch.float32, {})
+    for p in model.parameters():
+        p.grad = p.grad.clone()
+    with pytest.raises(RuntimeError, match="has changed since the last step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
