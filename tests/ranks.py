@@ -15,117 +15,31 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from molf import MoLF
 from molf.distributed import full, like_rows, local
 from molf.precision import join
-from small import Prefer, mlp, wide
-
-RATES = {"lr": 1e-2, "lora_lr": 2e-2}
-MERGED = {"ranks": (2, 3), **RATES}
-EIGHT_BITS = {**MERGED, "optim_bits": 8, "max_grad_norm": 1.0}
-
-
-class AdaptedLinear(nn.Module):
-    """A linear layer with LoRA adapters, which looks to MoLF as PEFT's does."""
-
-    def __init__(self, base, ranks):
-        super().__init__()
-        self.base_layer = base
-        self.r = {f"r{r}": r for r in ranks}
-        self.active_adapters, self.scaling, self.lora_variant = list(self.r), dict.fromkeys(self.r, 2.0), {}
-        linear = {"bias": False, "dtype": base.weight.dtype}
-        self.lora_A = nn.ModuleDict({name: nn.Linear(base.in_features, r, **linear) for name, r in self.r.items()})
-        self.lora_B = nn.ModuleDict({name: nn.Linear(r, base.out_features, **linear) for name, r in self.r.items()})
-
-    def get_base_layer(self):
-        return self.base_layer
-
-    def forward(self, x):
-        pairs = [self.scaling[name] * self.lora_B[name](self.lora_A[name](x)) for name in self.r]
-        return self.base_layer(x) + sum(pairs)
+from ranks_8_bits import EightBits
+from sharding import (
+    MERGED,
+    RATES,
+    adapted,
+    backward,
+    ddp,
+    everything,
+    fsdp,
+    furthest,
+    given,
+    hsdp,
+    my_rows,
+    train,
+)
+from small import Prefer, mlp
 
 
-def adapted(freeze, dtype=torch.float64):
-    model = mlp(dtype).requires_grad_(not freeze)
-    for i in (1, 4, 5):
-        model[i] = AdaptedLinear(model[i], (2, 3))
-    return model
-
-
-def ddp(model):
-    return DistributedDataParallel(model)
-
-
-def fsdp(model, **how):
-    for module in (model[1], model[4]):
-        fully_shard(module, **how)
-    return fully_shard(model, **how)
-
-
-def columns(p):
-    """Shard embeddings by columns."""
-    return Shard(1) if p.shape == (64, 64) else None
-
-
-def hsdp(model):
-    return fsdp(
-        model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copies", "shards"))
-    )
-
-
-def batch(t, dtype):
-    generator = torch.Generator().manual_seed(100 + t)
-    ids = torch.randint(0, 11, (8, 6), generator=generator)
-    return ids, torch.randn(8, 6, 3, generator=generator).to(dtype)
-
-
-def backward(model, t, rows, dtype, micro):
-    """Leave the mean gradient of those rows of a batch, taken in ``micro`` parts, in the model."""
-    ids, target = batch(t, dtype)
-    for part in range(micro):
-        last = part == micro - 1
-        own = rows[part::micro]
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = last
-        ((model(ids[own]) - target[own]).square().mean() / micro).backward()
-
-
-def train(model, optimizer, steps, rows, micro=1, dtype=torch.float64):
-    winners = []
-    for t in steps:
-        optimizer.zero_grad()
-        backward(model, t, rows, dtype, micro)
-        optimizer.step()
-        winners.append(optimizer.routing.winners())
-    return winners
-
-
-def my_rows():
-    return list(range(dist.get_rank(), 8, dist.get_world_size()))
-
-
-def everything(model, optimizer):
-    """All weights and states, whole, by the names of the plain model."""
-    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
-    tensors = {name: full(p.detach()) for name, p in named.items()}
-    for name, p in named.items():
-        tensors |= {f"{name}/{key}": full(value) for key, value in optimizer.state.get(p, {}).items()}
-    return tensors
-
-
-def furthest(one, other):
-    assert one.keys() == other.keys()
-    return max(float((x - other[name]).abs().max()) for name, x in one.items())
-
-
-class Checks:
+class Checks(EightBits):
     """The checks of one rank. Names without an underscore are run in order."""
 
     def __init__(self, folder):
@@ -253,84 +167,12 @@ class Checks:
         model = fsdp(copy.deepcopy(plain))
         torch.manual_seed(5)
         optimizer, alone = MoLF(model, **options), MoLF(plain, process_group=self._alone, **options)
-        same = all(self._given(t, model, optimizer, plain, alone) for t in range(5))
+        same = all(given(t, model, optimizer, plain, alone) for t in range(5))
         exact = [
             {n: full(like_rows(join(local(p.detach()), local(o.state[p]["low"])), p)) for n, p in m.named_parameters()}
             for m, o in ((model, optimizer), (plain, alone))
         ]
         return {"apart": furthest(*exact), "same winners": same}
-
-    def _given(self, t, model, optimizer, plain, alone):
-        """Take a step of the same random gradients with both and return whether the same experts won."""
-        generator = torch.Generator().manual_seed(t)
-        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements, src_data_rank=None)
-        optimizer.step()
-        alone.step()
-        return optimizer.routing.winners() == alone.routing.winners()
-
-    def eight_bits(self):
-        """Given the same gradients, sharded 8-bit states go where whole ones go; of four ranks one has no row of the last."""
-        plain = wide()
-        plain[5] = nn.Sequential(nn.Linear(257, 1400), nn.Linear(1400, 3, bias=False))
-        model = fsdp(copy.deepcopy(plain))
-        torch.manual_seed(5)
-        optimizer, alone = MoLF(model, **EIGHT_BITS), MoLF(plain, process_group=self._alone, **EIGHT_BITS)
-        same = all(self._given(t, model, optimizer, plain, alone) for t in range(3))
-        one, other = everything(model, optimizer), everything(plain, alone)
-        codes = [name for name, value in one.items() if value.dtype == torch.uint8]
-        packed = [key for key in codes if key.endswith("exp_avg")]
-        maxima = [x for own in optimizer.state.values() for key, x in own.items() if key.endswith("absmax")]
-        return {
-            "same winners": same,
-            "codes alike": min(float((one[name] == other[name]).double().mean()) for name in codes),
-            "apart": furthest(*({n: x for n, x in side.items() if n not in codes} for side in (one, other))),
-            "packed": len(packed),
-            "maxima here": sum(local(x).numel() for x in maxima),
-            "maxima of all": sum(x.numel() for x in maxima),
-        }
-
-    def eight_bit_checkpoint(self):
-        """Two ranks save codes and maxima; other numbers of ranks load the same and go on."""
-        model = fsdp(wide())
-        torch.manual_seed(5)
-        optimizer = MoLF(model, **EIGHT_BITS)
-        if self._size == 2:
-            train(model, optimizer, range(3), my_rows(), dtype=torch.float32)
-            optimizer.zero_grad()
-        weights, states = get_state_dict(model, optimizer)
-        state, folder = {"model": weights, "optimizer": states}, self._folder / "eight-bits"
-        if self._size == 2:
-            dcp.save(state, checkpoint_id=folder)
-            saved = everything(model, optimizer)
-            if dist.get_rank() == 0:
-                torch.save(saved, self._folder / "eight-bits.pt")
-            dist.barrier()
-            model = fsdp(wide(seed=9))
-            optimizer = MoLF(model, **EIGHT_BITS)
-            weights, states = get_state_dict(model, optimizer)
-            state = {"model": weights, "optimizer": states}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        loaded, saved = everything(model, optimizer), torch.load(self._folder / "eight-bits.pt")
-        differing = sorted(name for name, x in saved.items() if not torch.equal(loaded[name], x))
-        train(model, optimizer, range(3, 5), my_rows(), dtype=torch.float32)
-        end = everything(model, optimizer)
-        return {
-            "differing": differing,
-            "dtypes": sorted({str(x.dtype) for x in loaded.values()}),
-            "finite": all(bool(x.isfinite().all()) for x in end.values()),
-        }
-
-    def eight_bits_in_columns(self):
-        """Column shards have no room for a row's maxima."""
-        model = fully_shard(nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 2)), shard_placement_fn=columns)
-        model(torch.ones(1, dtype=torch.long)).sum().backward()
-        try:
-            MoLF(model, **EIGHT_BITS).step()
-        except ValueError as error:
-            return {"error": str(error)}
 
     def stochastic_rounding(self):
         """Shards round with random numbers of their own, copies alike, and a step again from the same state is the same."""
@@ -448,7 +290,7 @@ def run(rank, size, folder):
     store = dist.FileStore(f"{folder}/store{size}", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     checks, reports = Checks(folder), {}
-    for name in [name for name in vars(Checks) if not name.startswith("_")]:
+    for name in [name for name in (*vars(EightBits), *vars(Checks)) if not name.startswith("_")]:
         try:
             reports[name] = getattr(checks, name)()
         except Exception:

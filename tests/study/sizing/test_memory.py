@@ -201,6 +201,9 @@ def test_the_verdict_suggests_what_would_help():
     assert "gradient_checkpointing" not in verdict(needs_with(100), 10).split("try ")[1]
     assert "gradient_checkpointing" in verdict(needs_with(100, 50), 10).split("try ")[1]
     assert "method molf_e" in verdict(needs_with(100), 10)
+    sizes = {"dtype": "bfloat16", "bf16_update": "stochastic"}
+    assert "optim_bits 8" in verdict(needs_of(QWEN_1_5B, **sizes), 10)
+    assert "optim_bits 8" not in verdict(needs_of(QWEN_1_5B, optim_bits=8, **sizes), 10)
     assert "--memory_gb" in verdict(needs_with(100), None)
 
 

@@ -6,6 +6,7 @@ from rich.table import Table
 from molf.study.sizing.memory import Count, Needs
 
 _GIB = 2**30
+_FLOAT_MOMENTS = 8  # bytes per element: two float32 moments
 _TIGHT = 0.9  # the libraries' context and what the allocator wastes take the rest
 
 
@@ -64,7 +65,10 @@ def verdict(needs: Needs, available: int | None) -> str:
     remedies = ["a smaller per_device_train_batch_size with more gradient_accumulation_steps", "a smaller max_length"]
     if needs.memory.activations > needs.memory.activations_checkpointed:
         remedies.insert(0, "gradient_checkpointing")
-    if any(count.trainable for kind, count in needs.parameters.items() if kind != "LoRA"):
+    trained = sum(count.trainable for kind, count in needs.parameters.items() if kind != "LoRA")
+    if trained and needs.memory.states >= _FLOAT_MOMENTS * trained:
+        remedies.append("method molf with optim_bits 8")
+    if trained:
         remedies.append("method molf_e or lora, which leave the base frozen")
     outcome = "does not fit" if peak > available else "hardly fits"
     return f"warning: it {outcome}: {sizes}; try {', '.join(remedies)}"
