@@ -154,9 +154,10 @@ def test_wins_are_counted_and_survive_loading():
 def test_an_assigned_pair_has_started():
     model = mlp()
     optimizer = MoLF(model, ranks=(2,), lr=1e-3)
-    assert not optimizer.routed_layer("1").pairs[0].started
-    optimizer.experts["1"]["lora_r2"].assign(B=torch.ones(13, 2))
-    assert optimizer.routed_layer("1").pairs[0].started
+    expert = optimizer.experts["1"]["lora_r2"]
+    assert optimizer.state[model[1].weight]["lora_r2.wins"] == 0
+    expert.assign(B=torch.ones(13, 2))
+    assert optimizer.state[model[1].weight]["lora_r2.wins"] == 1
 
 
 def test_state_is_flat_tensors_with_plain_names():

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from molf.distributed import full
+from molf.forms import FORMS
 from molf.layers import RoutedLayer
 from molf.precision import master_dtype
+from molf.states import init_group
+from molf.stepping import noise_of
 
 if TYPE_CHECKING:
     from molf.optimizer import MoLF
@@ -30,7 +33,7 @@ class _Expert:
         return f"{type(self).__name__}({self.module!r}, {self.name!r})"
 
     def _layer(self) -> RoutedLayer:
-        return self._optimizer.routed_layer(self.module)
+        return _routed_layer(self._optimizer, self.module)
 
     def _checked(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         if value.shape != like.shape:
@@ -116,7 +119,7 @@ class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
         self._optimizer = optimizer
 
     def __getitem__(self, module: str) -> dict[str, Any]:
-        layer = self._optimizer.routed_layer(module)
+        layer = _routed_layer(self._optimizer, module)
         return {
             name: (FftExpert if name == "fft" else LoraExpert)(self._optimizer, module, name) for name in layer.experts
         }
@@ -126,3 +129,17 @@ class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _routed_layer(optimizer: MoLF, module: str) -> RoutedLayer:
+    """Return the routed layer of that name as it is now, its state in place.
+
+    Raises:
+        KeyError: If no such module is routed.
+    """
+    for group in optimizer.param_groups:
+        if group.get("module") == module:
+            init_group(group, optimizer.state, optimizer.bf16_update == "split", optimizer.optim_bits)
+            return FORMS[group["form"]](group, optimizer.state, noise_of(optimizer, optimizer.ranks()))
+    names = list(Experts(optimizer))
+    raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")

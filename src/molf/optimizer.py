@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,18 +11,15 @@ from torch import Tensor, nn
 from molf.checkpoint import check_compatible, restore_dtypes, with_tuples
 from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
-from molf.forms import FORMS
-from molf.gradients import all_zero
 from molf.groups import param_groups
-from molf.layers import RoutedLayer
 from molf.left_out import LeftOut
 from molf.options import RELEASED, check_given_groups, check_optim_bits, check_options, check_top_k
 from molf.release import Release, retire_others
 from molf.resharding import Names
-from molf.routing import Outcome, Routing
+from molf.routing import Routing
 from molf.scores import Score, get_score
-from molf.states import init_group, init_states
-from molf.stepping import noise_of, take
+from molf.states import init_states
+from molf.stepping import is_dry, take_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,8 +27,6 @@ if TYPE_CHECKING:
     from molf.kernels.step import FusedStep
 
 __all__ = ["MoLF"]
-
-logger = logging.getLogger(__name__)
 
 # What a copy of an optimizer takes over, beside groups and state.
 _OPTIONS = ("top_k", "score", "max_grad_norm", "optim_bits", "bf16_update", "fused", "optimizer_in_backward")
@@ -160,19 +154,6 @@ class MoLF(torch.optim.Optimizer):
         """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
         return self._left_out.fetch(self.param_groups)
 
-    def routed_layer(self, module: str) -> RoutedLayer:
-        """Return the routed layer of that name as it is now, its state in place.
-
-        Raises:
-            KeyError: If no such module is routed.
-        """
-        for group in self.param_groups:
-            if group.get("module") == module:
-                init_group(group, self.state, self.bf16_update == "split", self.optim_bits)
-                return FORMS[group["form"]](group, self.state, noise_of(self, self.ranks()))
-        names = [group["module"] for group in self.param_groups if "module" in group]
-        raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -181,7 +162,8 @@ class MoLF(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Decide, then move the winners.
 
-        A step with a non-finite gradient is left out whole (moments too), counted in ``skipped_steps`` and logged.
+        A step with a non-finite gradient is left out whole (moments too), counted in ``skipped_steps`` and logged. With
+        ``optimizer_in_backward`` all this has been done layer by layer, and what is left is done now.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -194,23 +176,14 @@ class MoLF(torch.optim.Optimizer):
                 loss = closure()
         fresh = not any(self.state.values())
         ranks = self.begin()
-        if fresh and self._is_dry(ranks):
+        if fresh and is_dry(self, ranks):
             return loss
-        outcome = self._take(ranks) if self._release is None else self._release.close(ranks)
+        outcome = take_whole(self, ranks) if self._release is None else self._release.close(ranks)
         self.grad_norm = outcome.norm
         if outcome.routing is not None:
             self.routing = outcome.routing
         self._left_out.note(outcome.taken, self.param_groups)
         return loss
-
-    def _take(self, ranks: Ranks) -> Outcome:
-        outcome = take(self, self.param_groups, ranks, noise_of(self, ranks))
-        if outcome.taken is False and ranks.first:
-            logger.warning(
-                "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
-                self.skipped_steps + 1,
-            )
-        return outcome
 
     def ranks(self) -> Ranks:
         """Return the ranks that train together; if the model was sharded since, its new parameters are looked up first."""
@@ -226,13 +199,6 @@ class MoLF(torch.optim.Optimizer):
             self._agreed = True
         init_states(self.param_groups, self.state, self.bf16_update == "split", self.optim_bits)
         return ranks
-
-    def _is_dry(self, ranks: Ranks) -> bool:
-        """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
-        if any(float(group["lr"]) for group in self.param_groups):
-            return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return all_zero(grads, ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the count of steps left out up to date.

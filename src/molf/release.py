@@ -175,7 +175,7 @@ class Release:
             optimizer = self._owner
             check_release(optimizer.max_grad_norm, ranks or optimizer.ranks())
             ranks = ranks or optimizer.begin()
-            self._step = _Step(ranks, noise_of(optimizer, ranks))
+            self._step = _Step(ranks, None if optimizer.fused else noise_of(optimizer, ranks))
         return self._step
 
     def _group(self, number: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Taking a step of some groups of an optimizer, by PyTorch's kernels or by MoLF's own, with the optimizer's settings."""
+"""Taking a step of all or some groups of an optimizer, by PyTorch's kernels or by MoLF's own, with the optimizer's settings."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from molf.distributed import Ranks, is_sharded
 from molf.forms import FORMS
+from molf.gradients import all_zero
 from molf.kernels import refusal
 from molf.plain import PlainStep
 from molf.precision import Noise
@@ -16,20 +18,22 @@ if TYPE_CHECKING:
     from molf.kernels.step import FusedStep
     from molf.optimizer import MoLF
 
-__all__ = ["noise_of", "take"]
+__all__ = ["is_dry", "noise_of", "take", "take_whole"]
+
+logger = logging.getLogger(__name__)
 
 # Between the seeds of parts that are moved one by one: that many steps have noise of their own.
 _APART = 1 << 16
 
 
 def noise_of(optimizer: MoLF, ranks: Ranks) -> Noise | None:
-    """Return the noise of this step's stochastic rounding, None where low parts are kept or kernels make their own.
+    """Return the noise of this step's stochastic rounding by PyTorch's kernels, None where low parts are kept.
 
     Args:
         optimizer: Before any of its layers has counted the step.
         ranks: Those that train the model together.
     """
-    if optimizer.bf16_update == "split" or optimizer.fused:
+    if optimizer.bf16_update == "split":
         return None
     routed = [group for group in optimizer.param_groups if "module" in group]
     steps = max(int(optimizer.state.get(group["params"][0], {}).get("step", 0)) for group in routed)
@@ -38,6 +42,26 @@ def noise_of(optimizer: MoLF, ranks: Ranks) -> Noise | None:
     apart = (ranks.index + 1) * len(params)
     streams = {p: i + apart * is_sharded(p) for i, p in enumerate(params)}
     return Noise((routed[0]["lora_seed"] * 1_000_003 + steps) % 2**63, streams)
+
+
+def is_dry(optimizer: MoLF, ranks: Ranks) -> bool:
+    """Tell a dry step, with which distributed checkpointing creates optimizer state: rates and gradients all zero."""
+    if any(float(group["lr"]) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return all_zero(grads, ranks)
+
+
+def take_whole(optimizer: MoLF, ranks: Ranks) -> Outcome:
+    """Take the step of everything that has a gradient, or leave it out whole and say so."""
+    noise = None if optimizer.fused else noise_of(optimizer, ranks)
+    outcome = take(optimizer, optimizer.param_groups, ranks, noise)
+    if outcome.taken is False and ranks.first:
+        logger.warning(
+            "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
+            optimizer.skipped_steps + 1,
+        )
+    return outcome
 
 
 def take(
@@ -49,7 +73,7 @@ def take(
         optimizer: Its state of them is there.
         groups: All of its groups, or some, or parts of ordinary ones.
         ranks: Those that train the model together.
-        noise: Of this step.
+        noise: Of this step, for PyTorch's kernels.
         part: Which groups these are, a number of their own: kernels keep their tables from step to step.
 
     Raises:

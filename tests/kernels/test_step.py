@@ -112,6 +112,14 @@ def test_stochastic_rounding_keeps_small_updates_and_repeats_itself():
     assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), start.parameters(), strict=True))
 
 
+def test_experts_can_be_set_beside_stochastic_rounding():
+    model = mlp(torch.bfloat16).to(DEVICE)
+    optimizer = MoLF(model, ranks=(2,), bf16_update="stochastic", fused=True)
+    before = model[1].weight.detach().clone()
+    optimizer.experts["1"]["lora_r2"].assign(B=torch.ones(13, 2))
+    assert not torch.equal(model[1].weight, before)
+
+
 def test_a_step_with_a_non_finite_gradient_is_left_out_and_counted():
     plain, slow, fused, fast = twins()
     step(plain, slow, 0)
