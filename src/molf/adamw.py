@@ -1,9 +1,8 @@
 """AdamW in the two phases that routing needs: move all moments, then step the winners only.
 
 Everything works on lists of ``Slot`` (one tensor with its gradient and moments; of a sharded one the part that is here),
-flattened and cut into blocks: on a CPU a
-block stays in the cache while several operations pass over it, on an accelerator many tensors share one launch.
-Temporaries never exceed one block.
+flattened and cut into blocks: on a CPU a block stays in the cache while several operations pass over it, on an accelerator many
+tensors share one launch. Temporaries never exceed one block.
 
 Moments in 8 bits are opened block by block. Score and update use the moments of the step as they are before they are rounded:
 with a rounded v an update could be far too large. So phase 1 keeps nothing of them, and phase 2 moves them again, for losers too.
@@ -141,7 +140,7 @@ def update_(slots: Sequence[Slot], rates: Rates, workspace: Workspace, noise: No
 
 
 def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> None:
-    """Both phases at once, for tensors that are not routed: PyTorch's fused AdamW."""
+    """Both phases at once, for tensors that are not routed and 8-bit winners: PyTorch's fused AdamW."""
     for batch in _blocks(slots):
         values = [load(slot.param, slot.low) for _, slot in batch]
         moved = [_opened(slot._replace(param=value)) for value, (_, slot) in zip(values, batch, strict=True)]

@@ -166,23 +166,29 @@ def in_8_bits(group: dict[str, Any], optim_bits: int) -> list[bool]:
     return [optim_bits == 8 and i < full_rank and is_large_matrix(p) for i, p in enumerate(group["params"])]
 
 
-def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool, in_8_bits: bool = False) -> None:
+def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool, packed: bool) -> None:
     """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing.
 
-    In 8 bits, ``exp_avg`` and ``exp_avg_sq`` are codes, and their block maxima, zero at first, lie beside them.
+    Args:
+        p: The parameter.
+        state: Its own.
+        keep_low: Whether bf16 weights have low parts.
+        packed: Whether the moments are in 8 bits: codes, and beside them block maxima, which are zero at first.
     """
     if "exp_avg" not in state:
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.zeros_like(p, dtype=torch.uint8 if in_8_bits else master_dtype(p.dtype))
-            if in_8_bits:
-                refuse_column_shards(p)
-                here = local(p)
-                absmax = torch.zeros(
-                    len(here), block_count(p.numel() // max(1, len(p))), dtype=torch.float32, device=here.device
-                )
-                state[f"{key}.absmax"] = like_rows(absmax, p)
+            state[key] = torch.zeros_like(p, dtype=torch.uint8 if packed else master_dtype(p.dtype))
+            if packed:
+                state[f"{key}.absmax"] = _no_maxima(p)
     if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
         state["low"] = torch.zeros_like(p, dtype=torch.int16)
+
+
+def _no_maxima(p: Tensor) -> Tensor:
+    """Return block maxima of a matrix of zeros, sharded as the parameter is."""
+    refuse_column_shards(p)
+    blocks = block_count(p.numel() // len(p))
+    return like_rows(torch.zeros(len(local(p)), blocks, dtype=torch.float32, device=p.device), p)
 
 
 def init_step(state: dict[str, Any]) -> bool:

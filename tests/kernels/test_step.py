@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from molf import MoLF
-from small import loss_of, mlp, wide
+from small import differing, loss_of, mlp, snapshot, wide
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The plain step multiplies in float32; on tensor cores the kernels multiply in TF32.
@@ -81,6 +82,21 @@ def test_8_bit_states(score, top_k, max_grad_norm):
                 else:
                     torch.testing.assert_close(fast.state[q][key].cpu(), value.cpu(), **TOLERANCE)
     assert len(won) > 1
+
+
+def test_8_bit_states_moved_inside_backward():
+    """Layer by layer or all at once: the same bits."""
+    ends = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 20), nn.Linear(20, 3)).to(DEVICE)
+        optimizer = MoLF(model, ranks=(2,), lr=1e-2, fused=True, optim_bits=8, optimizer_in_backward=inside)
+        for _ in range(2):
+            model(torch.randn(4, 300, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(snapshot(model, optimizer))
+    assert not differing(*ends) and any(x.dtype == torch.uint8 for x in ends[0].values())
 
 
 def test_bf16_weights_with_low_parts():

@@ -203,7 +203,7 @@ def fold_winners_(
             weights,
             tables.pointers(f"{name}.lows", lows) if lows else weights,
             *_moments(name, own, packed, tables),
-            values(tables),
+            values(tables.device),
             tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
             tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
             tables.numbers(f"{name}.shapes", tuple(n for shape in shapes for n in shape), torch.int32),

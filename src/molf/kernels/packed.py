@@ -5,6 +5,7 @@ Phase 2 (``molf.kernels.settle``, ``molf.kernels.fold``) opens and moves them ag
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -120,7 +121,7 @@ def observe_packed(
                 shapes_of(name, own, tables),
                 blocks,
                 partials[first:],
-                values(tables),
+                values(tables.device),
                 *scalars,
                 *betas,
                 eps,
@@ -133,11 +134,10 @@ def observe_packed(
     return add_up("observe", partials, [slot.expert for slot in ordered], counts, experts, tables)
 
 
-def values(tables: Tables) -> Tensor:
-    """Return what codes stand for, of first and second moments, float32 ``[512]``."""
-    return tables.made(
-        "values", None, lambda: torch.cat([code_values(signed, torch.device("cpu")) for signed in (True, False)])
-    )
+@functools.lru_cache
+def values(device: torch.device) -> Tensor:
+    """Return what codes stand for, of first and of second moments, float32 ``[512]``."""
+    return torch.cat([code_values(signed, device) for signed in (True, False)])
 
 
 def pointers(name: str, packed: Sequence[Packed], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:

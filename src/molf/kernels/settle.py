@@ -5,6 +5,7 @@ Effective weights are moved when the winners are folded in (``molf.kernels.fold`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -171,8 +172,8 @@ def settle_packed_(
             corrections,
             chosen,
             blocks,
-            values(tables),
-            *_nearest(tables),
+            values(tables.device),
+            *_nearest(tables.device),
             *scalars,
             *betas,
             eps,
@@ -185,10 +186,8 @@ def settle_packed_(
         )
 
 
-def _nearest(tables: Tables) -> tuple[Tensor, Tensor]:
+@functools.lru_cache
+def _nearest(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tables of ``nearest_code``, for first and for second moments, one after the other."""
-
-    def both(i: int) -> Tensor:
-        return torch.cat([nearest_code(signed, torch.device("cpu"))[i] for signed in (True, False)])
-
-    return tables.made("lower", None, lambda: both(0)), tables.made("starts", None, lambda: both(1))
+    first, second = (nearest_code(signed, device) for signed in (True, False))
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
