@@ -387,6 +387,18 @@ def test_clipping_that_is_asked_for_later_is_refused():
         loss_of(model, 0).backward()
 
 
+def test_one_graph_twice_in_a_step_is_refused():
+    model, optimizer, _, _ = pair_of(mlp())
+    loss = loss_of(model, 0)
+    loss.backward(retain_graph=True)
+    weights = [p.detach().clone() for p in model.parameters()]
+    # Whoever notices first: the optimizer, or autograd, whose weights have moved.
+    with pytest.raises(RuntimeError, match="come twice|modified by an inplace operation"):
+        loss.backward()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert optimizer.routing is None
+
+
 def test_accumulation_is_refused_before_anything_moves_twice():
     model, optimizer, _, _ = pair_of(mlp())
     loss_of(model, 0).backward()

@@ -172,6 +172,18 @@ def test_numbers_in_the_logs(run):
     json.dumps(run.state.log_history)
 
 
+def test_a_rate_that_is_a_tensor_is_that_of_the_step(run):
+    run.event("on_train_begin")
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(1e-3)
+    run.step()
+    for group in run.optimizer.param_groups:
+        group["lr"].fill_(5e-4)
+    logs = run.logged(loss=1.0)
+    assert (logs["lr/fft"], logs["lr/lora"]) == (pytest.approx(1e-3), pytest.approx(3e-3))
+    json.dumps(logs)
+
+
 def test_share_is_that_since_the_last_log(run):
     run.event("on_train_begin")
     run.step()
@@ -303,12 +315,12 @@ class Spy(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def trainer_with(folder, max_grad_norm=0.0, **options):
+def trainer_with(folder, max_grad_norm=0.0, model=None, **options):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     quiet["max_grad_norm"] = max_grad_norm
     arguments = TrainingArguments(output_dir=str(folder), max_steps=2, logging_steps=1, **quiet)
-    return Trainer(tiny_llama(), arguments, train_dataset=rows, **options)
+    return Trainer(model or tiny_llama(), arguments, train_dataset=rows, **options)
 
 
 def test_attached_it_comes_before_the_trackers(tmp_path):
@@ -340,6 +352,14 @@ def test_logged_norm_is_that_before_clipping(tmp_path, max_grad_norm):
     RoutingLog(tmp_path).attach(trainer)
     trainer.train()
     assert all(row["grad_norm"] > 0.1 for row in trainer.state.log_history if "loss" in row)
+
+
+def test_released_gradients_that_the_trainer_would_clip(tmp_path):
+    model = tiny_llama()
+    optimizer = MoLF(model, ranks=(2,), optimizer_in_backward=True)
+    trainer = trainer_with(tmp_path, 1.0, model, optimizers=(optimizer, None), callbacks=[RoutingLog(tmp_path)])
+    with pytest.raises(ValueError, match=r"optimizer_in_backward=True with max_grad_norm=1.0: .*set max_grad_norm=0$"):
+        trainer.train()
 
 
 def test_another_optimizer_is_an_error(tmp_path):

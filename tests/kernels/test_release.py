@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from molf import MoLF
-from small import differing, loss_of, mlp, snapshot, train
+from small import differing, loss_of, mlp, snapshot, train, wide
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pair_of(dtype=torch.float32, **options):
-    model = mlp(dtype).to(DEVICE)
+    model = (wide if "optim_bits" in options else mlp)(dtype).to(DEVICE)
     twin, made = copy.deepcopy(model), []
     options = {"ranks": (2, 4), "lr": 1e-2, "lora_lr": 2e-2, "fused": True, **options}
     for m, released in ((model, True), (twin, False)):
@@ -23,8 +23,13 @@ def pair_of(dtype=torch.float32, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [(torch.float32, {}), (torch.float32, {"score": "pfn", "top_k": 2}), (torch.bfloat16, {})],
-    ids=["epd", "pfn", "bf16 split"],
+    [
+        (torch.float32, {}),
+        (torch.float32, {"score": "pfn", "top_k": 2}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"optim_bits": 8}),
+    ],
+    ids=["epd", "pfn", "bf16 split", "8 bits"],
 )
 def test_layer_by_layer_is_the_whole_step(dtype, options):
     model, optimizer, twin, other = pair_of(dtype, **options)

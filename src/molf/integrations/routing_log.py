@@ -9,9 +9,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molf.integrations.fetching import Fetch
+from molf.integrations.release_settings import check_release_settings
 from molf.optimizer import MoLF
 from molf.routing import Routing
 
@@ -55,7 +57,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._writes = False
         self._shares: list[float] = []
         self._last: Routing | None = None
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, float | Tensor] = {}
         self._pending: deque[tuple[int, Fetch]] = deque()
         self._before_saving: Any = None
 
@@ -72,8 +74,14 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Open the log: a new one, or on resuming the old one up to the checkpoint's step."""
+        """Open the log: a new one, or on resuming the old one up to the checkpoint's step.
+
+        Raises:
+            ValueError: If the Trainer would do to gradients what can't be done to released ones.
+        """
         molf = _molf(optimizer)
+        if molf.optimizer_in_backward:
+            check_release_settings(vars(args))
         self._stop_watching()  # of a training that failed
         self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._settle(wait=True))
         self._last, self._shares = molf.routing, []
@@ -100,7 +108,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         """Take the decision of the step just taken down; a step that was left out has none."""
         molf = _molf(optimizer)
         group = next(group for group in molf.param_groups if "module" in group)
-        lr = float(group["lr"])  # the scheduler has not moved yet: this is the rate of the step just taken
+        # The scheduler has not moved yet: this is the rate of the step just taken. A tensor it may change in place.
+        lr = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         self._rates = {"lr/fft": lr, "lr/lora": lr * group["lora_lr_ratio"]}
         routing = molf.routing
         if routing is None or routing is self._last:
@@ -152,7 +161,8 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
             return
         molf = _molf(optimizer)
         self._settle(wait=True)  # the Trainer has waited for its loss
-        ours: dict[str, float] = {**self._rates, "molf/skipped_steps": molf.skipped_steps}
+        ours: dict[str, float] = {name: float(lr) for name, lr in self._rates.items()}
+        ours["molf/skipped_steps"] = molf.skipped_steps
         if self._shares:
             ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
             self._shares = []

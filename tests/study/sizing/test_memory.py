@@ -184,8 +184,9 @@ def test_settings_decide_what_is_kept():
     assert needs_of(QWEN_1_5B, method="lora", accelerator=False).memory.logits == 8 * 4 * 16 * 32768
 
 
-def needs_with(peak, activations=0):
-    memory = Memory(peak - activations, 0, 0, 0, activations, activations, 0, 0, accumulates=False)
+def needs_with(peak, activations=0, gradients=0):
+    rest = peak - max(activations, gradients)
+    memory = Memory(rest, gradients, 0, 0, activations, activations, 0, 0, accumulates=False)
     return Needs({"other": Count(7, 7), "LoRA": Count(3, 3)}, memory, (8, 512))
 
 
@@ -201,6 +202,8 @@ def test_the_verdict_suggests_what_would_help():
     assert "gradient_checkpointing" not in verdict(needs_with(100), 10).split("try ")[1]
     assert "gradient_checkpointing" in verdict(needs_with(100, 50), 10).split("try ")[1]
     assert "method molf_e" in verdict(needs_with(100), 10)
+    assert "optimizer_in_backward" not in verdict(needs_with(100), 10)
+    assert "method molf with optimizer_in_backward" in verdict(needs_with(100, gradients=60, activations=50), 10)
     sizes = {"dtype": "bfloat16", "bf16_update": "stochastic"}
     assert "optim_bits 8" in verdict(needs_of(QWEN_1_5B, **sizes), 10)
     assert "optim_bits 8" not in verdict(needs_of(QWEN_1_5B, optim_bits=8, **sizes), 10)

@@ -71,6 +71,11 @@ class Memory:
         return self.weights + self.states + self.lora
 
     @property
+    def freeing_gradients_helps(self) -> bool:
+        """Whether the peak would be lower if every layer freed its gradients at once."""
+        return not self.released and (self.accumulates or self.gradients > self.activations + self.logits)
+
+    @property
     def peak(self) -> int:
         """The most there is at a time.
 

@@ -68,6 +68,8 @@ def verdict(needs: Needs, available: int | None) -> str:
     trained = sum(count.trainable for kind, count in needs.parameters.items() if kind != "LoRA")
     if trained and needs.memory.states >= _FLOAT_MOMENTS * trained:
         remedies.append("method molf with optim_bits 8")
+    if trained and needs.memory.freeing_gradients_helps:
+        remedies.append("method molf with optimizer_in_backward")
     if trained:
         remedies.append("method molf_e or lora, which leave the base frozen")
     outcome = "does not fit" if peak > available else "hardly fits"
