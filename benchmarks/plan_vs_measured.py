@@ -26,6 +26,8 @@ def settings(args, method, folder):
         "per_device_train_batch_size": args.batch,
         "gradient_accumulation_steps": args.accumulation,
         "gradient_checkpointing": args.checkpointing,
+        "optimizer_in_backward": args.release,
+        "max_grad_norm": 0 if args.release else 1,
         "max_length": args.length,
         "max_steps": 2,
         "disable_tqdm": True,
@@ -102,6 +104,7 @@ def main():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--release", action="store_true", help="optimizer_in_backward, for molf and molf_e only")
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the inner process
     args = parser.parse_args()

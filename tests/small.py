@@ -68,8 +68,8 @@ def loss_of(model, t):
     """The loss of an ``mlp`` on the batch of step ``t``."""
     generator = torch.Generator().manual_seed(100 + t)
     ids = torch.randint(0, 11, (4, 6), generator=generator)
-    target = torch.randn(4, 6, 3, generator=generator).to(next(model.parameters()).dtype)
-    return (model(ids) - target).square().mean()
+    target = torch.randn(4, 6, 3, generator=generator).to(next(model.parameters()))
+    return (model(ids.to(target.device)) - target).square().mean()
 
 
 def train(model, optimizer, steps, scheduler=None):

@@ -44,7 +44,20 @@ def test_optimizer_step(monkeypatch, capsys, bits):
 
 
 def test_plan_vs_measured(monkeypatch, capsys):
-    flags = ["--shape", "tiny", "--rank", "4", "--batch", "2", "--length", "16", "--method", "molf_e", "--json"]
+    flags = [
+        "--shape",
+        "tiny",
+        "--rank",
+        "4",
+        "--batch",
+        "2",
+        "--length",
+        "16",
+        "--method",
+        "molf_e",
+        "--release",
+        "--json",
+    ]
     monkeypatch.setattr(sys, "argv", [plan_vs_measured.__file__, *flags])
     plan_vs_measured.main()  # measures in a process of its own: memory that this one had before would be reused
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["molf_e"] > 0

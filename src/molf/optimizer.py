@@ -151,7 +151,10 @@ class MoLF(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because of a non-finite gradient. After fused steps, asking waits for the device."""
+        """How many steps were left out because of a non-finite gradient, or with ``optimizer_in_backward`` parts of them.
+
+        After fused steps, asking waits for the device.
+        """
         return self._left_out.fetch(self.param_groups)
 
     @overload

@@ -165,6 +165,16 @@ def test_resumed_equals_uninterrupted(changes, settings, tmp_path):
         assert (folder / ROUTING_FILE).read_text() == routing
 
 
+@pytest.mark.parametrize("method", ["molf", "molf_e"])
+def test_releasing_gradients_changes_nothing(method, settings, tmp_path):
+    for name, released in (("usual", False), ("released", True)):
+        changes = {**RELEASING, "optimizer_in_backward": released, "output_dir": str(tmp_path / name)}
+        carry_out(settings, method=method, **changes)
+    usual, released = weights(tmp_path / "usual"), weights(tmp_path / "released")
+    assert usual.keys() == released.keys()
+    assert all(torch.equal(usual[name], released[name]) for name in usual)
+
+
 def test_the_last_checkpoint_is_found(settings):
     changes = {"lora_dropout": 0.1, "save_strategy": "epoch"}
     carry_out(settings, **changes)
