@@ -3,6 +3,7 @@ import os
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,20 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr("molf.study.train.run", stopped)
     assert main(["train", "--model_name_or_path", "somewhere"]) == 75
     assert "molf train: stopped by SIGTERM after step 3 of 9" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_gone_before_its_process_group(monkeypatch):
+    """A model's wrapper that outlives the group may wait for ever for the group's threads."""
+    held, left = [], []
+
+    def stopped(config):
+        trainer = torch.nn.Module()
+        trainer.state = {"trainer": trainer}
+        held.append(weakref.ref(trainer))
+        raise Preempted("stopped by SIGTERM after step 3 of 9")
+
+    monkeypatch.setattr("molf.study.train.run", stopped)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(held[0]()))
+    assert main(["train", "--model_name_or_path", "somewhere"]) == 75
+    assert left == [None]

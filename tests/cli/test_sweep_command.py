@@ -1,6 +1,8 @@
 import shlex
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from conftest import TOLERANCE
 from molf.cli import main
 from molf.cli.parsing import UsageError
 from molf.cli.sweep import parse_sweep
-from molf.study.cells import write_settings
+from molf.integrations.checkpoint_folder import checkpoints
+from molf.study.cells import checked_result, write_settings
 from molf.study.preemption import PREEMPTED
 from molf.study.results import read_result
-from molf.study.sweeping.attempt import Attempt, has_checkpoint
+from molf.study.sweeping.attempt import Attempt
 from molf.study.sweeping.sweep import state_of
 from small_runs import weights
 
@@ -138,28 +141,44 @@ def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
 
 def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, tmp_path):
     settings = (
-        f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 12 "
+        f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 20 "
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
     )
     line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
     (cell,) = parse(line).cells
     write_settings(cell)
-    attempt = Attempt(cell, keep_model=True, own_session=True)
-    with ThreadPoolExecutor() as pool:
-        status = pool.submit(attempt)
-        while not status.done() and not has_checkpoint(cell):
-            time.sleep(0.02)
-        attempt.stop()
-    assert status.result() == PREEMPTED, cell.log.read_text()
-    assert state_of(cell) == "interrupted" and has_checkpoint(cell)
+
+    def interrupted(interrupt):
+        """Attempt the run and interrupt it when it has left another checkpoint; return its status."""
+        before = checkpoints(cell.folder)
+        attempt = Attempt(cell, keep_model=True, own_session=True)
+        with ThreadPoolExecutor() as pool:
+            status = pool.submit(attempt)
+            while not status.done() and checkpoints(cell.folder) == before:
+                time.sleep(0.02)
+            interrupt(attempt)
+        assert state_of(cell) == "interrupted", cell.log.read_text()
+        return status.result()
+
+    assert interrupted(Attempt.stop) == PREEMPTED
+    assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
+    for _ in range(600):
+        if "stopped by the end of the process that launched it" in cell.log.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(cell.log.read_text())
     assert main(["sweep", *shlex.split(line)]) == 0, cell.log.read_text()
-    assert read_result(cell.folder).training.steps == 12
+    result = read_result(cell.folder)
+    assert (result.training.steps, result.training.processes) == (20, 2)
+    with pytest.raises(ValueError, match="holds a run with another number of processes; remove it"):
+        checked_result(replace(cell, processes=1))
 
     assert main(["train", *shlex.split(f"{settings} --gradient_accumulation_steps 2 --output_dir one")]) == 0
     two, one = weights(cell.folder), weights("one")
     for name, tensor in one.items():
-        # As in one step, but twelve times.
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=12 * TOLERANCE[torch.float32])
+        # As in one step, but twenty times.
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=20 * TOLERANCE[torch.float32])
 
 
 def test_help(capsys):

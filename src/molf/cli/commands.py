@@ -1,7 +1,9 @@
 """The commands: parse, call, print."""
 
 import argparse
+import gc
 import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +35,13 @@ def dispatch(command: str, argv: Sequence[str]) -> int:
         command: A name of ``COMMANDS``.
         argv: Its arguments.
     """
+    try:
+        return _dispatch(command, argv)
+    finally:
+        _leave_process_group()
+
+
+def _dispatch(command: str, argv: Sequence[str]) -> int:
     try:
         COMMANDS[command](list(argv))
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -142,20 +151,21 @@ def _carry_out(config: RunConfig) -> None:
         return _show_plan(console, make_plan(config))
     from molf.study.train import run
 
-    try:
-        result = run(config)
-    finally:
-        _leave_process_group()
+    result = run(config)
     if result is not None:
         _show_result(console, result)
 
 
 def _leave_process_group() -> None:
-    """Leave the group of a distributed run: a process that ends with its threads still running may abort."""
-    import torch.distributed
+    """Leave the group of a distributed run: a process that ends with its threads still running may abort.
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    The trainer must be gone by then, and with it the last wrapper of a model: one that outlives the group waits for the group's
+    threads while it holds Python's lock, which they may be waiting for.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 def _show_result(console: Console, result: "Result") -> None:

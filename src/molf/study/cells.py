@@ -153,6 +153,8 @@ def checked_result(cell: Cell) -> Result:
     result = read_result(cell.folder)
     wanted = cell.config.to_dict()
     different = [name for name, value in wanted.items() if name in result.config and result.config[name] != value]
+    if result.training is not None and result.training.processes != cell.processes:
+        different.append("number of processes")
     if different:
         raise ValueError(
             f"{cell.folder} holds a run with another {', '.join(different)}; remove it or choose another output_root"

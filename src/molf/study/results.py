@@ -31,6 +31,7 @@ class Training:
         lora_parameters: Elements of all LoRA pairs, whether inside the model or in the optimizer.
         dropped_examples: Examples left out because ``max_length`` leaves nothing of them in the loss.
         truncated_examples: Other examples whose target lost its end to ``max_length``.
+        processes: How many processes trained together, each on batches of its own.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Training:
     lora_parameters: int
     dropped_examples: int = 0
     truncated_examples: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)

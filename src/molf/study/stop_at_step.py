@@ -1,5 +1,6 @@
 """The Trainer's side of being told to stop: finish the step, save a checkpoint, end the training."""
 
+import os
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from molf.study.preemption import StopRequest
 class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Save and stop after the step in which this process, or any other of a distributed run, was asked to.
 
+    The processes of a distributed run also stop when the one that launched them is gone: nobody else could stop them then, or
+    know that they still run.
+
     Args:
         request: What the signals of this process set.
     """
 
     def __init__(self, request: StopRequest):
         self.request = request
+        self.launcher = os.getppid()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -40,6 +45,8 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def _agree(self, device: torch.device) -> None:
         """Let every rank stop at the same step: a signal may reach one earlier than another, or one alone."""
+        if self.request.received is None and os.getppid() != self.launcher:
+            self.request.received = "the end of the process that launched it"
         asked = torch.tensor(self.request.received is not None, dtype=torch.int32, device=device)
         distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
         if asked and self.request.received is None:

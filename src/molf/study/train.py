@@ -131,6 +131,7 @@ def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> T
         lora_parameters=sizes.lora,
         dropped_examples=cut.dropped,
         truncated_examples=cut.truncated,
+        processes=trainer.args.world_size,
     )
 
 
