@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import molf.adamw
 from conftest import TOLERANCE
@@ -240,6 +241,31 @@ def test_interrupted_and_resumed_is_uninterrupted(dtype, options):
         o.load_state_dict(state)
     assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
     assert train(model, optimizer, range(3, 6)) == train(resumed, other, range(3, 6))
+    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+
+
+class Casts(TorchDispatchMode):
+    """Notes every operation that makes anything but codes of codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and any(getattr(x, "dtype", None) == torch.uint8 for x in args):
+            self.found += [] if result.dtype == torch.uint8 else [str(func)]
+        return result
+
+
+def test_loading_takes_no_memory_beside_that_of_the_codes():
+    model, optimizer = built(torch.bfloat16)
+    train(model, optimizer, 1)
+    resumed, other = built(torch.bfloat16)
+    with Casts() as casts:
+        other.load_state_dict(optimizer.state_dict())
+    assert not casts.found
+    resumed.load_state_dict(model.state_dict())
     assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
 
 

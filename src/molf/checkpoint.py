@@ -11,7 +11,7 @@ from molf.distributed import is_sharded, sharded_like
 from molf.layers import in_8_bits
 from molf.precision import master_dtype
 
-__all__ = ["check_compatible", "restore_dtypes", "with_tuples"]
+__all__ = ["check_compatible", "restore_state", "with_tuples"]
 
 # Entries that every rank holds whole: A and its moments.
 _WHOLE = (".A", ".A.exp_avg", ".A.exp_avg_sq")
@@ -84,23 +84,21 @@ def _check_tensors(where: str, p: Tensor, packed: bool, saved: dict[str, Any]) -
         )
 
 
-def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the saved tensors back in their own dtypes.
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the saved tensors into an optimizer without state, in their own dtypes.
 
-    ``Optimizer.load_state_dict`` casts floating state to the parameter's dtype: float32 moments of a bf16 weight would
-    come back as bf16, and its int16 low part too. What is given whole and belongs to a sharded parameter is sharded.
+    ``Optimizer.load_state_dict`` would cast them to the parameter's dtype: float32 moments of a bf16 weight would come back as
+    bf16, and 8-bit ones would take four times their memory meanwhile. What is given whole and belongs to a sharded parameter is
+    sharded.
     """
     saved = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for key, p in zip(keys, params, strict=True):
         for name, value in saved.get(key, {}).items():
-            if not isinstance(value, Tensor):
-                continue
             if value.ndim == 0:  # a count, which lives on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue
-            if optimizer.state[p][name].dtype != value.dtype:
-                optimizer.state[p][name] = value.detach().clone().to(p.device)
-            if is_sharded(p) and not name.endswith(_WHOLE):
-                optimizer.state[p][name] = sharded_like(optimizer.state[p][name], p)
+            here = value.detach().to(p.device)
+            whole = name.endswith(_WHOLE) or not is_sharded(p)
+            optimizer.state[p][name] = here if whole else sharded_like(here, p)

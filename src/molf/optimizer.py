@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from molf.checkpoint import check_compatible, restore_dtypes, with_tuples
+from molf.checkpoint import check_compatible, restore_state, with_tuples
 from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.groups import param_groups
@@ -223,8 +223,8 @@ class MoLF(torch.optim.Optimizer):
         check_compatible(self.param_groups, state_dict, self.optim_bits)
         if self._release is not None:
             self._release.forget()
-        super().load_state_dict(state_dict)
-        restore_dtypes(self, state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
+        restore_state(self, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters."""
