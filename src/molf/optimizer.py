@@ -223,6 +223,7 @@ class MoLF(torch.optim.Optimizer):
         check_compatible(self.param_groups, state_dict, self.optim_bits)
         if self._release is not None:
             self._release.forget()
+        self._left_out.fetch(self.param_groups)  # what is still on the device is not of the state that comes
         super().load_state_dict({**state_dict, "state": {}})
         restore_state(self, state_dict)
 

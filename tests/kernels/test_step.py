@@ -152,6 +152,17 @@ def test_a_step_with_a_non_finite_gradient_is_left_out_and_counted():
     assert_alike(plain, slow, fused, fast, TOLERANCE)
 
 
+def test_loading_a_state_brings_its_count_of_steps_left_out():
+    _, _, model, optimizer = twins()
+    step(model, optimizer, 0)
+    state = copy.deepcopy(optimizer.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    assert optimizer.skipped_steps == 0
+
+
 def test_schedules_and_moved_gradients_are_followed():
     plain, slow, fused, fast = twins()
     for t in range(4):
