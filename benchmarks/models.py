@@ -1,5 +1,6 @@
 """Model shapes for the benchmarks, with random weights: nothing is downloaded."""
 
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 SHAPES = {
@@ -21,6 +22,24 @@ SHAPES = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "qwen2.5-3b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "smallest": LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    ),
     "tiny": LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -33,8 +52,9 @@ SHAPES = {
 }
 
 
-def random_model(shape):
-    """Return a causal language model of that shape with random weights, in training mode."""
+def random_model(shape, device="cpu", dtype=torch.float32):
+    """Return a causal language model of that shape with random weights, made on that device, in training mode."""
     config = SHAPES[shape].__class__(**SHAPES[shape].to_dict())
     config.use_cache = False
-    return AutoModelForCausalLM.from_config(config).train()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()

@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 import communication
 import eval_speed
+import gpu
 import optimizer_step
 import plan_vs_measured
 import sql_rows
@@ -91,6 +93,40 @@ def test_states(monkeypatch, capsys, tmp_path):
     assert report["bytes"]["8"] < 0.5 * report["bytes"]["32"]
     assert all(curve["4"] < curve["0"] for curves in report["losses"].values() for curve in curves)
     assert 0 < report["rounding"]["exp_avg, blocks along rows"] < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT still asks for it
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets the programme itself, not its smallest form")
+def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
+    """Every part runs in Triton's interpreter; the kernels are right, and what cannot be measured says so."""
+    flags = ["--shapes", "smallest", "--rank", "4", "--batch", "1", "--quick"]
+    files = ["--json", str(tmp_path / "all.json"), "--table", str(tmp_path / "all.md")]
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags, *files])
+    assert gpu.main() == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert {row["part"] for row in found["rows"]} == set(gpu.PARTS)
+    assert all(row["holds"] for row in found["rows"] if row["part"] == "kernels")
+    missing = {row["case"]: row["note"] for row in found["rows"] if row["value"] is None}
+    assert all(note == "not installed" or note.startswith("no memory of a GPU") for note in missing.values()), missing
+    assert len((tmp_path / "all.md").read_text().splitlines()) == len(found["rows"]) + 4
+
+
+def test_a_part_of_the_gpu_programme_that_fails_is_a_row(monkeypatch, capsys, tmp_path):
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate much")
+
+    monkeypatch.setattr(gpu.gpu_step, "measure", fail)
+    path = tmp_path / "all.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "step", "--shapes", "tiny,smallest", "--json", str(path)])
+    assert gpu.main() == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["note"] for row in rows] == ["failed: RuntimeError: CUDA out of memory."] * 2
+
+
+def test_the_gpu_programme_ends_in_time(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "kernels", "--quick", "--budget", "0"])
+    assert gpu.main() == 0
+    assert capsys.readouterr().out.count("not begun: out of time") == 2
 
 
 def test_bytes_that_ranks_send_are_as_the_formulas_say():
