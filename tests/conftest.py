@@ -23,6 +23,18 @@ from small import save_tiny_checkpoint
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
+# Files whose few tests take long: begun first, so that workers which share the tests end together.
+SLOW = ("test_pretrained.py", "test_sharding.py", "test_sweep_command.py", "test_bundled.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Let the tests of a file stay together, whose fixtures they share, and all those that need the one SLURM."""
+    for item in items:
+        own = "slurm" if "cluster" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(own))
+    items.sort(key=lambda item: "cluster" not in item.fixturenames and item.path.name not in SLOW)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
