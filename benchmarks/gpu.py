@@ -11,7 +11,6 @@ which shows that everything runs, and nothing about speed.
 """
 
 import argparse
-from pathlib import Path
 
 import gpu_kernels
 import gpu_step
@@ -39,6 +38,19 @@ def main():
             parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
 
     report = Report(args.json, args.budget)
+    try:
+        run(report, parts, shapes, args)
+    finally:
+        if args.table:
+            report.write_table(args.table)
+    wrong = [
+        row for row in report.rows if row.note.startswith("failed") or (row.part == "kernels" and row.holds is False)
+    ]
+    return 1 if wrong else 0
+
+
+def run(report, parts, shapes, args):
+    """Carry the parts out; whatever fails in one of them is a row."""
     if "kernels" in parts:
         gpu_kernels.measure(report, args.quick)
     if "capped" in parts:  # before much of the memory is in pieces
@@ -48,12 +60,6 @@ def main():
             report.attempt("step", shape, lambda shape=shape: gpu_step.measure(report, shape, args.rank))
     if "training" in parts:
         gpu_training.measure(report, shapes[0], args.rank, args.batch, args.quick)
-    if args.table:
-        Path(args.table).write_text(report.markdown() + "\n", encoding="utf-8")
-    wrong = [
-        row for row in report.rows if row.note.startswith("failed") or (row.part == "kernels" and row.holds is False)
-    ]
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -128,8 +128,8 @@ def cases():
         "a frozen layer": lambda: against_oracle("odd", torch.float32, False, {}, frozen=True),
         "a layer without a gradient": lambda: against_plain("odd", torch.float32, True, {}),
         "clipped": lambda: against_plain("around blocks", torch.float32, True, {"max_grad_norm": 0.1}),
-        "8-bit states": lambda: against_plain("large", torch.float32, True, {"optim_bits": 8}),
-        "8-bit states, bf16": lambda: against_plain("large", torch.bfloat16, True, {"optim_bits": 8}),
+        "8-bit states": lambda: against_plain("around blocks", torch.float32, True, {"optim_bits": 8}),
+        "8-bit states, bf16": lambda: against_plain("around blocks", torch.bfloat16, True, {"optim_bits": 8}),
     }
     for dtype, name, (score, top_k), bias in itertools.product(
         (torch.float32, torch.bfloat16), MODELS, (("epd", 1), ("pfn", 2)), (False, True)

@@ -66,7 +66,7 @@ class Report:
             return self.add(part, case, None, "", note="not begun: out of time")
         try:
             return work()
-        except (RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:  # Triton's and torch's errors have no base in common but this
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return self.add(part, case, None, "", note=f"failed: {type(error).__name__}: {first}")
 
@@ -79,6 +79,11 @@ class Report:
             partial = self._path.with_name(self._path.name + ".partial")
             partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
             partial.replace(self._path)
+
+    def write_table(self, path):
+        """Write the table in Markdown."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.markdown() + "\n", encoding="utf-8")
 
     def markdown(self):
         """Return the table."""

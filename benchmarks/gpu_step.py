@@ -4,6 +4,7 @@ The contenders work one after another on one model and its gradients, float32, s
 counted from what has to be read and written, each tensor once for each pass over it:
 
     fused AdamW               28 a parameter
+    MoLF, all                 4 for the norm of the gradients, which says whether the step is taken
     MoLF, ordinary parameter  20 for the moments, 16 for the step
     MoLF, routed weight       20, 4 for each product with G, 16 if it wins, 8 for the fold if a pair wins; no dA until B moved
     MoLF, pair                4 written as gradient, 20, and 20 if it wins
@@ -55,7 +56,9 @@ def bytes_of(optimizer, bits, fft_wins):
     moments, step = (20, 16) if bits == 32 else (14, 8)
     products = 4 if fft_wins else 8
     won = weights * step if fft_wins else weights * 8 + pairs * 20
-    return weights * (moments + products) + (everything - weights) * (moments + step) + pairs * 24 + won
+    return (
+        everything * 4 + weights * (moments + products) + (everything - weights) * (moments + step) + pairs * 24 + won
+    )
 
 
 def measure(report, shape, rank):

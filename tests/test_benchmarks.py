@@ -9,6 +9,7 @@ import torch
 import communication
 import eval_speed
 import gpu
+import gpu_kernels
 import optimizer_step
 import plan_vs_measured
 import sql_rows
@@ -111,16 +112,30 @@ def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
     assert len((tmp_path / "all.md").read_text().splitlines()) == len(found["rows"]) + 4
 
 
-def test_a_part_of_the_gpu_programme_that_fails_is_a_row(monkeypatch, capsys, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets them all from the programme")
+@pytest.mark.parametrize("case", ["clipped", "8-bit states", "8-bit states, bf16", "odd, bfloat16, pfn, K = 2, biases"])
+def test_cases_of_the_kernels(case):
+    assert gpu_kernels.cases()[case]() < gpu_kernels.TOLERANCE["cpu"]
+
+
+class CompilerError(Exception):
+    """As Triton's errors are: of no kind that torch's are."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, CompilerError, AssertionError])
+def test_a_part_of_the_gpu_programme_that_fails_is_a_row(kind, monkeypatch, capsys, tmp_path):
     def fail(*args):
-        raise RuntimeError("CUDA out of memory.\nTried to allocate much")
+        raise kind("CUDA out of memory.\nTried to allocate much")
 
     monkeypatch.setattr(gpu.gpu_step, "measure", fail)
     path = tmp_path / "all.json"
-    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "step", "--shapes", "tiny,smallest", "--json", str(path)])
+    table = tmp_path / "new" / "all.md"
+    flags = ["--only", "step", "--shapes", "tiny,smallest", "--json", str(path), "--table", str(table)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags])
     assert gpu.main() == 1
     rows = json.loads(path.read_text())["rows"]
-    assert [row["note"] for row in rows] == ["failed: RuntimeError: CUDA out of memory."] * 2
+    assert [row["note"] for row in rows] == [f"failed: {kind.__name__}: CUDA out of memory."] * 2
+    assert table.read_text().count("failed") == 2
 
 
 def test_the_gpu_programme_ends_in_time(monkeypatch, capsys):

@@ -212,3 +212,33 @@ def test_a_state_that_came_with_lists_for_tuples():
     for pair in ((model, optimizer), (other_model, other)):
         train(*pair, 2)
     assert not differing(snapshot(model, optimizer), snapshot(other_model, other))
+
+
+@kinds
+def test_an_optimizer_that_took_over_a_live_state_goes_on_alone(dtype, options):
+    model, optimizer = build(dtype, **options)
+    train(model, optimizer, 2)
+    other_model, other = build(dtype, **options)
+    other.load_state_dict(optimizer.state_dict())
+    other_model.load_state_dict(model.state_dict())
+    before = snapshot(model, optimizer)
+    train(other_model, other, 2)
+    assert not differing(before, snapshot(model, optimizer))
+
+
+def test_hooks_see_the_state_that_is_loaded():
+    """What a hook returns before is what is loaded; one that comes after finds it loaded."""
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    (state,) = through_a_file(optimizer)
+    _, other = build()
+    seen = []
+    changed = {
+        **state,
+        "state": {key: {**own, "step": own["step"] + 5} for key, own in state["state"].items() if "step" in own},
+    }
+    other.register_load_state_dict_pre_hook(lambda _, given: seen.append(len(given["state"])) or changed)
+    other.register_load_state_dict_post_hook(lambda loaded: seen.append(len(loaded.state)))
+    other.load_state_dict(state)
+    assert seen == [len(state["state"]), len(changed["state"])]
+    assert {int(own["step"]) for own in other.state.values()} == {7}

@@ -301,6 +301,16 @@ def test_other_numbers_of_bits_are_refused(bits):
         MoLF(mlp(torch.float32), ranks=(2,), optim_bits=bits)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_8_bits_that_would_change_nothing_are_refused(adapters):
+    """Small matrices only; or nothing that trains but LoRA pairs."""
+    model = nn.Sequential(nn.Linear(80, 80)) if adapters else mlp(torch.float32)
+    if adapters:
+        model = add_lora_experts(model, ranks=(2, 4), target_modules=["0"], exclude_modules=())
+    with pytest.raises(ValueError, match="optim_bits=8 would change nothing: no matrix of 4,096 elements or more"):
+        MoLF(model, optim_bits=8, **({} if adapters else {"ranks": (2,)}))
+
+
 def test_float64_weights_are_refused():
     with pytest.raises(ValueError, match="optim_bits=8 with float64 weights: .* or optim_bits=32"):
         MoLF(mlp(torch.float64), ranks=(2,), optim_bits=8)

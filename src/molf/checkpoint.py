@@ -99,6 +99,6 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
             if value.ndim == 0:  # a count, which lives on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue
-            here = value.detach().to(p.device)
+            here = value.detach().to(p.device, copy=True)
             whole = name.endswith(_WHOLE) or not is_sharded(p)
             optimizer.state[p][name] = here if whole else sharded_like(here, p)

@@ -219,13 +219,24 @@ class MoLF(torch.optim.Optimizer):
         Raises:
             ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
         """
-        state_dict = with_tuples(state_dict)
-        check_compatible(self.param_groups, state_dict, self.optim_bits)
-        if self._release is not None:
-            self._release.forget()
-        self._left_out.fetch(self.param_groups)  # what is still on the device is not of the state that comes
-        super().load_state_dict({**state_dict, "state": {}})
-        restore_state(self, state_dict)
+        saved: dict[str, Any] = {}
+
+        def set_aside(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            saved.update(with_tuples(given))
+            check_compatible(self.param_groups, saved, self.optim_bits)
+            if self._release is not None:
+                self._release.forget()
+            self._left_out.fetch(self.param_groups)  # what is still on the device is not of the state that comes
+            return {**saved, "state": {}}
+
+        # After the hooks of others that come before loading, and before those that come after it.
+        before = self.register_load_state_dict_pre_hook(set_aside)
+        after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from molf.distributed import Ranks
 from molf.groups import param_groups
+from molf.layers import in_8_bits
 from molf.precision import BF16_UPDATES
 from molf.quantised import OPTIM_BITS
 
@@ -40,7 +41,7 @@ def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
     """Return ``optim_bits`` if the moments of these groups can be kept so.
 
     Raises:
-        ValueError: For another number of bits, or 8 bits beside float64 weights.
+        ValueError: For another number of bits, or 8 bits beside float64 weights or where no moments would be kept in them.
     """
     if type(optim_bits) is not int or optim_bits not in OPTIM_BITS:
         raise ValueError(f"optim_bits={optim_bits!r}: use one of {list(OPTIM_BITS)}")
@@ -48,6 +49,11 @@ def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
         raise ValueError(
             "optim_bits=8 with float64 weights: moments of 8 bits would void their precision; use float32 or bfloat16 weights, "
             "or optim_bits=32"
+        )
+    if optim_bits == 8 and not any(packed for group in groups for packed in in_8_bits(group, 8)):
+        raise ValueError(
+            "optim_bits=8 would change nothing: no matrix of 4,096 elements or more trains with full rank, and all else keeps "
+            "its moments in float32; use optim_bits=32"
         )
     return optim_bits
 
