@@ -22,13 +22,14 @@ from torch import Tensor
 
 from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import Packed, load_moved, pointers, values
-from molf.kernels.tables import Tables
+from molf.kernels.tables import OPTIONS, Tables
 from molf.kernels.winners import held, load_weight, store_weight
 from molf.quantised import BLOCK
 
 __all__ = ["Effective", "MovedPair", "fold_winners_"]
 
 _TILE, _DEPTH = 64, 32
+_WARPS = 8  # with 4, registers don't suffice
 
 
 class MovedPair(NamedTuple):
@@ -58,22 +59,26 @@ class Effective(NamedTuple):
 
 
 @triton.jit
-def _product(left, right, rows, columns, n_out, n_in, r, ranks, sign_left, sign_right):
-    """Return ``(L + sign_left * dL)[rows, ranks] @ (R + sign_right * dR)[ranks, columns]``; a sign of 0 leaves the change out.
+def _add_product(total, scale, left, right, sign_left, sign_right, rows, columns, n_out, n_in, r, BK: tl.constexpr):
+    """Return ``total + scale (L + sign_left dL)[rows] @ (R + sign_right dR)[:, columns]``; a sign of 0 leaves the change out.
 
-    ``left`` and ``right`` are each the address of a matrix and of its change.
+    ``left`` and ``right`` are each the address of a matrix and of its change. Tensor cores would drop all but 10 bits of the
+    factors, and always towards zero: each is taken as two numbers of 11 bits (tf32x3), so losers keep their weights.
     """
-    at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-    inside = (rows < n_out)[:, None] & (ranks < r)[None, :]
-    x = tl.load(left[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    if sign_left != 0:
-        x += sign_left * tl.load(left[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
-    inside = (ranks < r)[:, None] & (columns < n_in)[None, :]
-    y = tl.load(right[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    if sign_right != 0:
-        y += sign_right * tl.load(right[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    return tl.dot(x, y, input_precision="tf32")
+    for k in range(0, r, BK):
+        ranks = k + tl.arange(0, BK)
+        at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+        inside = (rows < n_out)[:, None] & (ranks < r)[None, :]
+        x = tl.load(left[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        if sign_left != 0:
+            x += sign_left * tl.load(left[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
+        inside = (ranks < r)[:, None] & (columns < n_in)[None, :]
+        y = tl.load(right[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        if sign_right != 0:
+            y += sign_right * tl.load(right[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        total = tl.dot(scale * x, y, total, input_precision="tf32x3")
+    return total
 
 
 @triton.jit
@@ -113,54 +118,43 @@ def _fold(
         return
     tile = tl.program_id(0)
     i = tl.load(tiles + 3 * tile)
-    rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM)
-    columns = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BN)
-    n_out, n_in = tl.load(shapes + 2 * i), tl.load(shapes + 2 * i + 1)
-    layer = tl.load(layers + i)
+    first = tl.load(tiles + 3 * tile + 2)
+    rows, columns = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM), first + tl.arange(0, BN)
+    n_out, n_in, layer = tl.load(shapes + 2 * i), tl.load(shapes + 2 * i + 1), tl.load(layers + i)
     won = chosen + layer * (R + 1)
+    fft = tl.load(won) != 0
+    lr = tl.load(rates + i)
+    kept = lr * tl.load(decays + i)
+    change = tl.zeros((BM, BN), dtype=tl.float32)
+    for e in tl.static_range(R):
+        own, r, scale = pairs + 4 * (i * R + e), tl.load(ranks_of + i * R + e), tl.load(scales + i * R + e)
+        A, B, dA, dB = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+        moved = tl.load(won + e + 1) != 0
+        if fft & (kept != 0) & (tl.load(tl.load(starteds + i * R + e).to(tl.pointer_type(tl.float32))) != 0):
+            back = -moved.to(tl.float32)
+            change = _add_product(change, kept * scale, (B, dB), (A, dA), back, back, rows, columns, n_out, n_in, r, BK)
+        if moved:
+            change = _add_product(change, scale, (B, dB), (dA, dA), -1.0, 0.0, rows, columns, n_out, n_in, r, BK)
+            change = _add_product(change, scale, (dB, dB), (A, A), 0.0, 0.0, rows, columns, n_out, n_in, r, BK)
     at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
     inside = (rows < n_out)[:, None] & (columns < n_in)[None, :]
-    weight, low = tl.load(weights + i), tl.load(lows + i)
-    W = load_weight(weight, low, at, inside, HELD)
-    fft = tl.load(won) != 0
     if fft:
-        lr, decay = tl.load(rates + i), tl.load(decays + i)
-        base = W
-        if decay != 0:
-            for e in tl.static_range(R):
-                if tl.load(tl.load(starteds + i * R + e).to(tl.pointer_type(tl.float32))) != 0:
-                    A, B = tl.load(pairs + 4 * (i * R + e)), tl.load(pairs + 4 * (i * R + e) + 1)
-                    dA, dB = tl.load(pairs + 4 * (i * R + e) + 2), tl.load(pairs + 4 * (i * R + e) + 3)
-                    moved = (tl.load(won + e + 1) != 0).to(tl.float32)
-                    r = tl.load(ranks_of + i * R + e)
-                    total = tl.zeros((BM, BN), dtype=tl.float32)
-                    for k in range(0, r, BK):
-                        ranks = k + tl.arange(0, BK)
-                        total += _product((B, dB), (A, dA), rows, columns, n_out, n_in, r, ranks, -moved, -moved)
-                    base -= tl.load(scales + i * R + e) * total
         correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
         pair = 2 * i
         if GRAD is None:
             m = tl.load(tl.load(moments + pair).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
             v = tl.load(tl.load(moments + pair + 1).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
         else:
-            block = rows.to(tl.int64)[:, None] * tl.cdiv(n_in, BLOCK) + (columns // BLOCK)[None, :]
-            grad, factor = tl.load(grads + i), tl.load(clip)
+            # A tile lies within one block of each row.
+            block = (rows.to(tl.int64) * tl.cdiv(n_in, BLOCK) + first // BLOCK)[:, None]
+            here, grad, factor = (rows < n_out)[:, None], tl.load(grads + i), tl.load(clip)
             m, v = load_moved(
-                grad, moments + pair, maxima + pair, at, block, inside, values, factor, beta1, beta2, GRAD
+                grad, moments + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD
             )
-        W -= lr * decay * base + lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
-    for e in tl.static_range(R):
-        if tl.load(won + e + 1) != 0:
-            A, B = tl.load(pairs + 4 * (i * R + e)), tl.load(pairs + 4 * (i * R + e) + 1)
-            dA, dB = tl.load(pairs + 4 * (i * R + e) + 2), tl.load(pairs + 4 * (i * R + e) + 3)
-            r = tl.load(ranks_of + i * R + e)
-            total = tl.zeros((BM, BN), dtype=tl.float32)
-            for k in range(0, r, BK):
-                ranks = k + tl.arange(0, BK)
-                total += _product((B, dB), (dA, dA), rows, columns, n_out, n_in, r, ranks, -1.0, 0.0)
-                total += _product((dB, dB), (A, A), rows, columns, n_out, n_in, r, ranks, 0.0, 0.0)
-            W += tl.load(scales + i * R + e) * total
+        change -= lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
+    weight, low = tl.load(weights + i), tl.load(lows + i)
+    W = load_weight(weight, low, at, inside, HELD)
+    W += tl.where(fft, change - kept * W, change)
     store_weight(weight, low, at, inside, W, seed, -1 - i, HELD)
 
 
@@ -226,6 +220,8 @@ def fold_winners_(
             BM=_TILE,
             BN=_TILE,
             BK=_DEPTH,
+            num_warps=_WARPS,
+            **OPTIONS,
         )
 
 

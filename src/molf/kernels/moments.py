@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molf.kernels.tables import Tables
+from molf.kernels.tables import OPTIONS, Tables
 
 __all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_"]
 
@@ -150,6 +150,7 @@ def move_moments_(
                 PFN=pfn,
                 CHUNK=_CHUNK,
                 BLOCK=_BLOCK,
+                **OPTIONS,
             )
         first += len(blocks)
     return add_up("moments", partials, [slot.expert for slot in ordered], counts, experts, tables)
@@ -171,7 +172,7 @@ def add_up(
     bounds = tables.numbers(f"{name}.bounds", _bounds(owners, counts, experts), torch.int32)
     totals = torch.zeros(experts, device=tables.device, dtype=torch.float64)
     if experts:
-        _totals[(experts,)](partials, bounds, totals, STRIP=_STRIP)
+        _totals[(experts,)](partials, bounds, totals, STRIP=_STRIP, **OPTIONS)
     return totals
 
 

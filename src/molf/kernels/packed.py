@@ -16,13 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.moments import GRADIENTS, Scalars, add_up
-from molf.kernels.tables import Tables
+from molf.kernels.tables import OPTIONS, Tables
 from molf.quantised import BLOCK, block_count, code_values
 
-__all__ = ["ROWS", "Packed", "load_moved", "observe_packed", "places", "pointers", "shape_of", "shapes_of", "values"]
+__all__ = [
+    "ROWS",
+    "WARPS",
+    "Packed",
+    "load_moved",
+    "observe_packed",
+    "places",
+    "pointers",
+    "shape_of",
+    "shapes_of",
+    "values",
+]
 
 ROWS = 16
 """Blocks of a tile."""
+
+WARPS = 8
+"""Of programs that work on tiles of 4096 elements in 8 bits; with 4, registers don't suffice."""
 
 
 class Packed(NamedTuple):
@@ -37,18 +51,20 @@ class Packed(NamedTuple):
 
 
 @triton.jit
-def load_moved(grad, codes, maxima, at, block, inside, values, factor, beta1, beta2, GRAD: tl.constexpr):
+def load_moved(grad, codes, maxima, block, here, at, inside, values, factor, beta1, beta2, GRAD: tl.constexpr):
     """Return both moments of this step, 0 outside.
 
-    ``grad`` is an address, ``codes`` and ``maxima`` point to the addresses of the two moments'; ``at`` are elements, ``block``,
-    of the same shape, the numbers of their blocks.
+    ``grad`` is an address, ``codes`` and ``maxima`` point to the addresses of the two moments'; ``block`` is the block of each
+    row of the tile, ``at`` are its elements, and ``here`` and ``inside`` say which of them there are.
     """
     g = tl.load(grad.to(tl.pointer_type(GRAD)) + at, mask=inside, other=0.0).to(tl.float32) * factor
     code_m = tl.load(tl.load(codes).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
     code_v = tl.load(tl.load(codes + 1).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
     m, v = tl.load(values + code_m.to(tl.int32)), tl.load(values + 256 + code_v.to(tl.int32))
-    m *= tl.load(tl.load(maxima).to(tl.pointer_type(tl.float32)) + block, mask=inside, other=0.0)
-    v *= tl.load(tl.load(maxima + 1).to(tl.pointer_type(tl.float32)) + block, mask=inside, other=0.0)
+    m *= tl.where(inside, tl.load(tl.load(maxima).to(tl.pointer_type(tl.float32)) + block, mask=here, other=0.0), 0.0)
+    v *= tl.where(
+        inside, tl.load(tl.load(maxima + 1).to(tl.pointer_type(tl.float32)) + block, mask=here, other=0.0), 0.0
+    )
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
     return m, v
@@ -56,14 +72,15 @@ def load_moved(grad, codes, maxima, at, block, inside, values, factor, beta1, be
 
 @triton.jit
 def places(blocks, shapes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return slot, elements, numbers of their blocks (each ``[ROWS, BLOCK]``), and which there are, of this program's tile."""
+    """Return slot, blocks ``[ROWS, 1]``, which there are, elements ``[ROWS, BLOCK]``, and which there are, of this program."""
     tile = tl.program_id(0)
     slot = tl.load(blocks + 2 * tile)
     block = tl.load(blocks + 2 * tile + 1) + tl.arange(0, ROWS)
     n, in_row, there = tl.load(shapes + 3 * slot), tl.load(shapes + 3 * slot + 1), tl.load(shapes + 3 * slot + 2)
     column = (block % in_row * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     at = (block // in_row * n)[:, None] + column
-    return slot, at, block[:, None] + tl.zeros((ROWS, BLOCK), tl.int64), (block < there)[:, None] & (column < n)
+    here = (block < there)[:, None]
+    return slot, block[:, None], here, at, here & (column < n)
 
 
 @triton.jit
@@ -87,11 +104,9 @@ def _observe(
 ):
     if tl.load(go) == 0:
         return
-    slot, at, block, inside = places(blocks, shapes, ROWS, BLOCK)
-    pair = 2 * slot
-    m, v = load_moved(
-        tl.load(grads + slot), codes + pair, maxima + pair, at, block, inside, values, tl.load(clip), beta1, beta2, GRAD
-    )
+    slot, block, here, at, inside = places(blocks, shapes, ROWS, BLOCK)
+    grad, pair, factor = tl.load(grads + slot), 2 * slot, tl.load(clip)
+    m, v = load_moved(grad, codes + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD)
     u = m / (tl.sqrt(v) + eps)
     total = tl.sum(u * u if PFN else m * u, axis=1)
     tl.store(partials + tl.program_id(0), tl.sum(total, axis=0))
@@ -129,6 +144,8 @@ def observe_packed(
                 PFN=pfn,
                 ROWS=ROWS,
                 BLOCK=BLOCK,
+                num_warps=WARPS,
+                **OPTIONS,
             )
         first += len(blocks)
     return add_up("observe", partials, [slot.expert for slot in ordered], counts, experts, tables)

@@ -2,8 +2,9 @@
 
     dB_i = s_i G A_i^T  [out, r]        dA_i = s_i B_i^T G  [r, in]
 
-``G`` is read as it is, float32 or bf16: no copy of it is made. Products are taken on the tensor cores (TF32) and added up in
-float32.
+``G`` is read as it is, float32 or bf16: no copy of it is made. Products are taken on the tensor cores and added up in float32;
+their factors are rounded to TF32, 11 significant bits. Left to themselves the cores would cut them off, and all gradients of
+pairs would come out too small.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molf.kernels.tables import Tables
+from molf.kernels.tables import OPTIONS, Tables
 
-__all__ = ["Product", "pair_gradients"]
+__all__ = ["Product", "cuts_factors", "nearest_tf32", "pair_gradients"]
 
 _TILE, _RANKS, _DEPTH = 64, 64, 32
 
@@ -39,8 +40,24 @@ class Product(NamedTuple):
 
 
 @triton.jit
+def nearest_tf32(x):
+    """Return float32 numbers rounded to the nearest that TF32 holds; what can't be rounded up becomes infinite or NaN."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _gradient_of_B(
-    Gs, As, dBs, shapes, scales, tiles, GRAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    Gs,
+    As,
+    dBs,
+    shapes,
+    scales,
+    tiles,
+    GRAD: tl.constexpr,
+    ROUND: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     i = tl.load(tiles + 3 * tile)
@@ -57,6 +74,8 @@ def _gradient_of_B(
         g = tl.load(G + at, mask=(rows < n_out)[:, None] & (columns < n_in)[None, :], other=0.0).to(tl.float32)
         at = ranks.to(tl.int64)[None, :] * n_in + columns[:, None]
         a = tl.load(A + at, mask=(ranks < r)[None, :] & (columns < n_in)[:, None], other=0.0)
+        if ROUND:
+            g, a = nearest_tf32(g), nearest_tf32(a)
         total = tl.dot(g, a, total, input_precision="tf32")
     at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
     tl.store(dB + at, total * tl.load(scales + i), mask=(rows < n_out)[:, None] & (ranks < r)[None, :])
@@ -72,6 +91,7 @@ def _gradient_of_A(
     scales,
     tiles,
     GRAD: tl.constexpr,
+    ROUND: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -92,9 +112,16 @@ def _gradient_of_A(
             b = tl.load(B + at, mask=(rows < n_out)[None, :] & (ranks < r)[:, None], other=0.0)
             at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
             g = tl.load(G + at, mask=(rows < n_out)[:, None] & (columns < n_in)[None, :], other=0.0).to(tl.float32)
+            if ROUND:
+                g, b = nearest_tf32(g), nearest_tf32(b)
             total = tl.dot(b, g, total, input_precision="tf32")
     at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
     tl.store(dA + at, total * tl.load(scales + i), mask=(ranks < r)[:, None] & (columns < n_in)[None, :])
+
+
+def cuts_factors(device: torch.device) -> bool:
+    """Tell whether products are taken on tensor cores there; the interpreter takes them in float32."""
+    return device.type != "cpu"
 
 
 def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
@@ -122,9 +149,11 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         scales,
         tiles,
         GRAD=grad,
+        ROUND=cuts_factors(tables.device),
         BM=_TILE,
         BR=_RANKS,
         BK=_DEPTH,
+        **OPTIONS,
     )
     tiles = tables.tiles("products.dA.tiles", tuple((r, n_in) for _, n_in, r in shapes), (_RANKS, _TILE))
     _gradient_of_A[(len(tiles),)](
@@ -136,7 +165,9 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         scales,
         tiles,
         GRAD=grad,
+        ROUND=cuts_factors(tables.device),
         BN=_TILE,
         BR=_RANKS,
         BK=_DEPTH,
+        **OPTIONS,
     )

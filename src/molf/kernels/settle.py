@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.moments import GRADIENTS, Scalars
-from molf.kernels.packed import ROWS, Packed, load_moved, places, pointers, shape_of, shapes_of, values
-from molf.kernels.tables import Tables
+from molf.kernels.packed import ROWS, WARPS, Packed, load_moved, places, pointers, shape_of, shapes_of, values
+from molf.kernels.tables import OPTIONS, Tables
 from molf.kernels.winners import held, load_weight, store_weight
 from molf.quantised import BLOCK, nearest_code
 
@@ -48,13 +48,11 @@ class PackedStep(NamedTuple):
 
 
 @triton.jit
-def _pack(codes, maxima, at, block, inside, x, lower, starts, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _pack(codes, maxima, block, here, at, inside, x, lower, starts, SIGNED: tl.constexpr):
     """Write moments as codes and block maxima, given by their addresses."""
     x = tl.where(inside, x, 0.0)
     most = tl.max(tl.abs(x), axis=1)
-    first = tl.arange(0, BLOCK)[None, :] == 0
-    address = maxima.to(tl.pointer_type(tl.float32)) + block
-    tl.store(address, most[:, None] + tl.zeros_like(x), mask=inside & first)
+    tl.store(maxima.to(tl.pointer_type(tl.float32)) + block, most[:, None], mask=here)
     x = tl.div_rn(x, tl.where(most > 0, most, 1.0)[:, None] + tl.zeros_like(x))
     code = tl.load(lower + (x.to(tl.int32, bitcast=True) >> 16) + 32768).to(tl.int32)
     code += (x > tl.load(starts + code)).to(tl.int32)
@@ -65,7 +63,7 @@ def _pack(codes, maxima, at, block, inside, x, lower, starts, SIGNED: tl.constex
 
 @triton.jit
 def _settle(
-    params,
+    weights,
     lows,
     grads,
     codes,
@@ -95,33 +93,22 @@ def _settle(
 ):
     if tl.load(go) == 0:
         return
-    slot, at, block, inside = places(blocks, shapes, ROWS, BLOCK)
-    pair = 2 * slot
-    m, v = load_moved(
-        tl.load(grads + slot), codes + pair, maxima + pair, at, block, inside, values, tl.load(clip), beta1, beta2, GRAD
-    )
+    slot, block, here, at, inside = places(blocks, shapes, ROWS, BLOCK)
+    grad, pair, factor = tl.load(grads + slot), 2 * slot, tl.load(clip)
+    m, v = load_moved(grad, codes + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD)
     if HELD >= 0:  # noqa: SIM102 - decided when it is compiled
         if tl.load(chosen + tl.load(experts + slot)) != 0:
             layer = tl.load(layers + slot)
             lr, decay = tl.load(rates + slot), tl.load(decays + slot)
             correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-            param, low = tl.load(params + slot), tl.load(lows + slot)
+            param, low = tl.load(weights + slot), tl.load(lows + slot)
             p = load_weight(param, low, at, inside, HELD)
             p = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
             store_weight(param, low, at, inside, p, seed, NOISE + slot, HELD)
-    _pack(tl.load(codes + pair), tl.load(maxima + pair), at, block, inside, m, lower, starts, True, BLOCK)
-    _pack(
-        tl.load(codes + pair + 1),
-        tl.load(maxima + pair + 1),
-        at,
-        block,
-        inside,
-        v,
-        lower + 65536,
-        starts + 256,
-        False,
-        BLOCK,
-    )
+    code, most = tl.load(codes + pair), tl.load(maxima + pair)
+    _pack(code, most, block, here, at, inside, m, lower, starts, True)
+    code, most = tl.load(codes + pair + 1), tl.load(maxima + pair + 1)
+    _pack(code, most, block, here, at, inside, v, lower + 65536, starts + 256, False)
 
 
 def settle_packed_(
@@ -183,6 +170,8 @@ def settle_packed_(
             NOISE=_NOISE,
             ROWS=ROWS,
             BLOCK=BLOCK,
+            num_warps=WARPS,
+            **OPTIONS,
         )
 
 

@@ -11,7 +11,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Tables"]
+__all__ = ["OPTIONS", "Tables"]
+
+OPTIONS = {"enable_fp_fusion": True}
+"""How all kernels are compiled: a product and a sum round once, whatever the release of Triton does when nothing is said."""
 
 
 class Tables:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.moments import Scalars
-from molf.kernels.tables import Tables
+from molf.kernels.tables import OPTIONS, Tables
 
 __all__ = ["FLOAT", "SPLIT", "STOCHASTIC", "Step", "held", "load_weight", "move_winners_", "store_weight"]
 
@@ -92,7 +92,7 @@ def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr
 
 @triton.jit
 def _winners(
-    params,
+    weights,
     lows,
     exp_avgs,
     exp_avg_sqs,
@@ -122,7 +122,7 @@ def _winners(
     layer = tl.load(layers + slot)
     lr, decay = tl.load(rates + slot), tl.load(decays + slot)
     correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-    param, low = tl.load(params + slot), tl.load(lows + slot)
+    param, low = tl.load(weights + slot), tl.load(lows + slot)
     exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
     exp_avg_sq = tl.load(exp_avg_sqs + slot).to(tl.pointer_type(tl.float32))
     for first in range(0, CHUNK, BLOCK):
@@ -191,4 +191,5 @@ def move_winners_(
             KEEP=bool(changes),
             CHUNK=_CHUNK,
             BLOCK=_BLOCK,
+            **OPTIONS,
         )

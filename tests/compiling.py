@@ -1,0 +1,90 @@
+"""Compile for an H100 every kernel that a few steps launch, and print what ptxas made of each as JSON. No GPU is needed.
+
+Run as a script, in a process of its own without TRITON_INTERPRET: launches are compiled, not run.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from molf import MoLF
+from molf.kernels import products, step  # noqa: F401 - all are loaded before they are said to be interpreted, below
+from small import wide
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+VARIANTS = [  # together they launch every kernel with weights held in every way, gradients of both dtypes, one and two pairs
+    (torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8}),
+    (torch.float32, {"ranks": (2, 4), "score": "pfn"}),
+    (torch.bfloat16, {"ranks": (2, 4), "optim_bits": 8}),
+]
+
+
+class Absent:
+    """A GPU that there is code for, and nothing else."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def compiled_by(variants):
+    """Return every kernel that the first step of these variants launches, as Triton compiles it for an H100, by name."""
+    found = {}
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "HELD", "PFN", "KEEP")]
+        found[f"{self.__name__}({', '.join(constants)})"] = kernel
+
+    triton.JITFunction.run = compile_only
+    driver.set_active(Absent())
+    products.cuts_factors = lambda device: True
+    os.environ["TRITON_INTERPRET"] = "1"
+    for dtype, options in variants:
+        model = wide(dtype)
+        optimizer = MoLF(model, fused=True, **{"ranks": (2,), **options})
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return found
+
+
+def resources(kernel):
+    """Return registers and bytes of stack of a thread, and the shared memory of a block."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
+    local = len(re.findall(r"\b(?:LDL|STL)\b", kernel.asm["sass"])) if stack else 0
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "vectors": len(re.findall(r"\.global[^ ]*\.v[24]", kernel.asm["ptx"])),
+        "scalars": len(re.findall(r"(?:ld|st)\.global(?!\.v)", kernel.asm["ptx"])),
+    }
+
+
+if __name__ == "__main__":
+    kernels = compiled_by(VARIANTS)
+    json.dump({name: resources(kernel) for name, kernel in sorted(kernels.items())}, sys.stdout, indent=1)

@@ -1,0 +1,40 @@
+"""The interpreter takes much that a GPU does not. So all kernels are compiled for one, too, where there is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="Triton brings no ptxas for this platform")
+SCRIPT = Path(__file__).parents[1] / "compiling.py"
+KERNELS = {"_fold", "_gradient_of_A", "_gradient_of_B", "_moments", "_observe", "_settle", "_totals", "_winners"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles_for_an_h100(compiled):
+    assert {name.partition("(")[0] for name in compiled} == KERNELS
+
+
+def test_registers_suffice(compiled):
+    """What does not fit into 255 registers of a thread goes to memory and back."""
+    spilling = {name: made for name, made in compiled.items() if made["stack"] > 128}
+    assert not spilling
+
+
+def test_programs_fit_a_multiprocessor(compiled):
+    """Of its 65536 registers and 227 KiB of shared memory."""
+    for name, made in compiled.items():
+        assert made["registers"] * made["warps"] * 32 <= 65536 and made["shared"] <= 227 * 1024, name
