@@ -22,7 +22,7 @@ RESULT = {
 }
 
 # Every start leaves its arguments in `starts`. `hold` goes on until it is told to stop, leaves a checkpoint then and finishes
-# when it is resumed; `kill` dies without a word after a checkpoint; `fail` fails until there is a file `mended`.
+# when it is resumed; `kill` dies without a word after a checkpoint; `crash` aborts; `fail` fails until there is a file `mended`.
 RUN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -45,6 +45,8 @@ if behaviour == "pause":
 if behaviour == "kill" and not resumed:
     (folder / "checkpoint-1").mkdir()
     os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "crash":
+    os.kill(os.getpid(), signal.SIGABRT)
 if behaviour == "fail" and not (folder / "mended").exists():
     print("out of cheese")
     sys.exit(3)

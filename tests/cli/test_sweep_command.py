@@ -17,6 +17,7 @@ from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.cells import checked_result, write_settings
 from molf.study.preemption import PREEMPTED
 from molf.study.results import read_result
+from molf.study.run_lock import in_use
 from molf.study.sweeping.attempt import Attempt
 from molf.study.sweeping.sweep import state_of
 from small_runs import weights
@@ -139,7 +140,7 @@ def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
     assert (tmp_path / "out" / "fft-tiny.log").stat().st_mtime_ns == started
 
 
-def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, tmp_path):
+def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, monkeypatch):
     settings = (
         f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 20 "
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
@@ -162,13 +163,17 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, tm
 
     assert interrupted(Attempt.stop) == PREEMPTED
     assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
-    for _ in range(600):
-        if "stopped by the end of the process that launched it" in cell.log.read_text():
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError(cell.log.read_text())
+    assert in_use(cell.folder), "the processes go on without their launcher"
+    start, in_use_at_start = Attempt._run, []
+
+    def watched(attempt, lock):
+        in_use_at_start.append(in_use(cell.folder))
+        return start(attempt, lock)
+
+    monkeypatch.setattr(Attempt, "_run", watched)
     assert main(["sweep", *shlex.split(line)]) == 0, cell.log.read_text()
+    assert in_use_at_start == [False]
+    assert "stopped by the end of the process that launched it" in cell.log.read_text()
     result = read_result(cell.folder)
     assert (result.training.steps, result.training.processes) == (20, 2)
     with pytest.raises(ValueError, match="holds a run with another number of processes; remove it"):

@@ -33,6 +33,7 @@ from molf.study.results import (
 )
 from molf.study.routing import read_routing
 from molf.study.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, check_folder, clear_folder, run_id
+from molf.study.run_lock import holding
 from molf.study.sharding import whole_model
 from molf.study.sizing.sizes import measure
 from molf.study.targets import cut_targets
@@ -54,17 +55,19 @@ def run(config: RunConfig) -> Result | None:
         The result, or None on all but the main process of a distributed run.
 
     Raises:
-        ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced.
+        ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced,
+            or another run works in it.
         OSError: Data or model cannot be had, or a file not be written.
         Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved.
     """
-    with stop_request() as stop:
-        return _run(config.resolved(), stop)
+    config = config.resolved()
+    check_folder(config)
+    with holding(config.output_dir), stop_request() as stop:
+        return _run(config, stop)
 
 
 def _run(config: RunConfig, stop: StopRequest) -> Result | None:
     started = time.perf_counter()
-    check_folder(config)
     if config.task.generation_backend == "vllm":
         require_vllm()
     if config.output.only_eval:

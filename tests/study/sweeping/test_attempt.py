@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -51,6 +53,11 @@ def test_a_run_that_fails_leaves_a_note(tmp_path):
     assert cell.log.read_text().splitlines()[-1] == "out of cheese"
 
 
+def test_a_run_that_crashes_leaves_a_note(tmp_path):
+    cell = fake_cell(tmp_path, "crash")
+    assert Attempt(cell)() == failure_status(cell) == 128 + signal.SIGABRT
+
+
 def test_a_killed_run_leaves_no_note_and_goes_on_from_its_checkpoint(tmp_path):
     cell = fake_cell(tmp_path, "kill")
     assert Attempt(cell)() == -signal.SIGKILL
@@ -82,6 +89,15 @@ def test_one_cell_never_runs_twice_at_once(tmp_path):
     cell = fake_cell(tmp_path, "pause")
     first, second = in_thread(Attempt(cell)), in_thread(Attempt(cell))
     assert (first(), second(), len(cell.starts())) == (0, 0, 1)
+
+
+def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
+    def refuse(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Attempt(fake_cell(tmp_path, "finish"))() == 0
+    assert "finish.lock cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
 
 
 def test_one_that_waits_can_be_stopped(tmp_path):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,14 +11,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from molf.study.cells import Cell, remove_weights
-from molf.study.preemption import PREEMPTED
+from molf.study.preemption import PREEMPTED, exit_status
+from molf.study.run_lock import in_use
 from molf.tasks.data import written_whole
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+
+_log = logging.getLogger(__name__)
 
 FAILED, LOCK = ".failed.json", ".lock"
 _PAUSE = 0.5  # seconds between two looks at a lock or a process
@@ -27,8 +31,8 @@ _PAUSE = 0.5  # seconds between two looks at a lock or a process
 class Attempt:
     """A run of a cell's command that goes on where an earlier attempt left a checkpoint.
 
-    A second attempt at the same time waits for the first. A run that fails leaves ``NAME.failed.json``; one that was killed or
-    stopped leaves nothing, and is simply not finished.
+    A second attempt at the same time waits for the first, and for every process of a run whose starter is gone. A run that fails
+    or crashes leaves ``NAME.failed.json``; one that was killed or stopped leaves nothing, and is simply not finished.
 
     Attributes:
         cell: The cell, with its settings written.
@@ -49,7 +53,7 @@ class Attempt:
     _stopped: bool = field(default=False, init=False, repr=False)
 
     def __call__(self) -> int:
-        """Run the cell unless it is finished by now; return its exit status, negative for a signal."""
+        """Run the cell unless it is finished by now; return its exit status, negative where it was killed."""
         with self._turn() as lock:
             if self._stopped or lock is None:
                 return PREEMPTED
@@ -81,9 +85,12 @@ class Attempt:
 
     @contextmanager
     def _turn(self) -> Iterator[int | None]:
-        """Wait until nobody else runs this cell; yield the lock's descriptor, None if stopped while waiting."""
+        """Wait until nobody else runs this cell; yield the lock's descriptor, None if stopped while waiting.
+
+        The processes that a launcher starts do not inherit the lock, and may outlive it: they have one of their own.
+        """
         with self.cell.beside(LOCK).open("a") as file:
-            while not _locked(file.fileno()):
+            while not _locked(file) or in_use(self.cell.folder):
                 if self._stopped:
                     yield None
                     return
@@ -106,7 +113,7 @@ class Attempt:
             )
         if self._stopped:
             self._process.terminate()
-        return self._process.wait()
+        return exit_status(self._process.wait())
 
     def _requeue(self) -> None:
         """Requeue the job of a run that was told to stop, unless whoever told it ends the job within the grace period.
@@ -138,11 +145,13 @@ def failure_status(cell: Cell) -> int | None:
         return None
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(file: IO[str]) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        _log.warning("%s cannot be locked (%s): nothing keeps a second run out", file.name, error.strerror)
     return True
 
 
