@@ -7,6 +7,7 @@ import time
 import pytest
 
 from molf.study.preemption import PREEMPTED
+from molf.study.torchrun import _status
 
 # Rank 1 ends as it is told to, and rank 0 waits. Told to stop, each saves and ends with 75.
 WORKER = """
@@ -44,22 +45,41 @@ def start(tmp_path):
     return start
 
 
-@pytest.mark.parametrize("status", [3, 75, -signal.SIGKILL])
-def test_the_status_is_that_of_the_processes(status, start):
-    """One that ends with an error takes the other one with it."""
-    process = start(status)
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        ([3], 3),
+        ([75, 75], PREEMPTED),
+        ([1, 75], 1),
+        ([1, -signal.SIGTERM], 1),  # one failed, and torchrun stopped the other before it listened
+        ([-signal.SIGTERM, 75], PREEMPTED),
+        ([-signal.SIGUSR1], PREEMPTED),
+        ([-signal.SIGKILL, 1], -signal.SIGKILL),  # one was killed, and the other failed for want of it
+        ([-signal.SIGSEGV, 75], 139),
+        ([-signal.SIGABRT, -signal.SIGTERM], 134),
+    ],
+    ids=str,
+)
+def test_what_processes_come_to(codes, status):
+    assert _status(codes) == status
+
+
+def test_a_run_of_which_one_process_is_killed_ends_so(start):
+    """It takes the other one with it."""
+    process = start(-signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
+    assert process.returncode == -signal.SIGKILL, output
     assert "Traceback" not in output, "the log's end is what the run said"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_stop_it_lets_the_processes_save(number, start, tmp_path):
+def test_told_to_stop_it_lets_the_processes_save(start, tmp_path):
     process = start(0)
-    while len(list(tmp_path.glob("started-*"))) < 2:
+    for _ in range(1200):
+        if len(list(tmp_path.glob("started-*"))) == 2:
+            break
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == PREEMPTED, output
     assert len(list(tmp_path.glob("saved-*"))) == 2

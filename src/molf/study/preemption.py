@@ -16,6 +16,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends before it kills: SIGTERM, and SIGUSR1 where SLURM's ``--signal=USR1@60`` announces the end."""
 
 
+def exit_status(code: int) -> int:
+    """Return the status of a process: negative only where something outside ended it, which says nothing against the run.
+
+    A process that died of another signal (SIGSEGV, a watchdog's SIGABRT) crashed; its status is 128 + n, as a shell gives it.
+
+    Args:
+        code: As ``subprocess`` gives it, -n for signal n.
+    """
+    return 128 - code if code < 0 and -code not in (signal.SIGKILL, *STOP_SIGNALS) else code
+
+
 class Preempted(SystemExit):
     """A run was stopped from outside. Left alone, it ends the process with status ``PREEMPTED``."""
 

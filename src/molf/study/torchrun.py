@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 
-from molf.study.preemption import PREEMPTED
+from molf.study.preemption import PREEMPTED, exit_status
 
 SAVING = 600
 """How many seconds the processes get to save when this one is told to stop; torchrun's own limit is 30."""
@@ -17,8 +17,8 @@ SAVING = 600
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes, wait for them and return their status.
 
-    It is that of a process that failed, 75 where all ended with it or this process was told to stop. Where one was killed, this
-    process is too.
+    It is that of a process that failed, 128 + n where it crashed with signal n, and 75 where all were told to stop. Where one was
+    killed, this process is too.
 
     Args:
         argv: The arguments of ``torchrun``; those of this process if left out.
@@ -35,14 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException:
         return PREEMPTED
     except ChildFailedError as error:
-        return _status([failure.exitcode for failure in error.failures.values()])
+        status = _status([failure.exitcode for failure in error.failures.values()])
+        if status < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return status
     return 0
 
 
 def _status(codes: Collection[int]) -> int:
-    if min(codes) < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return max((code for code in codes if code != PREEMPTED), default=PREEMPTED)
+    """Return what processes that did not succeed come to; when one fails, torchrun tells the others to stop."""
+    statuses = [exit_status(code) for code in codes]
+    if -signal.SIGKILL in statuses:
+        return -signal.SIGKILL
+    return max((status for status in statuses if status > 0 and status != PREEMPTED), default=PREEMPTED)
 
 
 if __name__ == "__main__":
