@@ -11,7 +11,7 @@ from molf.distributed import Ranks, is_sharded, local
 from molf.layers import RoutedLayer
 from molf.precision import master_dtype
 
-__all__ = ["all_zero", "prepare_gradients", "total_norm"]
+__all__ = ["all_zero", "prepare_gradients", "refuse_sparse", "total_norm"]
 
 
 def prepare_gradients(
@@ -38,8 +38,7 @@ def prepare_gradients(
     Raises:
         ValueError: If a gradient is sparse.
     """
-    if any(grad.is_sparse for grad in dense):
-        raise ValueError("sparse gradients can't be used: construct embeddings with sparse=False")
+    refuse_sparse(dense)
     if not dense:
         return torch.zeros(())
     here, clipped = [local(grad) for grad in dense], max_grad_norm is not None
@@ -80,6 +79,16 @@ def _sum_over_shards(
     return total_norm([norms, *(grad for grad, sharded in parts if not sharded)])
 
 
+def refuse_sparse(gradients: Sequence[Tensor]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if any(grad.layout != torch.strided for grad in gradients):
+        raise ValueError("sparse gradients can't be used: construct embeddings with sparse=False")
+
+
 def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
     """Say whether all gradients are zero on all ranks."""
     found = any(bool(local(grad).any()) for grad in gradients)
@@ -94,5 +103,9 @@ def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all tensors together, 0-dim float64 on the device of the first."""
     norms = torch._foreach_norm(list(tensors))
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for norm in norms:
+        kinds.setdefault((norm.device, norm.dtype), []).append(norm)
+    together = [torch.stack(own).to(norms[0].device, torch.float64) for own in kinds.values()]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(together))
     return total
