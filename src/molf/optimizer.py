@@ -12,6 +12,7 @@ from molf.checkpoint import check_compatible, restore_state, with_tuples
 from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.groups import param_groups
+from molf.kernels.checks import check_options as check_fused
 from molf.left_out import LeftOut
 from molf.options import RELEASED, check_given_groups, check_optim_bits, check_options, check_top_k
 from molf.release import Release, retire_others
@@ -126,6 +127,8 @@ class MoLF(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
         self.fused = bool(fused)
+        if self.fused:
+            check_fused(groups, self.score)
         self.optimizer_in_backward = optimizer_in_backward
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from molf.distributed import Ranks, is_sharded
 from molf.forms import FORMS
 from molf.gradients import all_zero
-from molf.kernels import refusal
+from molf.kernels.checks import check_groups
 from molf.plain import PlainStep
 from molf.precision import Noise
 from molf.routing import Outcome
 
 if TYPE_CHECKING:
-    from molf.kernels.step import FusedStep
     from molf.optimizer import MoLF
 
 __all__ = ["is_dry", "noise_of", "take", "take_whole"]
@@ -87,16 +86,11 @@ def take(
         plain = PlainStep(optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
         return plain.take(active, ordinary, optimizer.state, scale, overflow, ranks, noise)
     seed = next(group["lora_seed"] for group in optimizer.param_groups if "module" in group) + part * _APART
-    return _kernels(optimizer, part).take(active, ordinary, optimizer.state, scale, overflow, ranks, seed)
+    check_groups(groups, optimizer.score)
+    from molf.kernels.step import FusedStep, Settings
 
-
-def _kernels(optimizer: MoLF, part: int) -> FusedStep:
-    kept = optimizer.kernels
-    if not kept and (reason := refusal(optimizer.param_groups, optimizer.score)):
-        raise ValueError(f"fused=True: {reason}; use fused=False")
-    if part not in kept:
-        from molf.kernels.step import FusedStep
-
-        device = optimizer.param_groups[0]["params"][0].device
-        kept[part] = FusedStep(device, optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
-    return kept[part]
+    device, kernels = groups[0]["params"][0].device, optimizer.kernels.get(part)
+    if kernels is None or kernels.device != device:
+        kernels = optimizer.kernels[part] = FusedStep(device)
+    settings = Settings(optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
+    return kernels.take(active, ordinary, optimizer.state, settings, scale, overflow, ranks, seed)

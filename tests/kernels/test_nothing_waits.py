@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import weakref
 
 import pytest
 import torch
@@ -102,18 +103,33 @@ def warmed_up(dtype, options, model=None):
 @kinds
 def test_a_step_asks_nothing_and_copies_no_table_where_gradients_stay_in_place(dtype, options, monkeypatch, request):
     model, optimizer = warmed_up(dtype, options)
-    taken = optimizer.kernels[0]._tables.room  # kept, so that the next step gets other memory
-    made = Tables.made
+    made, rooms, changed = Tables.made, {}, set()
 
-    def unchanged(tables, name, key, make):
-        assert tables._kept[name][0] == key, f"{name} has changed"
+    def watched(tables, name, key, make):
+        rooms[tables.room.data_ptr()] = tables.room  # kept, so that the next step gets other memory
+        if tables._kept[name][0] != key:
+            changed.add(name)
         return made(tables, name, key, make)
 
-    monkeypatch.setattr(Tables, "made", unchanged)
-    static_gradients(model, 2)
+    monkeypatch.setattr(Tables, "made", watched)
     request.getfixturevalue("nobody_waits")
-    optimizer.step()
-    assert not taken.numel() or optimizer.kernels[0]._tables.room.data_ptr() != taken.data_ptr()
+    for t in (2, 3):
+        static_gradients(model, t)
+        optimizer.step()
+    assert not changed and len(rooms) == (1 if options.get("ranks") == () else 2)
+
+
+def test_the_gradients_of_pairs_are_gone_after_a_step(monkeypatch):
+    made, rooms = Tables.made, []
+
+    def watched(tables, *args):
+        rooms.append(weakref.ref(tables.room))  # alive as long as a view of it is
+        return made(tables, *args)
+
+    monkeypatch.setattr(Tables, "made", watched)
+    _, optimizer = warmed_up(torch.float32, {})
+    rooms = [room for room in rooms if room() is not optimizer.kernels[0]._tables.room]
+    assert rooms and all(room() is None for room in rooms) and not optimizer.kernels[0]._tables.room.numel()
 
 
 def test_a_step_of_adapters_asks_nothing(request):
@@ -178,6 +194,26 @@ def test_a_captured_step_is_the_step(dtype, options):
         other.step()
     assert not differing(snapshot(model, optimizer), snapshot(twin, other))
     assert optimizer.skipped_steps == other.skipped_steps == 1
+
+
+@gpu
+def test_a_graph_outlives_other_steps():
+    """A step of its own between replays has tables of its own; what is freed is overwritten."""
+    model, optimizer = warmed_up(torch.float32, {})
+    captured = [p.grad for p in model.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for p in model.parameters():
+        p.grad = p.grad.clone()
+    optimizer.step()
+    rubbish = [torch.full((n,), -1, device=DEVICE) for n in range(1, 200)]
+    twin, other = copy.deepcopy((model, optimizer))
+    for p, q, grad in zip(model.parameters(), twin.parameters(), captured, strict=True):
+        p.grad, q.grad = grad, grad.clone()
+    graph.replay()
+    other.step()
+    assert rubbish and not differing(snapshot(model, optimizer), snapshot(twin, other))
 
 
 @gpu

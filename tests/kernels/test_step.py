@@ -9,6 +9,8 @@ from torch import nn
 
 from fused import CLOSE, DEVICE, TOLERANCE
 from molf import MoLF
+from molf.kernels import step as kernels
+from molf.scores import get_score
 from small import differing, loss_of, mlp, snapshot, wide
 
 
@@ -189,9 +191,29 @@ def test_a_saved_state_goes_on_in_either_step():
     assert_alike(plain, slow, fused, fast, TOLERANCE)
 
 
-def test_what_the_kernels_cannot_do_is_refused():
-    model = mlp(torch.float64)
-    optimizer = MoLF(model, ranks=(2,), fused=True)
-    loss_of(model, 0).backward()
-    with pytest.raises(ValueError, match=r"fused=True: the kernels need weights.*float64.*use fused=False"):
+def test_settings_are_those_of_the_moment():
+    """Score, top-k and clipping may change between steps, as in the plain step."""
+    plain, slow, fused, fast = twins()
+    for t, (score, top_k, most) in enumerate((("epd", 1, None), ("pfn", 3, 0.05), ("epd", 2, None))):
+        for optimizer in (slow, fast):
+            optimizer.score, optimizer.top_k, optimizer.max_grad_norm = get_score(score), top_k, most
+        step(plain, slow, t)
+        step(fused, fast, t)
+        assert fast.routing.winners() == slow.routing.winners()
+        assert {len(won) for won in fast.routing.winners().values()} == {top_k}
+        torch.testing.assert_close(fast.routing.scores.cpu(), slow.routing.scores.cpu(), **CLOSE)
+
+
+def test_layers_that_missed_steps_draw_no_noise_again(monkeypatch):
+    """The seed is that of the most steps taken, so whose gradient is missing does not repeat it."""
+    torch.manual_seed(1)
+    model, seeds = mlp(torch.bfloat16).to(DEVICE), []
+    optimizer = MoLF(model, ranks=(2,), bf16_update="stochastic", fused=True)
+    monkeypatch.setattr(kernels, "fold_winners_", lambda *args: seeds.append(int(args[-1])))
+    for t in range(4):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        if t % 2:
+            model[1].weight.grad = model[1].bias.grad = None
         optimizer.step()
+    assert len(set(seeds)) == 4

@@ -1,5 +1,9 @@
+import weakref
+
 import pytest
 import torch
+
+from molf.kernels.tables import Rate
 
 
 def test_a_table_is_made_again_only_when_something_moved(tables):
@@ -26,6 +30,29 @@ def test_numbers_follow_their_values(tables):
     first = tables.numbers("rates", (0.1, 0.2), torch.float32)
     assert tables.numbers("rates", (0.1, 0.2), torch.float32) is first
     torch.testing.assert_close(tables.numbers("rates", (0.1, 0.3), torch.float32).cpu(), torch.tensor([0.1, 0.3]))
+
+
+def test_what_a_graph_reads_stays(tables, monkeypatch):
+    read = weakref.ref(tables.numbers("rates", (0.1,), torch.float32))
+    with monkeypatch.context() as capturing:
+        capturing.setattr("molf.kernels.tables.is_capturing", lambda device: True)
+        tables.numbers("rates", (0.1,), torch.float32)
+        with pytest.raises(
+            RuntimeError, match="rates has changed since the last step, which a CUDA graph can't follow"
+        ):
+            tables.numbers("rates", (0.3,), torch.float32)
+    unread = weakref.ref(tables.numbers("rates", (0.3,), torch.float32))
+    tables.numbers("rates", (0.4,), torch.float32)
+    assert read() is not None and unread() is None
+
+
+def test_rates_on_the_device_are_read_anew(tables):
+    lr = torch.tensor([0.5], device=tables.device)
+    rates = (0.25, Rate(lr, 3.0), Rate(lr.view(()), 1.0))
+    assert tables.rates("rates", rates).tolist() == [0.25, 1.5, 0.5]
+    lr.fill_(2.0)
+    assert tables.rates("rates", rates).tolist() == [0.25, 6.0, 2.0]
+    assert tables.rates("fixed", (0.25, 0.5), torch.float64).tolist() == [0.25, 0.5]
 
 
 def test_blocks_cover_every_tensor_once_and_leave_empty_ones_out(tables):

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import Packed, load_moved, pointers, values
-from molf.kernels.tables import OPTIONS, Tables
-from molf.kernels.winners import held, load_weight, store_weight
+from molf.kernels.tables import OPTIONS, Rate, Tables
+from molf.kernels.winners import MOST, held, load_weight, store_weight
 from molf.quantised import BLOCK
 
 __all__ = ["Effective", "MovedPair", "fold_winners_"]
@@ -53,7 +53,7 @@ class Effective(NamedTuple):
     low: Tensor | None
     moments: tuple[Tensor, Tensor] | Packed
     layer: int
-    lr: float | Tensor
+    lr: float | Rate
     weight_decay: float
     pairs: tuple[MovedPair, ...]
 
@@ -155,7 +155,7 @@ def _fold(
     weight, low = tl.load(weights + i), tl.load(lows + i)
     W = load_weight(weight, low, at, inside, HELD)
     W += tl.where(fft, change - kept * W, change)
-    store_weight(weight, low, at, inside, W, seed, -1 - i, HELD)
+    store_weight(weight, low, at, inside, W, seed, -1 - layer, HELD)  # a layer has one effective weight
 
 
 def fold_winners_(
@@ -187,6 +187,7 @@ def fold_winners_(
 
     for (how, grad), group in groupby(sorted(layers, key=kind), key=kind):
         own, name = list(group), f"fold.{how}.{grad}"
+        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         packed = [layer.moments for layer in own if isinstance(layer.moments, Packed)]
         pairs = [pair for layer in own for pair in layer.pairs]
         shapes = tuple((layer.weight.shape[0], layer.weight.shape[1]) for layer in own)

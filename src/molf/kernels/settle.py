@@ -17,14 +17,13 @@ from torch import Tensor
 
 from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import ROWS, WARPS, Packed, load_moved, places, pointers, shape_of, shapes_of, values
-from molf.kernels.tables import OPTIONS, Tables
-from molf.kernels.winners import held, load_weight, store_weight
+from molf.kernels.tables import OPTIONS, Rate, Tables
+from molf.kernels.winners import MOST, held, load_weight, store_weight
 from molf.quantised import BLOCK, nearest_code
 
 __all__ = ["PackedStep", "settle_packed_"]
 
 _NO_STEP = -1  # beside the ways a weight is held (``molf.kernels.winners``): it is not moved here
-_NOISE = 500_000  # above the numbers that tell other tensors' noise apart
 
 
 class PackedStep(NamedTuple):
@@ -35,7 +34,7 @@ class PackedStep(NamedTuple):
         param: Float32 or bf16; None if it is moved elsewhere, as effective weights are.
         low: The low part of a bf16 parameter, or None.
         layer: Number of its layer, for the step count.
-        lr: Learning rate, or a 0-dim tensor on the device that holds it.
+        lr: Learning rate.
         weight_decay: Decoupled decay.
     """
 
@@ -43,7 +42,7 @@ class PackedStep(NamedTuple):
     param: Tensor | None
     low: Tensor | None
     layer: int
-    lr: float | Tensor
+    lr: float | Rate
     weight_decay: float
 
 
@@ -140,6 +139,7 @@ def settle_packed_(
 
     for (dtype, how), group in groupby(sorted(slots, key=kind), key=kind):
         own, name = list(group), f"settle.{dtype}.{how}"
+        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         packed = [slot.packed for slot in own]
         blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(one)[2] for one in packed), ROWS)
         addresses = pointers(name, packed, tables)
@@ -167,7 +167,7 @@ def settle_packed_(
             scalars.go if seed is None else seed,
             GRAD=GRADIENTS[own[0].packed.grad.dtype],
             HELD=how,
-            NOISE=_NOISE,
+            NOISE=2 * MOST,
             ROWS=ROWS,
             BLOCK=BLOCK,
             num_warps=WARPS,

@@ -6,13 +6,14 @@ Whether the step is taken at all (finite gradients), the clipping factor, the st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molf.distributed import Ranks
 from molf.gradients import total_norm
+from molf.kernels.checks import check_gradients
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
 from molf.kernels.packed import observe_packed
@@ -25,7 +26,21 @@ from molf.layers import RoutedLayer
 from molf.routing import Outcome, Routing, choose
 from molf.scores import Score
 
-__all__ = ["FusedStep"]
+__all__ = ["FusedStep", "Settings"]
+
+
+class Settings(NamedTuple):
+    """What an optimizer may change from step to step.
+
+    Attributes:
+        score: EPD or PFN.
+        top_k: How many experts of a layer move.
+        max_norm: Largest norm of all experts' gradients together to let through, None for any.
+    """
+
+    score: Score
+    top_k: int
+    max_norm: float | None
 
 
 class FusedStep:
@@ -33,20 +48,22 @@ class FusedStep:
 
     Args:
         device: Where the model is.
-        score: EPD or PFN.
-        top_k: How many experts of a layer move.
-        max_norm: Largest norm of all experts' gradients together to let through, None for any.
     """
 
-    def __init__(self, device: torch.device, score: Score, top_k: int, max_norm: float | None):
+    def __init__(self, device: torch.device):
         self._tables = Tables(device)
-        self._score, self._top_k, self._max_norm = score, top_k, max_norm
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._tables.device
 
     def take(
         self,
         layers: Sequence[RoutedLayer],
         ordinary: Sequence[dict[str, Any]],
         state: dict[Any, dict[str, Any]],
+        settings: Settings,
         scale: Tensor | None,
         overflow: Tensor | None,
         ranks: Ranks,
@@ -58,12 +75,17 @@ class FusedStep:
             layers: The L routed layers, all with the same E experts and the same Adam.
             ordinary: Groups of parameters that take plain AdamW.
             state: The optimizer's, with the entries of all of them.
+            settings: The optimizer's.
             scale: The loss scale to divide gradients by, from a GradScaler, or None.
             overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
             ranks: Those that train the model together: all take the first's decision.
             seed: Of stochastic rounding, the same at every step.
+
+        Raises:
+            ValueError: If a gradient is not as kernels read it; nothing has moved then.
         """
         tables = self._tables
+        check_gradients(layers, ordinary, tables.device)
         work = Work(layers, ordinary, state, tables.device)
         tables.room = work.room
         if not work.items:
@@ -71,33 +93,42 @@ class FusedStep:
         first = layers[0].group if layers else ordinary[0]
         betas, eps = first["betas"], first["eps"]
         pair_gradients(work.products, tables)
-        norm, scalars = _prepare(work, self._max_norm, scale, overflow)
+        norm, scalars = _prepare(work, settings.max_norm, scale, overflow)
         torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
-        pfn, packed = self._score.name == "pfn", work.packed_steps()
+        pfn, packed = settings.score.name == "pfn", work.packed_steps()
         totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
         if packed:
             moments = [step.packed for step in packed]
             totals += observe_packed(moments, work.experts, betas, eps, pfn, scalars, tables)
-        routing = self._decide(work, layers, totals, scalars, ranks) if layers else None
+        routing = self._decide(work, layers, totals, settings, scalars, ranks) if layers else None
         won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
         if routing is not None:
             won[: work.routed] = routing.chosen.flatten()
-        corrections, noise = _corrections(work.counts, betas), work.counts[0].long() + seed % 2**31
+        steps = torch.stack(work.counts)
+        # A layer may have missed steps: the most of all counts is what no step before had.
+        corrections, noise = _corrections(steps, betas), steps.max().long() + seed % 2**31
         for name, derived in (("pairs", True), ("rest", False)):
             move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
         fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
         settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
         _count_wins(work, won, scalars)
+        tables.room = work.room.new_empty(0)
         return Outcome(routing, norm, scalars.go.bool())
 
     def _decide(
-        self, work: Work, layers: Sequence[RoutedLayer], totals: Tensor, scalars: Scalars, ranks: Ranks
+        self,
+        work: Work,
+        layers: Sequence[RoutedLayer],
+        totals: Tensor,
+        settings: Settings,
+        scalars: Scalars,
+        ranks: Ranks,
     ) -> Routing:
         shape = (len(layers), len(layers[0].experts))
         n = self._tables.numbers("scores.n", work.sizes[: shape[0] * shape[1]], torch.float64)
         lr = self._tables.rates("scores.lr", work.rates, torch.float64)
-        scores = self._score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
-        chosen = ranks.agree(choose(scores, self._top_k), self._tables.device)
+        scores = settings.score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
+        chosen = ranks.agree(choose(scores, settings.top_k), self._tables.device)
         names = tuple(layer.name for layer in layers)
         return Routing(names, layers[0].experts, scores, chosen, scalars.go.bool())
 
@@ -118,8 +149,8 @@ def _prepare(
     return norm, Scalars(go.float().view(()), factor.float().view(()))
 
 
-def _corrections(counts: Sequence[Tensor], betas: tuple[float, float]) -> Tensor:
-    t = torch.stack(list(counts)).double()
+def _corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
+    t = steps.double()
     return torch.stack([1 - betas[0] ** t, (1 - betas[1] ** t).sqrt()], dim=1).float()
 
 

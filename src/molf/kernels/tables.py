@@ -7,14 +7,22 @@ same memory, so most steps copy nothing; none at all where gradients stay in pla
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIONS", "Tables"]
+__all__ = ["OPTIONS", "Rate", "Tables"]
 
 OPTIONS = {"enable_fp_fusion": True}
 """How all kernels are compiled: a product and a sum round once, whatever the release of Triton does when nothing is said."""
+
+
+class Rate(NamedTuple):
+    """A learning rate ``ratio * lr`` with a tensor ``lr`` of one element on the device."""
+
+    lr: Tensor
+    ratio: float
 
 
 class Tables:
@@ -24,13 +32,14 @@ class Tables:
         device: Where the kernels run.
 
     Attributes:
-        room: Memory that is new at every step. What lies in it is addressed from its start, so that no table has to change.
+        room: Memory of the step under way. What lies in it is addressed from its start, so that no table has to change.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.room = torch.empty(0, device=device)
         self._kept: dict[str, tuple[Hashable, Tensor]] = {}
+        self._captured: dict[int, Tensor] = {}
 
     def pointers(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """Return the addresses of tensors, int64; copied again when any of them has moved.
@@ -56,11 +65,14 @@ class Tables:
         """Return numbers on the device; copied again when any of them has changed."""
         return self.made(name, (dtype, values), lambda: torch.tensor(values, dtype=dtype, device="cpu"))
 
-    def rates(self, name: str, rates: Sequence[float | Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    def rates(self, name: str, rates: Sequence[float | Rate], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return learning rates on the device, where those that are tensors are read anew at every call."""
-        fixed = self.numbers(name, tuple(0.0 if isinstance(lr, Tensor) else lr for lr in rates), dtype)
-        live = [lr.to(dtype) if isinstance(lr, Tensor) else fixed[i] for i, lr in enumerate(rates)]
-        return torch.stack(live) if any(isinstance(lr, Tensor) for lr in rates) else fixed
+        fixed = self.numbers(name, tuple(rate.ratio if isinstance(rate, Rate) else rate for rate in rates), dtype)
+        if not any(isinstance(rate, Rate) for rate in rates):
+            return fixed
+        one = torch.ones((), dtype=dtype, device=self.device)
+        live = torch.stack([rate.lr.view(()) if isinstance(rate, Rate) else one for rate in rates])
+        return live.to(dtype) * fixed
 
     def made(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed.
@@ -68,20 +80,22 @@ class Tables:
         Raises:
             RuntimeError: If it has changed since the last step, and a CUDA graph is being captured.
         """
+        capturing = is_capturing(self.device)
         found = self._kept.get(name)
         if found is None or found[0] != key:
+            if capturing:
+                raise RuntimeError(
+                    f"{name} has changed since the last step, which a CUDA graph can't follow: before capturing, take two "
+                    "steps with the gradients in the tensors that will hold them at every replay, and let rates that "
+                    "change be tensors on the device"
+                )
             table = make()
             if self.device.type == "cuda":
-                if torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        f"{name} has changed since the last step, which a CUDA graph can't follow: before capturing, take two "
-                        "steps with the gradients in the tensors that will hold them at every replay, and let rates that "
-                        "change be tensors on the device"
-                    )
                 # From pinned memory the copy need not wait; the table on the host is kept alive by PyTorch until it is done.
                 table = table.pin_memory().to(self.device, non_blocking=True)
-            found = (key, table)
-            self._kept[name] = found
+            found = self._kept[name] = (key, table)
+        if capturing:  # the graph reads this very table at every replay, also when another has taken its place here
+            self._captured[found[1].data_ptr()] = found[1]
         return found[1]
 
     def blocks(self, name: str, sizes: tuple[int, ...], block: int) -> Tensor:
@@ -106,3 +120,8 @@ class Tables:
             return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 3)
 
         return self.made(name, (shapes, tile), make)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -17,14 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.moments import Scalars
-from molf.kernels.tables import OPTIONS, Tables
+from molf.kernels.tables import OPTIONS, Rate, Tables
 
-__all__ = ["FLOAT", "SPLIT", "STOCHASTIC", "Step", "held", "load_weight", "move_winners_", "store_weight"]
+__all__ = ["FLOAT", "MOST", "SPLIT", "STOCHASTIC", "Step", "held", "load_weight", "move_winners_", "store_weight"]
 
 _CHUNK, _BLOCK = 4096, 1024
 
 FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
 """How a weight is held: float32; bf16 with a low part; bf16, rounded stochastically."""
+
+
+MOST = 250_000
+"""So many tensors a step may have: noise of one is told from another's, and from the next step's, by numbers.
+
+Those of ``winners`` begin at 0, those of ``settle`` at 2 ``MOST``, those of effective weights go down from -1.
+"""
 
 
 class Step(NamedTuple):
@@ -37,7 +44,7 @@ class Step(NamedTuple):
         exp_avg_sq: Second moment, float32.
         expert: Number of its expert, ``l * E + e``; its entry of ``chosen`` says whether it moves.
         layer: Number of its layer, for the step count.
-        lr: Learning rate, or a 0-dim tensor on the device that holds it.
+        lr: Learning rate.
         weight_decay: Decoupled decay.
         change: Where the change of the parameter is left, float32, or None. It is not written where the expert lost.
     """
@@ -48,7 +55,7 @@ class Step(NamedTuple):
     exp_avg_sq: Tensor
     expert: int
     layer: int
-    lr: float | Tensor
+    lr: float | Rate
     weight_decay: float
     change: Tensor | None = None
 
@@ -85,7 +92,7 @@ def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr
             high = (bits + 0x8000) >> 16
             tl.store(low.to(tl.pointer_type(tl.int16)) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
-            noise = tl.randint(tl.load(seed) * 1_000_003 + number, at)
+            noise = tl.randint(tl.load(seed) * 1_000_003 + number, at)  # more than 4 MOST apart
             high = (bits + (noise & 0xFFFF).to(tl.int32)) >> 16
         tl.store(param.to(tl.pointer_type(tl.int16)) + at, high.to(tl.int16), mask=inside)
 
@@ -165,6 +172,7 @@ def move_winners_(
 
     for how, group in groupby(sorted(steps, key=kind), key=kind):
         own, kept = list(group), f"{name}.{how}"
+        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         sizes = tuple(step.param.numel() for step in own)
         blocks = tables.blocks(f"{kept}.blocks", sizes, _CHUNK)
         params = tables.pointers(f"{kept}.params", [step.param for step in own])

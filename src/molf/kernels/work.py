@@ -14,6 +14,7 @@ from molf.kernels.moments import Moments
 from molf.kernels.packed import Packed
 from molf.kernels.products import Product
 from molf.kernels.settle import PackedStep
+from molf.kernels.tables import Rate
 from molf.kernels.winners import Step
 from molf.layers import RoutedLayer
 from molf.merged import MergedLayer
@@ -28,7 +29,7 @@ class Item(NamedTuple):
         slot: The tensor with gradient and moments.
         expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
         layer: Number of its step count: that of the layer, then one for each ordinary parameter.
-        lr: Learning rate; a 0-dim tensor where the group's is one on the device.
+        lr: Learning rate.
         weight_decay: Decoupled decay.
         derived: Whether it belongs to a pair of the merged form, whose gradient follows from the dense one.
         effective: Whether it is an effective weight, which is moved when the winners are folded in.
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     slot: Slot
     expert: int
     layer: int
-    lr: float | Tensor
+    lr: float | Rate
     weight_decay: float
     derived: bool = False
     effective: bool = False
@@ -75,7 +76,7 @@ class Work:
         self.products: list[Product] = []
         self.wins: list[tuple[Tensor, int]] = []
         self.effective: list[Effective] = []
-        self.rates: list[float | Tensor] = []
+        self.rates: list[float | Rate] = []
         merged = [layer for layer in layers if isinstance(layer, MergedLayer)]
         elements = sum(sum(layer.group["ranks"]) * sum(layer.base[0].shape) for layer in merged)
         self.room = torch.empty(elements, dtype=torch.float32, device=device)
@@ -149,21 +150,16 @@ class Work:
         count: Tensor = own[key]
         return count
 
-    def _lr(self, group: dict[str, Any]) -> float | Tensor:
-        """Return a group's rate; a tensor on the device stays there."""
+    def _rate(self, group: dict[str, Any], ratio: float = 1.0) -> float | Rate:
+        """Return a group's rate times a ratio; a tensor on the device stays there."""
         lr: float | Tensor = group["lr"]
-        return lr if isinstance(lr, Tensor) and lr.device == self._device else float(lr)
-
-    def _rates(self, layer: RoutedLayer) -> list[float | Tensor]:
-        """Return the rates of a layer's experts."""
-        lr = self._lr(layer.group)
-        return [lr * ratio for ratio in layer.lr_ratios]
+        return Rate(lr, ratio) if isinstance(lr, Tensor) and lr.device == self._device else float(lr) * ratio
 
     def _add_layer(self, layer: RoutedLayer) -> None:
         number = len(self.counts)
         self.counts.append(self._count(layer.group["params"][0], "step"))
         first = number * len(layer.experts)
-        rates = self._rates(layer)
+        rates = [self._rate(layer.group, ratio) for ratio in layer.lr_ratios]
         self.rates += rates
         if isinstance(layer, MergedLayer):
             self._add_merged(layer, number, first, rates)
@@ -173,7 +169,7 @@ class Work:
             for slot in layer.slots(e):
                 self.items.append(Item(slot, first + e, number, lr, decay if slot.param.ndim > 1 else 0.0))
 
-    def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Tensor]) -> None:
+    def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Rate]) -> None:
         weight, *biases = layer.slots(0)
         lr, *lora_lrs = rates
         decay, lora_decay = layer.group["weight_decay"], layer.group["lora_weight_decay"]
@@ -212,7 +208,7 @@ class Work:
         number = len(self.counts)
         self.counts.append(self._count(p, "step"))
         expert = self.routed + number - self._layers
-        self.items.append(Item(Slot.of(p, self._state[p]), expert, number, self._lr(group), group["weight_decay"]))
+        self.items.append(Item(Slot.of(p, self._state[p]), expert, number, self._rate(group), group["weight_decay"]))
 
 
 def _packed(slot: Slot, expert: int) -> Packed:

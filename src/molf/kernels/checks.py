@@ -1,0 +1,116 @@
+"""What the kernels can't take, said before anything moves."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.distributed import is_sharded
+from molf.gradients import refuse_sparse
+from molf.layers import RoutedLayer
+from molf.scores import EPD, PFN, Score
+
+__all__ = ["check_gradients", "check_groups", "check_options"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
+    """Refuse what kernels can't do on any device.
+
+    Args:
+        groups: The optimizer's, or some of them.
+        score: What ranks the experts of a layer.
+
+    Raises:
+        ValueError: With the reason, and what to do.
+    """
+    if not _has_triton():
+        raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
+    if type(score) not in (EPD, PFN):
+        raise _refusal(f"the kernels know the scores epd and pfn, not {type(score).__name__}")
+    routed = [group for group in groups if "module" in group]
+    weights = {group["params"][0].dtype for group in routed}
+    if any(p.dtype not in DTYPES for group in groups for p in group["params"]) or len(weights) > 1:
+        found = ", ".join(sorted({str(p.dtype) for group in groups for p in group["params"]}))
+        raise _refusal(f"the kernels need weights that are all float32 or all bfloat16, and these are {found}")
+    for group in routed:
+        if any(len({p.dtype for p in expert}) > 1 for expert in _experts(group)):
+            found = ", ".join(str(p.dtype) for p in group["params"])
+            raise _refusal(
+                f"the kernels need one dtype in each expert, and the tensors of {group['module']} are {found}"
+            )
+
+
+def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
+    """Refuse groups whose step the kernels can't take where they are now.
+
+    Args:
+        groups: The optimizer's, or those that are to move.
+        score: What ranks the experts of a layer.
+
+    Raises:
+        ValueError: With the reason, and what to do.
+    """
+    check_options(groups, score)
+    params = [p for group in groups for p in group["params"]]
+    devices = sorted({str(p.device) for p in params})
+    if any(is_sharded(p) for p in params):
+        raise _refusal("the kernels work on whole weights, and these are sharded")
+    if len(devices) > 1:
+        raise _refusal(f"the kernels work on one device, and the parameters are on {', '.join(devices)}")
+    interpreted = params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if params[0].device.type != "cuda" and not interpreted:
+        raise _refusal(f"the kernels run on CUDA devices, and the parameters are on {devices[0]}")
+    if len({(group["betas"], group["eps"]) for group in groups}) > 1:
+        raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
+
+
+def check_gradients(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], device: torch.device) -> None:
+    """Refuse gradients that kernels can't read, or that the step can't be taken with.
+
+    Args:
+        layers: The routed layers that move.
+        ordinary: Groups of parameters that take plain AdamW.
+        device: Where the kernels run.
+
+    Raises:
+        ValueError: Saying what was found and what to do.
+    """
+    params = [p for group in (*ordinary, *(layer.group for layer in layers)) for p in group["params"]]
+    refuse_sparse([p.grad for p in params if p.grad is not None])
+    for p in params:
+        if p.grad is not None and not _readable(p, p.grad, device):
+            shape, found = list(p.shape), p.grad
+            raise _refusal(
+                f"the gradient of a parameter {shape} {p.dtype} is {found.dtype} on {found.device} with strides "
+                f"{found.stride()}, and the kernels need one like the parameter, contiguous and on {device}"
+            )
+
+
+def _readable(p: Tensor, grad: Tensor, device: torch.device) -> bool:
+    return grad.is_contiguous() and grad.dtype == p.dtype and grad.device == p.device == device and p.is_contiguous()
+
+
+def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:
+    """Yield the parameters of each expert that has some in the model."""
+    adapters = 2 * len(group["ranks"]) if group["form"] == "branched" else 0
+    base = len(group["params"]) - adapters
+    yield group["params"][:base]
+    for i in range(base, len(group["params"]), 2):
+        yield group["params"][i : i + 2]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"fused=True: {reason}; use fused=False")
