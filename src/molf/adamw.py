@@ -31,6 +31,10 @@ _ACCELERATOR_BLOCK = 1 << 26
 _ACCELERATOR_BLOCK_8BIT = 1 << 24
 
 
+# A step count at which both bias corrections are 1, and the largest number below 1.
+_NEVER_ENDING, _NEARLY_ONE = 1e30, 1 - 2.0**-53
+
+
 class Slot(NamedTuple):
     """One trainable tensor at one step; all of one shape. They may be sharded, all alike, or the gradient be a plain part.
 
@@ -71,14 +75,21 @@ class Workspace:
     """Scratch memory of one step, reused from block to block: fresh memory for each would cost page faults on a CPU."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return flat tensors as long as the given flat ones of one device and dtype; finite, otherwise of any content."""
+        return self._cut("any", tensors)
+
+    def zeros_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return such tensors of zeros, to be read only."""
+        return self._cut("zeros", tensors)
+
+    def _cut(self, content: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         sizes = [x.numel() for x in tensors]
-        kind = (tensors[0].device, tensors[0].dtype)
+        kind = (content, tensors[0].device, tensors[0].dtype)
         if kind not in self._buffers or self._buffers[kind].numel() < sum(sizes):
-            self._buffers[kind] = torch.zeros(sum(sizes), device=kind[0], dtype=kind[1])
+            self._buffers[kind] = torch.zeros(sum(sizes), device=kind[1], dtype=kind[2])
         return list(torch.split(self._buffers[kind][: sum(sizes)], sizes))
 
 
@@ -119,22 +130,28 @@ def settle_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, works
 def update_(slots: Sequence[Slot], rates: Rates, workspace: Workspace, noise: Noise | None = None) -> None:
     """Phase 2: one AdamW step of every slot from the moments as they are (decoupled weight decay); 8-bit ones move first.
 
-    ``p = (1 - lr*wd) p - lr * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)``, with both corrections moved out of the quotient.
+    ``p = (1 - lr*wd) p - lr * (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)``, with both corrections moved out of the quotient. Again
+    PyTorch's fused kernel does it in one pass: with no gradient and decay rates next to 1 it moves the moments by less than
+    float32 can tell. Of float64 ones it gets copies, since they would lose a last bit.
     """
     adamw_([slot for slot in slots if slot.in_8_bits], rates, noise)
     slots = [slot for slot in slots if not slot.in_8_bits]
     correction1 = 1 - rates.betas[0] ** rates.t
     correction2 = math.sqrt(1 - rates.betas[1] ** rates.t)
+    step = Rates(
+        lr=rates.lr * correction2 / correction1,
+        weight_decay=rates.weight_decay * correction1 / correction2,
+        betas=(_NEARLY_ONE, _NEARLY_ONE),
+        eps=rates.eps * correction2,
+        t=math.inf,
+    )
     for batch in _blocks(slots):
         values = [load(slot.param, slot.low) for _, slot in batch]
-        if rates.weight_decay:
-            torch._foreach_mul_(values, 1 - rates.lr * rates.weight_decay)
-        denominators = workspace.like([slot.exp_avg_sq for _, slot in batch])
-        torch._foreach_copy_(denominators, [slot.exp_avg_sq for _, slot in batch])
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, rates.eps * correction2)
-        moments = [slot.exp_avg for _, slot in batch]
-        torch._foreach_addcdiv_(values, moments, denominators, value=-rates.lr * correction2 / correction1)
+        moments = [(slot.exp_avg, slot.exp_avg_sq) for _, slot in batch]
+        if values[0].dtype == torch.float64:
+            moments = [(m.clone(), v.clone()) for m, v in moments]
+        no_gradients = workspace.zeros_like(values)
+        _fused([Slot(p, g, m, v) for p, g, (m, v) in zip(values, no_gradients, moments, strict=True)], step)
         for value, (i, slot) in zip(values, batch, strict=True):
             store(value, slot.param, slot.low, noise, slots[i].param)
 
@@ -144,7 +161,7 @@ def adamw_(slots: Sequence[Slot], rates: Rates, noise: Noise | None = None) -> N
     for batch in _blocks(slots):
         values = [load(slot.param, slot.low) for _, slot in batch]
         moved = [_opened(slot._replace(param=value)) for value, (_, slot) in zip(values, batch, strict=True)]
-        _fused(moved, rates, torch.full((), rates.t, dtype=torch.float32, device=values[0].device))
+        _fused(moved, rates)
         for opened, (i, slot) in zip(moved, batch, strict=True):
             store(opened.param, slot.param, slot.low, noise, slots[i].param)
             _close_(opened, slot)
@@ -154,8 +171,7 @@ def _move_(slots: Sequence[Slot], betas: tuple[float, float], eps: float, worksp
     """Move the moments of flat slots and return ``u = m / (sqrt(v) + eps)`` of each, in scratch memory."""
     whole = Rates(lr=-1.0, weight_decay=-1.0, betas=betas, eps=eps, t=math.inf)
     scratch = workspace.like([slot.exp_avg for slot in slots])
-    never = torch.full((), 1e30, dtype=torch.float32, device=scratch[0].device)
-    _fused([slot._replace(param=u) for u, slot in zip(scratch, slots, strict=True)], whole, never)
+    _fused([slot._replace(param=u) for u, slot in zip(scratch, slots, strict=True)], whole)
     return scratch
 
 
@@ -177,7 +193,9 @@ def _close_(opened: Slot, kept: Slot) -> None:
     quantise_(opened.exp_avg_sq.view_as(kept.exp_avg_sq), kept.exp_avg_sq, kept.exp_avg_sq_absmax, signed=False)
 
 
-def _fused(slots: Sequence[Slot], rates: Rates, step: Tensor) -> None:
+def _fused(slots: Sequence[Slot], rates: Rates) -> None:
+    """Take AdamW's step of flat slots; ``t = inf`` leaves the bias corrections out."""
+    step = torch.full((), min(rates.t, _NEVER_ENDING), dtype=torch.float32, device=slots[0].param.device)
     grads = [slot.grad for slot in slots]
     torch._fused_adamw_(
         [slot.param for slot in slots],
