@@ -16,7 +16,7 @@ from torch.serialization import load
 from transformers import TrainerCallback
 
 from faults import CONTEXT, METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
-from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.checkpoint_folder import checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.job import make_trainer
 from small import save_tiny_checkpoint
@@ -62,31 +62,40 @@ def command(settings):
     )
 
 
-def signal_after(process, checkpoint, number):
-    while process.poll() is None and not checkpoint.exists():
+def signal_after_a_checkpoint(process, folder, number):
+    """Send a run a signal when it has left a checkpoint later than those that are there."""
+    before = last_step(folder)
+    for _ in range(24_000):
+        if process.poll() is not None or last_step(folder) > before:
+            break
         time.sleep(0.005)
     process.send_signal(number)
-    return process.communicate()[0]
+    return process.communicate(timeout=120)[0]
+
+
+def last_step(folder):
+    return max((step_of(checkpoint) for checkpoint in checkpoints(folder)), default=0)
 
 
 def test_the_command_killed_then_stopped_then_finished(settings, tmp_path):
-    settings |= {"max_steps": 12, "save_total_limit": 2}
+    settings |= {"max_steps": 40, "save_steps": 4, "save_total_limit": 2}
     carry_out(settings | {"output_dir": str(tmp_path / "whole")})
     again = settings | {"resume_from_checkpoint": True}
     folder = Path(settings["output_dir"])
 
     killed = command(again)
-    assert "training starts from the beginning" in signal_after(killed, folder / "checkpoint-2", signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
+    output = signal_after_a_checkpoint(killed, folder, signal.SIGKILL)
+    assert "training starts from the beginning" in output and killed.returncode == -signal.SIGKILL, output
     stopped = command(again)
-    output = signal_after(stopped, folder / "checkpoint-6", signal.SIGTERM)
+    output = signal_after_a_checkpoint(stopped, folder, signal.SIGTERM)
     assert stopped.returncode == 75, output
-    step = int(checkpoints(folder)[-1].name.removeprefix("checkpoint-"))
-    assert f"molf train: stopped by SIGTERM after step {step} of 12; start it again with --resume" in output
+    assert (
+        f"molf train: stopped by SIGTERM after step {last_step(folder)} of 40; start it again with --resume" in output
+    )
     finished = command(again)
     output = finished.communicate()[0]
     assert finished.returncode == 0, output
-    assert json.loads((folder / "result.json").read_text())["training"]["steps"] == 12
+    assert json.loads((folder / "result.json").read_text())["training"]["steps"] == 40
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
     assert (folder / ROUTING_FILE).read_bytes() == (tmp_path / "whole" / ROUTING_FILE).read_bytes()
@@ -216,8 +225,12 @@ def test_a_corrupted_line_of_data(settings, tmp_path):
         ({}, {"exclude_modules": ["q_proj"]}, r"was made with exclude_modules=\['lm_head'\] \(here \['q_proj'\]\)"),
         ({"method": "lora"}, {"lora_rank": 8, "method": "dora"}, r"method=lora \(here dora\), lora_rank=4 \(here 8\)"),
         ({}, {"lora_dropout": 0.1}, r"lora_dropout=None \(here 0\.1\)"),
+        ({}, {"gradient_accumulation_steps": 2}, r"examples_per_step=2 \(here 4\)"),
+        ({}, {"seed": 1}, r"seed=42 \(here 1\)"),
+        ({}, {"limit": 6}, r"training_data=8 examples of fact, SHA-256 .*\(here 6 examples of fact, SHA-256"),
+        ({}, {"learning_rate": 1e-3}, r"learning_rate=0\.01 \(here 0\.001\)"),
     ],
-    ids=["another rank", "other layers", "another method", "another form"],
+    ids=["rank", "layers", "method", "form", "batch", "seed", "data", "rate"],
 )
 def test_a_checkpoint_of_other_settings_is_refused(made, here, words, settings):
     carry_out(settings | made, max_steps=2)

@@ -140,7 +140,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     check_sharded(trainer)
-    trainer.parts = _checkpoint_parts(job.config, recipe, trainer)
+    made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -154,16 +155,13 @@ def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback
     return own if stop is None else [*own, StopAtStep(stop)]
 
 
-def _checkpoint_parts(config: RunConfig, recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
-    """Return what is kept in a checkpoint beside the Trainer's files."""
-    parts: list[CheckpointPart] = [MadeWith(config, sharded=trainer.is_fsdp_enabled)]
+def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
+    """Return what the Trainer would not keep of the model."""
     if recipe.adalora is not None:
-        parts.append(AdaLoraState())
-    elif recipe.adapted and trainer.is_fsdp_enabled:
-        parts.append(TrainedShards())
-    elif recipe.adapted and trained_base(trainer.model):
-        parts.append(TrainedBase())
-    return parts
+        return [AdaLoraState()]
+    if recipe.adapted and trainer.is_fsdp_enabled:
+        return [TrainedShards()]
+    return [TrainedBase()] if recipe.adapted and trained_base(trainer.model) else []
 
 
 def training_settings(job: Job) -> TrainConfig:
