@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_they_save(tmp_path):
 def test_runs_share_the_machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    engine = LocalEngine(jobs=3, devices=("4", "6"))
+    engine = LocalEngine(jobs=3, devices=("4", "6", "4"))
     assert [engine.environment(slot) for slot in range(3)] == [
         {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "4")
     ]
@@ -66,6 +67,32 @@ def test_runs_share_the_machine(monkeypatch):
     assert [pairs.environment(slot, processes=2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0,1", "2,3"]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert LocalEngine(jobs=3).environment(0) == {}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "devices", "words"),
+    [
+        (
+            1,
+            4,
+            "01",
+            r"1 runs at a time .* on 4 processes each .* take 4 devices, and there are 2 \(0,1\): choose fewer",
+        ),
+        (3, 1, "01", "take 3 devices, and there are 2"),
+        (2, 1, "0", "or name a device more than once in CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_fewer_devices_than_processes(jobs, processes, devices, words, tmp_path):
+    cell = replace(fake_cell(tmp_path, "finish"), processes=processes)
+    with pytest.raises(ValueError, match=words):
+        next(LocalEngine(jobs, tuple(devices)).run([cell]))
+    assert not cell.starts()
+
+
+def test_enough_devices(tmp_path):
+    cells = [replace(fake_cell(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
+    assert len(list(LocalEngine(2, tuple("0123")).run(cells))) == 2
+    assert list(LocalEngine(4, ("0",)).run([])) == []
 
 
 def test_the_devices_that_may_be_used(monkeypatch):

@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_what_slurm_refuses(submit, tmp_path):
     with pytest.raises(ValueError, match="SLURM does not take the jobs.*invalid partition"):
         submit([cell], partition="nowhere")
     assert job_of(cell) is None and not cell.starts()
+
+
+def test_fewer_gpus_than_processes(tmp_path):
+    cell = replace(fake_cell(tmp_path, "finish"), processes=4)
+    engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=1))
+    with pytest.raises(ValueError, match="gpus_per_node=1 gives a job fewer GPUs than it has processes, 4: ask for"):
+        next(engine.run([cell]))
 
 
 def test_no_slurm_here(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ class LocalEngine:
     """Carries out cells on this machine.
 
     Attributes:
-        jobs: How many at a time. Each gets an equal share of the CPU's threads, and of several accelerators one per process.
-        devices: Accelerators to deal out, as ``CUDA_VISIBLE_DEVICES`` names them.
+        jobs: How many at a time. Each gets an equal share of the CPU's threads, and an accelerator per process where there are any.
+        devices: Accelerators to deal out, as ``CUDA_VISIBLE_DEVICES`` names them; one that is named twice may be shared by two.
         keep_models: Keep the trained weights.
     """
 
@@ -32,7 +32,11 @@ class LocalEngine:
         """Run cells and yield each when it has ended, however it did.
 
         When interrupted, it stops the runs, which save what they have, and waits for them.
+
+        Raises:
+            ValueError: There are accelerators, and not one for each process.
         """
+        self._check_devices(max((cell.processes for cell in cells), default=0))
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self.jobs):
             slots.put(slot)
@@ -62,10 +66,19 @@ class LocalEngine:
         share: dict[str, str] = {}
         if (sharers := self.jobs * processes) > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // sharers))
-        if self.jobs > 1 and (count := len(self.devices)) > 1:
+        if self.jobs > 1 and self.devices:
             own = range(slot * processes, (slot + 1) * processes)
-            share["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[number % count] for number in own)
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[number] for number in own)
         return share
+
+    def _check_devices(self, processes: int) -> None:
+        there, wanted = len(self.devices), self.jobs * processes
+        if there and wanted > there:
+            raise ValueError(
+                f"{self.jobs} runs at a time (--jobs) on {processes} processes each (--nproc_per_node) take {wanted} devices, and "
+                f"there are {there} ({','.join(self.devices)}): choose fewer, or name a device more than once in "
+                "CUDA_VISIBLE_DEVICES to let several runs share it"
+            )
 
 
 def visible_devices() -> tuple[str, ...]:

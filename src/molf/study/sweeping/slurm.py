@@ -96,8 +96,9 @@ class SlurmEngine:
         Interrupting this leaves the jobs alone; the next call finds them in the queue.
 
         Raises:
-            ValueError: There is no SLURM here, or it refuses the jobs.
+            ValueError: There is no SLURM here, it refuses the jobs, or a job would have fewer GPUs than processes.
         """
+        self._check_gpus(cells)
         for program in ("sbatch", "squeue", "srun", "scontrol"):
             if shutil.which(program) is None:
                 raise ValueError(
@@ -116,6 +117,14 @@ class SlurmEngine:
             self._submit(new[first : first + size])
         if self.wait:
             yield from self._ended(cells)
+
+    def _check_gpus(self, cells: Sequence[Cell]) -> None:
+        gpus, processes = self.settings.gpus_per_node, max((cell.processes for cell in cells), default=0)
+        if gpus and processes > gpus:
+            raise ValueError(
+                f"gpus_per_node={gpus} gives a job fewer GPUs than it has processes, {processes}: ask for --gpus_per_node "
+                f"{processes}, or use fewer with --nproc_per_node"
+            )
 
     def _submit(self, cells: Sequence[Cell]) -> None:
         """Submit cells as one array."""
