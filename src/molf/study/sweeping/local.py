@@ -15,7 +15,7 @@ class LocalEngine:
     """Carries out cells on this machine.
 
     Attributes:
-        jobs: How many at a time. Each gets an equal share of the CPU's threads, and an accelerator per process where there are any.
+        jobs: How many at a time. Each gets an equal share of the CPU's threads, and of accelerators one per process.
         devices: Accelerators to deal out, as ``CUDA_VISIBLE_DEVICES`` names them; one that is named twice may be shared by two.
         keep_models: Keep the trained weights.
     """
@@ -75,8 +75,8 @@ class LocalEngine:
         there, wanted = len(self.devices), self.jobs * processes
         if there and wanted > there:
             raise ValueError(
-                f"{self.jobs} runs at a time (--jobs) on {processes} processes each (--nproc_per_node) take {wanted} devices, and "
-                f"there are {there} ({','.join(self.devices)}): choose fewer, or name a device more than once in "
+                f"{self.jobs} runs at a time (--jobs) on {processes} processes each (--nproc_per_node) take {wanted} devices, "
+                f"and there are {there} ({','.join(self.devices)}): choose fewer, or name a device more than once in "
                 "CUDA_VISIBLE_DEVICES to let several runs share it"
             )
 
