@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -21,10 +22,17 @@ from molf.kernels import products, step  # noqa: F401 - all are loaded before th
 from small import wide
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def even(dtype):
+    """A model of which all sizes are multiples of 16, as they are in large ones."""
+    return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.Linear(128, 16)).to(dtype)
+
+
 VARIANTS = [  # together they launch every kernel with weights held in every way, gradients of both dtypes, one and two pairs
-    (torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8}),
-    (torch.float32, {"ranks": (2, 4), "score": "pfn"}),
-    (torch.bfloat16, {"ranks": (2, 4), "optim_bits": 8}),
+    (wide, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (2,)}),
+    (even, torch.bfloat16, {"optim_bits": 8, "ranks": (16,)}),
+    (even, torch.float32, {"ranks": (16, 32), "score": "pfn"}),
 ]
 
 
@@ -48,16 +56,16 @@ def compiled_by(variants):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "HELD", "PFN", "KEEP")]
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "HELD", "PFN", "KEEP", "ALIGNED")]
         found[f"{self.__name__}({', '.join(constants)})"] = kernel
 
     triton.JITFunction.run = compile_only
     driver.set_active(Absent())
     products.cuts_factors = lambda device: True
     os.environ["TRITON_INTERPRET"] = "1"
-    for dtype, options in variants:
-        model = wide(dtype)
-        optimizer = MoLF(model, fused=True, **{"ranks": (2,), **options})
+    for make, dtype, options in variants:
+        model = make(dtype)
+        optimizer = MoLF(model, fused=True, **options)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -65,7 +73,7 @@ def compiled_by(variants):
 
 
 def resources(kernel):
-    """Return registers and bytes of stack of a thread, and the shared memory of a block."""
+    """Return what a thread and a program take, and how many instructions move several words from or to memory at once."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -73,15 +81,12 @@ def resources(kernel):
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
-    local = len(re.findall(r"\b(?:LDL|STL)\b", kernel.asm["sass"])) if stack else 0
     return {
         "registers": registers,
         "stack": stack,
-        "local": local,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "vectors": len(re.findall(r"\.global[^ ]*\.v[24]", kernel.asm["ptx"])),
-        "scalars": len(re.findall(r"(?:ld|st)\.global(?!\.v)", kernel.asm["ptx"])),
     }
 
 

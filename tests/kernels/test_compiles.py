@@ -30,7 +30,7 @@ def test_every_kernel_compiles_for_an_h100(compiled):
 
 def test_registers_suffice(compiled):
     """What does not fit into 255 registers of a thread goes to memory and back."""
-    spilling = {name: made for name, made in compiled.items() if made["stack"] > 128}
+    spilling = {name: made for name, made in compiled.items() if made["stack"] > 64}
     assert not spilling
 
 
@@ -38,3 +38,8 @@ def test_programs_fit_a_multiprocessor(compiled):
     """Of its 65536 registers and 227 KiB of shared memory."""
     for name, made in compiled.items():
         assert made["registers"] * made["warps"] * 32 <= 65536 and made["shared"] <= 227 * 1024, name
+
+
+def test_aligned_tensors_are_read_several_words_at_once(compiled):
+    vectors = {name: made["vectors"] for name, made in compiled.items() if "ALIGNED=True" in name}
+    assert {name.partition("(")[0] for name in vectors} == KERNELS - {"_totals"} and all(vectors.values())

@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import Packed, load_moved, pointers, values
 from molf.kernels.tables import OPTIONS, Rate, Tables
-from molf.kernels.winners import MOST, held, load_weight, store_weight
+from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
 from molf.quantised import BLOCK
 
 __all__ = ["Effective", "MovedPair", "fold_winners_"]
@@ -59,24 +60,39 @@ class Effective(NamedTuple):
 
 
 @triton.jit
-def _add_product(total, scale, left, right, sign_left, sign_right, rows, columns, n_out, n_in, r, BK: tl.constexpr):
+def _add_product(
+    total,
+    scale,
+    left,
+    right,
+    sign_left,
+    sign_right,
+    rows,
+    columns,
+    n_out,
+    n_in,
+    r,
+    BK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Return ``total + scale (L + sign_left dL)[rows] @ (R + sign_right dR)[:, columns]``; a sign of 0 leaves the change out.
 
-    ``left`` and ``right`` are each the address of a matrix and of its change. Tensor cores would drop all but 10 bits of the
-    factors, and always towards zero: each is taken as two numbers of 11 bits (tf32x3), so losers keep their weights.
+    ``left`` and ``right`` are each the entries of a matrix and of its change in the table of addresses. Tensor cores would drop
+    all but 11 bits of the factors, and always towards zero: each is taken as two such numbers (tf32x3), so losers keep their
+    weights.
     """
     for k in range(0, r, BK):
         ranks = k + tl.arange(0, BK)
         at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
         inside = (rows < n_out)[:, None] & (ranks < r)[None, :]
-        x = tl.load(left[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        x = tl.load(pointer(left[0], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
         if sign_left != 0:
-            x += sign_left * tl.load(left[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+            x += sign_left * tl.load(pointer(left[1], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
         at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
         inside = (ranks < r)[:, None] & (columns < n_in)[None, :]
-        y = tl.load(right[0].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        y = tl.load(pointer(right[0], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
         if sign_right != 0:
-            y += sign_right * tl.load(right[1].to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+            y += sign_right * tl.load(pointer(right[1], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
         total = tl.dot(scale * x, y, total, input_precision="tf32x3")
     return total
 
@@ -91,9 +107,9 @@ def _fold(
     values,
     pairs,
     starteds,
-    shapes,
-    ranks_of,
+    ranks,
     scales,
+    shapes,
     layers,
     rates,
     decays,
@@ -110,52 +126,46 @@ def _fold(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     if tl.load(go) == 0:
         return
-    tile = tl.program_id(0)
-    i = tl.load(tiles + 3 * tile)
-    first = tl.load(tiles + 3 * tile + 2)
-    rows, columns = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM), first + tl.arange(0, BN)
-    n_out, n_in, layer = tl.load(shapes + 2 * i), tl.load(shapes + 2 * i + 1), tl.load(layers + i)
-    won = chosen + layer * (R + 1)
+    tile = tiles + 3 * tl.program_id(0)
+    i, first = tl.load(tile), tl.multiple_of(tl.load(tile + 2), BN)
+    rows, columns = tl.load(tile + 1) + tl.arange(0, BM), first + tl.arange(0, BN)
+    n_out, n_in = tl.load(shapes + 2 * i), size_in(shapes + 2 * i + 1, ALIGNED)
+    layer, lr = tl.load(layers + i), tl.load(rates + i)
+    won, decay = chosen + layer * (R + 1), lr * tl.load(decays + i)
     fft = tl.load(won) != 0
-    lr = tl.load(rates + i)
-    kept = lr * tl.load(decays + i)
     change = tl.zeros((BM, BN), dtype=tl.float32)
     for e in tl.static_range(R):
-        own, r, scale = pairs + 4 * (i * R + e), tl.load(ranks_of + i * R + e), tl.load(scales + i * R + e)
-        A, B, dA, dB = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+        A, r, s = pairs + 4 * (i * R + e), size_in(ranks + i * R + e, ALIGNED), tl.load(scales + i * R + e)
+        B, dA, dB = A + 1, A + 2, A + 3
         moved = tl.load(won + e + 1) != 0
-        if fft & (kept != 0) & (tl.load(tl.load(starteds + i * R + e).to(tl.pointer_type(tl.float32))) != 0):
-            back = -moved.to(tl.float32)
-            change = _add_product(change, kept * scale, (B, dB), (A, dA), back, back, rows, columns, n_out, n_in, r, BK)
+        if fft & (decay != 0) & (tl.load(pointer(starteds + i * R + e, tl.float32, False)) != 0):
+            to, back = decay * s, -moved.to(tl.float32)
+            change = _add_product(change, to, (B, dB), (A, dA), back, back, rows, columns, n_out, n_in, r, BK, ALIGNED)
         if moved:
-            change = _add_product(change, scale, (B, dB), (dA, dA), -1.0, 0.0, rows, columns, n_out, n_in, r, BK)
-            change = _add_product(change, scale, (dB, dB), (A, A), 0.0, 0.0, rows, columns, n_out, n_in, r, BK)
+            change = _add_product(change, s, (B, dB), (dA, dA), -1.0, 0.0, rows, columns, n_out, n_in, r, BK, ALIGNED)
+            change = _add_product(change, s, (dB, dB), (A, A), 0.0, 0.0, rows, columns, n_out, n_in, r, BK, ALIGNED)
     at = rows.to(tl.int64)[:, None] * n_in + columns[None, :]
     inside = (rows < n_out)[:, None] & (columns < n_in)[None, :]
     if fft:
-        correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-        pair = 2 * i
         if GRAD is None:
-            m = tl.load(tl.load(moments + pair).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-            v = tl.load(tl.load(moments + pair + 1).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-        else:
-            # A tile lies within one block of each row.
-            block = (rows.to(tl.int64) * tl.cdiv(n_in, BLOCK) + first // BLOCK)[:, None]
-            here, grad, factor = (rows < n_out)[:, None], tl.load(grads + i), tl.load(clip)
+            m = tl.load(pointer(moments + 2 * i, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+            v = tl.load(pointer(moments + 2 * i + 1, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+        else:  # a tile lies within one block of each row
+            here, block = (rows < n_out)[:, None], (rows.to(tl.int64) * tl.cdiv(n_in, BLOCK) + first // BLOCK)[:, None]
             m, v = load_moved(
-                grad, moments + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD
+                grads, moments, maxima, i, block, here, at, inside, values, clip, beta1, beta2, GRAD, ALIGNED
             )
-        change -= lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
-    weight, low = tl.load(weights + i), tl.load(lows + i)
-    W = load_weight(weight, low, at, inside, HELD)
-    W += tl.where(fft, change - kept * W, change)
-    store_weight(weight, low, at, inside, W, seed, -1 - layer, HELD)  # a layer has one effective weight
+        change -= lr * adam_change(m, v, corrections + 2 * layer, eps)
+    W = load_weight(weights + i, lows + i, at, inside, HELD, ALIGNED)
+    W += tl.where(fft, change - decay * W, change)
+    store_weight(weights + i, lows + i, at, inside, W, seed, -1 - layer, HELD, ALIGNED)
 
 
 def fold_winners_(
@@ -180,33 +190,19 @@ def fold_winners_(
         tables: Of this device.
         seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
-
-    def kind(layer: Effective) -> tuple[int, str]:
-        grad = str(layer.moments.grad.dtype) if isinstance(layer.moments, Packed) else ""
-        return held(layer.weight, layer.low), grad
-
-    for (how, grad), group in groupby(sorted(layers, key=kind), key=kind):
+    for (how, grad), group in groupby(sorted(layers, key=_kind), key=_kind):
         own, name = list(group), f"fold.{how}.{grad}"
-        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         packed = [layer.moments for layer in own if isinstance(layer.moments, Packed)]
-        pairs = [pair for layer in own for pair in layer.pairs]
-        shapes = tuple((layer.weight.shape[0], layer.weight.shape[1]) for layer in own)
+        weights, lows = [layer.weight for layer in own], [layer.low for layer in own if layer.low is not None]
+        shapes = tuple((x.shape[0], x.shape[1]) for x in weights)
         tiles = tables.tiles(f"{name}.tiles", shapes, (_TILE, _TILE))
-        weights = tables.pointers(f"{name}.weights", [layer.weight for layer in own])
-        lows = [layer.low for layer in own if layer.low is not None]
         _fold[(len(tiles),)](
-            weights,
-            tables.pointers(f"{name}.lows", lows) if lows else weights,
+            *weight_addresses(name, weights, lows, tables),
             *_moments(name, own, packed, tables),
             values(tables.device),
-            tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
-            tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
+            *_pairs(name, own, tables),
             tables.numbers(f"{name}.shapes", tuple(n for shape in shapes for n in shape), torch.int32),
-            tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
-            tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
-            tables.numbers(f"{name}.layers", tuple(layer.layer for layer in own), torch.int32),
-            tables.rates(f"{name}.rates", [layer.lr for layer in own]),
-            tables.numbers(f"{name}.decays", tuple(layer.weight_decay for layer in own), torch.float32),
+            *layer_settings(name, own, tables),
             corrections,
             chosen,
             tiles,
@@ -218,12 +214,35 @@ def fold_winners_(
             GRAD=GRADIENTS[packed[0].grad.dtype] if packed else None,
             BLOCK=BLOCK,
             HELD=how,
+            ALIGNED=_aligned(own),
             BM=_TILE,
             BN=_TILE,
             BK=_DEPTH,
             num_warps=_WARPS,
             **OPTIONS,
         )
+
+
+def _kind(layer: Effective) -> tuple[int, str]:
+    return held(layer.weight, layer.low), str(layer.moments.grad.dtype) if isinstance(layer.moments, Packed) else ""
+
+
+def _pairs(name: str, layers: Sequence[Effective], tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return of all pairs: addresses of A, B, dA and dB ``[L * R, 4]``, addresses of ``started``, ranks, scales."""
+    pairs = [pair for layer in layers for pair in layer.pairs]
+    return (
+        tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
+        tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
+        tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
+        tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
+    )
+
+
+def _aligned(layers: Sequence[Effective]) -> bool:
+    tensors = [x for layer in layers for x in (layer.weight, layer.low, *layer.moments) if isinstance(x, Tensor)]
+    pairs = [pair for layer in layers for pair in layer.pairs]
+    sizes = [layer.weight.shape[1] for layer in layers] + [pair.A.shape[0] for pair in pairs]
+    return aligned(sizes, tensors, [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)])
 
 
 def _moments(

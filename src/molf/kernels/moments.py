@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.tables import OPTIONS, Tables
 
 __all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_"]
@@ -64,6 +65,7 @@ def _moments(
     eps,
     GRAD: tl.constexpr,
     PFN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,11 +73,11 @@ def _moments(
     if tl.load(go) == 0:
         return
     slot = tl.load(blocks + 2 * block)
-    start = tl.load(blocks + 2 * block + 1)
-    size = tl.load(sizes + slot)
-    grad = tl.load(grads + slot).to(tl.pointer_type(GRAD))
-    exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
-    exp_avg_sq = tl.load(exp_avg_sqs + slot).to(tl.pointer_type(tl.float32))
+    start = tl.multiple_of(tl.load(blocks + 2 * block + 1), CHUNK)
+    size = size_in(sizes + slot, ALIGNED)
+    grad = pointer(grads + slot, GRAD, ALIGNED)
+    exp_avg = pointer(exp_avgs + slot, tl.float32, ALIGNED)
+    exp_avg_sq = pointer(exp_avg_sqs + slot, tl.float32, ALIGNED)
     factor = tl.load(clip)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, CHUNK, BLOCK):
@@ -134,11 +136,10 @@ def move_moments_(
         own = list(group)
         name, sizes = f"moments.{dtype}", tuple(slot.exp_avg.numel() for slot in own)
         blocks = tables.blocks(f"{name}.blocks", sizes, _CHUNK)
+        tensors = [[slot.grad for slot in own], [slot.exp_avg for slot in own], [slot.exp_avg_sq for slot in own]]
         if len(blocks):
             _moments[(len(blocks),)](
-                tables.pointers(f"{name}.grads", [slot.grad for slot in own]),
-                tables.pointers(f"{name}.exp_avgs", [slot.exp_avg for slot in own]),
-                tables.pointers(f"{name}.exp_avg_sqs", [slot.exp_avg_sq for slot in own]),
+                *(tables.pointers(f"{name}.{i}", own) for i, own in enumerate(tensors)),
                 tables.numbers(f"{name}.sizes", sizes, torch.int64),
                 blocks,
                 partials[first:],
@@ -148,6 +149,7 @@ def move_moments_(
                 eps,
                 GRAD=GRADIENTS[dtype],
                 PFN=pfn,
+                ALIGNED=aligned(sizes, *tensors),
                 CHUNK=_CHUNK,
                 BLOCK=_BLOCK,
                 **OPTIONS,

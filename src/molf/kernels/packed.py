@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import GRADIENTS, Scalars, add_up
 from molf.kernels.tables import OPTIONS, Tables
 from molf.quantised import BLOCK, block_count, code_values
@@ -23,6 +24,7 @@ __all__ = [
     "ROWS",
     "WARPS",
     "Packed",
+    "all_aligned",
     "load_moved",
     "observe_packed",
     "places",
@@ -51,32 +53,47 @@ class Packed(NamedTuple):
 
 
 @triton.jit
-def load_moved(grad, codes, maxima, block, here, at, inside, values, factor, beta1, beta2, GRAD: tl.constexpr):
-    """Return both moments of this step, 0 outside.
+def load_moved(
+    grads,
+    codes,
+    maxima,
+    slot,
+    block,
+    here,
+    at,
+    inside,
+    values,
+    clip,
+    beta1,
+    beta2,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return both moments of this step of a slot, 0 outside.
 
-    ``grad`` is an address, ``codes`` and ``maxima`` point to the addresses of the two moments'; ``block`` is the block of each
-    row of the tile, ``at`` are its elements, and ``here`` and ``inside`` say which of them there are.
+    ``block`` is the block of each row of the tile, ``at`` are its elements, and ``here`` and ``inside`` say which there are.
     """
-    g = tl.load(grad.to(tl.pointer_type(GRAD)) + at, mask=inside, other=0.0).to(tl.float32) * factor
-    code_m = tl.load(tl.load(codes).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
-    code_v = tl.load(tl.load(codes + 1).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
+    codes, maxima = codes + 2 * slot, maxima + 2 * slot
+    g = tl.load(pointer(grads + slot, GRAD, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32) * tl.load(clip)
+    code_m = tl.load(pointer(codes, tl.uint8, ALIGNED) + at, mask=inside, other=0)
+    code_v = tl.load(pointer(codes + 1, tl.uint8, ALIGNED) + at, mask=inside, other=0)
     m, v = tl.load(values + code_m.to(tl.int32)), tl.load(values + 256 + code_v.to(tl.int32))
-    m *= tl.where(inside, tl.load(tl.load(maxima).to(tl.pointer_type(tl.float32)) + block, mask=here, other=0.0), 0.0)
-    v *= tl.where(
-        inside, tl.load(tl.load(maxima + 1).to(tl.pointer_type(tl.float32)) + block, mask=here, other=0.0), 0.0
-    )
+    most_m = tl.load(pointer(maxima, tl.float32, ALIGNED) + block, mask=here, other=0.0)
+    most_v = tl.load(pointer(maxima + 1, tl.float32, ALIGNED) + block, mask=here, other=0.0)
+    m, v = m * tl.where(inside, most_m, 0.0), v * tl.where(inside, most_v, 0.0)
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
     return m, v
 
 
 @triton.jit
-def places(blocks, shapes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def places(blocks, shapes, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return slot, blocks ``[ROWS, 1]``, which there are, elements ``[ROWS, BLOCK]``, and which there are, of this program."""
     tile = tl.program_id(0)
     slot = tl.load(blocks + 2 * tile)
     block = tl.load(blocks + 2 * tile + 1) + tl.arange(0, ROWS)
-    n, in_row, there = tl.load(shapes + 3 * slot), tl.load(shapes + 3 * slot + 1), tl.load(shapes + 3 * slot + 2)
+    n = size_in(shapes + 3 * slot, ALIGNED)
+    in_row, there = tl.load(shapes + 3 * slot + 1), tl.load(shapes + 3 * slot + 2)
     column = (block % in_row * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     at = (block // in_row * n)[:, None] + column
     here = (block < there)[:, None]
@@ -99,14 +116,14 @@ def _observe(
     eps,
     GRAD: tl.constexpr,
     PFN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if tl.load(go) == 0:
         return
-    slot, block, here, at, inside = places(blocks, shapes, ROWS, BLOCK)
-    grad, pair, factor = tl.load(grads + slot), 2 * slot, tl.load(clip)
-    m, v = load_moved(grad, codes + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD)
+    slot, block, here, at, inside = places(blocks, shapes, ALIGNED, ROWS, BLOCK)
+    m, v = load_moved(grads, codes, maxima, slot, block, here, at, inside, values, clip, beta1, beta2, GRAD, ALIGNED)
     u = m / (tl.sqrt(v) + eps)
     total = tl.sum(u * u if PFN else m * u, axis=1)
     tl.store(partials + tl.program_id(0), tl.sum(total, axis=0))
@@ -142,6 +159,7 @@ def observe_packed(
                 eps,
                 GRAD=GRADIENTS[dtype],
                 PFN=pfn,
+                ALIGNED=all_aligned(own),
                 ROWS=ROWS,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
@@ -166,6 +184,11 @@ def pointers(name: str, packed: Sequence[Packed], tables: Tables) -> tuple[Tenso
         tables.pointers(f"{name}.codes", codes),
         tables.pointers(f"{name}.maxima", maxima),
     )
+
+
+def all_aligned(packed: Sequence[Packed]) -> bool:
+    """Tell whether gradients and moments can be read 16 bytes at once."""
+    return aligned([shape_of(one)[0] for one in packed], *(one[:5] for one in packed))
 
 
 def shape_of(packed: Packed) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.tables import OPTIONS, Tables
 
 __all__ = ["Product", "cuts_factors", "nearest_tf32", "pair_gradients"]
@@ -55,6 +56,7 @@ def _gradient_of_B(
     tiles,
     GRAD: tl.constexpr,
     ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -62,11 +64,11 @@ def _gradient_of_B(
     tile = tl.program_id(0)
     i = tl.load(tiles + 3 * tile)
     rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BM)
-    ranks = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BR)
-    n_out, n_in, r = tl.load(shapes + 3 * i), tl.load(shapes + 3 * i + 1), tl.load(shapes + 3 * i + 2)
-    G = tl.load(Gs + i).to(tl.pointer_type(GRAD))
-    A = tl.load(As + i).to(tl.pointer_type(tl.float32))
-    dB = tl.load(dBs + i).to(tl.pointer_type(tl.float32))
+    ranks = tl.multiple_of(tl.load(tiles + 3 * tile + 2), BR) + tl.arange(0, BR)
+    n_out, n_in = tl.load(shapes + 3 * i), size_in(shapes + 3 * i + 1, ALIGNED)
+    r = size_in(shapes + 3 * i + 2, ALIGNED)
+    G = pointer(Gs + i, GRAD, ALIGNED)
+    A, dB = pointer(As + i, tl.float32, ALIGNED), pointer(dBs + i, tl.float32, ALIGNED)
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for k in range(0, n_in, BK):
         columns = k + tl.arange(0, BK)
@@ -92,6 +94,7 @@ def _gradient_of_A(
     tiles,
     GRAD: tl.constexpr,
     ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -99,13 +102,13 @@ def _gradient_of_A(
     tile = tl.program_id(0)
     i = tl.load(tiles + 3 * tile)
     ranks = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BR)
-    columns = tl.load(tiles + 3 * tile + 2) + tl.arange(0, BN)
-    n_out, n_in, r = tl.load(shapes + 3 * i), tl.load(shapes + 3 * i + 1), tl.load(shapes + 3 * i + 2)
-    G = tl.load(Gs + i).to(tl.pointer_type(GRAD))
-    B = tl.load(Bs + i).to(tl.pointer_type(tl.float32))
-    dA = tl.load(dAs + i).to(tl.pointer_type(tl.float32))
+    columns = tl.multiple_of(tl.load(tiles + 3 * tile + 2), BN) + tl.arange(0, BN)
+    n_out, n_in = tl.load(shapes + 3 * i), size_in(shapes + 3 * i + 1, ALIGNED)
+    r = size_in(shapes + 3 * i + 2, ALIGNED)
+    G = pointer(Gs + i, GRAD, ALIGNED)
+    B, dA = pointer(Bs + i, tl.float32, ALIGNED), pointer(dAs + i, tl.float32, ALIGNED)
     total = tl.zeros((BR, BN), dtype=tl.float32)
-    if tl.load(tl.load(starteds + i).to(tl.pointer_type(tl.float32))) != 0:
+    if tl.load(pointer(starteds + i, tl.float32, False)) != 0:
         for k in range(0, n_out, BK):
             rows = k + tl.arange(0, BK)
             at = rows.to(tl.int64)[None, :] * r + ranks[:, None]
@@ -139,6 +142,7 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
     shapes = tuple((p.G.shape[0], p.G.shape[1], p.A.shape[0]) for p in products)
     sizes = tables.numbers("products.shapes", tuple(n for shape in shapes for n in shape), torch.int32)
     scales = tables.numbers("products.scales", tuple(p.scale for p in products), torch.float32)
+    together = aligned([n for _, *row in shapes for n in row], *([p.G, p.A, p.B, p.dA, p.dB] for p in products))
     Gs = tables.pointers("products.G", [p.G for p in products])
     tiles = tables.tiles("products.dB.tiles", tuple((n_out, r) for n_out, _, r in shapes), (_TILE, _RANKS))
     _gradient_of_B[(len(tiles),)](
@@ -150,6 +154,7 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         tiles,
         GRAD=grad,
         ROUND=cuts_factors(tables.device),
+        ALIGNED=together,
         BM=_TILE,
         BR=_RANKS,
         BK=_DEPTH,
@@ -166,6 +171,7 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         tiles,
         GRAD=grad,
         ROUND=cuts_factors(tables.device),
+        ALIGNED=together,
         BN=_TILE,
         BR=_RANKS,
         BK=_DEPTH,

@@ -15,10 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer
 from molf.kernels.moments import GRADIENTS, Scalars
-from molf.kernels.packed import ROWS, WARPS, Packed, load_moved, places, pointers, shape_of, shapes_of, values
+from molf.kernels.packed import (
+    ROWS,
+    WARPS,
+    Packed,
+    all_aligned,
+    load_moved,
+    places,
+    pointers,
+    shape_of,
+    shapes_of,
+    values,
+)
 from molf.kernels.tables import OPTIONS, Rate, Tables
-from molf.kernels.winners import MOST, held, load_weight, store_weight
+from molf.kernels.winners import MOST, adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
 from molf.quantised import BLOCK, nearest_code
 
 __all__ = ["PackedStep", "settle_packed_"]
@@ -47,17 +59,17 @@ class PackedStep(NamedTuple):
 
 
 @triton.jit
-def _pack(codes, maxima, block, here, at, inside, x, lower, starts, SIGNED: tl.constexpr):
-    """Write moments as codes and block maxima, given by their addresses."""
+def _pack(codes, maxima, block, here, at, inside, x, lower, starts, SIGNED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write moments as codes and block maxima, given by their entries in tables."""
     x = tl.where(inside, x, 0.0)
     most = tl.max(tl.abs(x), axis=1)
-    tl.store(maxima.to(tl.pointer_type(tl.float32)) + block, most[:, None], mask=here)
+    tl.store(pointer(maxima, tl.float32, ALIGNED) + block, most[:, None], mask=here)
     x = tl.div_rn(x, tl.where(most > 0, most, 1.0)[:, None] + tl.zeros_like(x))
     code = tl.load(lower + (x.to(tl.int32, bitcast=True) >> 16) + 32768).to(tl.int32)
     code += (x > tl.load(starts + code)).to(tl.int32)
     if not SIGNED:
         code = tl.maximum(code, (x > 0).to(tl.int32))
-    tl.store(codes.to(tl.pointer_type(tl.uint8)) + at, code.to(tl.uint8), mask=inside)
+    tl.store(pointer(codes, tl.uint8, ALIGNED) + at, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -86,28 +98,24 @@ def _settle(
     seed,
     GRAD: tl.constexpr,
     HELD: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NOISE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if tl.load(go) == 0:
         return
-    slot, block, here, at, inside = places(blocks, shapes, ROWS, BLOCK)
-    grad, pair, factor = tl.load(grads + slot), 2 * slot, tl.load(clip)
-    m, v = load_moved(grad, codes + pair, maxima + pair, block, here, at, inside, values, factor, beta1, beta2, GRAD)
+    slot, block, here, at, inside = places(blocks, shapes, ALIGNED, ROWS, BLOCK)
+    m, v = load_moved(grads, codes, maxima, slot, block, here, at, inside, values, clip, beta1, beta2, GRAD, ALIGNED)
     if HELD >= 0:  # noqa: SIM102 - decided when it is compiled
         if tl.load(chosen + tl.load(experts + slot)) != 0:
-            layer = tl.load(layers + slot)
             lr, decay = tl.load(rates + slot), tl.load(decays + slot)
-            correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-            param, low = tl.load(weights + slot), tl.load(lows + slot)
-            p = load_weight(param, low, at, inside, HELD)
-            p = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
-            store_weight(param, low, at, inside, p, seed, NOISE + slot, HELD)
-    code, most = tl.load(codes + pair), tl.load(maxima + pair)
-    _pack(code, most, block, here, at, inside, m, lower, starts, True)
-    code, most = tl.load(codes + pair + 1), tl.load(maxima + pair + 1)
-    _pack(code, most, block, here, at, inside, v, lower + 65536, starts + 256, False)
+            p = load_weight(weights + slot, lows + slot, at, inside, HELD, ALIGNED)
+            p = p * (1 - lr * decay) - lr * adam_change(m, v, corrections + 2 * tl.load(layers + slot), eps)
+            store_weight(weights + slot, lows + slot, at, inside, p, seed, NOISE + slot, HELD, ALIGNED)
+    codes, maxima = codes + 2 * slot, maxima + 2 * slot
+    _pack(codes, maxima, block, here, at, inside, m, lower, starts, True, ALIGNED)
+    _pack(codes + 1, maxima + 1, block, here, at, inside, v, lower + 65536, starts + 256, False, ALIGNED)
 
 
 def settle_packed_(
@@ -132,30 +140,20 @@ def settle_packed_(
         tables: Of this device.
         seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
-
-    def kind(slot: PackedStep) -> tuple[str, int]:
-        how = _NO_STEP if slot.param is None else held(slot.param, slot.low)
-        return str(slot.packed.grad.dtype), how
-
-    for (dtype, how), group in groupby(sorted(slots, key=kind), key=kind):
+    for (dtype, how), group in groupby(sorted(slots, key=_kind), key=_kind):
         own, name = list(group), f"settle.{dtype}.{how}"
-        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         packed = [slot.packed for slot in own]
-        blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(one)[2] for one in packed), ROWS)
-        addresses = pointers(name, packed, tables)
-        params = [slot.param for slot in own if slot.param is not None]
+        weights = [slot.param for slot in own if slot.param is not None]
         lows = [slot.low for slot in own if slot.low is not None]
+        blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(one)[2] for one in packed), ROWS)
         if not len(blocks):
             continue
         _settle[(len(blocks),)](
-            tables.pointers(f"{name}.params", params) if params else addresses[0],
-            tables.pointers(f"{name}.lows", lows) if lows else addresses[0],
-            *addresses,
+            *(weight_addresses(name, weights, lows, tables) if weights else (blocks, blocks)),
+            *pointers(name, packed, tables),
             shapes_of(name, packed, tables),
             tables.numbers(f"{name}.experts", tuple(slot.packed.expert for slot in own), torch.int32),
-            tables.numbers(f"{name}.layers", tuple(slot.layer for slot in own), torch.int32),
-            tables.rates(f"{name}.rates", [slot.lr for slot in own]),
-            tables.numbers(f"{name}.decays", tuple(slot.weight_decay for slot in own), torch.float32),
+            *layer_settings(name, own, tables),
             corrections,
             chosen,
             blocks,
@@ -165,14 +163,19 @@ def settle_packed_(
             *betas,
             eps,
             scalars.go if seed is None else seed,
-            GRAD=GRADIENTS[own[0].packed.grad.dtype],
+            GRAD=GRADIENTS[packed[0].grad.dtype],
             HELD=how,
+            ALIGNED=all_aligned(packed) and aligned((), weights, lows),
             NOISE=2 * MOST,
             ROWS=ROWS,
             BLOCK=BLOCK,
             num_warps=WARPS,
             **OPTIONS,
         )
+
+
+def _kind(slot: PackedStep) -> tuple[str, int]:
+    return str(slot.packed.grad.dtype), _NO_STEP if slot.param is None else held(slot.param, slot.low)
 
 
 @functools.lru_cache

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import Scalars
 from molf.kernels.tables import OPTIONS, Rate, Tables
 
-__all__ = ["FLOAT", "MOST", "SPLIT", "STOCHASTIC", "Step", "held", "load_weight", "move_winners_", "store_weight"]
+__all__ = [
+    "FLOAT",
+    "MOST",
+    "SPLIT",
+    "STOCHASTIC",
+    "Step",
+    "adam_change",
+    "held",
+    "layer_settings",
+    "load_weight",
+    "move_winners_",
+    "store_weight",
+    "weight_addresses",
+]
 
 _CHUNK, _BLOCK = 4096, 1024
 
@@ -68,13 +82,20 @@ def held(param: Tensor, low: Tensor | None) -> int:
 
 
 @triton.jit
-def load_weight(param, low, at, inside, HELD: tl.constexpr):
-    """Return the float32 value of elements ``at`` of a parameter given by its address."""
+def adam_change(m, v, corrections, eps):
+    """Return ``(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``, given the address of the two corrections."""
+    correction1, correction2 = tl.load(corrections), tl.load(corrections + 1)
+    return correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
+
+
+@triton.jit
+def load_weight(param, low, at, inside, HELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the float32 value of elements ``at`` of a parameter given by its and its low part's entries in tables."""
     if HELD == 0:
-        return tl.load(param.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    bits = tl.load(param.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int32)
+        return tl.load(pointer(param, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+    bits = tl.load(pointer(param, tl.int16, ALIGNED) + at, mask=inside, other=0).to(tl.int32)
     if HELD == 1:
-        rest = tl.load(low.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.int32)
+        rest = tl.load(pointer(low, tl.int16, ALIGNED) + at, mask=inside, other=0).to(tl.int32)
         # Below zero there is no float: the rest of a weight that was zeroed by hand counts as none.
         rest = tl.where(((bits & 0x7FFF) == 0) & (rest < 0), 0, rest)
         return ((bits << 16) + rest).to(tl.float32, bitcast=True)
@@ -82,19 +103,19 @@ def load_weight(param, low, at, inside, HELD: tl.constexpr):
 
 
 @triton.jit
-def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr):
-    """Store float32 values as elements ``at`` of a parameter given by its address; ``number`` tells its noise from others'."""
+def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store float32 values where ``load_weight`` finds them; ``number`` tells a parameter's noise from others'."""
     if HELD == 0:
-        tl.store(param.to(tl.pointer_type(tl.float32)) + at, value, mask=inside)
+        tl.store(pointer(param, tl.float32, ALIGNED) + at, value, mask=inside)
     else:
         bits = value.to(tl.int32, bitcast=True)
         if HELD == 1:
             high = (bits + 0x8000) >> 16
-            tl.store(low.to(tl.pointer_type(tl.int16)) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
+            tl.store(pointer(low, tl.int16, ALIGNED) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
             noise = tl.randint(tl.load(seed) * 1_000_003 + number, at)  # more than 4 MOST apart
             high = (bits + (noise & 0xFFFF).to(tl.int32)) >> 16
-        tl.store(param.to(tl.pointer_type(tl.int16)) + at, high.to(tl.int16), mask=inside)
+        tl.store(pointer(param, tl.int16, ALIGNED) + at, high.to(tl.int16), mask=inside)
 
 
 @triton.jit
@@ -117,6 +138,7 @@ def _winners(
     seed,
     HELD: tl.constexpr,
     KEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -124,24 +146,23 @@ def _winners(
     slot = tl.load(blocks + 2 * block)
     if (tl.load(go) == 0) | (tl.load(chosen + tl.load(experts + slot)) == 0):
         return
-    start = tl.load(blocks + 2 * block + 1)
-    size = tl.load(sizes + slot)
-    layer = tl.load(layers + slot)
-    lr, decay = tl.load(rates + slot), tl.load(decays + slot)
-    correction1, correction2 = tl.load(corrections + 2 * layer), tl.load(corrections + 2 * layer + 1)
-    param, low = tl.load(weights + slot), tl.load(lows + slot)
-    exp_avg = tl.load(exp_avgs + slot).to(tl.pointer_type(tl.float32))
-    exp_avg_sq = tl.load(exp_avg_sqs + slot).to(tl.pointer_type(tl.float32))
+    start = tl.multiple_of(tl.load(blocks + 2 * block + 1), CHUNK)
+    size = size_in(sizes + slot, ALIGNED)
+    lr, decay, pair = tl.load(rates + slot), tl.load(decays + slot), corrections + 2 * tl.load(layers + slot)
+    exp_avg, exp_avg_sq = (
+        pointer(exp_avgs + slot, tl.float32, ALIGNED),
+        pointer(exp_avg_sqs + slot, tl.float32, ALIGNED),
+    )
     for first in range(0, CHUNK, BLOCK):
         at = start + first + tl.arange(0, BLOCK)
         inside = at < size
-        p = load_weight(param, low, at, inside, HELD)
+        p = load_weight(weights + slot, lows + slot, at, inside, HELD, ALIGNED)
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
-        moved = p * (1 - lr * decay) - lr * correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
-        store_weight(param, low, at, inside, moved, seed, slot, HELD)
+        moved = p * (1 - lr * decay) - lr * adam_change(m, v, pair, eps)
+        store_weight(weights + slot, lows + slot, at, inside, moved, seed, slot, HELD, ALIGNED)
         if KEEP:
-            tl.store(tl.load(changes + slot).to(tl.pointer_type(tl.float32)) + at, moved - p, mask=inside)
+            tl.store(pointer(changes + slot, tl.float32, ALIGNED) + at, moved - p, mask=inside)
 
 
 def move_winners_(
@@ -166,29 +187,20 @@ def move_winners_(
         tables: Of this device.
         seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
     """
-
-    def kind(step: Step) -> int:
-        return held(step.param, step.low)
-
-    for how, group in groupby(sorted(steps, key=kind), key=kind):
+    for how, group in groupby(sorted(steps, key=_how), key=_how):
         own, kept = list(group), f"{name}.{how}"
-        assert len(own) <= MOST, "numbers tell the noise of one tensor from another's"
         sizes = tuple(step.param.numel() for step in own)
-        blocks = tables.blocks(f"{kept}.blocks", sizes, _CHUNK)
-        params = tables.pointers(f"{kept}.params", [step.param for step in own])
-        lows = [step.low for step in own if step.low is not None]
+        weights, lows = [step.param for step in own], [step.low for step in own if step.low is not None]
+        moments = [step.exp_avg for step in own], [step.exp_avg_sq for step in own]
         changes = [step.change for step in own if step.change is not None]
+        blocks = tables.blocks(f"{kept}.blocks", sizes, _CHUNK)
         _winners[(len(blocks),)](
-            params,
-            tables.pointers(f"{kept}.lows", lows) if lows else params,
-            tables.pointers(f"{kept}.exp_avgs", [step.exp_avg for step in own]),
-            tables.pointers(f"{kept}.exp_avg_sqs", [step.exp_avg_sq for step in own]),
-            tables.pointers(f"{kept}.changes", changes) if changes else params,
+            *weight_addresses(kept, weights, lows, tables),
+            *(tables.pointers(f"{kept}.moments.{i}", own) for i, own in enumerate(moments)),
+            tables.pointers(f"{kept}.changes", changes) if changes else blocks,
             tables.numbers(f"{kept}.sizes", sizes, torch.int64),
             tables.numbers(f"{kept}.experts", tuple(step.expert for step in own), torch.int32),
-            tables.numbers(f"{kept}.layers", tuple(step.layer for step in own), torch.int32),
-            tables.rates(f"{kept}.rates", [step.lr for step in own]),
-            tables.numbers(f"{kept}.decays", tuple(step.weight_decay for step in own), torch.float32),
+            *layer_settings(kept, own, tables),
             corrections,
             chosen,
             blocks,
@@ -197,7 +209,39 @@ def move_winners_(
             scalars.go if seed is None else seed,
             HELD=how,
             KEEP=bool(changes),
+            ALIGNED=aligned(sizes, weights, lows, *moments, changes),
             CHUNK=_CHUNK,
             BLOCK=_BLOCK,
             **OPTIONS,
         )
+
+
+def _how(step: Step) -> int:
+    return held(step.param, step.low)
+
+
+def weight_addresses(
+    name: str, weights: Sequence[Tensor], lows: Sequence[Tensor], tables: Tables
+) -> tuple[Tensor, Tensor]:
+    """Return the addresses of parameters and of their low parts; any where there are none."""
+    params = tables.pointers(f"{name}.weights", weights)
+    return params, tables.pointers(f"{name}.lows", lows) if lows else params
+
+
+class _Scheduled(Protocol):
+    @property
+    def layer(self) -> int: ...
+    @property
+    def lr(self) -> float | Rate: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def layer_settings(name: str, own: Sequence[_Scheduled], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the numbers of layers, learning rates, and decays of what a launch moves, and see that numbers tell all apart."""
+    assert len(own) <= MOST, "the noise of one tensor would be another's"
+    return (
+        tables.numbers(f"{name}.layers", tuple(one.layer for one in own), torch.int32),
+        tables.rates(f"{name}.rates", [one.lr for one in own]),
+        tables.numbers(f"{name}.decays", tuple(one.weight_decay for one in own), torch.float32),
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Slot
+from molf.kernels.addresses import ALIGNMENT
 from molf.kernels.fold import Effective, MovedPair
 from molf.kernels.moments import Moments
 from molf.kernels.packed import Packed
@@ -78,7 +79,7 @@ class Work:
         self.effective: list[Effective] = []
         self.rates: list[float | Rate] = []
         merged = [layer for layer in layers if isinstance(layer, MergedLayer)]
-        elements = sum(sum(layer.group["ranks"]) * sum(layer.base[0].shape) for layer in merged)
+        elements = sum(_place_of(r * n) for layer in merged for r in layer.group["ranks"] for n in layer.base[0].shape)
         self.room = torch.empty(elements, dtype=torch.float32, device=device)
         self._lent = 0
         for layer in layers:
@@ -201,14 +202,20 @@ class Work:
 
     def _lend(self, like: Tensor) -> Tensor:
         """Return memory for a tensor like the given one."""
-        first, self._lent = self._lent, self._lent + like.numel()
-        return self.room[first : self._lent].view_as(like)
+        first = self._lent
+        self._lent += _place_of(like.numel())
+        return self.room[first : first + like.numel()].view_as(like)
 
     def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
         number = len(self.counts)
         self.counts.append(self._count(p, "step"))
         expert = self.routed + number - self._layers
         self.items.append(Item(Slot.of(p, self._state[p]), expert, number, self._rate(group), group["weight_decay"]))
+
+
+def _place_of(elements: int) -> int:
+    """Return the elements that a tensor takes of the room, so that the next one is aligned, too."""
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 def _packed(slot: Slot, expert: int) -> Packed:
