@@ -1,55 +1,20 @@
-import copy
 import json
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from molf import MoLF, Routing, RoutingLog, trainer_optimizer
-from molf.integrations.fetching import Fetch
-from molf.integrations.routing_log import _MOST_PENDING, FILE_NAME, selection_record
-from small import mlp, tiny_llama, train
+from molf import MoLF, RoutingLog, trainer_optimizer
+from molf.integrations.routing_log import FILE_NAME, selection_record
+from routing_logs import routing, run_by_hand, steps
+from small import tiny_llama
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run by hand: what the Trainer would call, one event at a time."""
-    model = mlp(torch.float32)
-    optimizer = MoLF(model, ranks=(2,), lr=1e-3, lora_lr=3e-3)
-    log, state = RoutingLog(tmp_path / "deep" / "folder"), TrainerState()
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-
-    def event(name, **extra):
-        getattr(log, name)(arguments, state, TrainerControl(), optimizer=optimizer, **extra)
-
-    def step(spoilt=False):
-        if spoilt:
-            for p in model.parameters():
-                p.grad = torch.full_like(p, float("nan"))
-            optimizer.step()
-        else:
-            train(model, optimizer, range(state.global_step, state.global_step + 1))
-        event("on_optimizer_step")
-        state.global_step += 1
-
-    def logged(**numbers):
-        state.log_history.append({**numbers, "step": state.global_step})
-        event("on_log", logs=numbers)
-        return numbers
-
-    return SimpleNamespace(log=log, state=state, optimizer=optimizer, event=event, step=step, logged=logged)
-
-
-def steps(log):
-    return [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
-
-
-def routing():
-    scores = torch.tensor([[1.0, 2.0], [0.25, 0.125]], dtype=torch.float64)
-    return Routing(("a.q", "a.k"), ("fft", "lora_r2"), scores, torch.tensor([[True, True], [True, False]]))
+    return run_by_hand(tmp_path)
 
 
 def test_a_fused_step_that_was_left_out_has_no_line(run):
@@ -193,6 +158,18 @@ def test_share_is_that_since_the_last_log(run):
     assert "molf/fft_share" not in run.logged(loss=1.0)
 
 
+def test_the_log_is_on_the_disk_before_a_checkpoint(run, monkeypatch):
+    brought = []
+    monkeypatch.setattr("molf.integrations.routing_log.sync", lambda path: brought.append((path, path.read_text())))
+    run.event("on_train_begin")
+    run.step()
+    run.optimizer.state_dict()
+    assert brought == [(run.log.path, run.log.path.read_text())] and steps(run.log) == [1]
+    run.log._writes = False
+    run.optimizer.state_dict()
+    assert len(brought) == 1
+
+
 @pytest.mark.parametrize("logs", [{"eval_loss": 1.0}, {"train_runtime": 1.0, "train_loss": 1.0}], ids=str)
 def test_other_logs_are_left_alone(run, logs):
     run.event("on_train_begin")
@@ -208,103 +185,6 @@ def test_only_the_main_process_writes(run):
     run.step()
     assert not run.log.path.parent.exists()
     assert "molf/fft_share" in run.logged(loss=1.0)
-
-
-class Slow:
-    """Decisions that do not reach the host before they are waited for."""
-
-    def __init__(self, monkeypatch):
-        self.waited = 0
-        monkeypatch.setattr(Fetch, "done", False)
-        get = Fetch.get
-
-        def waiting(fetch):
-            self.waited += 1
-            return get(fetch)
-
-        monkeypatch.setattr(Fetch, "get", waiting)
-
-
-@pytest.fixture
-def slow(monkeypatch):
-    return Slow(monkeypatch)
-
-
-def test_no_step_waits_and_no_line_is_lost(run, slow):
-    run.event("on_train_begin")
-    for _ in range(5):
-        run.step()
-    assert steps(run.log) == [] and slow.waited == 0
-    run.event("on_train_end")
-    assert steps(run.log) == [1, 2, 3, 4, 5]
-    run.optimizer.state_dict()
-    assert steps(run.log) == [1, 2, 3, 4, 5]
-
-
-def test_what_is_on_its_way_is_written_in_order_when_it_is_there(run, monkeypatch):
-    monkeypatch.setattr(Fetch, "done", False)
-    run.event("on_train_begin")
-    run.step()
-    run.step()
-    monkeypatch.setattr(Fetch, "done", True)
-    run.step()
-    assert steps(run.log) == [1, 2, 3]
-
-
-def test_no_more_than_a_few_decisions_are_kept(run, slow):
-    run.event("on_train_begin")
-    for _ in range(_MOST_PENDING + 3):
-        run.step()
-    assert steps(run.log) == [1, 2, 3]
-
-
-def test_a_checkpoint_is_never_ahead_of_the_log(run, slow):
-    """A Trainer tells callbacks of a checkpoint when it is there already, and may be killed in between."""
-    run.event("on_train_begin")
-    run.step()
-    run.step()
-    copy.deepcopy(run.optimizer.state_dict())
-    assert steps(run.log) == [1, 2]
-    run.step()
-    run.state.global_step = 2  # killed, and resumed from that checkpoint
-    run.event("on_train_begin")
-    run.step()
-    run.event("on_train_end")
-    assert steps(run.log) == [1, 2, 3]
-
-
-def test_logged_numbers_are_those_of_all_steps(run, slow):
-    run.event("on_train_begin")
-    shares = []
-    for _ in range(2):
-        run.step()
-        shares.append(run.optimizer.routing.share("fft"))
-    assert run.logged(loss=1.0)["molf/fft_share"] == pytest.approx(sum(shares) / 2)
-    assert steps(run.log) == [1, 2]
-
-
-def test_a_decision_on_the_host_is_there_at_once():
-    decided = routing()
-    fetch = Fetch(decided)
-    assert fetch.done and fetch.get() == decided
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_decision_is_fetched_without_waiting():
-    decided = routing()
-    decided = replace(
-        decided, scores=decided.scores.cuda(), chosen=decided.chosen.cuda(), taken=torch.tensor(True).cuda()
-    )
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fetch = Fetch(decided)
-        decided.scores.zero_()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found = fetch.get()
-    assert fetch.done and torch.equal(found.scores, routing().scores) and torch.equal(found.chosen, routing().chosen)
-    assert found.scores.is_pinned() and found.taken
 
 
 class Spy(TrainerCallback):

@@ -66,6 +66,25 @@ def test_without_a_signal_nothing_changes():
     assert not control.should_save and not control.should_training_stop
 
 
+@pytest.mark.parametrize(("launched", "stops"), [(True, True), (False, False)], ids=["by torchrun", "by hand"])
+def test_who_is_gone_without_whom_a_rank_stops(launched, stops, tmp_path, monkeypatch):
+    """Ranks that were started by hand outlive the shell that started them."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    request, control = StopRequest(), TrainerControl()
+    callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        callback.on_step_end(args, None, control)
+        assert not control.should_training_stop
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        callback.on_step_end(args, None, control)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert control.should_save == control.should_training_stop == stops
+
+
 def _rank(rank, file, queue):
     """One of two processes, of which only the second is asked to stop."""
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)

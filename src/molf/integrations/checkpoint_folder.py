@@ -14,7 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MANIFEST", "UNFINISHED", "checkpoints", "fault", "publish", "remove_checkpoints", "rotate", "seal", "tidy"]
+__all__ = [
+    "MANIFEST",
+    "UNFINISHED",
+    "checkpoints",
+    "fault",
+    "publish",
+    "remove_checkpoints",
+    "rotate",
+    "seal",
+    "sync",
+    "tidy",
+]
 
 MANIFEST = "checkpoint_manifest.json"
 UNFINISHED = ".unfinished"
@@ -47,8 +58,8 @@ def seal(checkpoint: Path) -> None:
     }
     manifest = checkpoint / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(checkpoint)
+    sync(manifest)
+    sync(checkpoint)
 
 
 def publish(sealed: Path, target: Path) -> None:
@@ -59,7 +70,7 @@ def publish(sealed: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(sealed, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -155,7 +166,7 @@ def _unreadable_json(file: Path) -> str | None:
 
 
 def _sync_and_digest(file: Path) -> str:
-    _sync(file)
+    sync(file)
     return _digest(file)
 
 
@@ -167,7 +178,7 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.integrations.checkpoint_folder import sync
 from molf.integrations.fetching import Fetch
 from molf.integrations.release_settings import check_release_settings
 from molf.optimizer import MoLF
@@ -83,7 +84,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if molf.optimizer_in_backward:
             check_release_settings(vars(args))
         self._stop_watching()  # of a training that failed
-        self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._settle(wait=True))
+        self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._bring_to_disk())
         self._last, self._shares = molf.routing, []
         self._writes = state.is_world_process_zero
         if not self._writes:
@@ -136,6 +137,12 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         while self._pending and (wait or self._pending[0][1].done or len(self._pending) > _MOST_PENDING):
             step, fetch = self._pending.popleft()
             self._write(step, fetch.get())
+
+    def _bring_to_disk(self) -> None:
+        """Let the log survive the machine too, as the checkpoint will that is written next."""
+        self._settle(wait=True)
+        if self._writes:
+            sync(self.path)
 
     def _write(self, step: int, routing: Routing) -> None:
         if not routing.taken:  # a fused step that was left out says so only when asked

@@ -13,8 +13,8 @@ from molf.study.preemption import StopRequest
 class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Save and stop after the step in which this process, or any other of a distributed run, was asked to.
 
-    The processes of a distributed run also stop when the one that launched them is gone: nobody else could stop them then, or
-    know that they still run.
+    The processes of a run that torchrun launched also stop when it is gone: nobody else could stop them then, or know that they
+    still run.
 
     Args:
         request: What the signals of this process set.
@@ -22,7 +22,7 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def __init__(self, request: StopRequest):
         self.request = request
-        self.launcher = os.getppid()
+        self.launcher = os.getppid() if distributed.is_torchelastic_launched() else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,7 +45,7 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def _agree(self, device: torch.device) -> None:
         """Let every rank stop at the same step: a signal may reach one earlier than another, or one alone."""
-        if self.request.received is None and os.getppid() != self.launcher:
+        if self.request.received is None and self.launcher not in (None, os.getppid()):
             self.request.received = "the end of the process that launched it"
         asked = torch.tensor(self.request.received is not None, dtype=torch.int32, device=device)
         distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
