@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fake_runs import fake_cell
+from molf.integrations.checkpoint_folder import UNFINISHED, seal
 from molf.study.preemption import PREEMPTED
 from molf.study.sweeping.attempt import Attempt, failure_status, has_checkpoint
 
@@ -65,6 +66,16 @@ def test_a_killed_run_leaves_no_note_and_goes_on_from_its_checkpoint(tmp_path):
     assert Attempt(cell)() == 0 and cell.finished
     assert cell.resumed() == [False, True]
     assert cell.log.read_text().split() == ["started", "started", "again"]
+
+
+def test_a_checkpoint_that_is_not_in_place_yet_is_gone_on_from(tmp_path):
+    cell = fake_cell(tmp_path, "finish")
+    left = cell.folder / UNFINISHED / "checkpoint-3"
+    left.mkdir(parents=True)
+    assert not has_checkpoint(cell), "it is not whole"
+    seal(left)
+    assert has_checkpoint(cell)
+    assert Attempt(cell)() == 0 and cell.resumed() == [True]
 
 
 def test_a_stopped_run_saves_and_goes_on_later(tmp_path):

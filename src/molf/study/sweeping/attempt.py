@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING
 
+from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
 from molf.study.cells import Cell, remove_weights
 from molf.study.preemption import PREEMPTED, exit_status
 from molf.study.run_lock import in_use
@@ -127,8 +128,9 @@ class Attempt:
 
 
 def has_checkpoint(cell: Cell) -> bool:
-    """Say whether an earlier attempt left a checkpoint to go on from."""
-    return any(cell.folder.glob("checkpoint-*"))
+    """Say whether an earlier attempt left a checkpoint to go on from, be it one that is whole and not in place yet."""
+    sealed = (cell.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
+    return bool(checkpoints(cell.folder)) or any(sealed)
 
 
 def record_failure(cell: Cell, status: int) -> None:
