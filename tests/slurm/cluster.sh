@@ -25,7 +25,7 @@ configure() {
   mkdir -p "$1/state" "$1/spool"
   head -c 1024 /dev/urandom >"$1/munge.key"
   chmod 600 "$1/munge.key"
-  # cred_expire is also how long a requeued job waits before it may start again; the controller's own user runs the jobs.
+  # cred_expire is also how long a requeued job waits before it may start again (5 is the least); jobs run as the controller's user.
   cat >"$1/slurm.conf" <<CONF
 ClusterName=molf
 SlurmctldHost=$host(127.0.0.1)
@@ -34,7 +34,7 @@ SlurmdPort=$(free_port)
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
-AuthInfo=socket=$1/munge.socket,cred_expire=3
+AuthInfo=socket=$1/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$1/state
 SlurmdSpoolDir=$1/spool

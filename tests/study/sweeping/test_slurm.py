@@ -1,11 +1,11 @@
 import os
-import re
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from submitit.helpers import DelayedSubmission
 
 from fake_runs import fake_cell
 from molf.study.sweeping.attempt import has_checkpoint
@@ -42,18 +42,6 @@ def until(condition):
     raise AssertionError("still not true after two minutes")
 
 
-def start_now(job):
-    """Let a requeued job start at once, and not after the two minutes that SLURM lets it wait."""
-
-    def started_again():
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        shown = slurm("scontrol", "show", "job", job)
-        # More than once where both SLURM and the job itself asked for it.
-        return re.search(r"Restarts=[1-9].*|$", shown)[0] and re.search("JobState=(RUNNING|COMPLETED)", shown)
-
-    until(started_again)
-
-
 def test_an_array_of_runs(submit, tmp_path):
     cells = [fake_cell(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
     outcome, told = submit(cells)
@@ -81,6 +69,8 @@ def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):
     outcome, _ = submit([cell], wait=False)
     job = job_of(cell)
     assert outcome.unfinished == ["hold"] and job in queued_jobs()
+    (submitted,) = (tmp_path / "jobs").glob("*submitted.pkl")
+    assert DelayedSubmission.load(submitted)._timeout_countdown == 10_000, "it comes back however long it takes"
     until(cell.starts)
     _, told = submit([cell], wait=False)
     assert "1 jobs are in the queue already" in told and job_of(cell) == job
@@ -96,8 +86,8 @@ def test_a_job_whose_time_is_up_saves_and_comes_back(submit, tmp_path):
     submit([cell], wait=False)
     until(cell.starts)
     slurm("scancel", "--signal=USR1", job_of(cell))  # what `#SBATCH --signal` sends before the limit
-    start_now(job_of(cell))
-    outcome, _ = submit([cell])  # which may have finished by now
+    until(lambda: cell.finished)
+    outcome, _ = submit([cell])
     assert list(outcome.results) == ["hold"] and cell.resumed() == [False, True]
 
 
@@ -107,8 +97,9 @@ def test_a_job_that_makes_room_for_another_goes_on(submit, tmp_path):
     until(cell.starts)
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
     assert "Submitted" in slurm(*urgent)
-    until(lambda: has_checkpoint(cell))  # it was told to stop, and saved
-    assert cell.starts()
+    until(lambda: cell.finished)  # nobody but SLURM and the job itself brings it back
+    outcome, _ = submit([cell])
+    assert list(outcome.results) == ["hold"] and cell.resumed() == [False, True]
 
 
 def test_what_slurm_refuses(submit, tmp_path):

@@ -78,21 +78,6 @@ def job_of(out, name):
     return json.loads((out / f"{name}.job.json").read_text())["job"]
 
 
-def requeue(job):
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    return started_again(job)
-
-
-def started_again(job):
-    def started():
-        # SLURM would let it wait for two minutes.
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
-        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-        return "Restarts=1" in shown and any(f"JobState={state}" in shown for state in ("RUNNING", "COMPLETED"))
-
-    return started
-
-
 def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     out = tmp_path / "out"
     first = start()
@@ -100,7 +85,7 @@ def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     for pid in run_of("killed"):
         os.kill(pid, signal.SIGKILL)
     until(lambda: any(out.glob("requeued/checkpoint-*")), first)
-    until(requeue(job_of(out, "requeued")), first)
+    subprocess.run(["scontrol", "requeue", job_of(out, "requeued")], check=True)
     said, _ = first.communicate(timeout=900)
     assert first.returncode == 1, said
     assert "out/killed was interrupted" in said and "1 runs are not finished" in said
@@ -124,9 +109,8 @@ def test_a_run_on_two_processes_whose_time_is_up_goes_on(start, tmp_path):
     out = tmp_path / "out"
     sweep = start("--methods", "requeued", "--nproc_per_node", "2")
     until(lambda: any(out.glob("requeued/checkpoint-*")), sweep)
-    job = job_of(out, "requeued")
-    subprocess.run(["scancel", "--signal=USR1", job], check=True)  # what `#SBATCH --signal` sends before the limit
-    until(started_again(job), sweep)
+    # What `#SBATCH --signal` sends before the limit.
+    subprocess.run(["scancel", "--signal=USR1", job_of(out, "requeued")], check=True)
     said, _ = sweep.communicate(timeout=900)
     assert sweep.returncode == 0, said
     result = read_result(out / "requeued")

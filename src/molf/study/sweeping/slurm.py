@@ -22,6 +22,7 @@ JOB = ".job.json"
 _SIGNAL = signal.SIGUSR1
 """What tells submitit to requeue a job, and a run to save: SLURM sends it to all processes of a job before its time is up."""
 
+_MOST_TIMEOUTS = 10_000  # how often a job may reach its time limit and come back; submitit's own limit is 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between two looks at the queue
 
 
@@ -131,7 +132,7 @@ class SlurmEngine:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 
-        executor = submitit.SlurmExecutor(folder=self.folder)
+        executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=_MOST_TIMEOUTS)
         executor.update_parameters(job_name=f"molf-{self.folder.parent.name}", **self.settings.parameters())
         grace = max(1.0, self.settings.signal_delay_s * 0.8)
         attempts = [
