@@ -3,16 +3,13 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from conftest import TOLERANCE
 from molf.cli import main
-from molf.cli.parsing import UsageError
-from molf.cli.sweep import parse_sweep
+from molf.cli.sweep_request import parse_sweep
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.cells import checked_result, write_settings
 from molf.study.preemption import PREEMPTED
@@ -22,101 +19,10 @@ from molf.study.sweeping.attempt import Attempt
 from molf.study.sweeping.sweep import state_of
 from small_runs import weights
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 SMALL = (
     "--sample --limit 4 --eval_limit 2 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 "
     "--lora_rank 2 --gradient_checkpointing False --disable_tqdm True"
 )
-
-
-def parse(line):
-    return parse_sweep(shlex.split(line))
-
-
-def names(line):
-    return [cell.name for cell in parse(line).cells]
-
-
-def test_several_values_are_an_axis():
-    assert names("--method fft --learning_rate 1e-4 5e-5 --seed 1 2") == [
-        "fft-lr0.0001-s1", "fft-lr0.0001-s2", "fft-lr5e-05-s1", "fft-lr5e-05-s2"
-    ]  # fmt: skip
-    request = parse("--methods fft lora --learning_rate 1e-4 --output-root out")
-    assert [cell.name for cell in request.cells] == ["fft", "lora"]
-    assert request.cells[0].folder == Path("out/fft")
-    assert names("--method fft lora") == ["fft", "lora"] and names("--limit 3") == ["molf"]
-
-
-def test_a_file(tmp_path):
-    path = tmp_path / "s.yaml"
-    content = {
-        "model_name_or_path": ["org/a", "bundled:b"],
-        "ranks": [2, 4],
-        "learning-rate": [1e-4],
-        "methods": {"small": {"method": "molf", "ranks": [[2], [2, 4]]}, "fft": None},
-        "slurm": {"partition": "gpu", "time": 30, "setup": ["module load cuda"], "sbatch": {"nice": 5}},
-        "jobs": 3,
-    }
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    request = parse(f"{path} --engine slurm --time 20")
-    assert [cell.name for cell in request.cells] == [
-        "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
-        "fft-a-lr0.0001", "fft-b-lr0.0001",
-    ]  # fmt: skip
-    assert request.cells[1].config.method.ranks == [2, 4] and request.cells[4].config.method.ranks == [2, 4]
-    assert (request.slurm.partition, request.slurm.time, request.own["jobs"]) == ("gpu", 20, 3)
-    assert (request.slurm.setup, request.slurm.sbatch) == (["module load cuda"], {"nice": 5})
-    # One value for an axis of the file takes part of the grid, under the same names.
-    assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
-
-
-@pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])
-def test_the_published_searches(file, number):
-    request = parse(f"{CONFIGS / file} --engine slurm --partition gpu")
-    assert len({cell.name for cell in request.cells}) == len(request.cells) == number
-    first = request.cells[0].config
-    assert (first.task.task, first.train["per_device_train_batch_size"], first.train["num_train_epochs"]) == (
-        "med",
-        8,
-        2,
-    )
-    assert (request.slurm.partition, request.slurm.gpus_per_node) == ("gpu", 1)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--learning_rte 1 2", "unknown setting 'learning_rte'; did you mean 'learning_rate'"),
-        ("--partitoin x", "did you mean 'partition'"),
-        ("--partition x", "partition is a setting of SLURM jobs; add --engine slurm"),
-        ("--engine cloud", "engine is local or slurm, not 'cloud'"),
-        ("--engine slurm --time soon", "time cannot be 'soon'"),
-        ("--engine slurm --time 0", "time=0 must be at least 1"),
-        ("--engine slurm --setup x", "setup is a list, given in a file under slurm, not 'x'"),
-        ("--jobs many", "jobs is a number, 1 or more, not 'many'"),
-        ("--nproc_per_node 0", "nproc_per_node is a number, 1 or more, not '0'"),
-        ("--retry maybe", "retry is true or false"),
-        ("--output_dir x", "output_dir is set for every run by the sweep"),
-        ("--methods ffft", "invalid choice"),
-    ],
-)
-def test_mistakes(line, message):
-    with pytest.raises(UsageError, match=message):
-        parse(line)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("slurm: {partitoin: x}", "unknown setting 'partitoin' under slurm.*did you mean 'partition'"),
-        ("slurm: gpu", "slurm in .* must be a mapping"),
-        ("methods: {a: {lerning_rate: 1}}", "did you mean 'learning_rate'"),
-    ],
-)
-def test_mistakes_in_a_file(content, message, tmp_path):
-    (tmp_path / "s.yaml").write_text(content)
-    with pytest.raises(UsageError, match=message):
-        parse(str(tmp_path / "s.yaml"))
 
 
 def test_a_dry_run_lists_and_starts_nothing(model_folder, tmp_path, capsys):
@@ -131,7 +37,8 @@ def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
     line = f"sweep --model_name_or_path {model_folder} /no/such/model {SMALL} --method fft --jobs 2 --output_root out"
     assert main(shlex.split(line)) == 1
     captured = capsys.readouterr()
-    assert "out/fft-model failed with status 1" in captured.out and "/no/such/model" in captured.out
+    assert "out/fft-model failed with status 1" in captured.out
+    assert captured.out.count("the end of out/fft-model.log:") == 1 and "/no/such/model" in captured.out
     assert "1 runs failed: --retry runs them again" in captured.err
     assert read_result(tmp_path / "out" / "fft-tiny").training.steps == 1
     started = (tmp_path / "out" / "fft-tiny.log").stat().st_mtime_ns
@@ -146,7 +53,7 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
     )
     line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
-    (cell,) = parse(line).cells
+    (cell,) = parse_sweep(shlex.split(line)).cells
     write_settings(cell)
 
     def interrupted(interrupt):

@@ -109,8 +109,8 @@ def carry_out(cell: Cell, keep_model: bool, tell: Callable[[str], None]) -> Resu
     with cell.log.open("w", encoding="utf-8") as log:
         status = subprocess.run(cell.command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status != 0:
-        failure = Failure(cell.name, status, cell.log, log_tail(cell))
-        tell(failure_message(failure, cell))
+        failure = failure_of(cell, status)
+        tell(failure_message(failure))
         return failure
     if not keep_model:
         remove_weights(cell)
@@ -124,16 +124,21 @@ def write_settings(cell: Cell) -> None:
         partial.write_text(yaml.safe_dump(cell.config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def log_tail(cell: Cell) -> str:
+def _log_tail(cell: Cell) -> str:
     """Return the end of what a cell printed; nothing where it has not begun."""
     if not cell.log.is_file():
         return ""
     return "\n".join(cell.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
 
 
-def failure_message(failure: Failure, cell: Cell) -> str:
+def failure_of(cell: Cell, status: int) -> Failure:
+    """Return what is to be told of a cell whose process ended with an error."""
+    return Failure(cell.name, status, cell.log, _log_tail(cell))
+
+
+def failure_message(failure: Failure) -> str:
     """Say what happened to a cell, with the end of its log."""
-    return f"{cell.folder} failed with status {failure.status}; the end of {failure.log}:\n{failure.tail}"
+    return f"{failure.cell} failed with status {failure.status}; the end of {failure.log}:\n{failure.tail}"
 
 
 def remove_weights(cell: Cell) -> None:

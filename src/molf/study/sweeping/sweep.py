@@ -7,7 +7,7 @@ from typing import Protocol
 import yaml
 
 from molf.integrations.checkpoint_folder import checkpoints
-from molf.study.cells import Cell, Failure, checked_result, failure_message, log_tail, write_settings
+from molf.study.cells import Cell, Failure, checked_result, failure_of, write_settings
 from molf.study.methods.made_with import BATCH, made_with
 from molf.study.results import Result
 from molf.study.sweeping.attempt import FAILED, failure_status, has_checkpoint
@@ -76,9 +76,7 @@ def outcome_of(cells: Sequence[Cell]) -> Outcome:
     failed = {cell.name: status for cell in cells if not cell.finished and (status := failure_status(cell)) is not None}
     return Outcome(
         results={cell.name: checked_result(cell) for cell in cells if cell.finished},
-        failures=[
-            Failure(cell.name, failed[cell.name], cell.log, log_tail(cell)) for cell in cells if cell.name in failed
-        ],
+        failures=[failure_of(cell, failed[cell.name]) for cell in cells if cell.name in failed],
         unfinished=[cell.name for cell in cells if not cell.finished and cell.name not in failed],
     )
 
@@ -130,5 +128,5 @@ def _ending(cell: Cell) -> str:
     if cell.finished:
         return f"{cell.folder} finished"
     if (status := failure_status(cell)) is not None:
-        return failure_message(Failure(cell.name, status, cell.log, log_tail(cell)), cell)
+        return f"{cell.folder} failed with status {status}"
     return f"{cell.folder} was interrupted; the same command goes on with it"
