@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from conftest import TOLERANCE
+from launches import Launches
 from molf import MoLF
+from molf.gradients import total_norm
 from ranks import adapted
 from small import (
     assert_equals_twin,
@@ -274,3 +276,14 @@ def test_sparse_gradients(lr):
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse=False"):
         optimizer.step()
+
+
+def test_the_norm_of_many_takes_as_few_launches_as_that_of_two():
+    counts = []
+    for n in (1, 50):
+        grads = [torch.full((4,), 0.5).to(dtype) for dtype in (torch.float32, torch.bfloat16) for _ in range(n)]
+        with Launches() as launches:
+            norm = total_norm(grads)
+        assert norm.dtype == torch.float64 and norm.item() == (2 * n) ** 0.5
+        counts.append(launches.count)
+    assert counts[0] == counts[1]

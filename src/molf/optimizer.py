@@ -63,7 +63,7 @@ class MoLF(torch.optim.Optimizer):
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
             ``"stochastic"`` (rounding at random, no memory).
         fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
-            needs an accelerator, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
+            needs a CUDA device, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
             these kernels yet.
         optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are there, and free them:
             all gradients never exist at once. ``step`` then only closes the step. Not with ``max_grad_norm``, accumulation,

@@ -61,3 +61,21 @@ def test_8_bit_moments_are_opened_and_moved(tables, scalars, dtype):
         fold_winners_([layer], chosen, torch.tensor([[0.3, 0.1]], device=device), BETAS, EPS, scalars, tables)
         ends.append(layer.weight)
     torch.testing.assert_close(*ends, rtol=2e-6, atol=2e-6)
+
+
+def test_noise_of_two_layers_differs(tables, scalars):
+    """Also where their moments are of different kinds, so that they are moved by two launches."""
+    device, shape, weights = tables.device, (OUT, 300), []
+    A, B, started = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
+    pair = MovedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, started.to(device))
+    packed = drawn(device, shape, 0, torch.bfloat16)
+    layers = []
+    for number, moments in enumerate((packed, moved(packed, 0.5), moved(packed, 0.5))):
+        weights.append(torch.ones(shape, dtype=torch.bfloat16, device=device))
+        layers.append(Effective(weights[-1], None, moments, number, LR, DECAY, (pair,)))
+    chosen = torch.tensor([0, 1] * 3, dtype=torch.int8, device=device)
+    seed, corrections = torch.full((), 3, device=device), torch.full((3, 2), 0.5, device=device)
+    fold_winners_(layers, chosen, corrections, BETAS, EPS, scalars, tables, seed)
+    for x, y in itertools.combinations(weights, 2):
+        apart = (x.float() - y.float()).abs()
+        assert (apart > 0).double().mean() > 0.1 and (apart <= y.float().abs() / 64).all()

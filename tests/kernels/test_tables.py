@@ -3,6 +3,7 @@ import weakref
 import pytest
 import torch
 
+from launches import Launches
 from molf.kernels.tables import Rate
 
 
@@ -53,6 +54,18 @@ def test_rates_on_the_device_are_read_anew(tables):
     lr.fill_(2.0)
     assert tables.rates("rates", rates).tolist() == [0.25, 6.0, 2.0]
     assert tables.rates("fixed", (0.25, 0.5), torch.float64).tolist() == [0.25, 0.5]
+
+
+def test_rates_on_the_device_take_few_launches(tables):
+    """As many for hundreds of tensors as for two."""
+    lr, counts = torch.tensor(0.5, device=tables.device), []
+    for n in (2, 200):
+        rates = [Rate(lr, 1.0 + i) for i in range(n)]
+        tables.rates("rates", rates)
+        with Launches() as launches:
+            tables.rates("rates", rates)
+        counts.append(launches.count)
+    assert counts[0] == counts[1]
 
 
 def test_blocks_cover_every_tensor_once_and_leave_empty_ones_out(tables):
