@@ -29,10 +29,11 @@ def even(dtype):
     return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.Linear(128, 16)).to(dtype)
 
 
-VARIANTS = [  # together they launch every kernel with weights held in every way, gradients of both dtypes, one and two pairs
+VARIANTS = [  # together they launch every kernel with weights held in every way, gradients of both dtypes, up to two pairs
     (wide, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (2,)}),
     (even, torch.bfloat16, {"optim_bits": 8, "ranks": (16,)}),
     (even, torch.float32, {"ranks": (16, 32), "score": "pfn"}),
+    (even, torch.float32, {"ranks": ()}),
 ]
 
 
@@ -73,7 +74,7 @@ def compiled_by(variants):
 
 
 def resources(kernel):
-    """Return what a thread and a program take, and how many instructions move several words from or to memory at once."""
+    """Return what a thread and a program take, and how many instructions round to TF32 or move several words at once."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -86,6 +87,7 @@ def resources(kernel):
         "stack": stack,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "roundings": len(re.findall(r"cvt\.rna\.tf32|and\.b32.*, -8192;", kernel.asm["ptx"])),
         "vectors": len(re.findall(r"\.global[^ ]*\.v[24]", kernel.asm["ptx"])),
     }
 

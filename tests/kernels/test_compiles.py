@@ -43,3 +43,10 @@ def test_programs_fit_a_multiprocessor(compiled):
 def test_aligned_tensors_are_read_several_words_at_once(compiled):
     vectors = {name: made["vectors"] for name, made in compiled.items() if "ALIGNED=True" in name}
     assert {name.partition("(")[0] for name in vectors} == KERNELS - {"_totals"} and all(vectors.values())
+
+
+def test_tensor_cores_get_rounded_factors(compiled):
+    products = {
+        name: made for name, made in compiled.items() if name.startswith(("_fold", "_gradient")) and "R=0" not in name
+    }
+    assert len(products) > 4 and all(made["roundings"] >= 8 for made in products.values())

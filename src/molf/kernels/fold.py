@@ -81,18 +81,20 @@ def _add_product(
     all but 11 bits of the factors, and always towards zero: each is taken as two such numbers (tf32x3), so losers keep their
     weights.
     """
+    L, dL = pointer(left[0], tl.float32, ALIGNED), pointer(left[1], tl.float32, ALIGNED)
+    R, dR = pointer(right[0], tl.float32, ALIGNED), pointer(right[1], tl.float32, ALIGNED)
     for k in range(0, r, BK):
         ranks = k + tl.arange(0, BK)
         at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
         inside = (rows < n_out)[:, None] & (ranks < r)[None, :]
-        x = tl.load(pointer(left[0], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+        x = tl.load(L + at, mask=inside, other=0.0)
         if sign_left != 0:
-            x += sign_left * tl.load(pointer(left[1], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+            x += sign_left * tl.load(dL + at, mask=inside, other=0.0)
         at = ranks.to(tl.int64)[:, None] * n_in + columns[None, :]
         inside = (ranks < r)[:, None] & (columns < n_in)[None, :]
-        y = tl.load(pointer(right[0], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+        y = tl.load(R + at, mask=inside, other=0.0)
         if sign_right != 0:
-            y += sign_right * tl.load(pointer(right[1], tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+            y += sign_right * tl.load(dR + at, mask=inside, other=0.0)
         total = tl.dot(scale * x, y, total, input_precision="tf32x3")
     return total
 

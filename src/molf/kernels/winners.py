@@ -40,7 +40,6 @@ _CHUNK, _BLOCK = 4096, 1024
 FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
 """How a weight is held: float32; bf16 with a low part; bf16, rounded stochastically."""
 
-
 MOST = 250_000
 """So many tensors a step may have: noise of one is told from another's, and from the next step's, by numbers.
 
