@@ -1,7 +1,10 @@
 """Cells whose runs take a moment: what a run does, without a model."""
 
 import json
+import os
+import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,3 +83,31 @@ def fake_cell(parent, behaviour, name=None):
     return FakeCell(
         name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour=behaviour
     )
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from molf.study.run_lock import holding
+with holding(Path(sys.argv[1])):
+    print("works", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def working_in(folder, rank=0):
+    """A process of a rank of a run that works in a folder until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        env=os.environ | {"RANK": str(rank)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "works\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,44 +1,22 @@
 import errno
 import fcntl
 import logging
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from fake_runs import working_in
 from molf.study.config import RunConfig
 from molf.study.run_lock import holding, in_use, lock_file
 from molf.study.train import run
 
-# Works in a folder until its input ends.
-WORKER = """
-import sys
-from pathlib import Path
-from molf.study.run_lock import holding
-with holding(Path(sys.argv[1])):
-    print("works", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
-    """Start a process of a rank of a run, and wait until it works."""
-    processes = []
-
-    def work(rank=0):
-        monkeypatch.setenv("RANK", str(rank))
-        command = [sys.executable, "-c", WORKER, str(tmp_path / "run")]
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout.readline() == "works\n"
-        monkeypatch.delenv("RANK")
-        return processes[-1]
-
-    yield work
-    for process in processes:
-        process.kill()
-        process.communicate()
+def work(tmp_path):
+    """Start a process of a rank of a run."""
+    with ExitStack() as stack:
+        yield lambda rank=0: stack.enter_context(working_in(tmp_path / "run", rank))
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(work, tmp_path):

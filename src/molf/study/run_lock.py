@@ -46,7 +46,10 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> bool:
-    """Say whether any process of a run works in a folder, on this machine or another that shares it."""
+    """Say whether any process of a run works in a folder, on this machine or another that shares it.
+
+    A process that works there itself must not ask: closing the file again would give up its own lock.
+    """
     try:
         descriptor = os.open(lock_file(folder), os.O_RDWR)
     except FileNotFoundError:
@@ -64,7 +67,7 @@ def lock_file(folder: Path) -> Path:
 
 
 def _taken(descriptor: int, file: Path, first: int, length: int) -> bool:
-    """Take the lock on some bytes (0 for all that follow) unless another process has it; say whether that is so."""
+    """Take the lock on some bytes (0 for all that follow), and say whether that was possible: another process may have it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
     except OSError as error:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_cell
+from fake_runs import fake_cell, working_in
 from molf.integrations.checkpoint_folder import UNFINISHED, seal
 from molf.study.preemption import PREEMPTED
+from molf.study.run_lock import in_use
 from molf.study.sweeping.attempt import Attempt, failure_status, has_checkpoint
 
 TESTS = Path(__file__).parents[2]
@@ -137,6 +138,18 @@ def test_a_run_whose_starter_was_killed_is_not_started_again_beside_itself(tmp_p
     assert not cell.finished
     assert Attempt(cell)() == 0
     assert cell.finished and len(cell.starts()) == 1
+
+
+def test_a_run_waits_for_every_process_of_an_earlier_one(tmp_path, monkeypatch):
+    """Those that a launcher started may outlive it."""
+    cell, looks = fake_cell(tmp_path, "finish"), []
+    monkeypatch.setattr("molf.study.sweeping.attempt.in_use", lambda folder: looks.append(in_use(folder)) or looks[-1])
+    with working_in(cell.folder, rank=1) as left:
+        ended = in_thread(Attempt(cell))
+        until(lambda: looks)
+        assert looks[0] and not cell.starts()
+        left.communicate("")
+    assert ended() == 0 and not looks[-1] and len(cell.starts()) == 1
 
 
 def test_a_job_that_is_requeued_takes_an_attempt_without_its_process(tmp_path):
