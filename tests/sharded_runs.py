@@ -4,25 +4,39 @@ accelerate shards on accelerators only and quietly takes DDP on a CPU. Here it i
 everything else (the Trainer, accelerate's FSDP2, distributed checkpoints, this project) is as it is there.
 """
 
+import errno
+import io
+import json
 import logging
 import os
 import shutil
+import signal
+import traceback
 import warnings
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
-from accelerate import state as accelerate_state
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint import FileSystemWriter
+from transformers import TrainerCallback
 
+from molf.cli import main
 from molf.study.config import RunConfig
+from molf.study.job import make_trainer
+from molf.study.preemption import Preempted
 from molf.study.train import run
 
 STEPS = 4
 
 
+@contextmanager
 def shard_on_cpus():
     """Let accelerate shard over processes without accelerators."""
-    original = accelerate_state.AcceleratorState.__init__
+    original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -30,48 +44,139 @@ def shard_on_cpus():
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    accelerate_state.AcceleratorState.__init__ = init
+    with mock.patch.object(AcceleratorState, "__init__", init):
+        yield
 
 
-def carry_out_all(rank, size, port, plan):
-    """Be one of ``size`` ranks and carry out a plan: runs, and half of each once more.
+def carry_out_all(rank, size, folder, plan):
+    """Be one of ``size`` ranks and carry out a plan; what went wrong is left in ``{size}ranks-{rank}.json``, by case.
 
     Args:
         rank: Of this process.
         size: The number of them.
-        port: Where the first one listens.
-        plan: Settings of runs by name; with ``again``, the run's first half is copied to that folder and gone on from.
+        folder: Where all of it is.
+        plan: For each case the names of functions of this module, and what they take after the rank.
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in where.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo")
-    shard_on_cpus()
-    for settings, again in plan:
-        if not Path(settings["output_dir"]).exists():
-            one_run(settings)
-        if again is not None:
-            if rank == 0:
-                half_of(settings["output_dir"], again)
-            torch.distributed.barrier()
-            one_run({**settings, "output_dir": str(again), "resume_from_checkpoint": True})
+    failures = {}
+    for number, (name, function, *given) in enumerate(plan):
+        try:
+            with mock.patch.dict(os.environ):  # where the Trainer leaves settings for accelerate
+                globals()[function](rank, f"{folder}/store-{size}-{number}", *given)
+        except BaseException:
+            failures[name] = traceback.format_exc()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # so that the others do not wait
+    Path(folder, f"{size}ranks-{rank}.json").write_text(json.dumps(failures))
+
+
+def join(rank, store):
+    """Join a group of all ranks."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # which is one for all of a process, plugin included
+    size = int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.FileStore(store, size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+
+
+def refused(rank, store, arguments, words):
+    """The command refuses to shard on CPUs."""
+    join(rank, store)
+    said = io.StringIO()
+    with redirect_stderr(said):
+        status = main(arguments)
     torch.distributed.destroy_process_group()
+    assert status == 1 and words in said.getvalue(), (status, said.getvalue())
 
 
-def one_run(settings):
-    accelerate_state.AcceleratorState._reset_state()  # which is one for all of a process, plugin included
-    run(RunConfig.from_dict(settings))
+def whole(rank, store, settings):
+    """A run from its start to its end, after which the ranks have no group any more."""
+    with shard_on_cpus():
+        join(rank, store)
+        run(RunConfig.from_dict(settings))
+    assert not torch.distributed.is_initialized()
+
+
+def half(rank, store, settings, finished, damage=False):
+    """Go on from what a run left that was killed after half of its steps, or whose last checkpoint was damaged."""
+    if rank == 0:
+        shutil.copytree(finished, settings["output_dir"])
+        last = Path(settings["output_dir"], f"checkpoint-{STEPS}")
+        Path(settings["output_dir"], "result.json").unlink()
+        Path(settings["output_dir"], "model.safetensors").unlink()
+        if damage:
+            shard = last / "pytorch_model_fsdp_0" / "__1_0.distcp"
+            shard.write_bytes(shard.read_bytes()[:-7])
+        else:
+            shutil.rmtree(last)
+    whole(rank, store, settings | {"resume_from_checkpoint": True})
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class NoStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        raise AssertionError("nothing was to be trained again")
+
+
+@contextmanager
+def called_back(callback):
+    """Give the trainers of runs a callback."""
+
+    def make(*given, **more):
+        trainer = make_trainer(*given, **more)
+        trainer.add_callback(callback)
+        return trainer
+
+    with mock.patch("molf.study.train.make_trainer", make):
+        yield
+
+
+def disk_is_full(self, plan, planner):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def faults(rank, store, settings):
+    """A full disk on the last rank, SIGTERM to it in a step and to the first in its evaluation; the run goes on each time."""
+    settings, folder = settings | {"resume_from_checkpoint": True}, Path(settings["output_dir"])
+    last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    with mock.patch.object(FileSystemWriter, "write_data", disk_is_full) if last else nullcontext():
+        error = failure_of(OSError, rank, f"{store}-full", settings)
+    assert f"the checkpoint {folder / 'checkpoint-2'} cannot be written: [Errno 28] No space left on device" in str(
+        error
+    )
     torch.distributed.barrier()
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name or path.name == ".unfinished"]
+    torch.distributed.destroy_process_group()
+    with called_back(SignalAt(2)) if last else nullcontext():
+        stopped = failure_of(Preempted, rank, f"{store}-stopped", settings)
+    assert f"after step 3 of {STEPS}" in stopped.message and (folder / "checkpoint-3").is_dir()
+    if rank == 0:
+        with mock.patch("molf.study.train.evaluate", lambda *given, **more: os.kill(os.getpid(), signal.SIGTERM)):
+            failure_of(Preempted, rank, f"{store}-evaluating", settings)
+    else:
+        whole(rank, f"{store}-evaluating", settings)
+    with called_back(NoStep()):
+        whole(rank, f"{store}-evaluated", settings)
 
 
-def half_of(finished, folder):
-    """Leave in a folder what a run left that was killed after half of its steps."""
-    shutil.copytree(finished, folder)
-    for name in ("result.json", "model.safetensors", f"checkpoint-{STEPS}"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def failure_of(kind, rank, store, settings):
+    try:
+        whole(rank, store, settings)
+    except kind as error:
+        return error.with_traceback(None)
+    raise AssertionError(f"no {kind.__name__}")

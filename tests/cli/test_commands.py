@@ -3,7 +3,6 @@ import os
 import shlex
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -151,20 +150,29 @@ def test_help_of_a_command(command, capsys):
     assert capsys.readouterr().out.startswith(f"usage: molf {command} ")
 
 
-def test_two_processes_leave_one_run_and_equal_one_process(model_folder):
-    """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
-    # So large an epsilon keeps Adam from making sums that are rounded otherwise into steps of another sign.
-    line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --learning_rate 1e-2 --adam_epsilon 1e-3"
-    done = subprocess.run(
+def torchrun(program, line):
+    """Start a command on two processes."""
+    return subprocess.run(
         [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "molf"],
-            *shlex.split(f"{line} --output_dir two"),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            *shlex.split(f"{program} {line}"),
         ],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         timeout=600,
     )
+
+
+def test_two_processes_leave_one_run_and_equal_one_process(model_folder):
+    """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
+    # So large an epsilon keeps Adam from making sums that are rounded otherwise into steps of another sign.
+    line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --learning_rate 1e-2 --adam_epsilon 1e-3"
+    done = torchrun("-m molf", f"{line} --output_dir two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to two: ") == 1
     result = json.loads(Path("two/result.json").read_text())
@@ -195,18 +203,42 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):
     assert "molf train: stopped by SIGTERM after step 3 of 9" in capsys.readouterr().err
 
 
-def test_a_stopped_run_is_gone_before_its_process_group(monkeypatch):
-    """A model's wrapper that outlives the group may wait for ever for the group's threads."""
-    held, left = [], []
+FAILING = """
+import os, sys
+from transformers import TrainerCallback
+from molf.cli import main
+from molf.study import train
 
-    def stopped(config):
-        trainer = torch.nn.Module()
-        trainer.state = {"trainer": trainer}
-        held.append(weakref.ref(trainer))
-        raise Preempted("stopped by SIGTERM after step 3 of 9")
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("this rank fails")
 
-    monkeypatch.setattr("molf.study.train.run", stopped)
+def make(*given, **more):
+    trainer = original(*given, **more)
+    if os.environ["RANK"] == "1":
+        trainer.add_callback(Fail())
+    return trainer
+
+original, train.make_trainer = train.make_trainer, make
+sys.exit(main())
+"""
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(model_folder):
+    """It does not wait for the others, which wait for it."""
+    Path("failing.py").write_text(FAILING)
+    line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --output_dir two"
+    done = torchrun("failing.py", line)
+    assert done.returncode == 1 and "failed (exitcode: 1) local_rank: 1" in done.stderr, done.stderr
+    assert "RuntimeError: this rank fails" in done.stderr
+
+
+def test_after_an_error_the_process_group_is_not_waited_for(monkeypatch):
+    def failing(config):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("molf.study.train.run", failing)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(held[0]()))
-    assert main(["train", "--model_name_or_path", "somewhere"]) == 75
-    assert left == [None]
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: pytest.fail("it may wait for ever"))
+    with pytest.raises(RuntimeError, match="no"):
+        main(["train", "--model_name_or_path", "somewhere"])

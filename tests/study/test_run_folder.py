@@ -24,7 +24,7 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(settings):
     carry_out(settings, save_strategy="epoch")
     folder = Path(settings["output_dir"])
     (folder / "result.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints of an unfinished run; pass --overwrite"):
+    with pytest.raises(ValueError, match="holds what an unfinished run can go on from; pass --overwrite"):
         carry_out(settings)
     assert len(list(folder.glob("checkpoint-*"))) == 2
     assert carry_out(settings, resume_from_checkpoint="True").training.steps == 4

@@ -1,6 +1,6 @@
 """Runs whose model is sharded over two and four ranks, against one process and against themselves when interrupted."""
 
-import socket
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +8,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import AutoModelForCausalLM
 
 import sharded_runs
+from molf.cli import main
 from molf.study.methods.recipe import Recipe
-from molf.study.sharding import FOLDER_NAME, TrainedShards, check_sharded, check_sharding
+from molf.study.results import read_result
+from molf.study.sharding import FOLDER_NAME, TrainedShards, check_sharding
 from small import save_tiny_checkpoint
 from small_runs import carry_out, small_run, weights
 
@@ -21,12 +24,15 @@ APART = 2e-5
 CASES = {
     "molf": {},
     "molf_e": {"method": "molf_e"},
-    "beside": {"lora_dropout": 0.05},  # adapters in the model, and the base trains too
+    "beside": {
+        "lora_dropout": 0.05,
+        "bf16": True,
+        "eval_before": True,
+    },  # adapters in the model, and the base trains too
     "pissa": {"method": "pissa", "lora_dropout": 0.0},
-    "bf16": {"dtype": "bfloat16"},
-    "autocast": {"bf16": True},
-    "few_bits": {"optim_bits": 8},
+    "bf16": {"dtype": "bfloat16", "optim_bits": 8},
     "full": {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
+    "ddp": {"fsdp": False},
 }
 ALIKE = ["molf", "molf_e", "pissa"]
 """Those that do the same on one process: no dropout, whose random numbers are each rank's own, and float32 throughout."""
@@ -49,25 +55,56 @@ def settings_of(model, folder, name, size):
     }
 
 
-def start(size, plan):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(sharded_runs.carry_out_all, (size, port, plan), nprocs=size)
+def plans(folder):
+    """What two ranks do and what four: every case whole (NAME-2) and interrupted (NAME-again), and faults one after another.
+
+    The interruption of the case molf is a truncated checkpoint. Four ranks go on from what two wrote (NAME-four).
+    """
+    model = str(folder / "model")
+    flags = [
+        f"--{name}={value}"
+        for name, value in {"model_name_or_path": model, "sample": True, "limit": 4, "ranks": 4}.items()
+    ]
+    arguments = ["train", *flags, f"--output_dir={folder / 'refused'}", "--fsdp=True"]
+    two = [("refused", "refused", arguments, "on accelerators only, and this run is on cpu")]
+    for name in CASES:
+        settings = settings_of(model, folder, name, 2)
+        again = settings | {"output_dir": str(folder / f"{name}-again")}
+        two.append((name, "whole", settings))
+        two.append((f"{name}-again", "half", again, settings["output_dir"], name == "molf"))
+    two.append(("faults", "faults", settings_of(model, folder, "molf", 2) | {"output_dir": str(folder / "faults")}))
+    four = []
+    for name in ("molf", "molf_e"):
+        settings = settings_of(model, folder, name, 4) | {"output_dir": str(folder / f"{name}-four")}
+        four.append((f"{name}-four", "half", settings, str(folder / f"{name}-2")))
+    return {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Every case on two ranks, whole (NAME-2) and interrupted (NAME-again); and one that four ranks went on from (four)."""
+def ranks(tmp_path_factory):
+    """Both plans carried out: their folder, and what failed by case."""
     folder = tmp_path_factory.mktemp("sharded")
+    failures = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LOG_FILE", raising=False)
         save_tiny_checkpoint(folder / "model", num_hidden_layers=1, tie_word_embeddings=True)
-        model = str(folder / "model")
-        start(2, [(settings_of(model, folder, name, 2), folder / f"{name}-again") for name in CASES])
-        on_four = {**settings_of(model, folder, "molf", 4), "output_dir": str(folder / "molf-2")}
-        start(4, [(on_four, folder / "four")])
-    return folder
+        for size, plan in plans(folder).items():
+            multiprocessing.spawn(sharded_runs.carry_out_all, (size, folder, plan), nprocs=size)
+            for file in folder.glob(f"{size}ranks-*.json"):
+                failures |= json.loads(file.read_text())
+    return folder, failures
+
+
+@pytest.fixture
+def folder(ranks):
+    return ranks[0]
+
+
+@pytest.mark.parametrize("name", ["refused", *(f"{name}{end}" for name in CASES for end in ("", "-again")), "faults"])
+def test_carried_out(name, ranks):
+    """Without which nothing else of a case holds."""
+    _, failures = ranks
+    assert name not in failures, failures[name]
 
 
 def furthest(one, other):
@@ -96,7 +133,23 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(name, folder):
 
 
 def test_other_numbers_of_ranks_go_on_from_a_checkpoint(folder):
-    assert furthest(folder / "four", folder / "molf-2") < APART
+    for name in ("molf", "molf_e"):
+        assert furthest(folder / f"{name}-four", folder / f"{name}-2") < APART
+
+
+def test_the_truncated_checkpoint_was_passed_over(folder):
+    assert (folder / "molf-again" / "damaged-checkpoint-4").is_dir()
+
+
+def test_after_all_faults_a_run_ends_where_the_whole_one_does(folder):
+    """A full disk, SIGTERM to one rank in training, SIGTERM in the evaluation."""
+    assert furthest(folder / "faults", folder / "molf-2") == 0.0
+    one, other = read_result(folder / "faults"), read_result(folder / "molf-2")
+    assert one.metrics == other.metrics
+
+
+def test_how_checkpoints_are_written_changes_nothing(folder):
+    assert furthest(folder / "full-2", folder / "molf-2") == 0.0
 
 
 def test_what_is_left_is_a_plain_checkpoint(folder):
@@ -144,28 +197,30 @@ def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
         TrainedShards().restore(nn.Linear(2, 2), tmp_path)
 
 
-def arguments(**changes):
-    parallel = SimpleNamespace(value=changes.pop("parallel", "distributed"))
-    return SimpleNamespace(**{"fsdp": True, "fsdp_config": {}, "parallel_mode": parallel, "device": "cpu", **changes})
+def trainer(version=2, cpu_offload=False, sharded=True, **args):
+    plugin = SimpleNamespace(fsdp_version=version, cpu_offload=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin if sharded else None))
+    return SimpleNamespace(args=SimpleNamespace(fsdp=None, **args), accelerator=accelerator, is_fsdp_enabled=sharded)
 
 
 @pytest.mark.parametrize(
     ("changes", "recipe", "words"),
     [
-        ({"parallel": "not_distributed"}, Recipe(train={}), "torchrun --nproc_per_node N -m molf train"),
-        ({"fsdp_config": {"version": 1}}, Recipe(train={}), "use version 2"),
+        ({"version": 1}, Recipe(train={}), "use version 2"),
+        ({"cpu_offload": True}, Recipe(train={}), "cpu_offload, where the optimizer can't communicate: leave it out"),
         ({}, Recipe(train={}, adalora={"r": 4}), "adalora, eva.* leave fsdp out"),
         ({}, Recipe(train={}, lora={"init_lora_weights": "eva"}), "adalora, eva.* leave fsdp out"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(changes, recipe, words):
+    """Whoever asked for it: ``accelerate launch`` leaves the trainer's own setting unset."""
     with pytest.raises(ValueError, match=words):
-        check_sharding(arguments(**changes), recipe)
-    check_sharding(arguments(**{**changes, "fsdp": False}), recipe)
+        check_sharding(trainer(**changes), recipe)
+    check_sharding(trainer(**changes, sharded=False), recipe)
 
 
-def test_a_run_on_cpus_is_not_silently_another():
-    """accelerate takes DDP there."""
-    with pytest.raises(ValueError, match="on accelerators only, and this run is on cpu; leave fsdp out"):
-        check_sharded(SimpleNamespace(args=arguments(), is_fsdp_enabled=False))
-    check_sharded(SimpleNamespace(args=arguments(fsdp=False), is_fsdp_enabled=False))
+def test_one_process_does_not_shard(tmp_path, capsys):
+    save_tiny_checkpoint(tmp_path / "model")
+    line = f"train --model_name_or_path {tmp_path / 'model'} --sample --use_cpu True --fsdp True --output_dir {tmp_path / 'run'}"
+    assert main(line.split()) == 1
+    assert "torchrun --nproc_per_node N -m molf train" in capsys.readouterr().err

@@ -1,9 +1,7 @@
 """The commands: parse, call, print."""
 
 import argparse
-import gc
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,13 +33,6 @@ def dispatch(command: str, argv: Sequence[str]) -> int:
         command: A name of ``COMMANDS``.
         argv: Its arguments.
     """
-    try:
-        return _dispatch(command, argv)
-    finally:
-        _leave_process_group()
-
-
-def _dispatch(command: str, argv: Sequence[str]) -> int:
     try:
         COMMANDS[command](list(argv))
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -154,18 +145,6 @@ def _carry_out(config: RunConfig) -> None:
     result = run(config)
     if result is not None:
         _show_result(console, result)
-
-
-def _leave_process_group() -> None:
-    """Leave the group of a distributed run: a process that ends with its threads still running may abort.
-
-    The trainer must be gone by then, and with it the last wrapper of a model: one that outlives the group waits for the group's
-    threads while it holds Python's lock, which they may be waiting for.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        gc.collect()
-        distributed.destroy_process_group()
 
 
 def _show_result(console: Console, result: "Result") -> None:

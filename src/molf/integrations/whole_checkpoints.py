@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from molf.integrations.checkpoint_folder import (
     PREFIX,
@@ -112,11 +113,11 @@ class WholeCheckpoints:
             if self.args.should_save:
                 seal(partial)
                 publish(partial, target)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not _is_write_error(error):
+        except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+            if (cause := _write_error(error)) is None:
                 raise
             shutil.rmtree(partial.parent, ignore_errors=True)
-            raise OSError(_not_written(target, error)) from error
+            raise OSError(_not_written(target, cause)) from error
         if self.args.should_save:
             rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
             partial.parent.rmdir()
@@ -169,13 +170,18 @@ def _given(checkpoint: Path, run_folder: Path) -> Path:
     return checkpoint
 
 
-def _is_write_error(error: Exception) -> bool:
-    """Say whether an error is one of writing files: for a full disk torch has no class, and several wordings."""
+def _write_error(error: BaseException) -> BaseException | None:
+    """Return the error of writing files that an error is, or that a rank of a sharded run had; None if it is another."""
+    if isinstance(error, CheckpointException):  # every rank gets it, and the causes lose their tracebacks on the way
+        causes = (cause for cause, _ in error.failures.values())
+        return next((cause for cause in causes if isinstance(cause, OSError | SafetensorError)), None)
+    # For a full disk torch has no class, and several wordings.
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, OSError | SafetensorError) or innermost.f_globals["__name__"] == "torch.serialization"
+    written = isinstance(error, OSError | SafetensorError) or innermost.f_globals["__name__"] == "torch.serialization"
+    return error if written else None
 
 
-def _not_written(target: Path, error: Exception) -> str:
+def _not_written(target: Path, error: BaseException) -> str:
     cause = str(error).strip().splitlines()[0]
     free = shutil.disk_usage(_existing(target.parent)).free
     before = checkpoints(target.parent)

@@ -25,7 +25,7 @@ from molf.study.methods.trained_base import TrainedBase, trained_base
 from molf.study.models import load_model_and_tokenizer, locate, use_chat_template
 from molf.study.preemption import StopRequest
 from molf.study.selection import load_split
-from molf.study.sharding import TrainedShards, check_sharded, check_sharding
+from molf.study.sharding import TrainedShards, check_processes, check_sharding
 from molf.study.stop_at_step import StopAtStep
 from molf.study.train_config import TrainConfig, build_train_config
 from molf.tasks import Split, Task, get_task
@@ -125,7 +125,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         training_template(job.tokenizer)  # an error about it is clearer than the trainer's
         by_form["assistant_only_loss"] = True
     args = build_train_config(by_form | job.config.train | recipe.train | settings)
-    check_sharding(args, recipe)
+    check_processes(args)
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -139,7 +139,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         callbacks=_callbacks(recipe, stop),
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
-    check_sharded(trainer)
+    check_sharding(trainer, recipe)
     made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
     trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:

@@ -94,8 +94,8 @@ class Result:
         """
         before, training = values.get("metrics_before"), values.get("training")
         typed = {
-            "metrics": _metrics(values.get("metrics", {})),
-            "metrics_before": None if before is None else _metrics(before),
+            "metrics": as_metrics(values.get("metrics", {})),
+            "metrics_before": None if before is None else as_metrics(before),
             "training": None if training is None else Training(**training),
         }
         return cls(**{**values, **typed})
@@ -118,7 +118,8 @@ class Result:
         return row | {name: getattr(self, name) for name in plain}
 
 
-def _metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+def as_metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+    """Take back metrics by name that were given as plain JSON values."""
     return {name: Metric(**metric) for name, metric in values.items()}
 
 

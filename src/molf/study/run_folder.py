@@ -11,6 +11,7 @@ from molf.study.config import RunConfig
 from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results import RESULT_FILE, read_result
+from molf.study.trained import TRAINED_FILE
 from molf.tasks.data import written_whole
 
 CONFIG_FILE = "config.yaml"
@@ -33,7 +34,8 @@ def check_folder(config: RunConfig) -> None:
     if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
         raise ValueError(f"output_dir={folder} is the folder of the model to be trained; choose another output_dir")
     _check_writable(folder)
-    finished, resumable = (folder / RESULT_FILE).exists(), bool(checkpoints(folder))
+    finished = (folder / RESULT_FILE).exists()
+    resumable = bool(checkpoints(folder)) or (folder / TRAINED_FILE).exists()
     # A finished run that left no checkpoint has nothing to go on from, and starting anew would replace it.
     going_on = config.resume_from and not (config.resume_from is True and finished and not resumable)
     if config.output.overwrite or going_on:
@@ -41,8 +43,8 @@ def check_folder(config: RunConfig) -> None:
     unfinished = not finished and not evaluating and resumable
     if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
         raise ValueError(
-            f"{folder} holds {'a finished run' if finished else 'checkpoints of an unfinished run'}; pass --overwrite to "
-            "replace it, --resume_from_checkpoint True to go on from its last checkpoint, or another --output_dir"
+            f"{folder} holds {'a finished run' if finished else 'what an unfinished run can go on from'}; pass --overwrite to "
+            "replace it, --resume_from_checkpoint True to go on from what it saved last, or another --output_dir"
         )
 
 

@@ -1,5 +1,6 @@
 """A run whose model is sharded over its processes (FSDP2, ``--fsdp True``): what it needs, and the whole model at its end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
 from molf.integrations.whole_checkpoints import CheckpointPart
@@ -52,26 +54,43 @@ def _trained(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
 
 
-def check_sharding(args: TrainingArguments, recipe: Recipe) -> None:
-    """Refuse to shard what can't be, before a trainer is made.
+def check_processes(args: TrainingArguments) -> None:
+    """Refuse to shard a model over one process, before a trainer is made.
+
+    Raises:
+        ValueError: Saying what to do.
+    """
+    if args.fsdp and args.parallel_mode.value != "distributed":
+        raise ValueError(
+            "fsdp shards a model over several processes, and this is the only one: start it with "
+            "torchrun --nproc_per_node N -m molf train ..."
+        )
+
+
+def check_sharding(trainer: Any, recipe: Recipe) -> None:
+    """Refuse what can't be sharded, and a trainer that silently does something else.
 
     Args:
-        args: The trainer's settings.
+        trainer: It shards where that was asked for, by the run's settings or by ``accelerate launch``.
         recipe: The method.
 
     Raises:
         ValueError: Saying what to do.
     """
-    if not args.fsdp:
+    if not trainer.is_fsdp_enabled:
+        if trainer.args.fsdp:
+            raise ValueError(
+                f"fsdp: accelerate shards models on accelerators only, and this run is on {trainer.args.device}; {_REPLACED}"
+            )
         return
-    if int(args.fsdp_config.get("version", 2)) != 2:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
         raise ValueError(
             "fsdp_config asks for version 1, which hides the layers' weights in flat ones: use version 2, the default"
         )
-    if args.parallel_mode.value != "distributed":
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "fsdp shards a model over several processes, and this is the only one: start it with "
-            "torchrun --nproc_per_node N -m molf train ..."
+            f"fsdp_config asks for cpu_offload, where the optimizer can't communicate: leave it out, or {_REPLACED}"
         )
     if recipe.adalora is not None or (recipe.lora or {}).get("init_lora_weights") == "eva":
         raise ValueError(
@@ -79,20 +98,8 @@ def check_sharding(args: TrainingArguments, recipe: Recipe) -> None:
         )
 
 
-def check_sharded(trainer: Any) -> None:
-    """Refuse a trainer that silently does something else than shard.
-
-    Raises:
-        ValueError: Saying what to do.
-    """
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"fsdp: accelerate shards models on accelerators only, and this run is on {trainer.args.device}; {_REPLACED}"
-        )
-
-
 def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:
-    """Return the trained model unsharded, on the first rank's device; every rank has to ask for it.
+    """Return the trained model unsharded, on the first rank's CPU; every rank has to ask for it.
 
     Args:
         trainer: Its model is sharded, and stays so.
@@ -106,6 +113,8 @@ def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:
     if not trainer.is_world_process_zero():
         return None
     model, _ = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    if recipe.lora is not None:
+        recipe = replace(recipe, lora=recipe.lora | {"init_lora_weights": False})  # an SVD of every layer, for PiSSA
     model = add_adapters(model, recipe, freeze_rest=bool(config.method.freeze_non_linear))
     model.load_state_dict(weights)
-    return model.to(trainer.args.device)
+    return model

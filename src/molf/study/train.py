@@ -3,9 +3,11 @@
 import logging
 import os
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from molf.integrations.checkpoint_folder import remove_checkpoints
@@ -23,6 +25,7 @@ from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trained_base import trained_base
 from molf.study.preemption import Preempted, StopRequest, stop_request
+from molf.study.process_group import all_wait, leave_process_group
 from molf.study.report import draw_routing
 from molf.study.results import (
     Result,
@@ -37,6 +40,7 @@ from molf.study.run_lock import holding
 from molf.study.sharding import whole_model
 from molf.study.sizing.sizes import measure
 from molf.study.targets import cut_targets
+from molf.study.trained import Trained, find_trained, forget_trained, load_trained, note_trained
 from molf.tasks.data import written_whole
 
 _log = logging.getLogger(__name__)
@@ -58,7 +62,7 @@ def run(config: RunConfig) -> Result | None:
         ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced,
             or another run works in it.
         OSError: Data or model cannot be had, or a file not be written.
-        Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved.
+        Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved; after it, the model.
     """
     config = config.resolved()
     check_folder(config)
@@ -73,36 +77,73 @@ def _run(config: RunConfig, stop: StopRequest) -> Result | None:
     if config.output.only_eval:
         return _evaluate_only(config, started)
     job = load_job(config)
-    recipe = job_recipe(job)
-    use_cache = job.model.config.use_cache  # the trainer switches it off for good
-    trainer = make_trainer(job, recipe, stop)
-    main = trainer.is_world_process_zero()
-    checkpoint = trainer.find_checkpoint(config.resume_from)
-    if main:
-        run_id(config.output_dir)  # settled while the result is there of what is replaced
-    if main and checkpoint is None:
-        clear_folder(config.output_dir)
-    before = _evaluate(job, trainer.model, job.source) if main and config.task.eval_before else None
-    trainer.accelerator.wait_for_everyone()
-    training = _train(trainer, job, recipe, checkpoint)
+    outcome = _train(job, stop)
+    job = replace(job, model=outcome.model)  # nothing holds the trainer, its optimizer or shards any more
+    leave_process_group()
+    stop.saving = False
     if stop.received is not None:
         raise Preempted(
-            f"stopped by {stop.received} after step {training.steps} of {trainer.state.max_steps}; start it again with "
-            "--resume_from_checkpoint True to go on from there"
+            f"stopped by {stop.received} after {outcome.done}; start it again with --resume_from_checkpoint True to go on "
+            "from there"
         )
-    sharded = trainer.is_fsdp_enabled
-    trained = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
-    if not main:
+    if outcome.trained is None or job.model is None:
         return None
-    model = _plain_model(trained, recipe, config.output_dir)
-    model.config.use_cache = use_cache
-    save_checkpoint(model, job.tokenizer, config.output_dir)
-    after = _evaluate(job, model, str(config.output_dir))
-    result = _result(job, started, after, before, training)
+    after = _evaluate(job, job.model.to(outcome.device), str(config.output_dir))
+    result = _result(job, started, after, outcome.trained)
     _write_all(job, result, after)
+    forget_trained(config)
     if config.output.clean_ckpt_at_end:
         remove_checkpoints(config.output_dir)
     return result
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is left of training when the trainer is gone.
+
+    Attributes:
+        device: Of this process.
+        done: How far it came, in words.
+        trained: What is known of it; None if it was stopped.
+        model: The plain model, which is saved; None where another process evaluates it.
+    """
+
+    device: torch.device
+    done: str
+    trained: Trained | None
+    model: Any
+
+
+def _train(job: Job, stop: StopRequest) -> _Outcome:
+    config = job.config
+    recipe = job_recipe(job)
+    use_cache = job.model.config.use_cache  # the trainer switches it off for good
+    trainer = make_trainer(job, recipe, stop)
+    main, device = trainer.is_world_process_zero(), trainer.args.device
+    if (trained := find_trained(config, main)) is not None:
+        return _Outcome(device, "training", trained, load_trained(config) if main else None)
+    checkpoint = trainer.find_checkpoint(config.resume_from)
+    if main:
+        run_id(config.output_dir)  # settled while the result is there of what is replaced
+        forget_trained(config)
+    if main and checkpoint is None:
+        clear_folder(config.output_dir)
+    before = _evaluate_before(job, trainer) if config.task.eval_before else None
+    stop.saving = True
+    training = _fit(trainer, job, recipe, checkpoint)
+    done = f"step {training.steps} of {trainer.state.max_steps}"
+    if stop.received is not None and training.steps < trainer.state.max_steps:
+        return _Outcome(device, done, None, None)
+    trained = Trained(training, before.metrics if before else None)
+    sharded = trainer.is_fsdp_enabled
+    model = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
+    with all_wait():
+        if main:
+            model = _plain_model(model, recipe, config.output_dir)
+            model.config.use_cache = use_cache
+            save_checkpoint(model, job.tokenizer, config.output_dir)
+            note_trained(config, trained)
+    return _Outcome(device, done, trained, model if main else None)
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -111,7 +152,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _train(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
+def _fit(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
     layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
     method = job.config.method
     sizes = measure(trainer.model, layers, method.ranks or (), method.optim_bits, method.optimizer_in_backward)
@@ -152,14 +193,27 @@ def _plain_model(model: Any, recipe: Recipe, folder: Path) -> Any:
 def _evaluate_only(config: RunConfig, started: float) -> Result | None:
     job = load_job(config)
     args = training_settings(job)
-    if args.process_index != 0:
+    main, device = args.process_index == 0, args.device
+    leave_process_group()
+    if not main:
         return None
-    evaluation = _evaluate(job, job.model.to(args.device), job.source)
+    evaluation = _evaluate(job, job.model.to(device), job.source)
     result = _result(job, started, evaluation)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(config.output_dir / PREDICTIONS_FILE, evaluation.predictions)
     _record(config, result)
     return result
+
+
+def _evaluate_before(job: Job, trainer: Any) -> Evaluation | None:
+    """Evaluate what is to be trained on the first process; the Trainer leaves it on the CPU until it is sharded."""
+    evaluation = None
+    with all_wait():
+        if trainer.is_world_process_zero():
+            place = trainer.model.device
+            evaluation = _evaluate(job, trainer.model.to(trainer.args.device), job.source)
+            trainer.model.to(place)
+    return evaluation
 
 
 def _evaluate(job: Job, model: Any, source: str) -> Evaluation:
@@ -180,23 +234,21 @@ def _evaluate(job: Job, model: Any, source: str) -> Evaluation:
     )
 
 
-def _result(
-    job: Job, started: float, after: Evaluation, before: Evaluation | None = None, training: Training | None = None
-) -> Result:
+def _result(job: Job, started: float, after: Evaluation, trained: Trained | None = None) -> Result:
     log = job.config.output_dir / ROUTING_FILE
-    routed = training is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
+    routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
     return Result(
         config=job.config.to_dict(),
         headline=job.task.headline,
         metrics=after.metrics,
-        metrics_before=before.metrics if before else None,
+        metrics_before=trained.metrics_before if trained else None,
         data_origin=job.split.origin,
         device=device_name(),
         versions=library_versions(),
         commit=source_commit(),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
-        training=training,
+        training=trained.training if trained else None,
         routing=read_routing(log).shares() if routed else None,
         run_id=run_id(job.config.output_dir),
     )
