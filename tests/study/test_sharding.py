@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, StateDictType
 from transformers import AutoModelForCausalLM
 
 import sharded_runs
@@ -198,15 +198,21 @@ def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
 
 
 def trainer(version=2, cpu_offload=False, sharded=True, **args):
-    plugin = SimpleNamespace(fsdp_version=version, cpu_offload=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    full = StateDictType.FULL_STATE_DICT
+    plugin = SimpleNamespace(state_dict_type=full, fsdp_version=version, cpu_offload=offload)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin if sharded else None))
-    return SimpleNamespace(args=SimpleNamespace(fsdp=None, **args), accelerator=accelerator, is_fsdp_enabled=sharded)
+    return SimpleNamespace(
+        args=SimpleNamespace(fsdp=None, **args), model=model, accelerator=accelerator, is_fsdp_enabled=sharded
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "recipe", "words"),
     [
         ({"version": 1}, Recipe(train={}), "use version 2"),
+        ({}, Recipe(train={}, molf={}), "int16 low parts of bf16 weights, .*leave state_dict_type out"),
         ({"cpu_offload": True}, Recipe(train={}), "cpu_offload, where the optimizer can't communicate: leave it out"),
         ({}, Recipe(train={}, adalora={"r": 4}), "adalora, eva.* leave fsdp out"),
         ({}, Recipe(train={}, lora={"init_lora_weights": "eva"}), "adalora, eva.* leave fsdp out"),
@@ -217,6 +223,7 @@ def test_what_cannot_be_sharded_is_refused(changes, recipe, words):
     with pytest.raises(ValueError, match=words):
         check_sharding(trainer(**changes), recipe)
     check_sharding(trainer(**changes, sharded=False), recipe)
+    check_sharding(trainer(), Recipe(train={}, molf={"bf16_update": "stochastic"}))
 
 
 def test_one_process_does_not_shard(tmp_path, capsys):

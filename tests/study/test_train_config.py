@@ -64,6 +64,17 @@ def test_what_is_asked_of_fsdp_is_kept(tmp_path):
     assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
 
 
+def test_a_file_is_read_as_what_is_in_it(tmp_path):
+    (tmp_path / "fsdp.json").write_text('{"reshard_after_forward": false}', encoding="utf-8")
+    for given in (str(tmp_path / "fsdp.json"), '{"reshard_after_forward": false}'):
+        config = TrainConfig(
+            output_dir=str(tmp_path), use_cpu=True, fsdp=True, fsdp_config=given, gradient_checkpointing=True
+        )
+        assert config.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
+        assert config.fsdp_plugin_args["activation_checkpointing"] is True
+        assert config.fsdp_plugin_args["reshard_after_forward"] is False
+
+
 def test_no_sharding_unless_asked(tmp_path):
     for given in ("False", None):
         assert TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=given).fsdp_plugin_args is None
@@ -74,3 +85,8 @@ def test_a_broken_fsdp_config_is_named(tmp_path):
         ValueError, match=r"fsdp_config=\{no JSON is no JSON object .* give one, or the name of a JSON file"
     ):
         TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=True, fsdp_config="{no JSON")
+
+
+def test_a_missing_fsdp_config_is_named(tmp_path):
+    with pytest.raises(ValueError, match="fsdp_config=nowhere is neither a JSON object nor a file"):
+        TrainConfig(output_dir=str(tmp_path), use_cpu=True, fsdp=True, fsdp_config="nowhere")

@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from transformers import TrainingArguments
 
 from molf.integrations.whole_checkpoints import CheckpointPart
@@ -91,6 +92,13 @@ def check_sharding(trainer: Any, recipe: Recipe) -> None:
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
             f"fsdp_config asks for cpu_offload, where the optimizer can't communicate: leave it out, or {_REPLACED}"
+        )
+    split = recipe.molf is not None and recipe.molf.get("bf16_update", "split") == "split"
+    low_parts = split and any(p.dtype == torch.bfloat16 for p in trainer.model.parameters())
+    if low_parts and plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            "FULL_STATE_DICT gathers the int16 low parts of bf16 weights, which process groups can't: leave state_dict_type out "
+            "(SHARDED_STATE_DICT), or use --dtype float32"
         )
     if recipe.adalora is not None or (recipe.lora or {}).get("init_lora_weights") == "eva":
         raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -90,9 +91,13 @@ def _settle_fsdp(config: Any) -> None:
     """Let every rank write what it holds of a sharded model, and FSDP recompute the activations, unless told otherwise."""
     if isinstance(config.fsdp, str) and config.fsdp.lower() in ("true", "false"):
         config.fsdp = config.fsdp.lower() == "true"
-    if isinstance(config.fsdp_config, str) and config.fsdp_config.startswith("{"):
-        config.fsdp_config = _json_object("fsdp_config", config.fsdp_config)
-    if not config.fsdp or not isinstance(config.fsdp_config, dict | None):  # or it names a file
+    if isinstance(config.fsdp_config, str):
+        given = config.fsdp_config
+        if not given.startswith("{") and not Path(given).is_file():
+            raise ValueError(f"fsdp_config={given} is neither a JSON object nor a file; give one of them")
+        text = given if given.startswith("{") else Path(given).read_text(encoding="utf-8")
+        config.fsdp_config = _json_object("fsdp_config", text)
+    if not config.fsdp:
         return
     config.fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | (config.fsdp_config or {})
     if config.gradient_checkpointing:  # the Trainer's own would gather a block's weights once more to recompute it
