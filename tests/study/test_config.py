@@ -112,8 +112,12 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
         ({"method": "rslora", "use_rslora": False}, "use method lora"),
         ({"method": "adalora", "use_rslora": True}, "alpha/rank"),
         ({"method": "lora_plus", "loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5"),
-        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: MoLF alone"),
-        ({"method": "lora", "optimizer_in_backward": True}, "optimizer_in_backward=True with method lora: MoLF alone"),
+        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: that is MoLF.s alone"),
+        (
+            {"method": "lora", "optimizer_in_backward": True},
+            "optimizer_in_backward=True with method lora: that is MoLF.s alone",
+        ),
+        ({"method": "dora", "fused": True}, "fused=True with method dora: that is MoLF.s alone; leave it out"),
     ],
 )
 def test_contradictions(settings, message):

@@ -36,6 +36,7 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
         "max_grad_norm": 1.0,
         "optim_bits": 32,
         "optimizer_in_backward": False,
+        "fused": False,
         "bf16_update": "split",
     }
 
@@ -130,3 +131,8 @@ def test_lora_plus():
         "eps": 1e-8,
     }
     assert recipe.lora == method_recipe(MethodConfig(method="lora"), TRAIN, LLAMA).lora
+
+
+@pytest.mark.parametrize("method", ["molf", "molf_e"])
+def test_the_kernels_where_asked_for(method):
+    assert method_recipe(MethodConfig(method=method, fused=True), TRAIN, LLAMA).molf["fused"] is True

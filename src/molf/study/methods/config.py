@@ -94,6 +94,10 @@ class MethodConfig:
             "gradient_accumulation_steps 1 only."
         },
     )
+    fused: bool = field(
+        default=False,
+        metadata={"help": "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels."},
+    )
 
     def __post_init__(self) -> None:
         if self.method == "molf_e" and self.fft_expert:
@@ -104,14 +108,7 @@ class MethodConfig:
             raise ValueError("use_rslora=False with method rslora: leave it out or use method lora")
         if self.method == "adalora" and self.use_rslora:
             raise ValueError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
-        if self.optim_bits == 8 and not self.routes:
-            raise ValueError(
-                f"optim_bits=8 with method {self.method}: MoLF alone keeps moments in 8 bits; leave it out"
-            )
-        if self.optimizer_in_backward and not self.routes:
-            raise ValueError(
-                f"optimizer_in_backward=True with method {self.method}: MoLF alone moves layers inside backward; leave it out"
-            )
+        self._check_for_molf_alone()
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
@@ -127,6 +124,16 @@ class MethodConfig:
             raise ValueError(
                 f"loraplus_lr_ratio={self.loraplus_lr_ratio}: B learns at least as fast as A; give 1 or more"
             )
+
+    def _check_for_molf_alone(self) -> None:
+        given = {
+            "optim_bits": self.optim_bits == 8,
+            "optimizer_in_backward": self.optimizer_in_backward,
+            "fused": self.fused,
+        }
+        wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
+        if wrong and not self.routes:
+            raise ValueError(f"{', '.join(wrong)} with method {self.method}: that is MoLF's alone; leave it out")
 
     @property
     def routes(self) -> bool:

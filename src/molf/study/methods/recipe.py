@@ -92,6 +92,7 @@ def _molf(method: MethodConfig, train: Mapping[str, Any]) -> Recipe:
         "optim_bits": method.optim_bits,
         "bf16_update": method.bf16_update,
         "optimizer_in_backward": method.optimizer_in_backward,
+        "fused": method.fused,
     }
     experts = {
         "ranks": tuple(method.ranks or ()),
