@@ -16,7 +16,8 @@ from molf.study.preemption import PREEMPTED
 from molf.study.results import read_result
 from molf.study.run_lock import in_use
 from molf.study.sweeping.attempt import Attempt
-from molf.study.sweeping.sweep import state_of
+from molf.study.sweeping.local import LocalEngine
+from molf.study.sweeping.sweep import state_of, sweep
 from small_runs import weights
 
 SMALL = (
@@ -70,6 +71,8 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
 
     assert interrupted(Attempt.stop) == PREEMPTED
     assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
+    with pytest.raises(ValueError, match="a run on 2 processes, and on 1 its .*: go on with --nproc_per_node 2"):
+        sweep([replace(cell, processes=1)], LocalEngine())
     start, in_use_at_start = Attempt._run, []
 
     def watched(attempt, lock):

@@ -13,7 +13,7 @@ from molf.integrations.whole_checkpoints import CheckpointPart
 from molf.study.config import RunConfig
 
 FILE_NAME = "made_with.json"
-BATCH = "examples_per_step"
+PROCESSES = "processes"
 _METHOD = (
     "method",
     "ranks",
@@ -65,13 +65,15 @@ class MadeWith(CheckpointPart):
         settings: dict[str, Any] = {"dtype": config.model.dtype, "sharded": sharded}
         settings |= {name: getattr(config.method, name) for name in _METHOD}
         settings |= {name: getattr(args, name) for name in (*_RATES, *_DATA)}
-        settings[BATCH] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["training_data"] = _fingerprint(config.task.task, examples)
         self.settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+        self.processes = args.world_size
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write them."""
-        (folder / FILE_NAME).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        """Write them, and how many processes there are, which ``check`` does not ask about."""
+        written = self.settings | {PROCESSES: self.processes}
+        (folder / FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
 
     def check(self, folder: Path) -> None:
         """Compare them with a checkpoint's; what that does not have, as it is older or a plain Trainer's, is not asked about.

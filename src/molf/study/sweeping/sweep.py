@@ -8,7 +8,7 @@ import yaml
 
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.cells import Cell, Failure, checked_result, failure_of, write_settings
-from molf.study.methods.made_with import BATCH, made_with
+from molf.study.methods.made_with import PROCESSES, made_with
 from molf.study.results import Result
 from molf.study.sweeping.attempt import FAILED, failure_status, has_checkpoint
 
@@ -113,14 +113,12 @@ def _prepare(cell: Cell) -> None:
 
 def _check_processes(cell: Cell) -> None:
     """Refuse another number of processes than a checkpoint's: with the same settings, it makes other batches."""
-    if not (there := checkpoints(cell.folder)) or (batch := made_with(there[-1]).get(BATCH)) is None:
-        return
-    train = cell.config.train
-    share = int(train["per_device_train_batch_size"]) * int(train["gradient_accumulation_steps"])
-    if batch != share * cell.processes:
+    there = checkpoints(cell.folder)
+    earlier = made_with(there[-1]).get(PROCESSES) if there else None
+    if earlier not in (None, cell.processes):
         raise ValueError(
-            f"{cell.folder} holds checkpoints of a run with {batch} examples a step, and on {cell.processes} processes it has "
-            f"{share * cell.processes}: go on with --nproc_per_node {batch // share}, or choose another output_root"
+            f"{cell.folder} holds checkpoints of a run on {earlier} processes, and on {cell.processes} its steps would have "
+            f"other batches: go on with --nproc_per_node {earlier}, or choose another output_root"
         )
 
 
