@@ -114,10 +114,11 @@ class WholeCheckpoints:
                 seal(partial)
                 publish(partial, target)
         except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-            if (cause := _write_error(error)) is None:
+            # Words only: an error kept here would keep itself, and the half-written file that it holds open.
+            if (words := _not_written(target, error)) is None:
                 raise
             shutil.rmtree(partial.parent, ignore_errors=True)
-            raise OSError(_not_written(target, cause)) from error
+            raise OSError(words) from error
         if self.args.should_save:
             rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
             partial.parent.rmdir()
@@ -181,8 +182,11 @@ def _write_error(error: BaseException) -> BaseException | None:
     return error if written else None
 
 
-def _not_written(target: Path, error: BaseException) -> str:
-    cause = str(error).strip().splitlines()[0]
+def _not_written(target: Path, error: BaseException) -> str | None:
+    """Say why a checkpoint could not be written; None if that is not what the error is about."""
+    if (failed := _write_error(error)) is None:
+        return None
+    cause = str(failed).strip().splitlines()[0]
     free = shutil.disk_usage(_existing(target.parent)).free
     before = checkpoints(target.parent)
     last = f"the last whole one is {before[-1]}" if before else "there is none before it"
