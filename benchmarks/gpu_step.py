@@ -46,19 +46,31 @@ def seconds_of(optimizer):
     return statistics.median(take_turns({"step": optimizer.step}, ROUNDS, WARM_UP)["step"])
 
 
-def bytes_of(optimizer, bits, fft_wins):
-    """Return the bytes that a step of MoLF moves."""
-    routed = [group["params"][0] for group in optimizer.param_groups if "module" in group]
-    weights = sum(p.numel() for p in routed)
-    everything = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    experts = [optimizer.experts[module] for module in optimizer.experts]
-    pairs = sum(e.A.numel() + e.B.numel() for layer in experts for name, e in layer.items() if name != "fft")
+def counts_of(model, rank):
+    """Return the elements of routed weights, of their LoRA pairs, and of everything that trains."""
+    routed = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    everything = sum(p.numel() for p in model.parameters())
+    return sum(w.numel() for w in routed), sum(rank * sum(w.shape) for w in routed), everything
+
+
+def bytes_of(counts, bits, fft_wins, started):
+    """Return the bytes that a step of MoLF moves; ``started`` says whether pairs have moved before, and so have a dA."""
+    weights, pairs, everything = counts
     moments, step = (20, 16) if bits == 32 else (14, 8)
-    products = 4 if fft_wins else 8
+    products = 8 if started else 4
     won = weights * step if fft_wins else weights * 8 + pairs * 20
     return (
         everything * 4 + weights * (moments + products) + (everything - weights) * (moments + step) + pairs * 24 + won
     )
+
+
+def print_floors(shapes, rank):
+    """Print what a float32 step can be at best, counted in bytes, against fused AdamW's."""
+    for shape in shapes:
+        counts = counts_of(random_model(shape, "meta"), rank)
+        cases = {"FFT wins, no pair moved yet": (True, False), "FFT wins": (True, True), "LoRA wins": (False, True)}
+        floors = {case: bytes_of(counts, 32, *how) / (28 * counts[-1]) for case, how in cases.items()}
+        print(f"{shape}: " + ", ".join(f"{case} x{floor:.2f}" for case, floor in floors.items()))
 
 
 def measure(report, shape, rank):
@@ -80,7 +92,8 @@ def measure(report, shape, rank):
         def work(rates=rates, bits=bits, limit=limit, case=case):
             optimizer = MoLF(model, ranks=(rank,), fused=True, optim_bits=bits, **rates)
             seconds = seconds_of(optimizer)
-            moved = bytes_of(optimizer, bits, fft_wins=rates is FFT_WINS)
+            fft_wins = rates is FFT_WINS
+            moved = bytes_of(counts_of(model, rank), bits, fft_wins, started=not fft_wins)
             floor = f", x{moved / (28 * count):.2f} by bytes"
             report.add("step", case, seconds / baseline, "x", limit, note=speed(seconds, moved, bandwidth) + floor)
             _check_winner(optimizer, "fft" if rates is FFT_WINS else f"lora_r{rank}")
@@ -125,3 +138,7 @@ def profile(optimizer):
         torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:15]
     return [{"kernel": e.key, "calls": e.count, "ms": e.self_device_time_total / 1e3} for e in events]
+
+
+if __name__ == "__main__":
+    print_floors(("qwen2.5-1.5b", "qwen2.5-3b"), rank=128)
