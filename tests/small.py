@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from molf.scores import Score
+from molf import MoLF
+from molf.scores import EPD, Score
 
 
 def mlp(dtype=torch.float64, seed=3):
@@ -98,6 +99,24 @@ def differing(before, after):
     return {k for k, v in before.items() if v.dtype != after[k].dtype or not torch.equal(v, after[k])}
 
 
+def assert_same_bits(model, optimizer, twin, other):
+    """Compare every tensor and count of two models and their optimizers."""
+    apart = differing(snapshot(model, optimizer), snapshot(twin, other))
+    assert not apart, f"not the same bits: {sorted(apart)}"
+
+
+def routed_mlp(dtype=torch.float64, **options):
+    """An ``mlp`` and its optimizer, with LoRA experts of two ranks that always start alike."""
+    model = mlp(dtype)
+    torch.manual_seed(1)
+    return model, MoLF(model, **{"ranks": (2, 3), "lr": 1e-2, "lora_lr": 2e-2, **options})
+
+
+def zero_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
 class ExplicitLinear(nn.Module):
     """A layer in which every expert is a real parameter: ``x (W + sum_i s_i B_i A_i)^T + b``."""
 
@@ -153,6 +172,15 @@ def assert_equals_twin(model, optimizer, twin, atol):
     for name, p in model.named_parameters():
         if name.split(".")[0] not in optimizer.experts:
             torch.testing.assert_close(p, plain[name], rtol=0, atol=atol)
+
+
+class AllAlike(EPD):
+    """A score by which all experts of a layer are tied."""
+
+    name = "all_alike"
+
+    def finish(self, total, n, lr):
+        return torch.ones_like(total)
 
 
 class Prefer(Score):

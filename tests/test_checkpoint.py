@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from molf import MoLF
-from small import differing, mlp, snapshot, train
+from small import assert_same_bits, differing, mlp, snapshot, train
 
 KINDS = {
     "float64": (torch.float64, {}),
@@ -46,7 +46,7 @@ def test_interrupted_and_resumed_is_uninterrupted(dtype, options, steps, top_k):
         o.load_state_dict(state)
     rest = range(steps, steps + 5)
     assert train(model, optimizer, rest, scheduler) == train(resumed, other, rest, other_scheduler)
-    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    assert_same_bits(model, optimizer, resumed, other)
     for group, own in zip(optimizer.param_groups, other.param_groups, strict=True):
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in own.items() if k != "params"}
 
@@ -58,7 +58,7 @@ def test_state_comes_back_in_its_own_dtypes(dtype, options):
     resumed, other = build(dtype, seed=99, **options)
     other.load_state_dict(through_a_file(optimizer)[0])
     resumed.load_state_dict(model.state_dict())
-    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    assert_same_bits(model, optimizer, resumed, other)
     master = torch.float64 if dtype == torch.float64 else torch.float32
     for state in other.state.values():
         for key, value in state.items():
@@ -76,7 +76,7 @@ def test_loading_replaces_what_was_there():
     other.load_state_dict(through_a_file(optimizer)[0])
     train(model, optimizer, range(3, 6))
     train(resumed, other, range(3, 6))
-    assert not differing(snapshot(model, optimizer), snapshot(resumed, other))
+    assert_same_bits(model, optimizer, resumed, other)
 
 
 def test_a_copy_of_the_state_is_not_moved_by_training():
@@ -211,7 +211,7 @@ def test_a_state_that_came_with_lists_for_tuples():
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in as_was.items() if k != "params"}
     for pair in ((model, optimizer), (other_model, other)):
         train(*pair, 2)
-    assert not differing(snapshot(model, optimizer), snapshot(other_model, other))
+    assert_same_bits(model, optimizer, other_model, other)
 
 
 @kinds
