@@ -1,10 +1,8 @@
 """The trainer's settings: TRL's ``SFTConfig`` with the defaults of the published recipe."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +10,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from molf.study.config import PUBLISHED_RECIPE, suggestion
+from molf.study.fsdp_config import settled_fsdp
 
 
 @dataclass
@@ -83,33 +82,8 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
         ):
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
-        _settle_fsdp(self)
-        super().__post_init__()
-
-
-def _settle_fsdp(config: Any) -> None:
-    """Let every rank write what it holds of a sharded model, and FSDP recompute the activations, unless told otherwise."""
-    if isinstance(config.fsdp, str) and config.fsdp.lower() in ("true", "false"):
-        config.fsdp = config.fsdp.lower() == "true"
-    if isinstance(config.fsdp_config, str):
-        given = config.fsdp_config
-        if not given.startswith("{") and not Path(given).is_file():
-            raise ValueError(f"fsdp_config={given} is neither a JSON object nor a file; give one of them")
-        text = given if given.startswith("{") else Path(given).read_text(encoding="utf-8")
-        config.fsdp_config = _json_object("fsdp_config", text)
-    if not config.fsdp:
-        return
-    config.fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | (config.fsdp_config or {})
-    if config.gradient_checkpointing:  # the Trainer's own would gather a block's weights once more to recompute it
-        config.fsdp_config = {"activation_checkpointing": True} | config.fsdp_config
-        config.activation_checkpointing = config.gradient_checkpointing = False
-
-
-def _json_object(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name}={text} is no JSON object ({error}); give one, or the name of a JSON file") from error
+        with settled_fsdp(self):
+            super().__post_init__()
 
 
 def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
