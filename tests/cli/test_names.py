@@ -1,6 +1,7 @@
 import pytest
 
 from molf.cli.names import PUBLISHED_NAMES, canonical
+from molf.cli.settings import setting_types
 
 KNOWN = ["task", "score", "learning_rate", "per_device_train_batch_size", "warmup_steps"]
 
@@ -35,7 +36,5 @@ def test_unknown_names(misspelt, nearest):
 
 
 def test_every_alias_means_a_setting_that_exists():
-    from molf.cli.parsing import _hints
-
-    assert set(PUBLISHED_NAMES.values()) <= set(_hints())
-    assert not set(PUBLISHED_NAMES) & set(_hints())
+    assert set(PUBLISHED_NAMES.values()) <= set(setting_types())
+    assert not set(PUBLISHED_NAMES) & set(setting_types())

@@ -5,7 +5,8 @@ from itertools import product
 from typing import Any
 
 from molf.cli.names import canonical
-from molf.cli.parsing import UsageError, _hints, parse_run
+from molf.cli.parsing import UsageError, parse_run
+from molf.cli.settings import setting_types
 from molf.study.config import RunConfig
 
 
@@ -42,7 +43,7 @@ def configs(name: str, settings: Mapping[str, Any], grid: Mapping[str, list[Any]
     for values in product(*grid.values()):
         point = {**settings, **dict(zip(grid, values, strict=True))}
         try:
-            known = canonical(point.items(), _hints(), f"the settings of {name}")
+            known = canonical(point.items(), setting_types(), f"the settings of {name}")
         except ValueError as error:
             raise UsageError(str(error)) from error
         yield parse_run([], preset=known)

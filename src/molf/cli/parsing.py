@@ -6,15 +6,14 @@ value means the same in a file and on the command line. Importing this module is
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from molf.cli.names import PUBLISHED_NAMES, canonical
-from molf.study.config import SECTIONS, RunConfig
+from molf.cli.settings import allows, config_types, is_list, setting_types
+from molf.study.config import RunConfig
 
 CONFIG_FLAG = "config"
 
@@ -35,7 +34,7 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
         OSError: A configuration file cannot be read.
     """
     parser = _parser()
-    known = _hints()
+    known = setting_types()
     flags = read_flags(argv)
     settings = dict(preset or {})
     try:
@@ -109,23 +108,8 @@ def _unwrap(values: list[str]) -> Any:
 
 def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Read ``--no_x`` as ``--x False``, as HfArgumentParser offers it."""
-    negated = {f"no_{name}": name for name, hint in known.items() if hint is bool or bool in get_args(hint)}
+    negated = {f"no_{name}": name for name, hint in known.items() if allows(hint, bool)}
     return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
-
-
-def _config_types() -> list[Any]:
-    from molf.study.train_config import TrainConfig
-
-    return [*SECTIONS.values(), TrainConfig]
-
-
-def _hints() -> dict[str, Any]:
-    """Return the declared type of every setting."""
-    found: dict[str, Any] = {}
-    for kind in _config_types():
-        hints = get_type_hints(kind)
-        found |= {f.name: hints[f.name] for f in fields(kind) if f.init}
-    return found
 
 
 def _parser() -> Any:
@@ -135,7 +119,7 @@ def _parser() -> Any:
         def error(self, message: str) -> None:
             raise UsageError(message)
 
-    return Parser(_config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return Parser(config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
 def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -> dict[str, Any]:
@@ -143,12 +127,12 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
     direct: dict[str, Any] = {}
     tokens: list[str] = []
     for name, given in settings.items():
-        value = _items(given) if _is_list(hints[name]) else given
-        if isinstance(value, bool) and not _allows(hints[name], bool):
+        value = _items(given) if is_list(hints[name]) else given
+        if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         if value is None or value == [] or isinstance(value, dict) or _plain_list(value, hints[name]):
             # What argparse has no flag for is taken as it is.
-            if not _allows(hints[name], type(value)):
+            if not allows(hints[name], type(value)):
                 raise UsageError(f"{name} cannot be {value!r}")
             direct[name] = value
         else:
@@ -158,18 +142,7 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
 
 
 def _plain_list(value: Any, hint: Any) -> bool:
-    return isinstance(value, list) and not _is_list(hint) and _allows(hint, list)
-
-
-def _is_list(hint: Any) -> bool:
-    """Say whether a declared type is a list, or a list or None."""
-    options = [option for option in get_args(hint) if option is not NoneType] if _allows(hint, NoneType) else [hint]
-    return all(get_origin(option) is list for option in options)
-
-
-def _allows(hint: Any, kind: type) -> bool:
-    """Say whether a declared type, or one alternative of it, is a plain type such as bool, dict or list."""
-    return any(option is kind or get_origin(option) is kind for option in (hint, *get_args(hint)))
+    return isinstance(value, list) and not is_list(hint) and allows(hint, list)
 
 
 def _items(value: Any) -> Any:

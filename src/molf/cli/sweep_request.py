@@ -8,7 +8,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from molf.cli.grid import as_list, as_switch, configs, contenders
 from molf.cli.names import PUBLISHED_NAMES
-from molf.cli.parsing import CONFIG_FLAG, UsageError, _allows, _hints, read_flags, read_yaml
+from molf.cli.parsing import CONFIG_FLAG, UsageError, read_flags, read_yaml
+from molf.cli.settings import allows, setting_types
 from molf.study.cells import Cell, make_cell
 from molf.study.config import RunConfig, suggestion
 from molf.study.sweeping.slurm import SlurmSettings
@@ -94,8 +95,7 @@ def _is_axis(field: str, value: Any) -> bool:
     """Say whether a setting has several values: a list, or a list of lists where its value is a list."""
     if not isinstance(value, list):
         return False
-    takes_lists = _allows(_hints().get(field, Any), list) or get_origin(_hints().get(field)) is list
-    return not takes_lists or any(isinstance(item, list) for item in value)
+    return not allows(setting_types().get(field), list) or any(isinstance(item, list) for item in value)
 
 
 def _label(field: str, config: RunConfig) -> str:
@@ -112,7 +112,7 @@ def _field(name: str) -> str:
     field = PUBLISHED_NAMES.get(spelled, spelled)
     if field in ("output_dir", "run_name", "only_eval", "resume_from_checkpoint", "overwrite"):
         raise UsageError(f"{name} is set for every run by the sweep; use output_root")
-    known = [*_hints(), *_OWN, *_SLURM, "methods", "slurm"]
+    known = [*setting_types(), *_OWN, *_SLURM, "methods", "slurm"]
     if field not in known:
         raise UsageError(f"unknown setting {name!r}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
     return field
