@@ -1,11 +1,10 @@
 import time
 import weakref
 from datetime import timedelta
-from multiprocessing import get_context
 
-import pytest
 import torch
 
+from forked import on_two_ranks
 from molf.study.process_group import all_wait, leave_process_group
 
 
@@ -27,28 +26,16 @@ def test_the_trainer_is_gone_before_the_group_is_left(monkeypatch):
     assert left == [None]
 
 
-def _rank(rank, file, queue):
-    """The first of two ranks works for longer than their group waits."""
-    short = timedelta(seconds=0.5)
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2, timeout=short)
-    with all_wait():
-        if rank == 0:
-            time.sleep(2)
-            file.with_name("done").touch()
-    queue.put(file.with_name("done").exists())
-    leave_process_group()
-    queue.put(torch.distributed.is_initialized())
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_the_others_wait_for_as_long_as_the_first_works(tmp_path):
-    context = get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    told = [queue.get(timeout=60) for _ in range(4)]
-    for process in ranks:
-        process.join()
-    assert sorted(told) == [False, False, True, True]
-    assert [process.exitcode for process in ranks] == [0, 0]
+    """Which is longer than their group waits."""
+
+    def rank_of_two(rank):
+        with all_wait():
+            if rank == 0:
+                time.sleep(2)
+                (tmp_path / "done").touch()
+        done = (tmp_path / "done").exists()
+        leave_process_group()
+        return done, torch.distributed.is_initialized()
+
+    assert on_two_ranks(rank_of_two, tmp_path, timedelta(seconds=0.5)) == [(True, False), (True, False)]

@@ -1,6 +1,5 @@
 import os
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl
 
+from forked import on_two_ranks
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.preemption import Preempted, StopRequest
 from molf.study.routing import ROUTING_FILE
@@ -85,29 +85,19 @@ def test_who_is_gone_without_whom_a_rank_stops(launched, stops, tmp_path, monkey
     assert control.should_save == control.should_training_stop == stops
 
 
-def _rank(rank, file, queue):
-    """One of two processes, of which only the second is asked to stop."""
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    request, control = StopRequest(), TrainerControl()
-    callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
-    callback.on_train_begin(args, None, control)
-    callback.on_step_end(args, None, control)
-    before = control.should_training_stop
-    if rank == 1:
-        request.handle(signal.SIGTERM, None)
-    callback.on_step_end(args, None, control)
-    queue.put((rank, before, control.should_save, control.should_training_stop, request.received))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_all_ranks_stop_at_the_same_step(tmp_path):
-    context = get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    told = sorted(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join()
-    assert told == [(0, False, True, True, "a signal to another process"), (1, False, True, True, "SIGTERM")]
+    def rank_of_two(rank):
+        """Of the two only the second is asked to stop."""
+        request, control = StopRequest(), TrainerControl()
+        request.deferred = True
+        callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+        callback.on_step_end(args, None, control)
+        before = control.should_training_stop
+        if rank == 1:
+            request.handle(signal.SIGTERM, None)
+        callback.on_step_end(args, None, control)
+        return before, control.should_save, control.should_training_stop, request.received
+
+    first, second = on_two_ranks(rank_of_two, tmp_path)
+    assert first == (False, True, True, "a signal to another process")
+    assert second == (False, True, True, "SIGTERM")

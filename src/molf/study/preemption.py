@@ -42,18 +42,16 @@ class StopRequest:
         received: Name of the signal, or None.
         deferred: While True, a signal is only noted: whoever set it ends the run at a good moment. Otherwise it ends the run
             at once with ``Preempted``, since there is nothing to save.
-        saving: The same, for what lies between the last step and the trained model on the disk.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.deferred = False
-        self.saving = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take a signal (a handler of the ``signal`` module)."""
         self.received = signal.Signals(number).name
-        if not self.deferred and not self.saving:
+        if not self.deferred:
             raise Preempted(
                 f"stopped by {self.received} outside training, with nothing left to save; start it again, with "
                 "--resume_from_checkpoint True to keep what it has trained"

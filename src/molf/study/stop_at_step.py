@@ -24,24 +24,12 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         self.request = request
         self.launcher = os.getppid() if distributed.is_torchelastic_launched() else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """From now on there is something to save."""
-        self.request.deferred = True
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop where that was asked for."""
         if args.world_size > 1:
             self._agree(args.device)
         if self.request.received is not None:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Nothing is left to be saved."""
-        self.request.deferred = False
 
     def _agree(self, device: torch.device) -> None:
         """Let every rank stop at the same step: a signal may reach one earlier than another, or one alone."""

@@ -80,7 +80,7 @@ def _run(config: RunConfig, stop: StopRequest) -> Result | None:
     outcome = _train(job, stop)
     job = replace(job, model=outcome.model)  # nothing holds the trainer, its optimizer or shards any more
     leave_process_group()
-    stop.saving = False
+    stop.deferred = False
     if stop.received is not None:
         raise Preempted(
             f"stopped by {stop.received} after {outcome.done}; start it again with --resume_from_checkpoint True to go on "
@@ -129,7 +129,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     if main and checkpoint is None:
         clear_folder(config.output_dir)
     before = _evaluate_before(job, trainer) if config.task.eval_before else None
-    stop.saving = True
+    stop.deferred = True  # until the trained model is on the disk
     training = _fit(trainer, job, recipe, checkpoint)
     done = f"step {training.steps} of {trainer.state.max_steps}"
     if stop.received is not None and training.steps < trainer.state.max_steps:
