@@ -19,11 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from threading import Lock, Timer
-from types import TracebackType
 from typing import Any, cast
 
 from molf.tasks import sql_worker
@@ -105,22 +104,16 @@ class SqlSandbox:
         Raises:
             OSError: A worker does not start.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="molf-sql-")
-        try:
+        with ExitStack() as unless_all_start:
+            unless_all_start.push(self)
+            self._folder = tempfile.TemporaryDirectory(prefix="molf-sql-")
             for _ in range(self._count):
                 self._idle.put(_Worker(self._folder.name, self._limits))
-        except BaseException:
-            self._close()
-            raise
+            unless_all_start.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the workers."""
-        self._close()
-
-    def _close(self) -> None:
         while not self._idle.empty():
             self._idle.get().stop()
         if self._folder is not None:
@@ -155,9 +148,6 @@ class SqlSandbox:
                 with self._lock:
                     self.replaced += 1
             return found
-        except BaseException:
-            worker.stop()  # its answer may still be under way, and would be taken for that to the next query
-            raise
         finally:
             self._idle.put(worker)
 
@@ -208,25 +198,27 @@ class _Worker:
         return found
 
     def _exchange(self, request: bytes | None, seconds: float) -> bytes | None:
-        """Send a frame, if there is one, and return the answer; None if the worker is of no more use, and ended."""
+        """Send a frame, if there is one, and return the answer; None if the worker is of no more use, and ended.
+
+        It is ended too where this is interrupted: its answer would be taken for that to the next query.
+        """
         source, sink = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
         watchdog = Timer(seconds, self._end_late)
         watchdog.daemon = True
         watchdog.start()
+        reply = None
         try:
-            if request is not None:
-                write_frame(source, request)
-            # JSON takes up to 12 bytes for a character.
-            reply = read_frame(sink, most=16 * self._limits.bytes + 4096)
-        except BrokenPipeError:
-            reply = None
+            with suppress(BrokenPipeError):
+                if request is not None:
+                    write_frame(source, request)
+                # JSON takes up to 12 bytes for a character.
+                reply = read_frame(sink, most=16 * self._limits.bytes + 4096)
         finally:
             watchdog.cancel()
             watchdog.join()
-        if reply is None or self._late:
-            self.stop()
-            return None
-        return reply
+            if reply is None or self._late:
+                self.stop()
+        return reply if self.alive else None
 
     def _end_late(self) -> None:
         self._late = True
