@@ -4,7 +4,9 @@ One start of the processes serves all checks, because each start imports torch. 
 """
 
 import copy
+import importlib.util
 import json
+import os
 import traceback
 import warnings
 from datetime import timedelta
@@ -19,9 +21,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from molf import MoLF
-from molf.distributed import full, like_rows, local
-from molf.precision import join
+from molf.distributed import full
 from ranks_8_bits import EightBits
+from ranks_fused import Fused
 from sharding import (
     MERGED,
     RATES,
@@ -29,6 +31,7 @@ from sharding import (
     backward,
     ddp,
     everything,
+    exact,
     fsdp,
     furthest,
     given,
@@ -39,7 +42,7 @@ from sharding import (
 from small import Prefer, mlp
 
 
-class Checks(EightBits):
+class Checks(EightBits, Fused):
     """The checks of one rank. Names without an underscore are run in order."""
 
     def __init__(self, folder):
@@ -160,19 +163,12 @@ class Checks(EightBits):
 
     def bf16(self):
         """Given the same gradients, bf16 shards with low parts go where whole bf16 weights with low parts go."""
-        return self._given_gradients({**MERGED, "max_grad_norm": 1.0})
-
-    def _given_gradients(self, options):
-        plain = mlp(torch.bfloat16)
+        plain, options = mlp(torch.bfloat16), {**MERGED, "max_grad_norm": 1.0}
         model = fsdp(copy.deepcopy(plain))
         torch.manual_seed(5)
         optimizer, alone = MoLF(model, **options), MoLF(plain, process_group=self._alone, **options)
         same = all(given(t, model, optimizer, plain, alone) for t in range(5))
-        exact = [
-            {n: full(like_rows(join(local(p.detach()), local(o.state[p]["low"])), p)) for n, p in m.named_parameters()}
-            for m, o in ((model, optimizer), (plain, alone))
-        ]
-        return {"apart": furthest(*exact), "same winners": same}
+        return {"apart": furthest(exact(model, optimizer), exact(plain, alone)), "same winners": same}
 
     def stochastic_rounding(self):
         """Shards round with random numbers of their own, copies alike, and a step again from the same state is the same."""
@@ -286,11 +282,13 @@ class Checks(EightBits):
 def run(rank, size, folder):
     """Carry out all checks on one rank; leave what they return, or how they failed, in ``{size}ranks-{rank}.json``."""
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # these ranks are on CPUs
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into an output
     store = dist.FileStore(f"{folder}/store{size}", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     checks, reports = Checks(folder), {}
-    for name in [name for name in (*vars(EightBits), *vars(Checks)) if not name.startswith("_")]:
+    fused = vars(Fused) if importlib.util.find_spec("triton") else ()
+    for name in [name for name in (*vars(EightBits), *fused, *vars(Checks)) if not name.startswith("_")]:
         try:
             reports[name] = getattr(checks, name)()
         except Exception:

@@ -5,10 +5,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from molf.distributed import full
+from molf.distributed import full, like_rows, local, sharded_like
+from molf.precision import join
 from small import mlp
 
 RATES = {"lr": 1e-2, "lora_lr": 2e-2}
@@ -100,17 +100,33 @@ def everything(model, optimizer):
     return tensors
 
 
+def exact(model, optimizer):
+    """All weights that have low parts in full precision, whole, by name: low parts themselves can't be gathered."""
+    lows = {p: own["low"] for p, own in optimizer.state.items() if "low" in own}
+    return {
+        n: full(like_rows(join(local(p.detach()), local(lows[p])), p)) for n, p in model.named_parameters() if p in lows
+    }
+
+
 def furthest(one, other):
     assert one.keys() == other.keys()
     return max(float((x - other[name]).abs().max()) for name, x in one.items())
 
 
+def give(t, *models):
+    """Give models alike, sharded or not, the same random gradients, those of step ``t``, in the tensors that there are."""
+    generator = torch.Generator().manual_seed(t)
+    for copies in zip(*(model.parameters() for model in models), strict=True):
+        grad = torch.randn(copies[0].shape, generator=generator).to(copies[0].dtype)
+        for p in copies:
+            here = sharded_like(grad, p)
+            p.grad = torch.empty_like(p) if p.grad is None else p.grad
+            local(p.grad).copy_(local(here))
+
+
 def given(t, model, optimizer, plain, alone):
     """Take a step of the same random gradients with both and return whether the same experts won."""
-    generator = torch.Generator().manual_seed(t)
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements, src_data_rank=None)
+    give(t, plain, model)
     optimizer.step()
     alone.step()
     return optimizer.routing.winners() == alone.routing.winners()

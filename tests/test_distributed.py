@@ -1,7 +1,9 @@
 """Several gloo ranks against one process. The checks are in ``ranks.py``; each start of ranks serves all of them."""
 
 import copy
+import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -27,6 +29,10 @@ COMPARED = [
     "fsdp_branched_beside_the_base",
     "hsdp_merged",
 ]
+
+
+FUSED = ["fused_backward", "fused_scaled", "fused_adapters", "fused_low_parts", "fused_8_bits"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +134,45 @@ def test_8_bit_states_of_column_shards_are_refused(reports):
 def test_stochastic_rounding_of_shards(reports):
     for report in reports("stochastic_rounding"):
         assert report["again apart"] == 0 and report["values"] > 1 and not report["shards alike"]
+
+
+@needs_triton
+@pytest.mark.parametrize("check", FUSED)
+def test_fused_steps_equal_plain_ones_and_one_process(reports, check):
+    for report in reports(check):
+        # Of codes one may differ where the last bit of a moment does.
+        for other in ("one process", "plain shards"):
+            assert report[other]["apart"] <= 2e-6 and report[other]["codes alike"] > 0.999
+        assert report["same winners"] and report["scores apart"] <= 1e-5
+        # PyTorch rounds norms of bf16 tensors to bf16.
+        assert report["norms apart"] <= (5e-3 if check == "fused_low_parts" else 1e-6)
+        assert report["skipped"] == [2 if check == "fused_scaled" else 0] * 3
+
+
+@needs_triton
+def test_all_experts_win_fused_steps(two):
+    assert two[0]["fused_backward"]["kinds of winners"] == 3
+
+
+@needs_triton
+def test_kernels_refuse_a_gradient_of_other_rows(reports):
+    for report in reports("fused_other_rows"):
+        assert re.search(
+            r"the gradient of a parameter \[\d, 7\] .* is \[13, 7\] .* one like the parameter", report["error"]
+        )
+
+
+@needs_triton
+def test_stochastic_rounding_of_shards_by_kernels(reports):
+    for report in reports("fused_stochastic_rounding"):
+        assert report["whole apart"] == 0 and min(report["values"]) > 1 and not report["alike"]
+
+
+@needs_triton
+def test_checkpoint_of_either_step_goes_on_in_the_other_on_other_ranks(reports):
+    for report in reports("fused_checkpoint"):
+        for end in (report["written by fused"], report["written by plain"]):
+            assert end["apart"] <= 2e-6 and end["codes alike"] > 0.999
 
 
 def test_mixed_precision_policy(reports):

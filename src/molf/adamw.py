@@ -60,6 +60,11 @@ class Slot(NamedTuple):
         """Whether the moments are codes."""
         return self.exp_avg_absmax is not None
 
+    @property
+    def here(self) -> Slot:
+        """The part of it that this rank holds."""
+        return Slot(*(None if x is None else local(x) for x in self))  # type: ignore[arg-type]
+
 
 class Rates(NamedTuple):
     """The numbers of one AdamW step: ``lr`` and ``weight_decay`` of a tensor, and its 1-based step count ``t``."""
@@ -219,7 +224,7 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[list[tuple[int, Slot]]]:
     batch: list[tuple[int, Slot]] = []
     room, kind = 0, None
     for i, whole in enumerate(slots):
-        slot = Slot(*(None if x is None else local(x) for x in whole))  # type: ignore[arg-type]
+        slot = whole.here
         budget = _CPU_BLOCK
         if slot.param.device.type != "cpu":
             budget = _ACCELERATOR_BLOCK_8BIT if slot.in_8_bits else _ACCELERATOR_BLOCK

@@ -136,7 +136,7 @@ class Ranks:
         """Return the tensor that the deciding rank has: one broadcast, none where there is one rank.
 
         Args:
-            x: On the host.
+            x: On the host, or on the device, which is then not waited for.
             device: Of the parameters; the process group works there.
         """
         if not self.alike:

@@ -11,7 +11,7 @@ from molf.distributed import Ranks, is_sharded, local
 from molf.layers import RoutedLayer
 from molf.precision import master_dtype
 
-__all__ = ["all_zero", "prepare_gradients", "refuse_sparse", "total_norm"]
+__all__ = ["all_zero", "norm_over_shards", "prepare_gradients", "refuse_sparse", "total_norm"]
 
 
 def prepare_gradients(
@@ -58,10 +58,7 @@ def prepare_gradients(
 def _sum_over_shards(
     dense: Sequence[Tensor], layers: Sequence[RoutedLayer], clipped: bool, overflow: Tensor | None, ranks: Ranks
 ) -> Tensor:
-    """Sum the gradients of A over the shards and return the norm of all gradients, in one all-reduce.
-
-    Every rank has a place of its own for the norm of its shards, so the sum gathers the norms.
-    """
+    """Sum the gradients of A over the shards and return the norm of all gradients, in one all-reduce."""
     sizes = [layer.shared_numel for layer in layers]
     device, dtype = dense[0].device, master_dtype(dense[0].dtype)
     flat = torch.zeros(sum(sizes) + ranks.size, device=device, dtype=dtype)
@@ -71,12 +68,36 @@ def _sum_over_shards(
     lora = [slot for layer in layers for slot in layer.derived_slots()] if clipped else []
     parts = [(local(grad), is_sharded(grad)) for grad in dense]
     parts += [(slot.grad, is_sharded(slot.param)) for slot in lora if slot.grad is not None]
-    if own := [grad for grad, sharded in parts if sharded]:
-        norms[ranks.index] = total_norm(own)
+    own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
+    return norm_over_shards(own, whole, overflow, flat, norms, ranks)
+
+
+def norm_over_shards(
+    sharded: Sequence[Tensor],
+    whole: Sequence[Tensor],
+    overflow: Tensor | None,
+    flat: Tensor,
+    norms: Tensor,
+    ranks: Ranks,
+) -> Tensor:
+    """Sum what has to be summed over the shards and return the norm of all gradients, in one all-reduce.
+
+    Every rank has a place of its own for the norm of its shards, so the sum gathers the norms.
+
+    Args:
+        sharded: The parts that are here of gradients.
+        whole: Gradients that every rank has whole, at the latest after the sum.
+        overflow: Not 0 if the GradScaler found a gradient that is not finite here: the norm is infinite on all ranks then.
+        flat: What is summed.
+        norms: Where in it the norms are, one a shard; zeros.
+        ranks: Those that hold shards.
+    """
+    if sharded:
+        norms[ranks.index] = total_norm(sharded)
     if overflow is not None:
-        norms[ranks.index].masked_fill_(overflow.to(device).bool().view(()), torch.inf)
+        norms[ranks.index].masked_fill_(overflow.to(norms.device).bool().view(()), torch.inf)
     ranks.sum_(flat)
-    return total_norm([norms, *(grad for grad, sharded in parts if not sharded)])
+    return total_norm([norms, *whole])
 
 
 def refuse_sparse(gradients: Sequence[Tensor]) -> None:

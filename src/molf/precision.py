@@ -14,11 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["BF16_UPDATES", "Noise", "join", "load", "master_dtype", "split", "stochastic_round", "store"]
+__all__ = ["APART", "BF16_UPDATES", "Noise", "join", "load", "master_dtype", "split", "stochastic_round", "store"]
 
 BF16_UPDATES = ("split", "stochastic")
-# Between the seeds of two parameters; odd and large, so that no step of one has the seed of a step of another.
-_APART = 0x9E3779B97F4A7C15
+APART = 0x9E3779B97F4A7C15
+"""Between the seeds of two parameters; odd and large, so that no step of one has the seed of a step of another."""
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +61,7 @@ class Noise:
     def of(self, param: Tensor) -> torch.Generator:
         """Return the generator of a parameter, which goes on where its last use left it."""
         if param not in self._generators:
-            seed = (self._seed + self._streams[param] * _APART) % 2**63
+            seed = (self._seed + self._streams[param] * APART) % 2**63
             self._generators[param] = torch.Generator(param.device).manual_seed(seed)
         return self._generators[param]
 

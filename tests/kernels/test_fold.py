@@ -39,7 +39,7 @@ def test_fold_equals_the_merged_form(tables, scalars, how, won, started):
         for o, p in zip(before, moved, strict=True)
     )
     weight, low = (value.clone(), None) if how == "float" else (x.clone().to(device) for x in split(value))
-    layer = Effective(weight.to(device), low, (m.to(device), v.to(device)), 0, LR, DECAY, pairs)
+    layer = Effective(weight.to(device), low, (m.to(device), v.to(device)), 0, 0, LR, DECAY, pairs)
     chosen = torch.tensor(won, dtype=torch.int8, device=device)
     fold_winners_([layer], chosen, torch.tensor([[c1, c2]], device=device), (0.9, 0.999), EPS, scalars, tables)
     got = (layer.weight if low is None else join(layer.weight, low)).cpu()
@@ -56,7 +56,7 @@ def test_8_bit_moments_are_opened_and_moved(tables, scalars, dtype):
         torch.manual_seed(4)
         A, B, started = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
         pair = MovedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, started.to(device))
-        layer = Effective(torch.randn(OUT, 300).to(device), None, moments, 0, LR, DECAY, (pair,))
+        layer = Effective(torch.randn(OUT, 300).to(device), None, moments, 0, 0, LR, DECAY, (pair,))
         chosen = torch.tensor([1, 0], dtype=torch.int8, device=device)
         fold_winners_([layer], chosen, torch.tensor([[0.3, 0.1]], device=device), BETAS, EPS, scalars, tables)
         ends.append(layer.weight)
@@ -72,7 +72,7 @@ def test_noise_of_two_layers_differs(tables, scalars):
     layers = []
     for number, moments in enumerate((packed, moved(packed, 0.5), moved(packed, 0.5))):
         weights.append(torch.ones(shape, dtype=torch.bfloat16, device=device))
-        layers.append(Effective(weights[-1], None, moments, number, LR, DECAY, (pair,)))
+        layers.append(Effective(weights[-1], None, moments, number, number, LR, DECAY, (pair,)))
     chosen = torch.tensor([0, 1] * 3, dtype=torch.int8, device=device)
     seed, corrections = torch.full((), 3, device=device), torch.full((3, 2), 0.5, device=device)
     fold_winners_(layers, chosen, corrections, BETAS, EPS, scalars, tables, seed)

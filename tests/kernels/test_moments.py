@@ -36,6 +36,17 @@ def test_moments_and_sums_equal_the_formulas(tables, scalars, score):
     torch.testing.assert_close(totals.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+def test_what_another_rank_counts_moves_and_adds_nothing(tables, scalars):
+    given, counted = slots(tables.device), slots(tables.device)
+    given = [given[0]._replace(counted=False), *given[1:4], given[4]._replace(counted=False)]
+    totals = move_moments_(given, 4, BETAS, EPS, False, scalars, tables)
+    expected = move_moments_(counted[1:4], 4, BETAS, EPS, False, scalars, tables)
+    assert torch.equal(totals, expected) and totals[1:].all() and not totals[0]
+    move_moments_([counted[0], counted[4]], 4, BETAS, EPS, False, scalars, tables)
+    for one, other in zip(given, counted, strict=True):
+        assert torch.equal(one.exp_avg, other.exp_avg)
+
+
 def test_equal_inputs_give_equal_sums(tables, scalars):
     first, second = (move_moments_(slots(tables.device), 4, BETAS, EPS, False, scalars, tables) for _ in range(2))
     assert torch.equal(first, second)

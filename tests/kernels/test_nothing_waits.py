@@ -1,14 +1,12 @@
 """A fused step never asks the device for a value. On a GPU it is captured in a CUDA graph, too."""
 
 import copy
-import sys
 import weakref
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from asking import NoQuestions, NoScalars
 from molf import MoLF
 from molf.kernels.tables import Tables
 from ranks import adapted
@@ -16,32 +14,6 @@ from small import differing, loss_of, mlp, snapshot, train, wide
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
-
-
-def interpreting():
-    """Whether Triton's interpreter is at work, which copies what it is given."""
-    frame = sys._getframe(1)
-    while frame is not None and "/triton/" not in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is not None
-
-
-class NoQuestions(TorchFunctionMode):
-    """On a CPU, where nothing would wait, every call that would on a GPU is an error."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert func.__name__ not in ASKING or interpreting(), f"{func.__name__} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-class NoScalars(TorchDispatchMode):
-    """The same for what is asked inside PyTorch."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        asked = func is torch.ops.aten._local_scalar_dense.default
-        assert not asked or interpreting(), "a value is asked for inside PyTorch"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

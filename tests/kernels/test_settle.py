@@ -21,10 +21,10 @@ def made(device, how, expert, shape):
     value = torch.randn(shape, generator=torch.Generator().manual_seed(50 + expert))
     high, low = split(value)
     if how == "elsewhere":
-        return PackedStep(packed, None, None, 0, LR, DECAY)
+        return PackedStep(packed, None, None, 0, expert, LR, DECAY)
     param, low = (value, None) if how == "float" else (high, low if how == "split" else None)
     low = None if low is None else low.clone().to(device)
-    return PackedStep(packed, param.clone().to(device), low, 0, LR, DECAY)
+    return PackedStep(packed, param.clone().to(device), low, 0, expert, LR, DECAY)
 
 
 def value(step):

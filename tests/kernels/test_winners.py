@@ -24,7 +24,7 @@ def steps(device, how, keep=False):
         low = low.clone().to(device) if how == "split" else None
         change = torch.full((n,), 7.0, device=device) if keep else None
         param, m, v = (x.to(device) for x in (param, m, v.square()))
-        made.append(Step(param, low, m, v, expert, 0, LR, DECAY, change))
+        made.append(Step(param, low, m, v, expert, 0, expert, LR, DECAY, change))
     return made
 
 

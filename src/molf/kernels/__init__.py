@@ -9,6 +9,9 @@ Letters: L routed layers, R LoRA experts a layer, E = R + 1 experts, S tensors (
 4. ``fold``: the winners' changes into the effective weights.
 5. ``settle``: moments in 8 bits moved and written back, and the step of winners that have such.
 
+Of sharded weights (FSDP2) every rank works on its rows. Between 1 and 2 one all-reduce sums the gradients of A and gathers the
+norms, between 2 and 3 another one sums the scores, and the first rank's decision is sent to all.
+
 Nothing here but ``checks`` is imported unless a fused step is asked for. With ``TRITON_INTERPRET=1`` everything runs on a
 CPU, slowly.
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.distributed import is_sharded
+from molf.distributed import local
 from molf.gradients import refuse_sparse
 from molf.layers import RoutedLayer
 from molf.scores import EPD, PFN, Score
@@ -61,8 +61,6 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
     check_options(groups, score)
     params = [p for group in groups for p in group["params"]]
     devices = sorted({str(p.device) for p in params})
-    if any(is_sharded(p) for p in params):
-        raise _refusal("the kernels work on whole weights, and these are sharded")
     if len(devices) > 1:
         raise _refusal(f"the kernels work on one device, and the parameters are on {', '.join(devices)}")
     interpreted = params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,15 +85,17 @@ def check_gradients(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, 
     refuse_sparse([p.grad for p in params if p.grad is not None])
     for p in params:
         if p.grad is not None and not _readable(p, p.grad, device):
-            shape, found = list(p.shape), p.grad
+            shape, found = list(local(p).shape), local(p.grad)
             raise _refusal(
-                f"the gradient of a parameter {shape} {p.dtype} is {found.dtype} on {found.device} with strides "
-                f"{found.stride()}, and the kernels need one like the parameter, contiguous and on {device}"
+                f"the gradient of a parameter {shape} {p.dtype} is {list(found.shape)} {found.dtype} on {found.device} with "
+                f"strides {found.stride()}, and the kernels need one like the parameter, contiguous and on {device}"
             )
 
 
 def _readable(p: Tensor, grad: Tensor, device: torch.device) -> bool:
-    return grad.is_contiguous() and grad.dtype == p.dtype and grad.device == p.device == device and p.is_contiguous()
+    p, grad = local(p), local(grad)
+    alike = grad.shape == p.shape and grad.dtype == p.dtype and grad.device == p.device == device
+    return alike and grad.is_contiguous() and p.is_contiguous()
 
 
 def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:

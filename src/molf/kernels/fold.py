@@ -23,7 +23,7 @@ from torch import Tensor
 from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import Packed, load_moved, pointers, values
-from molf.kernels.tables import OPTIONS, Rate, Tables
+from molf.kernels.tables import Rate, Tables, launch
 from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
 from molf.quantised import BLOCK
 
@@ -48,12 +48,13 @@ class MovedPair(NamedTuple):
 
 
 class Effective(NamedTuple):
-    """A layer's effective weight: its parameter, low part, float32 or 8-bit moments, rate and decay, and its R pairs."""
+    """A layer's effective weight: parameter, low part, float32 or 8-bit moments, its R pairs; the rest as in ``winners.Step``."""
 
     weight: Tensor
     low: Tensor | None
     moments: tuple[Tensor, Tensor] | Packed
     layer: int
+    stream: int
     lr: float | Rate
     weight_decay: float
     pairs: tuple[MovedPair, ...]
@@ -113,6 +114,7 @@ def _fold(
     scales,
     shapes,
     layers,
+    streams,
     rates,
     decays,
     corrections,
@@ -167,7 +169,7 @@ def _fold(
         change -= lr * adam_change(m, v, corrections + 2 * layer, eps)
     W = load_weight(weights + i, lows + i, at, inside, HELD, ALIGNED)
     W += tl.where(fft, change - decay * W, change)
-    store_weight(weights + i, lows + i, at, inside, W, seed, -1 - layer, HELD, ALIGNED)
+    store_weight(weights + i, lows + i, at, inside, W, seed, streams + i, HELD, ALIGNED)
 
 
 def fold_winners_(
@@ -190,7 +192,7 @@ def fold_winners_(
         eps: Added to the denominator.
         scalars: Whether to go on, and the factor of the gradients.
         tables: Of this device.
-        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
+        seed: Of this step's stochastic rounding, as in ``winners.move_winners_``.
     """
     for (how, grad), group in groupby(sorted(layers, key=_kind), key=_kind):
         own, name = list(group), f"fold.{how}.{grad}"
@@ -198,7 +200,9 @@ def fold_winners_(
         weights, lows = [layer.weight for layer in own], [layer.low for layer in own if layer.low is not None]
         shapes = tuple((x.shape[0], x.shape[1]) for x in weights)
         tiles = tables.tiles(f"{name}.tiles", shapes, (_TILE, _TILE))
-        _fold[(len(tiles),)](
+        launch(
+            _fold,
+            len(tiles),
             *weight_addresses(name, weights, lows, tables),
             *_moments(name, own, packed, tables),
             values(tables.device),
@@ -221,7 +225,6 @@ def fold_winners_(
             BN=_TILE,
             BK=_DEPTH,
             num_warps=_WARPS,
-            **OPTIONS,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.addresses import aligned, pointer, size_in
-from molf.kernels.tables import OPTIONS, Tables
+from molf.kernels.tables import Tables, launch
 
-__all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_"]
+__all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_", "place_in_sums"]
 
 _CHUNK, _BLOCK = 4096, 1024
 _STRIP = 256
@@ -30,12 +30,21 @@ GRADIENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 class Moments(NamedTuple):
-    """One tensor of an expert in phase 1: gradient (float32 or bf16), float32 moments, and its expert's number ``l * E + e``."""
+    """One tensor of an expert in phase 1.
+
+    Attributes:
+        grad: Float32 or bf16.
+        exp_avg: First moment, float32.
+        exp_avg_sq: Second moment, float32.
+        expert: Number of its expert, ``l * E + e``.
+        counted: Whether it counts in its expert's sum; what several ranks hold whole counts on one of them.
+    """
 
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     expert: int
+    counted: bool = True
 
 
 class Scalars(NamedTuple):
@@ -128,7 +137,7 @@ def move_moments_(
         tables: Of this device.
     """
     # A launch per dtype: dense gradients may be bf16 while those of pairs are float32. Experts stay together.
-    ordered = sorted(slots, key=lambda slot: (str(slot.grad.dtype), slot.expert))
+    ordered = sorted(slots, key=place_in_sums)
     counts = [triton.cdiv(slot.exp_avg.numel(), _CHUNK) for slot in ordered]
     partials = torch.zeros(sum(counts), device=tables.device, dtype=torch.float32)
     first = 0
@@ -137,54 +146,66 @@ def move_moments_(
         name, sizes = f"moments.{dtype}", tuple(slot.exp_avg.numel() for slot in own)
         blocks = tables.blocks(f"{name}.blocks", sizes, _CHUNK)
         tensors = [[slot.grad for slot in own], [slot.exp_avg for slot in own], [slot.exp_avg_sq for slot in own]]
-        if len(blocks):
-            _moments[(len(blocks),)](
-                *(tables.pointers(f"{name}.{i}", own) for i, own in enumerate(tensors)),
-                tables.numbers(f"{name}.sizes", sizes, torch.int64),
-                blocks,
-                partials[first:],
-                scalars.go,
-                scalars.clip,
-                *betas,
-                eps,
-                GRAD=GRADIENTS[dtype],
-                PFN=pfn,
-                ALIGNED=aligned(sizes, *tensors),
-                CHUNK=_CHUNK,
-                BLOCK=_BLOCK,
-                **OPTIONS,
-            )
+        launch(
+            _moments,
+            len(blocks),
+            *(tables.pointers(f"{name}.{i}", own) for i, own in enumerate(tensors)),
+            tables.numbers(f"{name}.sizes", sizes, torch.int64),
+            blocks,
+            partials[first:],
+            *scalars,
+            *betas,
+            eps,
+            GRAD=GRADIENTS[dtype],
+            PFN=pfn,
+            ALIGNED=aligned(sizes, *tensors),
+            CHUNK=_CHUNK,
+            BLOCK=_BLOCK,
+        )
         first += len(blocks)
-    return add_up("moments", partials, [slot.expert for slot in ordered], counts, experts, tables)
+    return add_up("moments", partials, ordered, counts, experts, tables)
+
+
+class _Summed(Protocol):
+    @property
+    def grad(self) -> Tensor: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def counted(self) -> bool: ...
+
+
+def place_in_sums(slot: _Summed) -> tuple[str, int, bool]:
+    """Return the key to sort tensors by, so that what adds up to one sum lies together."""
+    return str(slot.grad.dtype), slot.expert, not slot.counted
 
 
 def add_up(
-    name: str, partials: Tensor, owners: Sequence[int], counts: Sequence[int], experts: int, tables: Tables
+    name: str, partials: Tensor, slots: Sequence[_Summed], counts: Sequence[int], experts: int, tables: Tables
 ) -> Tensor:
     """Add up partial sums per expert in their order, float64 ``[experts]``.
 
     Args:
         name: Of the tables.
-        partials: One sum a block, float32, those of one expert together.
-        owners: The expert of each tensor.
+        partials: One sum a block, float32.
+        slots: The tensors, in the order of ``place_in_sums``.
         counts: The number of blocks of each tensor.
         experts: Number of experts.
         tables: Of this device.
     """
-    bounds = tables.numbers(f"{name}.bounds", _bounds(owners, counts, experts), torch.int32)
+    bounds = tables.numbers(f"{name}.bounds", _bounds(slots, counts, experts), torch.int32)
     totals = torch.zeros(experts, device=tables.device, dtype=torch.float64)
-    if experts:
-        _totals[(experts,)](partials, bounds, totals, STRIP=_STRIP, **OPTIONS)
+    launch(_totals, experts, partials, bounds, totals, STRIP=_STRIP)
     return totals
 
 
-def _bounds(owners: Sequence[int], counts: Sequence[int], experts: int) -> tuple[int, ...]:
-    """Return first and last + 1 of the partial sums of every expert, flat; both 0 where it has none."""
+def _bounds(slots: Sequence[_Summed], counts: Sequence[int], experts: int) -> tuple[int, ...]:
+    """Return first and last + 1 of the partial sums that count of every expert, flat; both 0 where it has none."""
     bounds = [0] * (2 * experts)
     at = 0
-    for expert, group in groupby(zip(owners, counts, strict=True), key=lambda slot: slot[0]):
-        n = sum(count for _, count in group)
+    for expert, group in groupby(zip(slots, counts, strict=True), key=lambda pair: pair[0].expert):
+        own = list(group)
         assert bounds[2 * expert + 1] == 0, "the gradients of one expert are of one dtype"
-        bounds[2 * expert : 2 * expert + 2] = at, at + n
-        at += n
+        bounds[2 * expert : 2 * expert + 2] = at, at + sum(count for slot, count in own if slot.counted)
+        at += sum(count for _, count in own)
     return tuple(bounds)

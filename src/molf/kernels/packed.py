@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.addresses import aligned, pointer, size_in
-from molf.kernels.moments import GRADIENTS, Scalars, add_up
-from molf.kernels.tables import OPTIONS, Tables
+from molf.kernels.moments import GRADIENTS, Scalars, add_up, place_in_sums
+from molf.kernels.tables import Tables, launch
 from molf.quantised import BLOCK, block_count, code_values
 
 __all__ = [
@@ -42,7 +42,7 @@ WARPS = 8
 
 
 class Packed(NamedTuple):
-    """A matrix's gradient, float32 or bf16, its moments as codes, their block maxima, and its expert's number ``l * E + e``."""
+    """A matrix's gradient, float32 or bf16, its moments as codes, their block maxima; the rest as in ``moments.Moments``."""
 
     grad: Tensor
     exp_avg: Tensor
@@ -50,6 +50,7 @@ class Packed(NamedTuple):
     exp_avg_absmax: Tensor
     exp_avg_sq_absmax: Tensor
     expert: int
+    counted: bool = True
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def observe_packed(
     tables: Tables,
 ) -> Tensor:
     """Return every expert's sum over its 8-bit slots, float64 ``[experts]``, as ``move_moments_`` does; nothing is written."""
-    ordered = sorted(slots, key=lambda slot: (str(slot.grad.dtype), slot.expert))
+    ordered = sorted(slots, key=place_in_sums)
     counts = [triton.cdiv(shape_of(slot)[2], ROWS) for slot in ordered]
     partials = torch.zeros(sum(counts), device=tables.device, dtype=torch.float32)
     first = 0
@@ -147,26 +148,26 @@ def observe_packed(
         own = list(group)
         name = f"observe.{dtype}"
         blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(packed)[2] for packed in own), ROWS)
-        if len(blocks):
-            _observe[(len(blocks),)](
-                *pointers(name, own, tables),
-                shapes_of(name, own, tables),
-                blocks,
-                partials[first:],
-                values(tables.device),
-                *scalars,
-                *betas,
-                eps,
-                GRAD=GRADIENTS[dtype],
-                PFN=pfn,
-                ALIGNED=all_aligned(own),
-                ROWS=ROWS,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-                **OPTIONS,
-            )
+        launch(
+            _observe,
+            len(blocks),
+            *pointers(name, own, tables),
+            shapes_of(name, own, tables),
+            blocks,
+            partials[first:],
+            values(tables.device),
+            *scalars,
+            *betas,
+            eps,
+            GRAD=GRADIENTS[dtype],
+            PFN=pfn,
+            ALIGNED=all_aligned(own),
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
         first += len(blocks)
-    return add_up("observe", partials, [slot.expert for slot in ordered], counts, experts, tables)
+    return add_up("observe", partials, ordered, counts, experts, tables)
 
 
 @functools.lru_cache

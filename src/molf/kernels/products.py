@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels.addresses import aligned, pointer, size_in
-from molf.kernels.tables import OPTIONS, Tables
+from molf.kernels.tables import Tables, launch
 
 __all__ = ["Product", "cuts_factors", "nearest_tf32", "pair_gradients"]
 
@@ -145,7 +145,9 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
     together = aligned([n for _, *row in shapes for n in row], *([p.G, p.A, p.B, p.dA, p.dB] for p in products))
     Gs = tables.pointers("products.G", [p.G for p in products])
     tiles = tables.tiles("products.dB.tiles", tuple((n_out, r) for n_out, _, r in shapes), (_TILE, _RANKS))
-    _gradient_of_B[(len(tiles),)](
+    launch(
+        _gradient_of_B,
+        len(tiles),
         Gs,
         tables.pointers("products.A", [p.A for p in products]),
         tables.pointers("products.dB", [p.dB for p in products]),
@@ -158,10 +160,11 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         BM=_TILE,
         BR=_RANKS,
         BK=_DEPTH,
-        **OPTIONS,
     )
     tiles = tables.tiles("products.dA.tiles", tuple((r, n_in) for _, n_in, r in shapes), (_RANKS, _TILE))
-    _gradient_of_A[(len(tiles),)](
+    launch(
+        _gradient_of_A,
+        len(tiles),
         Gs,
         tables.pointers("products.B", [p.B for p in products]),
         tables.pointers("products.dA", [p.dA for p in products]),
@@ -175,5 +178,4 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
         BN=_TILE,
         BR=_RANKS,
         BK=_DEPTH,
-        **OPTIONS,
     )

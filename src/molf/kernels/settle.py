@@ -29,8 +29,8 @@ from molf.kernels.packed import (
     shapes_of,
     values,
 )
-from molf.kernels.tables import OPTIONS, Rate, Tables
-from molf.kernels.winners import MOST, adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
+from molf.kernels.tables import Rate, Tables, launch
+from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
 from molf.quantised import BLOCK, nearest_code
 
 __all__ = ["PackedStep", "settle_packed_"]
@@ -46,6 +46,7 @@ class PackedStep(NamedTuple):
         param: Float32 or bf16; None if it is moved elsewhere, as effective weights are.
         low: The low part of a bf16 parameter, or None.
         layer: Number of its layer, for the step count.
+        stream: What tells its random numbers from those of others, in [0, 2^62).
         lr: Learning rate.
         weight_decay: Decoupled decay.
     """
@@ -54,6 +55,7 @@ class PackedStep(NamedTuple):
     param: Tensor | None
     low: Tensor | None
     layer: int
+    stream: int
     lr: float | Rate
     weight_decay: float
 
@@ -82,6 +84,7 @@ def _settle(
     shapes,
     experts,
     layers,
+    streams,
     rates,
     decays,
     corrections,
@@ -99,7 +102,6 @@ def _settle(
     GRAD: tl.constexpr,
     HELD: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NOISE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -112,7 +114,7 @@ def _settle(
             lr, decay = tl.load(rates + slot), tl.load(decays + slot)
             p = load_weight(weights + slot, lows + slot, at, inside, HELD, ALIGNED)
             p = p * (1 - lr * decay) - lr * adam_change(m, v, corrections + 2 * tl.load(layers + slot), eps)
-            store_weight(weights + slot, lows + slot, at, inside, p, seed, NOISE + slot, HELD, ALIGNED)
+            store_weight(weights + slot, lows + slot, at, inside, p, seed, streams + slot, HELD, ALIGNED)
     codes, maxima = codes + 2 * slot, maxima + 2 * slot
     _pack(codes, maxima, block, here, at, inside, m, lower, starts, True, ALIGNED)
     _pack(codes + 1, maxima + 1, block, here, at, inside, v, lower + 65536, starts + 256, False, ALIGNED)
@@ -138,7 +140,7 @@ def settle_packed_(
         eps: Added to the denominator.
         scalars: Whether to go on, and the factor of the gradients.
         tables: Of this device.
-        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
+        seed: Of this step's stochastic rounding, as in ``winners.move_winners_``.
     """
     for (dtype, how), group in groupby(sorted(slots, key=_kind), key=_kind):
         own, name = list(group), f"settle.{dtype}.{how}"
@@ -146,9 +148,9 @@ def settle_packed_(
         weights = [slot.param for slot in own if slot.param is not None]
         lows = [slot.low for slot in own if slot.low is not None]
         blocks = tables.blocks(f"{name}.blocks", tuple(shape_of(one)[2] for one in packed), ROWS)
-        if not len(blocks):
-            continue
-        _settle[(len(blocks),)](
+        launch(
+            _settle,
+            len(blocks),
             *(weight_addresses(name, weights, lows, tables) if weights else (blocks, blocks)),
             *pointers(name, packed, tables),
             shapes_of(name, packed, tables),
@@ -166,11 +168,9 @@ def settle_packed_(
             GRAD=GRADIENTS[packed[0].grad.dtype],
             HELD=how,
             ALIGNED=all_aligned(packed) and aligned((), weights, lows),
-            NOISE=2 * MOST,
             ROWS=ROWS,
             BLOCK=BLOCK,
             num_warps=WARPS,
-            **OPTIONS,
         )
 
 

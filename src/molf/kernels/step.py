@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molf.distributed import Ranks
-from molf.gradients import total_norm
+from molf.gradients import norm_over_shards, total_norm
 from molf.kernels.checks import check_gradients
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
@@ -86,14 +86,14 @@ class FusedStep:
         """
         tables = self._tables
         check_gradients(layers, ordinary, tables.device)
-        work = Work(layers, ordinary, state, tables.device)
-        tables.room = work.room
+        work = Work(layers, ordinary, state, ranks, tables.device)
+        tables.room = work.room.memory
         if not work.items:
             return Outcome(None, torch.zeros((), device=tables.device), taken=True)
         first = layers[0].group if layers else ordinary[0]
         betas, eps = first["betas"], first["eps"]
         pair_gradients(work.products, tables)
-        norm, scalars = _prepare(work, settings.max_norm, scale, overflow)
+        norm, scalars = _prepare(work, settings.max_norm, scale, overflow, ranks)
         torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
         pfn, packed = settings.score.name == "pfn", work.packed_steps()
         totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
@@ -112,7 +112,7 @@ class FusedStep:
         fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
         settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
         _count_wins(work, won, scalars)
-        tables.room = work.room.new_empty(0)
+        tables.room = tables.room.new_empty(0)
         return Outcome(routing, norm, scalars.go.bool())
 
     def _decide(
@@ -125,20 +125,26 @@ class FusedStep:
         ranks: Ranks,
     ) -> Routing:
         shape = (len(layers), len(layers[0].experts))
-        n = self._tables.numbers("scores.n", work.sizes[: shape[0] * shape[1]], torch.float64)
+        totals = totals[: work.routed]
+        if ranks.shards is not None:
+            ranks.sum_(totals)
+        n = self._tables.numbers("scores.n", work.sizes[: work.routed], torch.float64)
         lr = self._tables.rates("scores.lr", work.rates, torch.float64)
-        scores = settings.score.finish(totals[: n.numel()].view(shape), n.view(shape), lr.view(shape))
+        scores = settings.score.finish(totals.view(shape), n.view(shape), lr.view(shape))
         chosen = ranks.agree(choose(scores, settings.top_k), self._tables.device)
         names = tuple(layer.name for layer in layers)
         return Routing(names, layers[0].experts, scores, chosen, scalars.go.bool())
 
 
 def _prepare(
-    work: Work, max_norm: float | None, scale: Tensor | None, overflow: Tensor | None
+    work: Work, max_norm: float | None, scale: Tensor | None, overflow: Tensor | None, ranks: Ranks
 ) -> tuple[Tensor, Scalars]:
-    """Return the norm of the gradients after unscaling, and what the kernels do about it."""
-    clipped = [] if max_norm is None else work.gradients(derived=True)
-    norm = total_norm([*work.gradients(derived=False), *clipped])
+    """Return the norm of the gradients after unscaling, and what the kernels do about it; sum those of A over the shards."""
+    own, whole = (work.gradients(max_norm is not None, sharded) for sharded in (True, False))
+    if ranks.shards is None:
+        norm = total_norm(whole)
+    else:
+        norm = norm_over_shards(own, whole, overflow, work.room.shared, work.room.norms, ranks)
     factor = torch.ones_like(norm) if scale is None else scale.double().reciprocal()
     norm = norm * factor
     go = norm.isfinite()

@@ -7,15 +7,21 @@ same memory, so most steps copy nothing; none at all where gradients stay in pla
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIONS", "Rate", "Tables"]
+__all__ = ["Rate", "Tables", "launch"]
 
-OPTIONS = {"enable_fp_fusion": True}
-"""How all kernels are compiled: a product and a sum round once, whatever the release of Triton does when nothing is said."""
+# How all kernels are compiled: a product and a sum round once, whatever the release of Triton does when nothing is said.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Run so many programs of a kernel: where a rank has no row of any layer, there is none."""
+    if programs:
+        kernel[(programs,)](*args, **constants, **_OPTIONS)
 
 
 class Rate(NamedTuple):

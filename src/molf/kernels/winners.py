@@ -18,11 +18,10 @@ from torch import Tensor
 
 from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import Scalars
-from molf.kernels.tables import OPTIONS, Rate, Tables
+from molf.kernels.tables import Rate, Tables, launch
 
 __all__ = [
     "FLOAT",
-    "MOST",
     "SPLIT",
     "STOCHASTIC",
     "Step",
@@ -40,12 +39,6 @@ _CHUNK, _BLOCK = 4096, 1024
 FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
 """How a weight is held: float32; bf16 with a low part; bf16, rounded stochastically."""
 
-MOST = 250_000
-"""So many tensors a step may have: noise of one is told from another's, and from the next step's, by numbers.
-
-Those of ``winners`` begin at 0, those of ``settle`` at 2 ``MOST``, those of effective weights go down from -1.
-"""
-
 
 class Step(NamedTuple):
     """One tensor in phase 2.
@@ -57,6 +50,7 @@ class Step(NamedTuple):
         exp_avg_sq: Second moment, float32.
         expert: Number of its expert, ``l * E + e``; its entry of ``chosen`` says whether it moves.
         layer: Number of its layer, for the step count.
+        stream: What tells its random numbers from those of others, in [0, 2^62).
         lr: Learning rate.
         weight_decay: Decoupled decay.
         change: Where the change of the parameter is left, float32, or None. It is not written where the expert lost.
@@ -68,6 +62,7 @@ class Step(NamedTuple):
     exp_avg_sq: Tensor
     expert: int
     layer: int
+    stream: int
     lr: float | Rate
     weight_decay: float
     change: Tensor | None = None
@@ -102,8 +97,8 @@ def load_weight(param, low, at, inside, HELD: tl.constexpr, ALIGNED: tl.constexp
 
 
 @triton.jit
-def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store float32 values where ``load_weight`` finds them; ``number`` tells a parameter's noise from others'."""
+def store_weight(param, low, at, inside, value, seed, stream, HELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store float32 values where ``load_weight`` finds them; seed and a parameter's stream are given by their addresses."""
     if HELD == 0:
         tl.store(pointer(param, tl.float32, ALIGNED) + at, value, mask=inside)
     else:
@@ -112,7 +107,7 @@ def store_weight(param, low, at, inside, value, seed, number, HELD: tl.constexpr
             high = (bits + 0x8000) >> 16
             tl.store(pointer(low, tl.int16, ALIGNED) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
-            noise = tl.randint(tl.load(seed) * 1_000_003 + number, at)  # more than 4 MOST apart
+            noise = tl.randint(tl.load(seed) + tl.load(stream), at)
             high = (bits + (noise & 0xFFFF).to(tl.int32)) >> 16
         tl.store(pointer(param, tl.int16, ALIGNED) + at, high.to(tl.int16), mask=inside)
 
@@ -127,6 +122,7 @@ def _winners(
     sizes,
     experts,
     layers,
+    streams,
     rates,
     decays,
     corrections,
@@ -159,7 +155,7 @@ def _winners(
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         moved = p * (1 - lr * decay) - lr * adam_change(m, v, pair, eps)
-        store_weight(weights + slot, lows + slot, at, inside, moved, seed, slot, HELD, ALIGNED)
+        store_weight(weights + slot, lows + slot, at, inside, moved, seed, streams + slot, HELD, ALIGNED)
         if KEEP:
             tl.store(pointer(changes + slot, tl.float32, ALIGNED) + at, moved - p, mask=inside)
 
@@ -184,7 +180,8 @@ def move_winners_(
         eps: Added to the denominator.
         scalars: Whether to go on.
         tables: Of this device.
-        seed: Of this step's stochastic rounding, int64 on the device; needed where a bf16 parameter has no low part.
+        seed: Of this step's stochastic rounding, int64 on the device, in [0, 2^62); needed where a bf16 parameter has no low
+            part.
     """
     for how, group in groupby(sorted(steps, key=_how), key=_how):
         own, kept = list(group), f"{name}.{how}"
@@ -193,7 +190,9 @@ def move_winners_(
         moments = [step.exp_avg for step in own], [step.exp_avg_sq for step in own]
         changes = [step.change for step in own if step.change is not None]
         blocks = tables.blocks(f"{kept}.blocks", sizes, _CHUNK)
-        _winners[(len(blocks),)](
+        launch(
+            _winners,
+            len(blocks),
             *weight_addresses(kept, weights, lows, tables),
             *(tables.pointers(f"{kept}.moments.{i}", own) for i, own in enumerate(moments)),
             tables.pointers(f"{kept}.changes", changes) if changes else blocks,
@@ -211,7 +210,6 @@ def move_winners_(
             ALIGNED=aligned(sizes, weights, lows, *moments, changes),
             CHUNK=_CHUNK,
             BLOCK=_BLOCK,
-            **OPTIONS,
         )
 
 
@@ -231,16 +229,18 @@ class _Scheduled(Protocol):
     @property
     def layer(self) -> int: ...
     @property
+    def stream(self) -> int: ...
+    @property
     def lr(self) -> float | Rate: ...
     @property
     def weight_decay(self) -> float: ...
 
 
-def layer_settings(name: str, own: Sequence[_Scheduled], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the numbers of layers, learning rates, and decays of what a launch moves, and see that numbers tell all apart."""
-    assert len(own) <= MOST, "the noise of one tensor would be another's"
+def layer_settings(name: str, own: Sequence[_Scheduled], tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the numbers of layers, the streams of noise, learning rates, and decays of what a launch moves."""
     return (
         tables.numbers(f"{name}.layers", tuple(one.layer for one in own), torch.int32),
+        tables.numbers(f"{name}.streams", tuple(one.stream for one in own), torch.int64),
         tables.rates(f"{name}.rates", [one.lr for one in own]),
         tables.numbers(f"{name}.decays", tuple(one.weight_decay for one in own), torch.float32),
     )

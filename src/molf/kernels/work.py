@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Slot
-from molf.kernels.addresses import ALIGNMENT
+from molf.distributed import Ranks, is_sharded
 from molf.kernels.fold import Effective, MovedPair
 from molf.kernels.moments import Moments
 from molf.kernels.packed import Packed
 from molf.kernels.products import Product
+from molf.kernels.room import Room
 from molf.kernels.settle import PackedStep
 from molf.kernels.tables import Rate
 from molf.kernels.winners import Step
 from molf.layers import RoutedLayer
 from molf.merged import MergedLayer
+from molf.precision import APART
 
 __all__ = ["Item", "Work"]
 
@@ -27,7 +29,10 @@ class Item(NamedTuple):
     """One tensor that an expert moves.
 
     Attributes:
-        slot: The tensor with gradient and moments.
+        slot: What is here of the tensor, with gradient and moments.
+        size: Elements of the whole tensor.
+        sharded: Whether other ranks hold other parts of it.
+        stream: What tells its random numbers from those of others: whatever every rank holds whole is rounded alike on all.
         expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
         layer: Number of its step count: that of the layer, then one for each ordinary parameter.
         lr: Learning rate.
@@ -37,6 +42,9 @@ class Item(NamedTuple):
     """
 
     slot: Slot
+    size: int
+    sharded: bool
+    stream: int
     expert: int
     layer: int
     lr: float | Rate
@@ -52,16 +60,19 @@ class Work:
         layers: The L routed layers, all with E experts; those of the merged form have weights of one dtype.
         ordinary: Groups of parameters that take plain AdamW.
         state: The optimizer's; its counts are moved to the device the first time.
+        ranks: Those that train the model together.
         device: Where the model is.
 
     Attributes:
         items: Every tensor.
+        room: Memory for the gradients of the merged form's pairs.
         counts: Step counts, first those of the layers, then those of ordinary parameters.
         products: What the gradients of the merged form's pairs follow from.
         wins: How often each of these pairs moved, and the numbers of their experts.
         effective: The merged form's weights.
         rates: The learning rates of all experts of all layers.
-        room: One piece of memory for the gradients of the merged form's pairs.
+        routed: The number of experts of all layers together, ``L * E``.
+        experts: The same, and one for each ordinary parameter.
     """
 
     def __init__(
@@ -69,9 +80,10 @@ class Work:
         layers: Sequence[RoutedLayer],
         ordinary: Sequence[dict[str, Any]],
         state: dict[Any, dict[str, Any]],
+        ranks: Ranks,
         device: torch.device,
     ):
-        self._state, self._device, self._layers = state, device, len(layers)
+        self._state, self._rank, self._device, self._layers = state, ranks.index, device, len(layers)
         self.items: list[Item] = []
         self.counts: list[Tensor] = []
         self.products: list[Product] = []
@@ -79,9 +91,7 @@ class Work:
         self.effective: list[Effective] = []
         self.rates: list[float | Rate] = []
         merged = [layer for layer in layers if isinstance(layer, MergedLayer)]
-        elements = sum(_place_of(r * n) for layer in merged for r in layer.group["ranks"] for n in layer.base[0].shape)
-        self.room = torch.empty(elements, dtype=torch.float32, device=device)
-        self._lent = 0
+        self.room = Room(merged, 0 if ranks.shards is None else ranks.size, device)
         for layer in layers:
             self._add_layer(layer)
         self.routed = sum(len(layer.experts) for layer in layers)
@@ -93,16 +103,16 @@ class Work:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The number of elements of every expert."""
+        """The number of elements of every expert, those of other shards included."""
         sizes = [0] * self.experts
         for item in self.items:
-            sizes[item.expert] += item.slot.param.numel()
+            sizes[item.expert] += item.size
         return tuple(sizes)
 
     def moments(self) -> list[Moments]:
         """Return the tensors with float32 moments for phase 1."""
         return [
-            Moments(item.slot.grad, item.slot.exp_avg, item.slot.exp_avg_sq, item.expert)
+            Moments(item.slot.grad, item.slot.exp_avg, item.slot.exp_avg_sq, item.expert, self._counts(item))
             for item in self.items
             if item.slot.grad is not None and not item.slot.in_8_bits
         ]
@@ -111,10 +121,11 @@ class Work:
         """Return the matrices with 8-bit moments."""
         return [
             PackedStep(
-                packed=_packed(item.slot, item.expert),
+                packed=self._packed(item),
                 param=None if item.effective else item.slot.param,
                 low=None if item.effective else item.slot.low,
                 layer=item.layer,
+                stream=item.stream,
                 lr=item.lr,
                 weight_decay=item.weight_decay,
             )
@@ -122,9 +133,13 @@ class Work:
             if item.slot.in_8_bits
         ]
 
-    def gradients(self, derived: bool) -> list[Tensor]:
-        """Return the gradients of the merged form's pairs, or those that backward left."""
-        return [item.slot.grad for item in self.items if item.derived == derived and item.slot.grad is not None]
+    def gradients(self, derived: bool, sharded: bool) -> list[Tensor]:
+        """Return the gradients that backward left, and those of the merged form's pairs if asked for; of shards, or of others."""
+        return [
+            item.slot.grad
+            for item in self.items
+            if item.sharded == sharded and item.derived <= derived and item.slot.grad is not None
+        ]
 
     def steps(self, derived: bool) -> list[Step]:
         """Return the merged form's pairs, whose changes take the place of their gradients, or all else with float32 moments."""
@@ -136,6 +151,7 @@ class Work:
                 exp_avg_sq=item.slot.exp_avg_sq,
                 expert=item.expert,
                 layer=item.layer,
+                stream=item.stream,
                 lr=item.lr,
                 weight_decay=item.weight_decay,
                 change=item.slot.grad if derived else None,
@@ -143,6 +159,36 @@ class Work:
             for item in self.items
             if item.derived == derived and not item.effective and not item.slot.in_8_bits
         ]
+
+    def _add(
+        self,
+        slot: Slot,
+        expert: int,
+        layer: int,
+        lr: float | Rate,
+        weight_decay: float,
+        derived: bool = False,
+        effective: bool = False,
+    ) -> Item:
+        """Add a tensor, whole or sharded, and return what is here of it."""
+        sharded = is_sharded(slot.param)
+        # A number that no other tensor has on this rank, and no other part of a sharded one on any.
+        number = len(self.items) + (sharded * (self._rank + 1) << 32)
+        stream = number * APART % 2**62
+        here = Item(slot.here, slot.param.numel(), sharded, stream, expert, layer, lr, weight_decay, derived, effective)
+        self.items.append(here)
+        return here
+
+    def _counts(self, item: Item) -> bool:
+        """Tell whether a tensor counts in its expert's sum here: what every rank holds whole counts on the first one."""
+        return item.sharded or self._rank == 0
+
+    def _packed(self, item: Item) -> Packed:
+        """Return the 8-bit moments of a tensor with its gradient."""
+        slot = item.slot
+        assert slot.grad is not None and slot.exp_avg_absmax is not None and slot.exp_avg_sq_absmax is not None
+        codes, maxima = (slot.exp_avg, slot.exp_avg_sq), (slot.exp_avg_absmax, slot.exp_avg_sq_absmax)
+        return Packed(slot.grad, *codes, *maxima, item.expert, self._counts(item))
 
     def _count(self, p: Tensor, key: str) -> Tensor:
         own = self._state[p]
@@ -168,57 +214,42 @@ class Work:
         for e, lr in enumerate(rates):
             decay = layer.group["weight_decay" if layer.experts[e] == "fft" else "lora_weight_decay"]
             for slot in layer.slots(e):
-                self.items.append(Item(slot, first + e, number, lr, decay if slot.param.ndim > 1 else 0.0))
+                self._add(slot, first + e, number, lr, decay if slot.param.ndim > 1 else 0.0)
 
     def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Rate]) -> None:
         weight, *biases = layer.slots(0)
         lr, *lora_lrs = rates
         decay, lora_decay = layer.group["weight_decay"], layer.group["lora_weight_decay"]
-        self.items.append(Item(weight, first, number, lr, decay, effective=True))
-        self.items += [Item(slot, first, number, lr, 0.0) for slot in biases]
+        item = self._add(weight, first, number, lr, decay, effective=True)
+        for slot in biases:
+            self._add(slot, first, number, lr, 0.0)
         moved = []
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             wins = self._count(layer.base[0], f"{name}.wins")
             A, B = (layer.pair_slot(e, key) for key in "AB")
-            pair = MovedPair(A.param, B.param, self._lend(A.param), self._lend(B.param), scale, wins)
+            dA, dB = self.room.lend(A.param, shared=True), self.room.lend(B.here.param, shared=False)
+            pair = MovedPair(A.param, B.here.param, dA, dB, scale, wins)
             moved.append(pair)
             self.wins.append((wins, first + e))
-            assert weight.grad is not None, "a layer without a gradient is not routed"
-            self.products.append(Product(weight.grad, pair.A, pair.B, scale, wins, pair.dA, pair.dB))
-            for slot, grad in ((A, pair.dA), (B, pair.dB)):
-                own = slot._replace(grad=grad)
-                self.items.append(Item(own, first + e, number, lora_lrs[e - 1], lora_decay, derived=True))
+            assert item.slot.grad is not None, "a layer without a gradient is not routed"
+            self.products.append(Product(item.slot.grad, pair.A, pair.B, scale, wins, dA, dB))
+            for slot, grad in ((A, dA), (B, dB)):
+                self._add(slot._replace(grad=grad), first + e, number, lora_lrs[e - 1], lora_decay, derived=True)
         self.effective.append(
             Effective(
-                weight.param,
-                weight.low,
-                _packed(weight, first) if weight.in_8_bits else (weight.exp_avg, weight.exp_avg_sq),
+                item.slot.param,
+                item.slot.low,
+                self._packed(item) if item.slot.in_8_bits else (item.slot.exp_avg, item.slot.exp_avg_sq),
                 number,
+                item.stream,
                 lr,
                 decay,
                 tuple(moved),
             )
         )
 
-    def _lend(self, like: Tensor) -> Tensor:
-        """Return memory for a tensor like the given one."""
-        first = self._lent
-        self._lent += _place_of(like.numel())
-        return self.room[first : first + like.numel()].view_as(like)
-
     def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
         number = len(self.counts)
         self.counts.append(self._count(p, "step"))
         expert = self.routed + number - self._layers
-        self.items.append(Item(Slot.of(p, self._state[p]), expert, number, self._rate(group), group["weight_decay"]))
-
-
-def _place_of(elements: int) -> int:
-    """Return the elements that a tensor takes of the room, so that the next one is aligned, too."""
-    return -(-elements // ALIGNMENT) * ALIGNMENT
-
-
-def _packed(slot: Slot, expert: int) -> Packed:
-    """Return the 8-bit moments of a slot with its gradient."""
-    assert slot.grad is not None and slot.exp_avg_absmax is not None and slot.exp_avg_sq_absmax is not None
-    return Packed(slot.grad, slot.exp_avg, slot.exp_avg_sq, slot.exp_avg_absmax, slot.exp_avg_sq_absmax, expert)
+        self._add(Slot.of(p, self._state[p]), expert, number, self._rate(group), group["weight_decay"])
