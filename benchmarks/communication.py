@@ -8,7 +8,9 @@ On a ring of W ranks a rank sends 2 (W-1)/W of an all-reduce's buffer, and (W-1)
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from molf import MoLF
 
 METHODS = ("adamw", "merged", "branched")
+FUSED = ("merged-fused", "branched-fused")
+"""With the step taken by MoLF's own kernels (in Triton's interpreter); counted sharded only, where the optimizer sends much."""
 WEIGHTS = "weights and gradients"
 
 
@@ -56,7 +60,7 @@ def communicated(shapes, method, sharding, size, ranks, compute=4, reduce=4, mas
 
     Args:
         shapes: The model.
-        method: "adamw", "merged", or "branched" (experts beside a base that trains).
+        method: "adamw", "merged", or "branched" (experts beside a base that trains); the latter two also "-fused".
         sharding: "ddp" or "fsdp".
         size: Number of ranks W.
         ranks: Of the LoRA experts.
@@ -64,6 +68,7 @@ def communicated(shapes, method, sharding, size, ranks, compute=4, reduce=4, mas
         reduce: Bytes per element of reduced gradients.
         master: Bytes per element of moments, and of the gradients of A.
     """
+    method, _, fused = method.partition("-")
     A, B = shapes.pairs(ranks) if method != "adamw" else (0, 0)
     trained = shapes.weights + (A + B if method == "branched" else 0)
     experts = len(shapes.layers) * (1 + len(ranks))
@@ -71,8 +76,8 @@ def communicated(shapes, method, sharding, size, ranks, compute=4, reduce=4, mas
     if sharding == "ddp":
         return {WEIGHTS: reduce * trained, **routed}
     if method != "adamw":
-        # Scores are summed tensor by tensor: a weight, and A and B of every pair.
-        routed["scores"] = 8 * len(shapes.layers) * (1 + 2 * len(ranks))
+        # Scores are summed tensor by tensor: a weight, and A and B of every pair; by kernels expert by expert.
+        routed["scores"] = 8 * (experts if fused else len(shapes.layers) * (1 + 2 * len(ranks)))
         routed["dA and norm"] = master * (size + (A if method == "merged" else 0))
     return {WEIGHTS: 2 * compute * trained + reduce * trained, **routed}
 
@@ -129,6 +134,7 @@ SMALL = Shapes(((16, 8), (16, 16), (8, 16)))
 
 
 def built(method, sharding, ranks):
+    method, _, fused = method.partition("-")
     linears = [nn.Linear(n, out, bias=False) for out, n in SMALL.layers]
     model = nn.Sequential(*(Branched(linear, ranks) if method == "branched" else linear for linear in linears))
     if sharding == "ddp":
@@ -139,7 +145,8 @@ def built(method, sharding, ranks):
     if method == "adamw":
         return model, torch.optim.AdamW(model.parameters())
     # Both experts win every step, so that pairs have started and all that may be sent is.
-    return model, MoLF(model, top_k=1 + len(ranks), **({"ranks": ranks} if method == "merged" else {}))
+    options = {"top_k": 1 + len(ranks), "fused": bool(fused)}
+    return model, MoLF(model, **options, **({"ranks": ranks} if method == "merged" else {}))
 
 
 def counted(method, sharding, ranks):
@@ -172,8 +179,11 @@ def counted(method, sharding, ranks):
 
 def on_rank(rank, size, folder, ranks):
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # these ranks are on CPUs
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
-    counts = {f"{s} {m}": counted(m, s, ranks) for s in ("ddp", "fsdp") for m in METHODS}
+    fused = FUSED if importlib.util.find_spec("triton") else ()
+    cases = [(s, m) for s in ("ddp", "fsdp") for m in METHODS] + [("fsdp", m) for m in fused]
+    counts = {f"{s} {m}": counted(m, s, ranks) for s, m in cases}
     if rank == 0:
         with open(f"{folder}/counts.json", "w") as file:
             json.dump(counts, file)
@@ -217,7 +227,7 @@ def main():
         print(f"Counted on {args.ranks} gloo ranks, bytes a step (small model, float32, experts of rank 2 and 4):")
     for name, count in counts.items():
         agree = "as the formula says" if count == foreseen[name] else f"the formula says {foreseen[name]}"
-        print(f"  {name:14} {WEIGHTS} {count[WEIGHTS]:6}   optimizer {count['optimizer']:5}   {agree}")
+        print(f"  {name:19} {WEIGHTS} {count[WEIGHTS]:6}   optimizer {count['optimizer']:5}   {agree}")
     print("Computed, not run: one expert of rank 128, bf16 compute and reduction, float32 weights; GiB a rank and step")
     for name, size, sharding, method, sent, memory in large_table():
         own = sum(sent.values()) - sent[WEIGHTS]

@@ -1,5 +1,6 @@
 """The benchmark scripts run and report what they promise; how fast is not a test."""
 
+import importlib.util
 import json
 import sys
 
@@ -146,5 +147,7 @@ def test_the_gpu_programme_ends_in_time(monkeypatch, capsys):
 
 def test_bytes_that_ranks_send_are_as_the_formulas_say():
     counted, foreseen = communication.count_on_ranks(2)
-    assert set(counted) == {f"{sharding} {method}" for sharding in ("ddp", "fsdp") for method in communication.METHODS}
+    fused = communication.FUSED if importlib.util.find_spec("triton") else ()
+    cases = [(sharding, method) for sharding in ("ddp", "fsdp") for method in communication.METHODS]
+    assert set(counted) == {f"{s} {m}" for s, m in (*cases, *(("fsdp", method) for method in fused))}
     assert counted == foreseen
