@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molf.adamw import Slot
-from molf.distributed import Ranks, is_sharded
+from molf.distributed import Ranks, is_sharded, local
 from molf.kernels.fold import Effective, MovedPair
 from molf.kernels.moments import Moments
 from molf.kernels.packed import Packed
@@ -175,9 +175,10 @@ class Work:
         # A number that no other tensor has on this rank, and no other part of a sharded one on any.
         number = len(self.items) + (sharded * (self._rank + 1) << 32)
         stream = number * APART % 2**62
-        here = Item(slot.here, slot.param.numel(), sharded, stream, expert, layer, lr, weight_decay, derived, effective)
-        self.items.append(here)
-        return here
+        here = slot.here if sharded else slot
+        item = Item(here, slot.param.numel(), sharded, stream, expert, layer, lr, weight_decay, derived, effective)
+        self.items.append(item)
+        return item
 
     def _counts(self, item: Item) -> bool:
         """Tell whether a tensor counts in its expert's sum here: what every rank holds whole counts on the first one."""
@@ -227,8 +228,9 @@ class Work:
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             wins = self._count(layer.base[0], f"{name}.wins")
             A, B = (layer.pair_slot(e, key) for key in "AB")
-            dA, dB = self.room.lend(A.param, shared=True), self.room.lend(B.here.param, shared=False)
-            pair = MovedPair(A.param, B.here.param, dA, dB, scale, wins)
+            rows = local(B.param)
+            dA, dB = self.room.lend(A.param, shared=True), self.room.lend(rows, shared=False)
+            pair = MovedPair(A.param, rows, dA, dB, scale, wins)
             moved.append(pair)
             self.wins.append((wins, first + e))
             assert item.slot.grad is not None, "a layer without a gradient is not routed"
