@@ -17,8 +17,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from small import save_tiny_checkpoint
-
 # How far two computations of the same thing may lie apart (largest absolute difference), by the dtype they run in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -43,5 +41,7 @@ def seeded():
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
     """The folder of a tiny random model with its tokenizer."""
+    from tiny_checkpoints import save_tiny_checkpoint  # takes a while, and most tests of the core need no such thing
+
     save_tiny_checkpoint(tmp_path / "tiny")
     return str(tmp_path / "tiny")

@@ -21,8 +21,8 @@ import molf.study.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.job import make_trainer
-from small import save_tiny_checkpoint
 from small_runs import carry_out, small_run, weights
+from tiny_checkpoints import save_tiny_checkpoint
 
 METHODS = {
     "molf": {},

@@ -45,26 +45,6 @@ def tiny_llama(dtype=torch.float32, seed=3, **config):
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **config})).to(dtype)
 
 
-def save_tiny_checkpoint(folder, **config):
-    """Save a tiny random Llama with a byte-level tokenizer, as ``save_pretrained`` leaves them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(["The mother tongue of the king is French."], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    tiny_llama(**{**sizes, **tokens, **config}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def loss_of(model, t):
     """The loss of an ``mlp`` on the batch of step ``t``."""
     generator = torch.Generator().manual_seed(100 + t)

@@ -16,7 +16,7 @@ import plan_vs_measured
 import sql_rows
 import states
 import step_time
-from small import save_tiny_checkpoint
+from tiny_checkpoints import save_tiny_checkpoint
 
 
 def last_line(script, monkeypatch, capsys, *argv):

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 from conftest import TOLERANCE
 from molf.cli import main
 from molf.study.job import make_trainer
-from small import save_tiny_checkpoint
 from small_runs import small_run
+from tiny_checkpoints import save_tiny_checkpoint
 
 # torch.compile imports torch.utils.mkldnn, which still scripts its methods. To trace an autograd Function, such as TRL's loss
 # is, it makes an object of it, and looks for gradients of what it is given.

@@ -16,8 +16,8 @@ from molf.cli import main
 from molf.study.methods.recipe import Recipe
 from molf.study.results import read_result
 from molf.study.sharding import FOLDER_NAME, TrainedShards, check_sharding
-from small import save_tiny_checkpoint
 from small_runs import carry_out, small_run, weights
+from tiny_checkpoints import save_tiny_checkpoint
 
 # How far a sharded run may end from one process: float32 sums over ranks have another order, and Adam divides by small roots.
 APART = 2e-5
