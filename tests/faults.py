@@ -109,7 +109,8 @@ class Run:
         """
         done = self.steps_taken()
         there = checkpoints(self.folder)
-        target = done + rng.randrange(STEPS - (step_of(there[-1]) if there else 0))
+        left = STEPS - step_of(there[-1]) if there else STEPS  # none, where it was killed behind its last step
+        target = done + rng.randrange(max(left, 1))
         process = self.start()
         while process.is_alive() and self.steps_taken() < target:
             time.sleep(0.002)
