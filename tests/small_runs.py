@@ -1,11 +1,14 @@
 """Runs of a tiny model that several tests of the study share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from molf.study.config import RunConfig
+from molf.study.results import Result, Training
 from molf.study.train import run
+from molf.tasks.base import Metric
 
 BASELINES = ["lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
 
@@ -45,3 +48,21 @@ def carry_out(settings, **changes):
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
+
+
+def small_result(**changes):
+    """A result of a run that never was."""
+    plain = Result(
+        config={},
+        headline="score",
+        metrics={"score": Metric(50.0, 12, 40.0, 60.5)},
+        metrics_before={"score": Metric(25.0, 12)},
+        data_origin="the sample",
+        device="CPU",
+        versions={"molf": "0.1.0"},
+        commit=None,
+        seconds=90.0,
+        peak_memory_bytes=2**30,
+        training=Training(6, 1.0, 2.5, 800, 801.0, 1000, 900, 64),
+    )
+    return replace(plain, **changes)

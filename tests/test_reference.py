@@ -4,23 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from conftest import TOLERANCE
 from molf import MoLF
 from molf.reference import ReferenceMoLF
-
-
-def small_model(dtype):
-    """Odd sizes, layers with and without bias, a norm, an embedding."""
-    return nn.Sequential(
-        nn.Embedding(11, 7),
-        nn.Linear(7, 13),
-        nn.Tanh(),
-        nn.LayerNorm(13),
-        nn.Linear(13, 5, bias=False),
-        nn.Linear(5, 3),
-    ).to(dtype)
+from small import mlp
 
 
 def run(model, optimizer, steps, schedule=lambda t: 1.0):
@@ -56,7 +44,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fast_path_equals_the_oracle(case, dtype):
     options = {"lr": 2e-3, **case}
-    model = small_model(dtype)
+    model = mlp(dtype)
     twin = copy.deepcopy(model)
     torch.manual_seed(5)
     fast = MoLF(model, **options)
@@ -83,7 +71,7 @@ def test_fast_path_equals_the_oracle(case, dtype):
 
 def test_both_experts_win_somewhere():
     """The comparison above would say little if one expert won everything."""
-    model = small_model(torch.float64)
+    model = mlp(torch.float64)
     optimizer = MoLF(model, ranks=(2,), lr=2e-3, lora_alpha=6.0)
     chosen = {expert for step in run(model, optimizer, 12) for experts in step.values() for expert in experts}
     assert chosen == {"fft", "lora_r2"}

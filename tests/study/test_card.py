@@ -5,26 +5,14 @@ import yaml
 
 from molf.study.card import hub_id, model_card
 from molf.study.config import RunConfig
-from molf.study.results import Result, Training
 from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 @pytest.fixture
 def result():
     config = RunConfig.from_dict({"model_name_or_path": "bundled:smollm2-135m", "output_dir": "out"}).resolved()
-    return Result(
-        config=config.to_dict(),
-        headline="score",
-        metrics={"score": Metric(50.0, 12, 40.0, 60.5)},
-        metrics_before={"score": Metric(25.0, 12)},
-        data_origin="the sample",
-        device="CPU",
-        versions={"molf": "0.1.0"},
-        commit=None,
-        seconds=90.0,
-        peak_memory_bytes=2**30,
-        training=Training(6, 1.0, 2.5, 800, 801.0, 1000, 900, 64),
-    )
+    return small_result(config=config.to_dict())
 
 
 def test_header_settings_and_row_are_yaml(result):

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from molf.study.report import draw_routing, metrics_table, runs_table, share_grid, smoothed
-from molf.study.results import Result, Training
 from molf.study.routing import RoutingSummary
 from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 def shown(table):
@@ -20,18 +20,10 @@ def shown(table):
 
 @pytest.fixture
 def result():
-    return Result(
+    return small_result(
         config={"method": "molf", "task": "fact", "run_name": "my run"},
-        headline="score",
         metrics={"score": Metric(50.0, 12, 40.25, 60.5), "new": Metric(1.5, 4)},
         metrics_before={"score": Metric(75.25, 12, 70.0, 80.0)},
-        data_origin="the sample",
-        device="CPU",
-        versions={"molf": "0.1.0"},
-        commit=None,
-        seconds=90.0,
-        peak_memory_bytes=2**30,
-        training=Training(6, 1.0, 2.5, 800, 801.0, 1000, 900, 64),
         routing={"fft": 0.25, "lora_r4": 0.75},
     )
 

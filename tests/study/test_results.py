@@ -6,25 +6,20 @@ import subprocess
 import pytest
 
 from molf.study import results
-from molf.study.results import Result, Training, library_versions, read_result, source_commit, write_result
+from molf.study.results import library_versions, read_result, source_commit, write_result
 from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 @pytest.fixture
 def result():
-    return Result(
+    metrics = {"score": Metric(50.0, 12, 40.0, 60.5), "other": Metric(1.5, 4)}
+    return small_result(
         config={"method": "molf", "ranks": [4, 8], "limit": None},
-        headline="score",
-        metrics={"score": Metric(50.0, 12, 40.0, 60.5), "other": Metric(1.5, 4)},
-        metrics_before={"score": Metric(25.0, 12)},
-        data_origin="the sample",
-        device="CPU",
-        versions={"molf": "0.1.0"},
-        commit=None,
+        metrics=metrics,
+        routing={"fft": 0.25, "lora_r4": 0.75},
         seconds=1.5,
         peak_memory_bytes=None,
-        training=Training(6, 1.0, 2.5, 800, 800.0, 1000, 900, 64),
-        routing={"fft": 0.25, "lora_r4": 0.75},
     )
 
 

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, Qwen2Config
+from transformers import Gemma3TextConfig
 
+from models import SHAPES
 from molf import MoLF
 from molf.study.config import RunConfig
 from molf.study.sizing.activations import measure_activations
@@ -14,13 +15,7 @@ from molf.study.sizing.memory import Count, Memory, Needs, available_memory, est
 from molf.study.sizing.report import memory_table, parameters_table, verdict
 from small import tiny_llama
 
-
-def qwen(hidden, mlp, layers, heads):
-    sizes = {"vocab_size": 151936, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    return Qwen2Config(**sizes, num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True)
-
-
-QWEN_1_5B, QWEN_3B = qwen(1536, 8960, 28, 12), qwen(2048, 11008, 36, 16)
+QWEN_1_5B, QWEN_3B = SHAPES["qwen2.5-1.5b"], SHAPES["qwen2.5-3b"]
 GEMMA_1B = Gemma3TextConfig(
     vocab_size=262144,
     hidden_size=1152,
