@@ -115,7 +115,9 @@ class OutputConfig:
     output_root: str = field(
         default="runs", metadata={"help": "Parent of the run's folder, which is named after the run; see output_dir."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the finished run that output_dir already holds."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the run, finished or not, that output_dir already holds."}
+    )
     clean_ckpt_at_end: bool = field(
         default=False, metadata={"help": "Delete the checkpoint-N folders once the run is done."}
     )

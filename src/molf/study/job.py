@@ -115,7 +115,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         **settings: Trainer settings that win over all others.
 
     Raises:
-        ValueError: A setting is unknown, or there is nothing to train.
+        ValueError: A setting is unknown or not usable, there is nothing to train, or the model can't be sharded as asked.
     """
     examples = job.examples
     if not examples:

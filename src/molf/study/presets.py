@@ -1,4 +1,4 @@
-"""Settings of ready-made runs."""
+"""Settings of the run that ``molf demo`` is."""
 
 from typing import Any
 
@@ -19,4 +19,4 @@ DEMO: dict[str, Any] = {
     "output_dir": "runs/demo",
     "overwrite": True,
 }
-"""``molf demo``: teach a small pretrained model counterfactual facts within minutes, without a GPU or a network."""
+"""Teach a small pretrained model counterfactual facts within minutes, without a GPU or a network."""

@@ -59,8 +59,8 @@ def run(config: RunConfig) -> Result | None:
         The result, or None on all but the main process of a distributed run.
 
     Raises:
-        ValueError: The settings do not make a run, or the folder holds a finished one that is not to be replaced,
-            or another run works in it.
+        ValueError: The settings do not make a run; or the folder holds one, finished or not, that is neither to be replaced nor
+            to be gone on with; or another run works in it.
         OSError: Data or model cannot be had, or a file not be written.
         Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved; after it, the model.
     """

@@ -93,7 +93,7 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
         settings: Values by field name.
 
     Raises:
-        ValueError: A name is no field of ``TrainConfig`` or of a configuration section.
+        ValueError: A name is no field of ``TrainConfig``, or ``fsdp_config`` is not usable.
     """
     known = [f.name for f in fields(TrainConfig) if f.init]
     for name in settings:

@@ -1,4 +1,4 @@
-"""How many parameters of which kind a run has, and how much memory it takes, part by part."""
+"""How many parameters of which kind a run has, and how much memory it takes at its peak, part by part, without its weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

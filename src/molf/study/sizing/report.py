@@ -1,4 +1,4 @@
-"""What a run needs, for people."""
+"""What a run needs: tables for a terminal, and whether a device has it."""
 
 from rich import box
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""How many parameters a run trains and how much memory they take."""
+"""Parameters of a loaded model, and what stays in memory between steps; ``memory`` plans all of it, without loading any."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
