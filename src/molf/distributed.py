@@ -146,6 +146,20 @@ class Ranks:
             torch.distributed.broadcast(shared, group=group, group_src=0)
         return shared.to(x.device, x.dtype)
 
+    def all_say(self, yes: bool, device: torch.device) -> bool:
+        """Say whether all ranks say yes: one small all-reduce, none where there is one rank.
+
+        Args:
+            yes: This rank's answer.
+            device: Of the parameters; the process group works there.
+        """
+        if not self.alike:
+            return yes
+        least = torch.full((), yes, dtype=torch.int32, device=device)
+        for group in self.alike:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(least)
+
 
 def find_ranks(groups: Iterable[dict[str, Any]], process_group: ProcessGroup | None) -> Ranks:
     """Find the ranks that train together from the parameters as they are now.

@@ -25,7 +25,8 @@ class LeftOut:
             groups: The optimizer's.
         """
         if isinstance(taken, Tensor):
-            if self._on_device is None:
+            if self._on_device is None or self._on_device.device != taken.device:
+                self.fetch(groups)
                 self._on_device = torch.zeros((), dtype=torch.int64, device=taken.device)
             self._on_device += taken.logical_not()  # in place: a CUDA graph that holds this step goes on counting
         elif not taken:

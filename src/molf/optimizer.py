@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molf.checkpoint import check_compatible, restore_state, with_tuples
+from molf.choice import Choice
 from molf.distributed import Ranks, agree_on_seeds, find_ranks
 from molf.experts import Experts
 from molf.groups import param_groups
@@ -62,9 +63,10 @@ class MoLF(torch.optim.Optimizer):
             quarter of the memory. Vectors, matrices below 4096 elements and LoRA pairs keep theirs in float32.
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
             ``"stochastic"`` (rounding at random, no memory).
-        fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. True
-            needs a CUDA device, float32 or bf16 weights and one of the paper's scores. None leaves it off: no GPU has timed
-            these kernels yet.
+        fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. They need
+            a CUDA device, float32 or bf16 weights and one of the paper's scores. None chooses at the first step: these kernels
+            where they can be used and, in a trial on small layers, take the step that PyTorch's take on this device; else
+            PyTorch's. True insists, and says what is wrong; False leaves them alone.
         optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are there, and free them:
             all gradients never exist at once. ``step`` then only closes the step. Not with ``max_grad_norm``, accumulation,
             a loss scale, a closure or several ranks; a layer whose gradient is not finite is left out alone.
@@ -126,8 +128,8 @@ class MoLF(torch.optim.Optimizer):
         self.score = get_score(score)
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
-        self.fused = bool(fused)
-        if self.fused:
+        self.fused = fused
+        if fused:
             check_fused(groups, self.score)
         self.optimizer_in_backward = optimizer_in_backward
         self.routing: Routing | None = None
@@ -140,6 +142,7 @@ class MoLF(torch.optim.Optimizer):
     def _start(self, model: nn.Module | None = None, process_group: ProcessGroup | None = None) -> None:
         """Begin with what a copy of an optimizer does not take over from its original."""
         self.kernels: dict[int, FusedStep] = {}  # by the part of the groups that they take the step of
+        self._choice = Choice()
         self._left_out = LeftOut()
         self._process_group = process_group
         self._names = None if model is None else Names(model, self.param_groups)
@@ -151,6 +154,11 @@ class MoLF(torch.optim.Optimizer):
     def experts(self) -> Experts:
         """Live views of all experts by module and expert name."""
         return Experts(self)
+
+    @property
+    def fused_in_use(self) -> bool | None:
+        """Whether MoLF's own kernels take the steps, by ``fused`` or by choice; None before the first step."""
+        return self._choice.made
 
     @property
     def skipped_steps(self) -> int:
@@ -196,6 +204,10 @@ class MoLF(torch.optim.Optimizer):
         if self._names is not None:
             self._names.follow(self.param_groups)
         return find_ranks(self.param_groups, self._process_group)
+
+    def choose(self, ranks: Ranks) -> bool:
+        """Return whether MoLF's own kernels are to take the next step."""
+        return self._choice.make(self, ranks)
 
     def begin(self) -> Ranks:
         """Make everything ready for a step, and return the ranks that take it together."""

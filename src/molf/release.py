@@ -37,6 +37,7 @@ class _Step:
     """What has happened since the last ``step``: whose gradients have come, and what became of what has moved, by number."""
 
     ranks: Ranks
+    fused: bool
     noise: Noise | None
     arrived: set[Tensor] = field(default_factory=set)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -175,7 +176,8 @@ class Release:
             optimizer = self._owner
             check_release(optimizer.max_grad_norm, ranks or optimizer.ranks())
             ranks = ranks or optimizer.begin()
-            self._step = _Step(ranks, None if optimizer.fused else noise_of(optimizer, ranks))
+            fused = optimizer.choose(ranks)
+            self._step = _Step(ranks, fused, None if fused else noise_of(optimizer, ranks))
         return self._step
 
     def _group(self, number: int) -> dict[str, Any]:
@@ -187,7 +189,7 @@ class Release:
     def _move(self, step: _Step, number: int, group: dict[str, Any]) -> None:
         optimizer = self._owner
         init_group(group, optimizer.state, optimizer.bf16_update == "split", optimizer.optim_bits)
-        step.outcomes[number] = take(optimizer, [group], step.ranks, step.noise, number)
+        step.outcomes[number] = take(optimizer, [group], step.ranks, step.fused, step.noise, number)
         for p in group["params"]:
             p.grad = None
 

@@ -85,16 +85,24 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def _joined(routings: Sequence[Routing]) -> Routing:
-    taken = [routing.taken for routing in routings]
+    # Some parts may have been decided on the host and others on a device, where the result is then: nobody waits for it.
+    device = max((routing.scores.device for routing in routings), key=lambda device: device.type != "cpu")
     return Routing(
         tuple(module for routing in routings for module in routing.modules),
         routings[0].experts,
-        torch.cat([routing.scores for routing in routings]),
-        torch.cat([routing.chosen & routing.taken for routing in routings]),
-        torch.stack([x for x in taken if isinstance(x, Tensor)]).any() if isinstance(taken[0], Tensor) else any(taken),
+        torch.cat([routing.scores.to(device) for routing in routings]),
+        torch.cat([(routing.chosen & routing.taken).to(device) for routing in routings]),
+        _any([routing.taken for routing in routings]),
     )
+
+
+def _any(taken: Sequence[bool | Tensor]) -> bool | Tensor:
+    on_device = [x for x in taken if isinstance(x, Tensor)]
+    on_host = any(x for x in taken if not isinstance(x, Tensor))
+    return torch.stack(on_device).any() if on_device and not on_host else on_host
 
 
 def _all(taken: Sequence[bool | Tensor]) -> bool | Tensor:
     on_device = [x for x in taken if isinstance(x, Tensor)]
-    return torch.stack(on_device).all() if on_device else all(taken)
+    on_host = all(x for x in taken if not isinstance(x, Tensor))
+    return torch.stack(on_device).all() if on_device and on_host else on_host

@@ -1,4 +1,7 @@
-"""Taking a step of all or some groups of an optimizer, by PyTorch's kernels or by MoLF's own, with the optimizer's settings."""
+"""Taking a step of all or some groups of an optimizer, by PyTorch's kernels or by MoLF's own, with the optimizer's settings.
+
+Both leave the same state behind, so that any step may be taken by either; only counts may be on the device or on the host.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from molf.distributed import Ranks, is_sharded
 from molf.forms import FORMS
 from molf.gradients import all_zero
-from molf.kernels.checks import check_groups
+from molf.kernels.checks import check_gradients, check_groups
+from molf.layers import RoutedLayer
 from molf.plain import PlainStep
 from molf.precision import Noise
 from molf.routing import Outcome
@@ -53,8 +59,9 @@ def is_dry(optimizer: MoLF, ranks: Ranks) -> bool:
 
 def take_whole(optimizer: MoLF, ranks: Ranks) -> Outcome:
     """Take the step of everything that has a gradient, or leave it out whole and say so."""
-    noise = None if optimizer.fused else noise_of(optimizer, ranks)
-    outcome = take(optimizer, optimizer.param_groups, ranks, noise)
+    fused = optimizer.choose(ranks)
+    noise = None if fused else noise_of(optimizer, ranks)
+    outcome = take(optimizer, optimizer.param_groups, ranks, fused, noise)
     if outcome.taken is False and ranks.first:
         logger.warning(
             "step left out: a gradient is not finite (%d left out so far). Weights and moments are unchanged.",
@@ -64,7 +71,7 @@ def take_whole(optimizer: MoLF, ranks: Ranks) -> Outcome:
 
 
 def take(
-    optimizer: MoLF, groups: Sequence[dict[str, Any]], ranks: Ranks, noise: Noise | None, part: int = 0
+    optimizer: MoLF, groups: Sequence[dict[str, Any]], ranks: Ranks, fused: bool, noise: Noise | None, part: int = 0
 ) -> Outcome:
     """Take the step of the layers and ordinary parameters in these groups that have gradients.
 
@@ -72,25 +79,56 @@ def take(
         optimizer: Its state of them is there.
         groups: All of its groups, or some, or parts of ordinary ones.
         ranks: Those that train the model together.
+        fused: Whether MoLF's kernels are to take it. If that was not asked for, PyTorch's take it where those can't read a
+            gradient; all ranks see the same, because gradients lie alike on all.
         noise: Of this step, for PyTorch's kernels.
         part: Which groups these are, a number of their own: kernels keep their tables from step to step.
 
     Raises:
         ValueError: If kernels are asked for that can't take the step; the reason is given.
     """
-    layers = [FORMS[group["form"]](group, optimizer.state, noise) for group in groups if "module" in group]
-    active = [layer for layer in layers if layer.active]
-    ordinary = [group for group in groups if "module" not in group]
+    device = groups[0]["params"][0].device
+    if optimizer.fused:
+        check_groups(groups, optimizer.score)
+    active, ordinary = _parts(optimizer, groups, noise)
+    if fused and not _readable(optimizer, active, ordinary, device):
+        fused, noise = False, noise_of(optimizer, ranks)
+        active, ordinary = _parts(optimizer, groups, noise)
     scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if not optimizer.fused:
+    if not fused:
         plain = PlainStep(optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
         return plain.take(active, ordinary, optimizer.state, scale, overflow, ranks, noise)
-    seed = next(group["lora_seed"] for group in optimizer.param_groups if "module" in group) + part * _APART
-    check_groups(groups, optimizer.score)
     from molf.kernels.step import FusedStep, Settings
 
-    device, kernels = groups[0]["params"][0].device, optimizer.kernels.get(part)
+    kernels = optimizer.kernels.get(part)
     if kernels is None or kernels.device != device:
         kernels = optimizer.kernels[part] = FusedStep(device)
+    seed = next(group["lora_seed"] for group in optimizer.param_groups if "module" in group) + part * _APART
     settings = Settings(optimizer.score, optimizer.top_k, optimizer.max_grad_norm)
     return kernels.take(active, ordinary, optimizer.state, settings, scale, overflow, ranks, seed)
+
+
+def _parts(
+    optimizer: MoLF, groups: Sequence[dict[str, Any]], noise: Noise | None
+) -> tuple[list[RoutedLayer], list[dict[str, Any]]]:
+    """Return the layers that have gradients, and the groups of other parameters."""
+    layers = [FORMS[group["form"]](group, optimizer.state, noise) for group in groups if "module" in group]
+    return [layer for layer in layers if layer.active], [group for group in groups if "module" not in group]
+
+
+def _readable(
+    optimizer: MoLF, layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], device: torch.device
+) -> bool:
+    """Say whether kernels can read all gradients.
+
+    Raises:
+        ValueError: If they can't, and are asked for.
+    """
+    try:
+        check_gradients(layers, ordinary, device)
+    except ValueError as unreadable:
+        if optimizer.fused:
+            raise
+        logger.debug("PyTorch's kernels take a step: %s", unreadable)
+        return False
+    return True

@@ -118,6 +118,7 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
             "optimizer_in_backward=True with method lora: that is MoLF.s alone",
         ),
         ({"method": "dora", "fused": True}, "fused=True with method dora: that is MoLF.s alone; leave it out"),
+        ({"method": "fft", "fused": False}, "fused=False with method fft: that is MoLF.s alone; leave it out"),
     ],
 )
 def test_contradictions(settings, message):

@@ -12,6 +12,8 @@ Letters: L routed layers, R LoRA experts a layer, E = R + 1 experts, S tensors (
 Of sharded weights (FSDP2) every rank works on its rows. Between 1 and 2 one all-reduce sums the gradients of A and gathers the
 norms, between 2 and 3 another one sums the scores, and the first rank's decision is sent to all.
 
-Nothing here but ``checks`` is imported unless a fused step is asked for. With ``TRITON_INTERPRET=1`` everything runs on a
+Whether they may take a run's steps unasked, a ``trial`` on the device says, one for each of the ``kinds`` of steps.
+
+Nothing here but ``checks`` and ``kinds`` is imported unless a fused step is asked for or tried. With ``TRITON_INTERPRET=1`` everything runs on a
 CPU, slowly.
 """

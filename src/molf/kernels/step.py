@@ -13,7 +13,6 @@ from torch import Tensor
 
 from molf.distributed import Ranks
 from molf.gradients import norm_over_shards, total_norm
-from molf.kernels.checks import check_gradients
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
 from molf.kernels.packed import observe_packed
@@ -72,7 +71,8 @@ class FusedStep:
         """Take the step of all layers and ordinary parameters that have gradients.
 
         Args:
-            layers: The L routed layers, all with the same E experts and the same Adam.
+            layers: The L routed layers, all with the same E experts and the same Adam. Their gradients, and those of ordinary
+                parameters, are as ``check_gradients`` wants them.
             ordinary: Groups of parameters that take plain AdamW.
             state: The optimizer's, with the entries of all of them.
             settings: The optimizer's.
@@ -80,12 +80,8 @@ class FusedStep:
             overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
             ranks: Those that train the model together: all take the first's decision.
             seed: Of stochastic rounding, the same at every step.
-
-        Raises:
-            ValueError: If a gradient is not as kernels read it; nothing has moved then.
         """
         tables = self._tables
-        check_gradients(layers, ordinary, tables.device)
         work = Work(layers, ordinary, state, ranks, tables.device)
         tables.room = work.room.memory
         if not work.items:

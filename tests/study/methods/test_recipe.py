@@ -36,7 +36,7 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
         "max_grad_norm": 1.0,
         "optim_bits": 32,
         "optimizer_in_backward": False,
-        "fused": False,
+        "fused": None,
         "bf16_update": "split",
     }
 

@@ -94,9 +94,12 @@ class MethodConfig:
             "gradient_accumulation_steps 1 only."
         },
     )
-    fused: bool = field(
-        default=False,
-        metadata={"help": "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels."},
+    fused: bool | None = field(
+        default=None,
+        metadata={
+            "help": "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels, or never; left out, where they "
+            "pass a trial on that device."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class MethodConfig:
         given = {
             "optim_bits": self.optim_bits == 8,
             "optimizer_in_backward": self.optimizer_in_backward,
-            "fused": self.fused,
+            "fused": self.fused is not None,
         }
         wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
         if wrong and not self.routes:
