@@ -14,6 +14,6 @@ norms, between 2 and 3 another one sums the scores, and the first rank's decisio
 
 Whether they may take a run's steps unasked, a ``trial`` on the device says, one for each of the ``kinds`` of steps.
 
-Nothing here but ``checks`` and ``kinds`` is imported unless a fused step is asked for or tried. With ``TRITON_INTERPRET=1`` everything runs on a
-CPU, slowly.
+Nothing here but ``checks`` and ``kinds`` is imported unless a fused step is asked for or tried. With ``TRITON_INTERPRET=1``
+everything runs on a CPU, slowly.
 """
