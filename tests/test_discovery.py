@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from molf import MoLF, add_lora_experts
 from molf.discovery import check_rank, routed_linears
 from small import mlp, tiny_llama
 
@@ -142,6 +143,21 @@ def test_other_kinds_of_layers(layer):
         found(nn.ModuleDict({"layer": layer, "linear": nn.Linear(2, 2)}), target=["layer", "linear"])
     with pytest.raises(ValueError, match=f"no nn.Linear layer to route; its layers with weights are {kind}"):
         found(nn.ModuleDict({"layer": layer}))
+
+
+def test_conv1d_layers_are_sent_to_adapters():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    with pytest.raises(
+        ValueError, match=r"layers c_attn, c_fc, c_proj .* are Conv1D.*add_lora_experts\(model, freeze_base=False"
+    ):
+        found(model, exclude=("lm_head",))
+    assert MoLF(add_lora_experts(model, ranks=(2,), freeze_base=False)).param_groups[-1]["experts"] == (
+        "fft",
+        "lora_r2",
+    )
 
 
 def test_a_model_of_nothing():

@@ -152,6 +152,8 @@ def test_start_is_kaiming_uniform():
         ({"ranks": (2, 3), "lora_alpha": (1.0,)}, r"lora_alpha=\(1\.0,\).*ranks=\(2, 3\)"),
         ({"ranks": (2,), "lora_alpha": (1.0, 2.0)}, "give one number"),
         ({"lora_alpha": -1.0}, r"lora_alpha=-1\.0"),
+        ({"lora_alpha": 0}, r"lora_alpha=0: must be above 0; without LoRA experts, ranks=\(\), this is AdamW"),
+        ({"lr": "high"}, "lr=high: must be a finite number, 0 or more"),
         ({"lr": -1e-3}, r"lr=-0\.001: must be a finite number, 0 or more"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": torch.tensor(float("inf"))}, "lr=inf"),
@@ -242,3 +244,33 @@ def test_adapters_of_peft(inner):
 def test_the_advice_for_adapters_works():
     merged = peft_llama().merge_and_unload().requires_grad_(True)
     assert len(param_groups(merged, ranks=(2,))) == 2 + 14
+
+
+def test_use_rslora_is_no_word():
+    with pytest.raises(TypeError, match="use_rslora='no': give True or False"):
+        param_groups(mlp(), ranks=(2,), use_rslora="no")
+
+
+def test_stacked_experts_are_said_to_take_adamw(caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 30}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    groups = param_groups(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), ranks=(2,))
+    assert [group["module"].rsplit(".")[-1] for group in groups[2:]] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    (said,) = caplog.messages
+    assert said.startswith(
+        "2 stacked tensors such as model.layers.0.mlp.experts.gate_up_proj [4, 48, 16], 71 % of what"
+    )
+
+
+def test_convolutions_and_positions_are_no_stacked_experts(caplog):
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(1, 4, 8))
+            self.conv = nn.Conv1d(3, 8, 2)
+            self.linear = nn.Linear(8, 8)
+
+    param_groups(Patches(), ranks=(2,))
+    assert not caplog.messages

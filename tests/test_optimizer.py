@@ -136,6 +136,8 @@ def test_loras_rate_follows_the_schedule():
         ({"betas": (-0.1, 0.9)}, "betas"),
         ({"betas": (float("nan"), 0.9)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
+        ({"betas": 0.9}, r"betas=0\.9: give two numbers"),
+        ({"fused": "yes"}, "fused='yes': use True, False or None"),
         ({"eps": 0.0}, r"eps=0\.0: must be above 0"),
         ({"eps": -1e-8}, "eps"),
         ({"eps": float("nan")}, "eps=nan"),

@@ -88,7 +88,13 @@ def _nothing_to_route(
             "weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
             "LoRA experts only: molf.add_lora_experts(model)"
         )
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    linear = _last_parts(modules, "Linear")
+    if transposed := _last_parts(modules, "Conv1D"):  # of transformers: GPT-2's
+        return (
+            f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] can't be routed in the merged "
+            "form: train them with adapters as experts, molf.add_lora_experts(model, freeze_base=False), or "
+            "molf.add_lora_experts(model) with a frozen base"
+        )
     if not linear:
         kinds = sorted(
             {type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)}
@@ -102,6 +108,17 @@ def _nothing_to_route(
     return (
         f"no layer matches target_modules={target_modules!r} with exclude_modules={exclude_modules!r}; the linear layers "
         f"here are named {', '.join(linear)}{hint}"
+    )
+
+
+def _last_parts(modules: dict[str, nn.Module], kind: str) -> list[str]:
+    """Return the last parts of the names of all modules of a kind, or of one that derives from it."""
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in modules.items()
+            if any(base.__name__ == kind for base in type(module).__mro__)
+        }
     )
 
 

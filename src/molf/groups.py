@@ -8,6 +8,7 @@ LoRA start. So schedulers, checkpoints and sharding tools can treat it like any 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from molf.adapters import adapted_groups, is_adapted
 from molf.discovery import check_rank, routed_linears
 
 __all__ = ["expert_names", "lora_scales", "param_groups"]
+
+logger = logging.getLogger(__name__)
 
 
 def expert_names(ranks: Sequence[int]) -> tuple[str, ...]:
@@ -71,12 +74,14 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
+    _check_numbers(lr=lr, lora_lr=lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
     rates = {
         "weight_decay": weight_decay,
         "lora_lr_ratio": _ratio(lr, lora_lr),
         "lora_weight_decay": lora_weight_decay,
     }
-    _check_numbers(lr=float(lr), lora_lr=lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
     if is_adapted(model):
         lora = {"ranks": ranks, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
         _refuse_lora_options({**lora, "target_modules": target_modules, "exclude_modules": exclude_modules})
@@ -94,6 +99,7 @@ def param_groups(
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
+    _tell_stacked(model, groups)
     return groups
 
 
@@ -154,14 +160,14 @@ def _checked_ranks(
     alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
     if len(alphas) != len(ranks):
         raise ValueError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
-    for alpha in alphas:
-        _check_numbers(lora_alpha=alpha)
+    if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas):
+        raise ValueError(f"lora_alpha={lora_alpha}: must be above 0; without LoRA experts, ranks=(), this is AdamW")
     return ranks, alphas
 
 
-def _check_numbers(**numbers: float | None) -> None:
+def _check_numbers(**numbers: float | torch.Tensor | None) -> None:
     for name, value in numbers.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if isinstance(value, str) or (value is not None and not (math.isfinite(value) and value >= 0)):
             raise ValueError(f"{name}={value}: must be a finite number, 0 or more")
 
 
@@ -179,3 +185,21 @@ def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
             counts[id(p)] = counts.get(id(p), 0) + 1
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and counts.get(id(p)) != 1]
     assert not wrong, f"every trainable parameter must be in exactly one group, but {wrong} are not"
+
+
+def _tell_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Say what of a mixture of experts is not routed: matrices stacked in one tensor ``[experts, ., .]`` are no layers."""
+    stacked = {
+        f"{name}.{key}".lstrip("."): p
+        for name, module in model.named_modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.requires_grad and p.ndim == 3 and p.shape[0] > 1 and not hasattr(module, "kernel_size")
+    }
+    if stacked:
+        share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for group in groups for p in group["params"])
+        name, p = next(iter(stacked.items()))
+        logger.warning(
+            "%d stacked tensors such as %s %s, %.0f %% of what trains, are no nn.Linear layers: they are not routed and take "
+            "plain AdamW",
+            *(len(stacked), name, list(p.shape), 100 * share),
+        )

@@ -109,7 +109,7 @@ class MoLF(torch.optim.Optimizer):
         optimizer_in_backward: bool = False,
         process_group: ProcessGroup | None = None,
     ):
-        check_options(betas, eps, max_grad_norm, bf16_update)
+        check_options(betas, eps, max_grad_norm, bf16_update, fused)
         grouping: dict[str, Any] = {
             "ranks": ranks,
             "lora_lr": lora_lr,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ RELEASED = "optimizer_in_backward=True moves a layer as soon as its gradient is 
 """How refusals begin that gradient release is the reason of."""
 
 
-def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str) -> None:
-    """Refuse numbers that can't work.
+def check_options(
+    betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str, fused: bool | None
+) -> None:
+    """Refuse values that can't work.
 
     Raises:
         ValueError: Naming the option, its value and what is allowed.
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas}: give two numbers in [0, 1)")
     if not eps > 0:
         raise ValueError(f"eps={eps}: must be above 0, the scores divide by sqrt(v) + eps")
@@ -35,6 +37,8 @@ def check_options(betas: tuple[float, float], eps: float, max_grad_norm: float |
         raise ValueError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
     if bf16_update not in BF16_UPDATES:
         raise ValueError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
+    if not (fused is None or isinstance(fused, bool)):
+        raise ValueError(f"fused={fused!r}: use True, False or None, which chooses")
 
 
 def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
