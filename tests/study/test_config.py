@@ -118,7 +118,12 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
             "optimizer_in_backward=True with method lora: that is MoLF.s alone",
         ),
         ({"method": "dora", "fused": True}, "fused=True with method dora: that is MoLF.s alone; leave it out"),
-        ({"method": "fft", "fused": False}, "fused=False with method fft: that is MoLF.s alone; leave it out"),
+        ({"ranks": [0]}, r"ranks=\[0\]: give ranks of at least 1, each once"),
+        ({"ranks": [8, 8]}, r"ranks=\[8, 8\]: give ranks of at least 1, each once"),
+        ({"method": "lora", "lora_rank": 0}, "lora_rank=0 must be at least 1"),
+        ({"lora_alpha": 0.0}, r"lora_alpha=0\.0 must be above 0"),
+        ({"top_k": 3}, "top_k=3: choose between 1 and 2, the number of experts"),
+        ({"method": "molf_e", "top_k": 0}, "top_k=0: choose between 1 and 2, the number of experts"),
     ],
 )
 def test_contradictions(settings, message):

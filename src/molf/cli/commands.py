@@ -1,6 +1,7 @@
 """The commands: parse, call, print."""
 
 import argparse
+import logging
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ def dispatch(command: str, argv: Sequence[str]) -> int:
         command: A name of ``COMMANDS``.
         argv: Its arguments.
     """
+    # At its import it warns of a kernel that only 4-bit weights on a CPU would be faster with.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         COMMANDS[command](list(argv))
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -123,16 +123,29 @@ class MethodConfig:
             self.ranks = [32, 128] if efficient else [128]
         if self.freeze_non_linear is None:
             self.freeze_non_linear = efficient
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         if self.loraplus_lr_ratio < 1:
             raise ValueError(
                 f"loraplus_lr_ratio={self.loraplus_lr_ratio}: B learns at least as fast as A; give 1 or more"
             )
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
+        ranks = self.ranks or []
+        if any(rank < 1 for rank in ranks) or len(set(ranks)) < len(ranks):
+            raise ValueError(f"ranks={ranks}: give ranks of at least 1, each once")
+        experts = len(ranks) + bool(self.fft_expert)
+        if self.routes and not 1 <= self.top_k <= experts:
+            raise ValueError(f"top_k={self.top_k}: choose between 1 and {experts}, the number of experts")
 
     def _check_for_molf_alone(self) -> None:
         given = {
             "optim_bits": self.optim_bits == 8,
             "optimizer_in_backward": self.optimizer_in_backward,
-            "fused": self.fused is not None,
+            "fused": bool(self.fused),
         }
         wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
         if wrong and not self.routes:
