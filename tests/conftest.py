@@ -1,5 +1,6 @@
 """Shared by all tests: offline, one tolerance table, small models."""
 
+import gc
 import os
 import platform
 
@@ -31,6 +32,16 @@ def pytest_collection_modifyitems(items):
         own = "slurm" if "cluster" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(own))
     items.sort(key=lambda item: "cluster" not in item.fixturenames and item.path.name not in SLOW)
+
+
+def pytest_collection_finish():
+    """Let no collection of garbage look through the libraries again: trainers ask for several in every run."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # so that libraries which count what is left at the end find nothing
 
 
 @pytest.fixture(autouse=True)

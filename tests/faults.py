@@ -1,9 +1,10 @@
 """Real training runs, killed with SIGKILL and gone on with; ``python tests/faults.py`` prints a table of what was lost.
 
-A server process imports the libraries once and forks a child per run, so that a run costs about as much as its training.
+Runs are children of a server process that has imported the libraries, so that one costs about as much as its training.
 """
 
 import argparse
+import gc
 import os
 import random
 import shutil
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ import molf.study.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.job import make_trainer
+from served import CONTEXT
 from small_runs import carry_out, small_run, weights
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -36,9 +37,6 @@ METHODS = {
 STEPS = 8
 RUN = {"gradient_accumulation_steps": 1, "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "eval_limit": 1}
 """Two epochs of four steps with a checkpoint after every second step."""
-
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["molf.study.train", "transformers.models.llama.modeling_llama"])
 
 
 @dataclass(frozen=True)
@@ -143,6 +141,7 @@ class Run:
 
 
 def _child(settings, log, steps, kill_at):
+    gc.freeze()  # what is imported need not be looked through by every collection of garbage
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

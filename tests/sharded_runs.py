@@ -5,6 +5,7 @@ everything else (the Trainer, accelerate's FSDP2, distributed checkpoints, this 
 """
 
 import errno
+import gc
 import io
 import json
 import logging
@@ -59,6 +60,7 @@ def carry_out_all(rank, size, folder, plan):
         folder: Where all of it is.
         plan: For each case the names of functions of this module, and what they take after the rank.
     """
+    gc.freeze()  # what is imported need not be looked through by every collection of garbage
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

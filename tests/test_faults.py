@@ -15,10 +15,11 @@ import torch
 from torch.serialization import load
 from transformers import TrainerCallback
 
-from faults import CONTEXT, METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
+from faults import METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
 from molf.integrations.checkpoint_folder import checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.job import make_trainer
+from served import CONTEXT
 from small_runs import carry_out, small_run, weights
 from tiny_checkpoints import save_tiny_checkpoint
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, StateDictType
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM
 
 import sharded_runs
@@ -16,6 +17,7 @@ from molf.cli import main
 from molf.study.methods.recipe import Recipe
 from molf.study.results import read_result
 from molf.study.sharding import FOLDER_NAME, TrainedShards, check_sharding
+from served import CONTEXT
 from small_runs import carry_out, small_run, weights
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -89,7 +91,9 @@ def ranks(tmp_path_factory):
         patch.delenv("LOG_FILE", raising=False)
         save_tiny_checkpoint(folder / "model", num_hidden_layers=1, tie_word_embeddings=True)
         for size, plan in plans(folder).items():
-            multiprocessing.spawn(sharded_runs.carry_out_all, (size, folder, plan), nprocs=size)
+            start_processes(
+                sharded_runs.carry_out_all, (size, folder, plan), size, start_method=CONTEXT.get_start_method()
+            )
             for file in folder.glob(f"{size}ranks-*.json"):
                 failures |= json.loads(file.read_text())
     return folder, failures
