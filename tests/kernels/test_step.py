@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -202,6 +203,36 @@ def test_settings_are_those_of_the_moment():
         assert fast.routing.winners() == slow.routing.winners()
         assert {len(won) for won in fast.routing.winners().values()} == {top_k}
         torch.testing.assert_close(fast.routing.scores.cpu(), slow.routing.scores.cpu(), **CLOSE)
+
+
+def test_the_device_of_the_model_is_the_current_one_at_every_launch(monkeypatch):
+    """Triton launches on the current device, which need not be the model's."""
+    model, inside, launched = mlp(torch.float32).to(DEVICE), [], []
+
+    @contextmanager
+    def current(x):
+        inside.append(x.device.type)
+        yield
+        inside.pop()
+
+    def watch(launch):
+        return lambda *args: (launched.append(inside[-1]), launch(*args))[1]
+
+    monkeypatch.setattr(torch.cuda, "device_of", current)
+    for name in ("pair_gradients", "move_moments_", "move_winners_", "fold_winners_", "settle_packed_"):
+        monkeypatch.setattr(kernels, name, watch(getattr(kernels, name)))
+    step(model, MoLF(model, ranks=(2,), fused=True), 0)
+    assert launched == [DEVICE] * 6 and not inside
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_device_than_the_current_one():
+    model = mlp(torch.float32).to("cuda:1")
+    optimizer = MoLF(model, ranks=(2,))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.fused_in_use is True and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_layers_that_missed_steps_draw_no_noise_again(monkeypatch):

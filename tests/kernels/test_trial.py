@@ -3,7 +3,9 @@ import torch
 
 from fused import DEVICE
 from kinds import branched, even, kind
+from molf.kernels import products
 from molf.kernels import step as kernels
+from molf.kernels import trial as trials
 from molf.kernels.trial import trial
 
 
@@ -26,6 +28,13 @@ def test_the_kernels_take_the_step_of_pytorchs(options):
 def test_a_trial_is_the_same_under_autocast_and_with_gradients():
     with torch.enable_grad(), torch.autocast(DEVICE, torch.bfloat16):
         assert trial(kind(make=even, ranks=(16,))) is None
+
+
+def test_rounding_to_tf32_passes_by_far(monkeypatch):
+    """As on tensor cores: with a fifth of what is allowed."""
+    monkeypatch.setattr(products, "cuts_factors", lambda device: True)
+    monkeypatch.setattr(trials, "_ALLOWED", trials._ALLOWED / 5)
+    assert trial(kind(make=even, ranks=(16,))) is None
 
 
 @pytest.mark.parametrize(

@@ -82,34 +82,36 @@ class FusedStep:
             seed: Of stochastic rounding, the same at every step.
         """
         tables = self._tables
-        work = Work(layers, ordinary, state, ranks, tables.device)
-        tables.room = work.room.memory
-        if not work.items:
-            return Outcome(None, torch.zeros((), device=tables.device), taken=True)
-        first = layers[0].group if layers else ordinary[0]
-        betas, eps = first["betas"], first["eps"]
-        pair_gradients(work.products, tables)
-        norm, scalars = _prepare(work, settings.max_norm, scale, overflow, ranks)
-        torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
-        pfn, packed = settings.score.name == "pfn", work.packed_steps()
-        totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
-        if packed:
-            moments = [step.packed for step in packed]
-            totals += observe_packed(moments, work.experts, betas, eps, pfn, scalars, tables)
-        routing = self._decide(work, layers, totals, settings, scalars, ranks) if layers else None
-        won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
-        if routing is not None:
-            won[: work.routed] = routing.chosen.flatten()
-        steps = torch.stack(work.counts)
-        # A layer may have missed steps: the most of all counts is what no step before had.
-        corrections, noise = _corrections(steps, betas), steps.max().long() + seed % 2**31
-        for name, derived in (("pairs", True), ("rest", False)):
-            move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
-        fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
-        settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
-        _count_wins(work, won, scalars)
-        tables.room = tables.room.new_empty(0)
-        return Outcome(routing, norm, scalars.go.bool())
+        # Triton launches on the current device, wherever the tensors are. On a CPU this does nothing.
+        with torch.cuda.device_of(tables.room):  # type: ignore[no-untyped-call]
+            work = Work(layers, ordinary, state, ranks, tables.device)
+            tables.room = work.room.memory
+            if not work.items:
+                return Outcome(None, torch.zeros((), device=tables.device), taken=True)
+            first = layers[0].group if layers else ordinary[0]
+            betas, eps = first["betas"], first["eps"]
+            pair_gradients(work.products, tables)
+            norm, scalars = _prepare(work, settings.max_norm, scale, overflow, ranks)
+            torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
+            pfn, packed = settings.score.name == "pfn", work.packed_steps()
+            totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
+            if packed:
+                moments = [step.packed for step in packed]
+                totals += observe_packed(moments, work.experts, betas, eps, pfn, scalars, tables)
+            routing = self._decide(work, layers, totals, settings, scalars, ranks) if layers else None
+            won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
+            if routing is not None:
+                won[: work.routed] = routing.chosen.flatten()
+            steps = torch.stack(work.counts)
+            # A layer may have missed steps: the most of all counts is what no step before had.
+            corrections, noise = _corrections(steps, betas), steps.max().long() + seed % 2**31
+            for name, derived in (("pairs", True), ("rest", False)):
+                move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
+            fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
+            settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
+            _count_wins(work, won, scalars)
+            tables.room = tables.room.new_empty(0)
+            return Outcome(routing, norm, scalars.go.bool())
 
     def _decide(
         self,
