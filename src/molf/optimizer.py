@@ -44,7 +44,7 @@ class MoLF(torch.optim.Optimizer):
     times, so every checkpoint is an ordinary checkpoint. Everything else that trains takes plain AdamW.
 
     Args:
-        model: The model, or the groups that ``molf.param_groups`` made of it.
+        model: The model, or the groups that ``molf.param_groups`` made of it. What is frozen in it now is not trained later.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
         lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``.
