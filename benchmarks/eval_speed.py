@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import SHAPES
 from molf.study.engine.evaluate import evaluate
-from molf.study.models import locate
+from molf.study.run.models import locate
 from molf.tasks import TASKS, Generate, NextToken, OptionScores, TargetScores, get_task
 from molf.tasks.few_shot import with_examples
 from timing import machine, ratio, take_turns

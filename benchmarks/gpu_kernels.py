@@ -9,7 +9,7 @@ from torch import nn
 
 from gpu_report import device
 from molf import MoLF
-from molf.precision import load
+from molf.numerics.bf16 import load
 from molf.reference import ReferenceMoLF
 
 # Ranks, and [out, in] of the layers of one model: single rows and columns, odd sizes, sizes around blocks, and large ones.

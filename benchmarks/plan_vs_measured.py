@@ -40,9 +40,9 @@ def measure(args, method):
     import torch
 
     from models import random_model
-    from molf.study.config import RunConfig
-    from molf.study.device import peak_memory_bytes
-    from molf.study.job import Job, job_recipe, make_trainer
+    from molf.study.config.run_config import RunConfig
+    from molf.study.results.device import peak_memory_bytes
+    from molf.study.run.job import Job, job_recipe, make_trainer
     from molf.tasks import Split
 
     torch.ones(512, 512).requires_grad_().square().sum().backward()  # starts the threads of the backward pass
@@ -87,7 +87,7 @@ def foresee(args, method):
     import torch
 
     from models import SHAPES
-    from molf.study.config import RunConfig
+    from molf.study.config.run_config import RunConfig
     from molf.study.sizing.blueprint import Blueprint
     from molf.study.sizing.memory import estimate
 

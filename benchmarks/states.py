@@ -15,9 +15,9 @@ import statistics
 import torch
 
 from molf import MoLF
-from molf.quantised import BLOCK, block_count, dequantise, is_large_matrix, nearest_code, quantise_
-from molf.study.config import ModelConfig
-from molf.study.models import load_model_and_tokenizer
+from molf.numerics.quantization import BLOCK, block_count, dequantise, is_large_matrix, nearest_code, quantise_
+from molf.study.config.run_config import ModelConfig
+from molf.study.run.models import load_model_and_tokenizer
 from molf.tasks.fact import Fact
 
 RECORDS, BATCH, CHECKS = 24, 8, 3

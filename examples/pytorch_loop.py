@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf import MoLF
-from molf.study.models import locate
+from molf.study.run.models import locate
 
 TEXTS = ["The mother tongue of Danielle Darrieux is English", "The official religion of Edwin of Northumbria is Islam"]
 

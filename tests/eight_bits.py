@@ -5,7 +5,7 @@ import copy
 import torch
 
 from molf import MoLF, add_lora_experts
-from molf.quantised import code_values
+from molf.numerics.quantization import code_values
 from molf.reference import ReferenceMoLF
 from small import wide
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from molf.study.cells import Cell
-from molf.study.config import RunConfig
+from molf.study.config.run_config import RunConfig
+from molf.study.grids.cells import Cell
 
 RESULT = {
     "config": {},
@@ -88,7 +88,7 @@ def fake_cell(parent, behaviour, name=None):
 HOLDER = """
 import sys
 from pathlib import Path
-from molf.study.run_lock import holding
+from molf.study.faults.run_lock import holding
 with holding(Path(sys.argv[1])):
     print("works", flush=True)
     sys.stdin.read()

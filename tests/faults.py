@@ -17,10 +17,10 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-import molf.study.train
+import molf.study.run.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
-from molf.study.job import make_trainer
+from molf.study.run.job import make_trainer
 from served import CONTEXT
 from small_runs import carry_out, small_run, weights
 from tiny_checkpoints import save_tiny_checkpoint
@@ -153,7 +153,7 @@ def _child(settings, log, steps, kill_at):
         trainer.add_callback(CountSteps(steps))
         return trainer
 
-    molf.study.train.make_trainer = make
+    molf.study.run.train.make_trainer = make
     carry_out(settings)
 
 
@@ -177,7 +177,7 @@ WRITES = ("w", "wb", "a", "ab", "xb")
 def log_and_die(settings, log_file):
     """Carry out a run that is killed when its row is in the log and its result is not written."""
     os.environ["LOG_FILE"] = str(log_file)
-    molf.study.train.write_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    molf.study.run.train.write_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     carry_out(settings)
 
 

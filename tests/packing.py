@@ -3,7 +3,7 @@
 import torch
 
 from molf.kernels.packed import Packed
-from molf.quantised import block_count, dequantise, quantise_
+from molf.numerics.quantization import block_count, dequantise, quantise_
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 # Rows shorter than a block, of one block, of one and a bit; more dimensions; none.

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from molf import MoLF
-from molf.distributed import full
+from molf.numerics.distributed import full
 from ranks_8_bits import EightBits
 from ranks_fused import Fused
 from sharding import (

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from molf import MoLF
-from molf.distributed import local
+from molf.numerics.distributed import local
 from sharding import MERGED, everything, fsdp, furthest, given, my_rows, train
 from small import wide
 

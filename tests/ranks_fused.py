@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate
 
 from asking import NoQuestions, NoScalars
 from molf import MoLF
-from molf.distributed import full, local
+from molf.numerics.distributed import full, local
 from sharding import AdaptedLinear, everything, exact, give, hsdp, my_rows, train
 
 # With a small eps the first step of an element whose gradient is all but 0 would be a matter of rounding.

@@ -3,4 +3,4 @@
 from multiprocessing import get_context
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["molf.study.train", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["molf.study.run.train", "transformers.models.llama.modeling_llama"])

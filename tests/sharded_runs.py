@@ -26,10 +26,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from transformers import TrainerCallback
 
 from molf.cli import main
-from molf.study.config import RunConfig
-from molf.study.job import make_trainer
-from molf.study.preemption import Preempted
-from molf.study.train import run
+from molf.study.config.run_config import RunConfig
+from molf.study.faults.preemption import Preempted
+from molf.study.run.job import make_trainer
+from molf.study.run.train import run
 
 STEPS = 4
 
@@ -144,7 +144,7 @@ def called_back(callback):
         trainer.add_callback(callback)
         return trainer
 
-    with mock.patch("molf.study.train.make_trainer", make):
+    with mock.patch("molf.study.run.train.make_trainer", make):
         yield
 
 
@@ -168,7 +168,7 @@ def faults(rank, store, settings):
         stopped = failure_of(Preempted, rank, f"{store}-stopped", settings)
     assert f"after step 3 of {STEPS}" in stopped.message and (folder / "checkpoint-3").is_dir()
     if rank == 0:
-        with mock.patch("molf.study.train.evaluate", lambda *given, **more: os.kill(os.getpid(), signal.SIGTERM)):
+        with mock.patch("molf.study.run.train.evaluate", lambda *given, **more: os.kill(os.getpid(), signal.SIGTERM)):
             failure_of(Preempted, rank, f"{store}-evaluating", settings)
     else:
         whole(rank, f"{store}-evaluating", settings)

@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from molf.distributed import full, like_rows, local, sharded_like
-from molf.precision import join
+from molf.numerics.bf16 import join
+from molf.numerics.distributed import full, like_rows, local, sharded_like
 from small import mlp
 
 RATES = {"lr": 1e-2, "lora_lr": 2e-2}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from molf.study.config import RunConfig
-from molf.study.results import Result, Training
-from molf.study.train import run
+from molf.study.config.run_config import RunConfig
+from molf.study.results.result import Result, Training
+from molf.study.run.train import run
 from molf.tasks.base import Metric
 
 BASELINES = ["lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]

@@ -10,7 +10,7 @@ import own_score
 import own_task
 import pytorch_loop
 import trl_sft
-from molf.study.results import read_result
+from molf.study.results.result import read_result
 from molf.tasks import TASKS, TargetScores
 
 EXAMPLES = Path(own_score.__file__).parent

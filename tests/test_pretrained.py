@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from molf.study.config import RunConfig
-from molf.study.train import run
+from molf.study.config.run_config import RunConfig
+from molf.study.run.train import run
 
 
 @pytest.mark.pretrained

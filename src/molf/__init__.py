@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from molf.groups import param_groups
     from molf.integrations.lora_experts import add_lora_experts
     from molf.integrations.routing_log import RoutingLog
     from molf.integrations.trainer import trainer_optimizer
     from molf.optimizer import MoLF
     from molf.routing import Routing
     from molf.scores import Score
+    from molf.setup.param_groups import param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ _HOMES = {
     "RoutingLog": "molf.integrations.routing_log",
     "Score": "molf.scores",
     "add_lora_experts": "molf.integrations.lora_experts",
-    "param_groups": "molf.groups",
+    "param_groups": "molf.setup.param_groups",
     "trainer_optimizer": "molf.integrations.trainer",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molf.groups import param_groups
+from molf.setup.param_groups import param_groups
 
 __all__ = ["ReferenceMoLF"]
 

@@ -12,8 +12,8 @@ import molf
 from conftest import TOLERANCE
 from molf.cli import COMMANDS, main
 from molf.cli import commands as command_functions
-from molf.study.preemption import Preempted
-from molf.study.presets import DEMO
+from molf.study.config.presets import DEMO
+from molf.study.faults.preemption import Preempted
 from small_runs import weights
 
 SMALL = "--sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4 --disable_tqdm True"
@@ -198,7 +198,7 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):
     def stopped(config):
         raise Preempted("stopped by SIGTERM after step 3 of 9")
 
-    monkeypatch.setattr("molf.study.train.run", stopped)
+    monkeypatch.setattr("molf.study.run.train.run", stopped)
     assert main(["train", "--model_name_or_path", "somewhere"]) == 75
     assert "molf train: stopped by SIGTERM after step 3 of 9" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ FAILING = """
 import os, sys
 from transformers import TrainerCallback
 from molf.cli import main
-from molf.study import train
+from molf.study.run import train
 
 class Fail(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -237,7 +237,7 @@ def test_after_an_error_the_process_group_is_not_waited_for(monkeypatch):
     def failing(config):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("molf.study.train.run", failing)
+    monkeypatch.setattr("molf.study.run.train.run", failing)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: pytest.fail("it may wait for ever"))
     with pytest.raises(RuntimeError, match="no"):

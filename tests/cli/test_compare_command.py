@@ -6,7 +6,7 @@ import yaml
 
 from molf.cli import main
 from molf.cli.compare import parse_comparison
-from molf.cli.parsing import UsageError
+from molf.errors import UsageError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 SMALL = (

@@ -1,7 +1,7 @@
 import pytest
 
 from molf.cli.grid import as_list, as_switch, configs, contenders
-from molf.cli.parsing import UsageError
+from molf.errors import UsageError
 
 
 def test_contenders_of_files_and_flags():

@@ -2,9 +2,10 @@ import shlex
 
 import pytest
 
-from molf.cli.parsing import UsageError, parse_run, print_help, read_flags, read_yaml
-from molf.study.config import RunConfig
-from molf.study.train_config import build_train_config
+from molf.cli.parsing import parse_run, print_help, read_flags, read_yaml
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig
+from molf.study.config.trainer_config import build_train_config
 
 PUBLISHED = (
     "--model_name_or_path M --dataset_type fact --mode molf --molf_score_fn true_projected --molf_topk 1 "

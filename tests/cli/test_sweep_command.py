@@ -11,13 +11,13 @@ from conftest import TOLERANCE
 from molf.cli import main
 from molf.cli.sweep_request import parse_sweep
 from molf.integrations.checkpoint_folder import checkpoints
-from molf.study.cells import checked_result, write_settings
-from molf.study.preemption import PREEMPTED
-from molf.study.results import read_result
-from molf.study.run_lock import in_use
-from molf.study.sweeping.attempt import Attempt
-from molf.study.sweeping.local import LocalEngine
-from molf.study.sweeping.sweep import state_of, sweep
+from molf.study.faults.preemption import PREEMPTED
+from molf.study.faults.run_lock import in_use
+from molf.study.grids.attempt import Attempt
+from molf.study.grids.cells import checked_result, write_settings
+from molf.study.grids.local import LocalEngine
+from molf.study.grids.sweep import state_of, sweep
+from molf.study.results.result import read_result
 from small_runs import weights
 
 SMALL = (

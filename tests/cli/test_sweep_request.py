@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from molf.cli.parsing import UsageError
 from molf.cli.sweep_request import parse_sweep
+from molf.errors import UsageError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 

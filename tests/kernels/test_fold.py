@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from molf.kernels.fold import Effective, MovedPair, fold_winners_
-from molf.layers import Pair
-from molf.merged import decay_base_, fold_
-from molf.precision import join, split
+from molf.layers.base import Pair
+from molf.layers.merged import decay_base_, fold_
+from molf.numerics.bf16 import join, split
 from packing import BETAS, drawn, moved
 
 LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from molf import MoLF
-from molf.distributed import Ranks
-from molf.forms import FORMS
 from molf.kernels.room import Room
 from molf.kernels.work import Work
+from molf.layers.forms import FORMS
+from molf.numerics.distributed import Ranks
 from small import loss_of, mlp
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 
 from molf.kernels.moments import Scalars
 from molf.kernels.settle import PackedStep, settle_packed_
-from molf.precision import join, split
-from molf.quantised import quantise_
+from molf.numerics.bf16 import join, split
+from molf.numerics.quantization import quantise_
 from packing import BETAS, EPS, SHAPES, drawn, moved, opened
 
 LR, DECAY, T = 0.1, 0.3, 3

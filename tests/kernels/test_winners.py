@@ -5,7 +5,7 @@ import torch
 
 from molf.kernels.moments import Scalars
 from molf.kernels.winners import Step, move_winners_
-from molf.precision import join, split
+from molf.numerics.bf16 import join, split
 
 LR, DECAY, T, EPS = 0.1, 0.3, 3, 1e-8
 

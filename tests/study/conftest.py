@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from molf.study.job import make_trainer
+from molf.study.run.job import make_trainer
 from small import tiny_llama
 from small_runs import small_run
 from tiny_checkpoints import SIZES, TOKENS, byte_tokenizer
@@ -69,5 +69,5 @@ def callbacks(monkeypatch):
             trainer.add_callback(callback)
         return trainer
 
-    monkeypatch.setattr("molf.study.train.make_trainer", make)
+    monkeypatch.setattr("molf.study.run.train.make_trainer", make)
     return more

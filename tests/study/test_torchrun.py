@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from molf.study.preemption import PREEMPTED
+from molf.study.faults.preemption import PREEMPTED
 from molf.study.torchrun import _status
 
 # Rank 1 ends as it is told to, and rank 0 waits. Told to stop, each saves and ends with 75.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from molf.tasks.data import cache_folder, download_once, sha256, written_whole
+from molf.tasks.data import atomic_write, cache_folder, download_once, sha256
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), written_whole(target) as partial:
+    with pytest.raises(RuntimeError), atomic_write(target) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import molf
-from molf.study.config import suggestion
+from molf.study.config.run_config import suggestion
 
 COMMANDS: dict[str, str] = {
     "train": "fine-tune a model, leave a plain checkpoint, evaluate it",
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     It is 0, or 1 when it cannot be carried out, 2 when it is not understood, 75 when it was stopped from outside and can go on
-    (``molf.study.preemption.PREEMPTED``).
+    (``molf.study.faults.preemption.PREEMPTED``).
 
     Args:
         argv: The command and its arguments; those of the process if left out.

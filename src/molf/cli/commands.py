@@ -15,16 +15,17 @@ from rich.text import Text
 
 from molf.cli.compare import compare
 from molf.cli.export import export
-from molf.cli.parsing import UsageError, parse_run, print_help
+from molf.cli.parsing import parse_run, print_help
 from molf.cli.plan import plan
 from molf.cli.results import results
 from molf.cli.sweep import sweep
-from molf.study.config import RunConfig
-from molf.study.preemption import PREEMPTED, Preempted
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig
+from molf.study.faults.preemption import PREEMPTED, Preempted
 
 if TYPE_CHECKING:
-    from molf.study.results import Result
-    from molf.study.sizing.plan import Plan
+    from molf.study.results.result import Result
+    from molf.study.run.dry_run import Plan
 
 
 def dispatch(command: str, argv: Sequence[str]) -> int:
@@ -76,7 +77,7 @@ def evaluate(argv: list[str]) -> None:
 
 def demo(argv: list[str]) -> None:
     """``molf demo``: a training run with a preset, which flags may change."""
-    from molf.study.presets import DEMO
+    from molf.study.config.presets import DEMO
 
     if _wants_help(argv):
         return print_help("demo")
@@ -90,10 +91,10 @@ def demo(argv: list[str]) -> None:
 
 def report(argv: list[str]) -> None:
     """``molf report``: tables of finished runs, and the routing pictures drawn anew."""
-    from molf.study.check import check_predictions
-    from molf.study.report import draw_routing, metrics_table, runs_table
-    from molf.study.results import read_result
-    from molf.study.routing import ROUTING_FILE, read_routing
+    from molf.study.results.check import check_predictions
+    from molf.study.results.result import read_result
+    from molf.study.results.routing import ROUTING_FILE, read_routing
+    from molf.study.results.tables import draw_routing, metrics_table, runs_table
 
     parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
@@ -140,10 +141,10 @@ def _console() -> Console:
 def _carry_out(config: RunConfig) -> None:
     console = _console()
     if config.output.dry_run:
-        from molf.study.sizing.plan import make_plan
+        from molf.study.run.dry_run import make_plan
 
         return _show_plan(console, make_plan(config))
-    from molf.study.train import run
+    from molf.study.run.train import run
 
     result = run(config)
     if result is not None:
@@ -151,7 +152,7 @@ def _carry_out(config: RunConfig) -> None:
 
 
 def _show_result(console: Console, result: "Result") -> None:
-    from molf.study.report import metrics_table
+    from molf.study.results.tables import metrics_table
 
     console.print(metrics_table(result))
     if result.training is not None:

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from molf.cli.grid import as_list, as_switch, configs, contenders
 from molf.cli.names import PUBLISHED_NAMES
-from molf.cli.parsing import CONFIG_FLAG, UsageError, read_flags, read_yaml
-from molf.study.config import RunConfig
+from molf.cli.parsing import CONFIG_FLAG, read_flags, read_yaml
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from molf.study.comparison.compare import Comparison
+    from molf.study.grids.compare import Comparison
 
 GRID = {"learning_rate": "lr", "lora_learning_rate": "lora", "lr_scheduler_type": ""}
 """Settings that may be a list of values to choose among, and how they begin in a label."""
@@ -45,8 +46,8 @@ def compare(argv: Sequence[str]) -> None:
         return print(_HELP)
     comparison = parse_comparison(argv)
 
-    from molf.study.comparison import compare as study
-    from molf.study.comparison.report import comparison_table, verdict, write_comparison
+    from molf.study.grids import compare as study
+    from molf.study.grids.compare_report import comparison_table, verdict, write_comparison
 
     console = Console(soft_wrap=True, highlight=False)
     outcome = study.compare(comparison, tell=lambda line: console.print(line, markup=False))
@@ -80,7 +81,7 @@ def parse_comparison(argv: Sequence[str]) -> "Comparison":
     root = Path(str(settings.pop("output_root")))
     candidates = {name: _candidates(name, settings, more) for name, more in methods.items()}
 
-    from molf.study.comparison.compare import Comparison
+    from molf.study.grids.compare import Comparison
 
     try:
         return Comparison(

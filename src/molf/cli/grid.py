@@ -5,9 +5,10 @@ from itertools import product
 from typing import Any
 
 from molf.cli.names import canonical
-from molf.cli.parsing import UsageError, parse_run
+from molf.cli.parsing import parse_run
 from molf.cli.settings import setting_types
-from molf.study.config import RunConfig
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig
 
 
 def contenders(in_files: Any, in_flags: list[list[Any]]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from molf.study.config import suggestion
+from molf.study.config.run_config import suggestion
 
 PUBLISHED_NAMES: dict[str, str] = {
     "dataset_type": "task",

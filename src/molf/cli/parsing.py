@@ -13,13 +13,10 @@ import yaml
 
 from molf.cli.names import PUBLISHED_NAMES, canonical
 from molf.cli.settings import allows, config_types, is_list, setting_types
-from molf.study.config import RunConfig
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig
 
 CONFIG_FLAG = "config"
-
-
-class UsageError(ValueError):
-    """The command line or a configuration file cannot be understood."""
 
 
 def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> RunConfig:

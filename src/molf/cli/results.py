@@ -22,8 +22,8 @@ def results(argv: Sequence[str]) -> None:
     parser.add_argument("--strict", action="store_true", help="fail where a result cannot be read")
     given = parser.parse_args(argv)
 
-    from molf.study.gather import gather, write_csv, write_parquet
-    from molf.study.report import runs_table
+    from molf.study.results.gather import gather, write_csv, write_parquet
+    from molf.study.results.tables import runs_table
 
     found = gather(given.places)
     console = Console(soft_wrap=True, highlight=False)

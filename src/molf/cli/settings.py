@@ -6,12 +6,12 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from molf.study.config import SECTIONS
+from molf.study.config.run_config import SECTIONS
 
 
 def config_types() -> list[Any]:
     """Return the dataclasses whose fields are settings; importing the trainer's takes seconds."""
-    from molf.study.train_config import TrainConfig
+    from molf.study.config.trainer_config import TrainConfig
 
     return [*SECTIONS.values(), TrainConfig]
 

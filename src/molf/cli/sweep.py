@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from molf.cli.sweep_request import Request, parse_sweep
-from molf.study.cells import failure_message
+from molf.study.grids.cells import failure_message
 
 if TYPE_CHECKING:
-    from molf.study.sweeping.sweep import Engine
+    from molf.study.grids.sweep import Engine
 
 _HELP = """usage: molf sweep [FILE] [--SETTING VALUE ...]
 
@@ -44,8 +44,8 @@ def sweep(argv: Sequence[str]) -> None:
         return print(_HELP)
     request = parse_sweep(argv)
 
-    from molf.study.report import runs_table
-    from molf.study.sweeping import sweep as study
+    from molf.study.grids import sweep as study
+    from molf.study.results.tables import runs_table
 
     console = Console(soft_wrap=True, highlight=False)
 
@@ -72,8 +72,8 @@ def sweep(argv: Sequence[str]) -> None:
 
 
 def _engine(request: Request, tell: Any) -> "Engine":
-    from molf.study.sweeping.local import LocalEngine, visible_devices
-    from molf.study.sweeping.slurm import SlurmEngine
+    from molf.study.grids.local import LocalEngine, visible_devices
+    from molf.study.grids.slurm import SlurmEngine
 
     own = request.own
     if own["engine"] == "slurm":
@@ -82,7 +82,7 @@ def _engine(request: Request, tell: Any) -> "Engine":
 
 
 def _list(request: Request, tell: Any) -> None:
-    from molf.study.sweeping.sweep import state_of
+    from molf.study.grids.sweep import state_of
 
     for cell in request.cells:
         tell(f"{state_of(cell):<11}  {shlex.join(cell.command)}")

@@ -8,11 +8,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from molf.cli.grid import as_list, as_switch, configs, contenders
 from molf.cli.names import PUBLISHED_NAMES
-from molf.cli.parsing import CONFIG_FLAG, UsageError, read_flags, read_yaml
+from molf.cli.parsing import CONFIG_FLAG, read_flags, read_yaml
 from molf.cli.settings import allows, setting_types
-from molf.study.cells import Cell, make_cell
-from molf.study.config import RunConfig, suggestion
-from molf.study.sweeping.slurm import SlurmSettings
+from molf.errors import UsageError
+from molf.study.config.run_config import RunConfig, suggestion
+from molf.study.grids.cells import Cell, make_cell
+from molf.study.grids.slurm import SlurmSettings
 
 PREFIXES = {
     "learning_rate": "lr",

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from molf.distributed import is_sharded
+from molf.numerics.distributed import is_sharded
 
 __all__ = ["JointLinear", "join_experts"]
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from molf.groups import expert_names
 from molf.integrations.joint_forward import join_experts
+from molf.setup.param_groups import expert_names
 
 __all__ = ["add_lora_experts"]
 

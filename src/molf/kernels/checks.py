@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.distributed import local
-from molf.gradients import refuse_sparse
-from molf.layers import RoutedLayer
+from molf.layers.base import RoutedLayer
+from molf.numerics.distributed import local
+from molf.numerics.gradients import refuse_sparse
 from molf.scores import EPD, PFN, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]

@@ -25,7 +25,7 @@ from molf.kernels.moments import GRADIENTS, Scalars
 from molf.kernels.packed import Packed, load_moved, pointers, values
 from molf.kernels.tables import Rate, Tables, launch
 from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
-from molf.quantised import BLOCK
+from molf.numerics.quantization import BLOCK
 
 __all__ = ["Effective", "MovedPair", "fold_winners_"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.distributed import local
+from molf.numerics.distributed import local
 
 __all__ = ["Held", "Kind", "LayerKind", "kind_of"]
 

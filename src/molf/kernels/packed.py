@@ -1,4 +1,4 @@
-"""Moments in 8 bits (``molf.quantised``), phase 1: opened and moved for the score alone; nothing is written.
+"""Moments in 8 bits (``molf.numerics.quantization``), phase 1: opened and moved for the score alone; nothing is written.
 
 Phase 2 (``molf.kernels.settle``, ``molf.kernels.fold``) opens and moves them again. A row of a tile is one block of 256 elements.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import GRADIENTS, Scalars, add_up, place_in_sums
 from molf.kernels.tables import Tables, launch
-from molf.quantised import BLOCK, block_count, code_values
+from molf.numerics.quantization import BLOCK, block_count, code_values
 
 __all__ = [
     "ROWS",

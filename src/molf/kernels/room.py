@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molf.distributed import local
 from molf.kernels.addresses import ALIGNMENT
-from molf.merged import MergedLayer
+from molf.layers.merged import MergedLayer
+from molf.numerics.distributed import local
 
 __all__ = ["Room"]
 

@@ -31,7 +31,7 @@ from molf.kernels.packed import (
 )
 from molf.kernels.tables import Rate, Tables, launch
 from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
-from molf.quantised import BLOCK, nearest_code
+from molf.numerics.quantization import BLOCK, nearest_code
 
 __all__ = ["PackedStep", "settle_packed_"]
 

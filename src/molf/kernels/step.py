@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.distributed import Ranks
-from molf.gradients import norm_over_shards, total_norm
 from molf.kernels.fold import fold_winners_
 from molf.kernels.moments import Scalars, move_moments_
 from molf.kernels.packed import observe_packed
@@ -21,7 +19,9 @@ from molf.kernels.settle import settle_packed_
 from molf.kernels.tables import Tables
 from molf.kernels.winners import move_winners_
 from molf.kernels.work import Work
-from molf.layers import RoutedLayer
+from molf.layers.base import RoutedLayer
+from molf.numerics.distributed import Ranks
+from molf.numerics.gradients import norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
 from molf.scores import Score
 

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.distributed import Ranks
-from molf.forms import FORMS
 from molf.kernels.kinds import Held, Kind, LayerKind
 from molf.kernels.step import FusedStep, Settings
-from molf.plain import PlainStep
-from molf.precision import Noise, load
+from molf.layers.build import init_states
+from molf.layers.forms import FORMS
+from molf.numerics.bf16 import Noise, load
+from molf.numerics.distributed import Ranks
+from molf.optimizer.torch_step import PlainStep
 from molf.routing import Outcome
 from molf.scores import Score, get_score
-from molf.states import init_states
 
 __all__ = ["trial"]
 

@@ -2,7 +2,7 @@
 
     p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-A bf16 parameter is held with its 16-bit low part (``p = join(high, low)``, ``molf.precision``) or rounded stochastically.
+A bf16 parameter is held with its 16-bit low part (``p = join(high, low)``, ``molf.numerics.bf16``) or rounded stochastically.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.adamw import Slot
-from molf.distributed import Ranks, is_sharded, local
 from molf.kernels.fold import Effective, MovedPair
 from molf.kernels.moments import Moments
 from molf.kernels.packed import Packed
@@ -18,9 +16,11 @@ from molf.kernels.room import Room
 from molf.kernels.settle import PackedStep
 from molf.kernels.tables import Rate
 from molf.kernels.winners import Step
-from molf.layers import RoutedLayer
-from molf.merged import MergedLayer
-from molf.precision import APART
+from molf.layers.base import RoutedLayer
+from molf.layers.merged import MergedLayer
+from molf.numerics.adamw import Slot
+from molf.numerics.bf16 import APART
+from molf.numerics.distributed import Ranks, is_sharded, local
 
 __all__ = ["Item", "Work"]
 

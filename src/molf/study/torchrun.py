@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 
-from molf.study.preemption import PREEMPTED, exit_status
+from molf.study.faults.preemption import PREEMPTED, exit_status
 
 SAVING = 600
 """How many seconds the processes get to save when this one is told to stop; torchrun's own limit is 30."""

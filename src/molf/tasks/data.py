@@ -1,4 +1,4 @@
-"""Files on disk: published ones that are downloaded once, and our own, which are written whole or not at all."""
+"""Published files that are downloaded once."""
 
 import hashlib
 import http.client
@@ -6,9 +6,9 @@ import os
 import shutil
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from molf.files import atomic_write
 
 _OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _ON = {"1", "ON", "YES", "TRUE"}
@@ -41,7 +41,7 @@ def download_once(url: str, folder: Path) -> Path:
     if switch := offline_switch():
         raise ConnectionError(_no_download(url, f"{switch} is set"))
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         try:
             _download(url, partial)
         except (OSError, http.client.HTTPException) as error:
@@ -70,14 +70,3 @@ def _no_download(url: str, reason: str) -> str:
 def sha256(file: Path) -> str:
     """Return the SHA-256 sum of a file, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that takes its place at the end, or vanishes on an error."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from molf.study.config import RunConfig
+from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.generation import end_tokens
 from molf.study.engine.inference import answer
 from molf.study.engine.vllm_generation import VllmGenerator
-from molf.study.train import run
+from molf.study.run.train import run
 from molf.tasks import Generate, Likelihood
 from molf.tasks.fact import Fact
 from oracles import PROMPT, continue_alone

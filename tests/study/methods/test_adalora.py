@@ -3,9 +3,9 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from molf.study.config import RunConfig
-from molf.study.job import job_recipe, load_job, make_trainer
+from molf.study.config.run_config import RunConfig
 from molf.study.methods.adalora import AdaLoraAllocation, allocated_ranks, orthogonality
+from molf.study.run.job import job_recipe, load_job, make_trainer
 
 LAYERS = 14
 START, TARGET = 6, 4

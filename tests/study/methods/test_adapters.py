@@ -4,7 +4,7 @@ from torch import nn
 
 from molf import MoLF
 from molf.integrations.trainer import MoLFFactory
-from molf.study.config import PUBLISHED_RECIPE, MethodConfig
+from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig
 from molf.study.methods.adapters import ExpertsFactory, LoraPlusFactory, add_adapters, optimizer_of, save_adapters
 from molf.study.methods.recipe import method_recipe
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from molf.study.config import MethodConfig
+from molf.study.config.run_config import MethodConfig
 from molf.study.methods.baselines import PROJECTIONS, adalora_arguments, lora_alpha, lora_arguments
 
 LLAMA = [f"model.layers.0.block.{name}" for name in PROJECTIONS] + ["lm_head"]

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from molf.study.config import RunConfig
+from molf.study.config.run_config import RunConfig
+from molf.study.config.trainer_config import build_train_config
 from molf.study.methods.made_with import FILE_NAME, MadeWith
-from molf.study.train_config import build_train_config
 
 DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 

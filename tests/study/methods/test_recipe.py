@@ -1,6 +1,6 @@
 import pytest
 
-from molf.study.config import PUBLISHED_RECIPE, MethodConfig
+from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig
 from molf.study.methods.baselines import PROJECTIONS
 from molf.study.methods.recipe import Recipe, method_recipe
 

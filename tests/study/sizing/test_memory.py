@@ -8,7 +8,7 @@ from transformers import Gemma3TextConfig
 
 from models import SHAPES
 from molf import MoLF
-from molf.study.config import RunConfig
+from molf.study.config.run_config import RunConfig
 from molf.study.sizing.activations import measure_activations
 from molf.study.sizing.blueprint import Blueprint
 from molf.study.sizing.memory import Count, Memory, Needs, available_memory, estimate

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
 from molf.tasks.base import Explained
-from molf.tasks.data import written_whole
 from molf.tasks.records import read_records
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
@@ -84,7 +84,7 @@ def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None
     if not path.name.endswith(".jsonl.gz"):
         raise ValueError(f"predictions are gzip-compressed JSON Lines; {path} must end in .jsonl.gz")
     with (
-        written_whole(path) as partial,
+        atomic_write(path) as partial,
         partial.open("wb") as raw,
         # Without name and time in its header, so that the bytes depend on the predictions alone.
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from molf.integrations.whole_checkpoints import CheckpointPart
-from molf.study.config import RunConfig
+from molf.study.config.run_config import RunConfig
 
 FILE_NAME = "made_with.json"
 PROCESSES = "processes"

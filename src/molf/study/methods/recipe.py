@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from molf.integrations.release_settings import check_release_settings
+from molf.study.config.method_config import MethodConfig
 from molf.study.methods.baselines import adalora_arguments, lora_arguments
-from molf.study.methods.config import MethodConfig
 
 MOLF_ALPHA = 32.0
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from molf.quantised import block_count, is_large_matrix
+from molf.numerics.quantization import block_count, is_large_matrix
 
 _MOMENTS = 8  # bytes per element: two float32 moments
 _PACKED, _MAXIMA = 2, 8  # bytes per element and per block: two 8-bit moments and their block maxima

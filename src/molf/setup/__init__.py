@@ -1,0 +1,1 @@
+"""From a model and a user's settings to parameter groups: which layers are routed, with which experts."""

@@ -1,0 +1,205 @@
+"""From a model to flat, plain parameter groups: ordinary ones first, then one per routed layer.
+
+A routed group holds the layer's parameters (weight and bias, and those of PEFT adapters in the branched form) and scalars:
+the module's name, the form, the experts' names, ranks and scales, the ratio of the LoRA rate to ``lr`` and a seed for the
+LoRA start. So schedulers, checkpoints and sharding tools can treat it like any other group.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from molf.setup.discovery import check_rank, routed_linears
+from molf.setup.peft_adapters import adapted_groups, is_adapted
+
+__all__ = ["expert_names", "lora_scales", "param_groups"]
+
+logger = logging.getLogger(__name__)
+
+
+def expert_names(ranks: Sequence[int]) -> tuple[str, ...]:
+    """Return the experts' names in routing order: ``fft``, then ``lora_r{rank}`` as given."""
+    return ("fft", *(f"lora_r{r}" for r in ranks))
+
+
+def lora_scales(ranks: Sequence[int], alphas: Sequence[float], use_rslora: bool) -> tuple[float, ...]:
+    """Return the scale ``s`` of every LoRA expert: ``alpha / sqrt(r)`` rank-stabilised, else ``alpha / r``."""
+    power = 0.5 if use_rslora else 1.0
+    return tuple(alpha / r**power for alpha, r in zip(alphas, ranks, strict=True))
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    ranks: Sequence[int] | None = None,
+    lr: float | torch.Tensor = 5e-5,
+    lora_lr: float | None = None,
+    weight_decay: float = 0.1,
+    lora_weight_decay: float = 0.01,
+    lora_alpha: float | Sequence[float] = 32.0,
+    use_rslora: bool = True,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] = ("lm_head",),
+) -> list[dict[str, Any]]:
+    """Build the parameter groups of a model for ``MoLF``: merged experts for a plain model, its adapters for a PEFT model.
+
+    Every trainable parameter lands in exactly one group. Linear layers that are targeted and whose weight requires a
+    gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases)
+    without. The LoRA start depends on torch's seed and the module order only; no random number is drawn here.
+
+    Args:
+        model: Any module; wrappers of torch.compile and DDP are looked through. A PEFT model's active LoRA adapters are its
+            experts, and so is the base weight where it requires a gradient (branched form).
+        ranks: Rank of each LoRA expert beside ``fft``; None means ``(128,)``, ``()`` means none. This and the other
+            options of LoRA are for plain models.
+        lr: Learning rate of ``fft`` experts and of everything that is not routed.
+        lora_lr: Learning rate of the LoRA experts, None for ``lr``. Kept as a ratio to ``lr``, so it follows its schedule.
+        weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
+        lora_weight_decay: Decoupled decay of A and B.
+        lora_alpha: LoRA's alpha, one for all or one per rank.
+        use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts.
+        exclude_modules: Modules never routed, in the same notation. "all-linear" leaves out the output embedding too.
+
+    Raises:
+        ValueError: If nothing matches, a rank is too large, a weight is tied, of the wrong shape or dtype, and the like.
+        TypeError: If ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
+    _check_numbers(lr=lr, lora_lr=lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
+    rates = {
+        "weight_decay": weight_decay,
+        "lora_lr_ratio": _ratio(lr, lora_lr),
+        "lora_weight_decay": lora_weight_decay,
+    }
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
+    if is_adapted(model):
+        lora = {"ranks": ranks, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
+        _refuse_lora_options({**lora, "target_modules": target_modules, "exclude_modules": exclude_modules})
+        routed = adapted_groups(model)
+    else:
+        ranks, alphas = _checked_ranks(ranks, lora_alpha)
+        scales = lora_scales(ranks, alphas, use_rslora)
+        routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            _check_parameter(name, p)
+    seed = torch.initial_seed() * 1_000_003
+    routed = [{**group, **rates, "lora_seed": (seed + i) % 2**63} for i, group in enumerate(routed)]
+    groups = [*_ordinary_groups(model, routed, weight_decay), *routed]
+    for group in groups:
+        group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
+    _check_coverage(model, groups)
+    _tell_stacked(model, groups)
+    return groups
+
+
+def _merged_groups(
+    linears: dict[str, nn.Linear], ranks: tuple[int, ...], scales: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    for name, linear in sorted(linears.items(), key=lambda item: max(item[1].weight.shape)):
+        check_rank(name, linear, ranks)
+    return [
+        {
+            "params": [p for p in (linear.weight, linear.bias) if p is not None and p.requires_grad],
+            "module": name,
+            "form": "merged",
+            "experts": expert_names(ranks),
+            "ranks": ranks,
+            "scales": scales,
+        }
+        for name, linear in linears.items()
+    ]
+
+
+def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+    taken = {id(p) for group in routed for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    matrices = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (matrices, vectors) if group["params"]]
+
+
+def _ratio(lr: float | torch.Tensor, lora_lr: float | None) -> float:
+    if lora_lr is None or lora_lr == float(lr):
+        return 1.0
+    if float(lr) == 0:
+        raise ValueError(f"lr=0 with lora_lr={lora_lr}: LoRA's rate follows lr as a ratio, so lr must be above 0")
+    return lora_lr / float(lr)
+
+
+def _refuse_lora_options(options: dict[str, Any]) -> None:
+    defaults = inspect.signature(param_groups).parameters
+    for name, value in options.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"{name}={value} asks for LoRA experts inside the optimizer, but the model already carries PEFT adapters, which "
+                f"are the experts then: one or the other. Leave {name} out, or call merge_and_unload() on the model first"
+            )
+
+
+def _checked_ranks(
+    ranks: Sequence[int] | None, lora_alpha: float | Sequence[float]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    if isinstance(ranks, int | str):
+        raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
+    ranks = (128,) if ranks is None else tuple(ranks)
+    if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+        raise ValueError(f"ranks={ranks}: every rank must be a positive integer")
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"ranks={ranks}: experts are told apart by their rank, so each may occur once")
+    alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
+    if len(alphas) != len(ranks):
+        raise ValueError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
+    if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas):
+        raise ValueError(f"lora_alpha={lora_alpha}: must be above 0; without LoRA experts, ranks=(), this is AdamW")
+    return ranks, alphas
+
+
+def _check_numbers(**numbers: float | torch.Tensor | None) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, str) or (value is not None and not (math.isfinite(value) and value >= 0)):
+            raise ValueError(f"{name}={value}: must be a finite number, 0 or more")
+
+
+def _check_parameter(name: str, p: torch.Tensor) -> None:
+    if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
+    if not p.is_contiguous():
+        raise ValueError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
+
+
+def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    counts: dict[int, int] = {}
+    for group in groups:
+        for p in group["params"]:
+            counts[id(p)] = counts.get(id(p), 0) + 1
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and counts.get(id(p)) != 1]
+    assert not wrong, f"every trainable parameter must be in exactly one group, but {wrong} are not"
+
+
+def _tell_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Say what of a mixture of experts is not routed: matrices stacked in one tensor ``[experts, ., .]`` are no layers."""
+    stacked = {
+        f"{name}.{key}".lstrip("."): p
+        for name, module in model.named_modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.requires_grad and p.ndim == 3 and p.shape[0] > 1 and not hasattr(module, "kernel_size")
+    }
+    if stacked:
+        share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for group in groups for p in group["params"])
+        name, p = next(iter(stacked.items()))
+        logger.warning(
+            "%d stacked tensors such as %s %s, %.0f %% of what trains, are no nn.Linear layers: they are not routed and take "
+            "plain AdamW",
+            *(len(stacked), name, list(p.shape), 100 * share),
+        )

@@ -1,1 +1,0 @@
-"""Methods side by side: cells, choices and the table."""

@@ -1,0 +1,228 @@
+"""What a run is made of: plain dataclasses and one flat, YAML-able form of them.
+
+Every field name is a command-line flag and a key of a ``--config`` file. Nothing here imports torch.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from molf.study.config.method_config import MethodConfig
+
+PUBLISHED_RECIPE: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "weight_decay": 0.1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "num_train_epochs": 2.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+"""The trainer's settings of the published recipe; a run's own settings are laid over them."""
+
+SECRETS = frozenset({"hub_token"})
+"""Settings that are never written to a file."""
+
+
+@dataclass
+class ModelConfig:
+    """Which model to train or evaluate, and how to load it."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, folder, or bundled:smollm2-135m / bundled:gemma-3-270m. Required."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Type of the weights in memory; float32 with bf16 autocast is the stable choice."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."},
+    )
+
+
+@dataclass
+class TaskConfig:
+    """Which benchmark to train and evaluate on."""
+
+    _argument_group_name: ClassVar[str] = "task"
+
+    task: str = field(default="fact", metadata={"help": "Benchmark: fact, med or sql; or custom, your own data."})
+    data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: "
+            "a file, a folder or a Hub id (ID@REVISION)."
+        },
+    )
+    eval_path: str | None = field(
+        default=None,
+        metadata={"help": "Task custom: what to evaluate on, as data_path or as the name of a split of it."},
+    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Task custom: share of the rows to hold out and evaluate on; 0.1 where nothing else is there."
+        },
+    )
+    sample: bool = field(
+        default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use at most this many rows of each split."})
+    few_shot: int = field(
+        default=0, metadata={"help": "Begin every prompt with so many training rows, chosen by the seed, as examples."}
+    )
+    selection_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train and evaluate on rows that no other run evaluates on, so many of them, to choose settings by."
+        },
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate at most this many rows."})
+    eval_batch_tokens: int = field(
+        default=4096, metadata={"help": "Tokens, padding included, that one evaluation batch may hold."}
+    )
+    generation_backend: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={"help": "What generates text in evaluations; vllm needs the extra of that name."},
+    )
+    eval_before: bool = field(default=False, metadata={"help": "Evaluate the model before training too."})
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "selection_limit", "eval_limit", "eval_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.few_shot < 0:
+            raise ValueError(f"few_shot={self.few_shot} must not be negative")
+
+
+@dataclass
+class OutputConfig:
+    """What a run does besides training, and where it writes."""
+
+    _argument_group_name: ClassVar[str] = "run"
+
+    output_root: str = field(
+        default="runs", metadata={"help": "Parent of the run's folder, which is named after the run; see output_dir."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the run, finished or not, that output_dir already holds."}
+    )
+    clean_ckpt_at_end: bool = field(
+        default=False, metadata={"help": "Delete the checkpoint-N folders once the run is done."}
+    )
+    only_eval: bool = field(default=False, metadata={"help": "Evaluate the model without training it."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Show the resolved settings, one tokenised example and the memory estimate, and stop."},
+    )
+
+
+SECTIONS: dict[str, Any] = {"model": ModelConfig, "task": TaskConfig, "method": MethodConfig, "output": OutputConfig}
+"""The attributes of ``RunConfig`` that are dataclasses; any other name is a setting of the trainer."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        model: The model.
+        task: The benchmark.
+        method: How weights are updated.
+        output: Where results go.
+        train: The trainer's settings (``TrainConfig``'s fields) by name; the published recipe fills in the rest.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.train = PUBLISHED_RECIPE | self.train
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "RunConfig":
+        """Build a configuration from flat settings, as ``to_dict`` or a YAML file gives them.
+
+        Args:
+            settings: Values by field name. Names of no section here are taken as the trainer's.
+        """
+        rest = dict(settings)
+        sections = {
+            section: kind(**{f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest})
+            for section, kind in SECTIONS.items()
+        }
+        return cls(**sections, train=rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all settings as one flat mapping of plain values, which ``from_dict`` takes back."""
+        flat: dict[str, Any] = {}
+        for section in SECTIONS:
+            flat |= asdict(getattr(self, section))
+        return flat | {name: value for name, value in self.train.items() if name not in SECRETS}
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder: ``output_dir`` where it is set, else one named after the run under ``output_root``."""
+        if chosen := self.train.get("output_dir"):
+            return Path(chosen)
+        return Path(self.output.output_root) / self.run_name
+
+    @property
+    def run_name(self) -> str:
+        """The given ``run_name``, or one made of what usually differs between runs."""
+        if given := self.train.get("run_name"):
+            return str(given)
+        parts = ["eval" if self.output.only_eval else self.method.method, self._model_label(), self.task.task]
+        if self.task.limit is not None:
+            parts.append(f"n{self.task.limit}")
+        if not self.output.only_eval:
+            parts += self._rate_labels()
+        return "-".join([*parts, f"s{self.train['seed']}"])
+
+    @property
+    def resume_from(self) -> str | bool:
+        """The checkpoint to go on from; True for the last one, False for none. As words too: a flag is a string."""
+        given = self.train.get("resume_from_checkpoint") or False
+        words: dict[str, bool] = {"true": True, "false": False}
+        return words.get(str(given).lower(), given)
+
+    def _model_label(self) -> str:
+        name = self.model.model_name_or_path or "model"
+        return Path(name.rsplit(":", 1)[-1]).name
+
+    def _rate_labels(self) -> list[str]:
+        method, rate = self.method, self.train["learning_rate"]
+        lora_rate = rate if method.lora_learning_rate is None else method.lora_learning_rate
+        schedule = str(self.train["lr_scheduler_type"])
+        if method.method == "fft":
+            return [f"lr{rate:g}", schedule]
+        if not method.routes:
+            return [f"r{method.lora_rank}", f"lr{lora_rate:g}", schedule]
+        rates = [f"lora{lora_rate:g}"] if method.method == "molf_e" else [f"lr{rate:g}", f"lora{lora_rate:g}"]
+        dropout = [f"drop{method.lora_dropout:g}"] if method.lora_dropout else []
+        return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *dropout, *rates, schedule]
+
+    def resolved(self) -> "RunConfig":
+        """Return the same configuration with its folder and name written out."""
+        names = {"output_dir": str(self.output_dir), "run_name": self.run_name}
+        return replace(self, train=self.train | names)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Return the part of an error message that names the closest known name, or nothing where none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,102 @@
+"""The trainer's settings: TRL's ``SFTConfig`` with the defaults of the published recipe."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from molf.study.config.fsdp_config import settled_fsdp
+from molf.study.config.run_config import PUBLISHED_RECIPE, suggestion
+
+
+@dataclass
+class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
+    """``trl.SFTConfig`` with the published recipe's defaults; bf16 autocast where the accelerator can, float32 elsewhere."""
+
+    _argument_group_name: ClassVar[str] = "training (every field of trl.SFTConfig)"
+
+    learning_rate: float = field(
+        default=PUBLISHED_RECIPE["learning_rate"],
+        metadata={"help": "Learning rate of full-rank updates, and of LoRA ones unless lora_learning_rate is given."},
+    )
+    weight_decay: float = field(
+        default=PUBLISHED_RECIPE["weight_decay"], metadata={"help": "Weight decay of full-rank updates."}
+    )
+    per_device_train_batch_size: int = field(
+        default=PUBLISHED_RECIPE["per_device_train_batch_size"],
+        metadata={"help": "Examples per device and micro-step."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=PUBLISHED_RECIPE["gradient_accumulation_steps"], metadata={"help": "Micro-steps per optimizer step."}
+    )
+    num_train_epochs: float = field(
+        default=PUBLISHED_RECIPE["num_train_epochs"], metadata={"help": "Passes over the training rows."}
+    )
+    lr_scheduler_type: str = field(
+        default=PUBLISHED_RECIPE["lr_scheduler_type"],
+        metadata={"help": "Schedule of all learning rates: cosine, linear, ..."},
+    )
+    warmup_steps: float = field(
+        default=PUBLISHED_RECIPE["warmup_steps"], metadata={"help": "Warm-up, in steps; below 1 a share of all steps."}
+    )
+    max_grad_norm: float = field(
+        default=PUBLISHED_RECIPE["max_grad_norm"],
+        metadata={"help": "Largest gradient norm before clipping; 0 for no clipping."},
+    )
+    seed: int = field(default=PUBLISHED_RECIPE["seed"], metadata={"help": "Seed of every random choice of the run."})
+    report_to: None | str | list[str] = field(
+        default=PUBLISHED_RECIPE["report_to"],
+        metadata={"help": "Experiment tracker: none, tensorboard, wandb, trackio, ..."},
+    )
+    save_strategy: str = field(
+        default=PUBLISHED_RECIPE["save_strategy"],
+        metadata={"help": "When to write checkpoint-N folders: no, steps or epoch."},
+    )
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast; where unset, on accelerators that have bfloat16 unless fp16 is set."},
+    )
+
+    dataloader_pin_memory: bool = field(
+        default=True, metadata={"help": "Pin host memory where there is an accelerator."}
+    )
+
+    def __post_init__(self) -> None:
+        # Several processes on a machine without accelerators would each train a copy of their own.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        self.dataloader_pin_memory = (
+            self.dataloader_pin_memory and not self.use_cpu and torch.accelerator.is_available()
+        )
+        # Newer transformers call it activation checkpointing and warn about the name that TRL and its users still use.
+        for new, old in (
+            ("activation_checkpointing", "gradient_checkpointing"),
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        ):
+            if getattr(self, new, False) is None:
+                setattr(self, new, getattr(self, old))
+        with settled_fsdp(self):
+            super().__post_init__()
+
+
+def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
+    """Build the trainer's settings.
+
+    Args:
+        settings: Values by field name.
+
+    Raises:
+        ValueError: A name is no field of ``TrainConfig``, or ``fsdp_config`` is not usable.
+    """
+    known = [f.name for f in fields(TrainConfig) if f.init]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}{suggestion(name, known)}")
+    return TrainConfig(**settings)

@@ -1,0 +1,1 @@
+"""Many runs: comparisons and sweeps, on this machine or on a cluster."""

@@ -1,0 +1,201 @@
+"""A comparison for people and for other programs: a table, files, a picture and a verdict."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from molf.files import atomic_write
+from molf.study.grids.compare import Contender, Outcome
+
+BASELINES = ("fft", "lora", "rslora")
+"""What MoLF is measured against: full fine-tuning and plain LoRA, with either scale."""
+
+ADAPTIVE = ("adalora", "dora", "eva", "pissa", "rslora", "lora_plus")
+"""What MoLF-Efficient is measured against: the LoRAs that adapt ranks, starts, directions or rates."""
+
+NAME = "comparison"
+
+
+def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return one plain row per contender.
+
+    The metric has its mean and its spread (standard deviation, None for one seed) over seeds, other metrics,
+    speed and time their means, memory its largest value. What is not known is None.
+    """
+    return [_row(contender, outcome.metric) for contender in outcome.contenders]
+
+
+def _row(contender: Contender, metric: str) -> dict[str, Any]:
+    results = contender.results
+    trainings = [result.training for result in results if result.training is not None]
+    memory = [result.peak_memory_bytes for result in results if result.peak_memory_bytes is not None]
+    speeds = [training.tokens_per_second for training in trainings if training.tokens_per_second is not None]
+    others = [name for name in (results[0].metrics if results else {}) if name != metric]
+    return {
+        "name": contender.name,
+        "method": contender.method,
+        "chosen": contender.chosen,
+        "seeds": len(results),
+        metric: contender.mean(metric),
+        f"{metric}/spread": contender.spread(metric),
+        **{name: contender.mean(name) for name in others},
+        "trainable_parameters": sum(_trained(trainings[0])) if trainings else None,
+        "tokens_per_second": fmean(speeds) if speeds else None,
+        "peak_memory_bytes": max(memory, default=None),
+        "seconds": fmean(result.seconds for result in results) if results else None,
+    }
+
+
+def _trained(training: Any) -> tuple[int, int]:
+    return training.trainable_parameters, training.lora_parameters
+
+
+def verdict(outcome: Outcome) -> str:
+    """Say in one sentence how far MoLF and MoLF-Efficient are from what they must be measured against."""
+    parts = [
+        _distance(outcome, "molf", BASELINES, "MoLF", "the better of full fine-tuning and LoRA"),
+        _distance(outcome, "molf_e", ADAPTIVE, "MoLF-Efficient", "the best adaptive LoRA"),
+    ]
+    found = [part for part in parts if part]
+    return (
+        f"{' and '.join(found)}."
+        if found
+        else "Nothing to say about MoLF: it or what it is measured against is missing."
+    )
+
+
+def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str, others: str) -> str | None:
+    ours = _leader(outcome, (method,))
+    theirs = _leader(outcome, against)
+    if ours is None or theirs is None:
+        return None
+    (name, value), (other, reference) = ours, theirs
+    difference = value - reference
+    where = f"{abs(difference):.2f} points {'ahead of' if difference > 0 else 'behind'}" if difference else "level with"
+    shown = label if name == method else f"{label} ({name})"
+    return f"{shown} is {where} {others} ({other}) in {outcome.metric}, {value:.2f} to {reference:.2f}"
+
+
+def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | None:
+    means = {c.name: c.mean(outcome.metric) for c in outcome.contenders if c.method in methods}
+    known = [(name, value) for name, value in means.items() if value is not None]
+    return max(known, key=lambda pair: pair[1], default=None)
+
+
+def comparison_table(outcome: Outcome) -> Table:
+    """Return the comparison for a terminal."""
+    header, *lines = _cells(outcome)
+    table = Table(title="comparison", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for number, title in enumerate(header):
+        table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number != 1)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(outcome: Outcome) -> str:
+    """Return the comparison as Markdown: the table, how settings were chosen, what failed, the verdict."""
+    header, *lines = _cells(outcome)
+    rules = ["---", "---", *["---:"] * (len(header) - 2)]
+    table = [f"| {' | '.join(line)} |" for line in (header, rules, *lines)]
+    chosen = [
+        f"- {c.name}: " + ", ".join(f"{label} {value:.2f}" for label, value in c.selection.items())
+        for c in outcome.contenders
+        if c.selection
+    ]
+    failed = [f"- {f.cell}: status {f.status}, see {f.log}" for f in outcome.failures]
+    parts = [*table, "", verdict(outcome), ""]
+    parts += [f"Settings by {outcome.metric} on the rows for selection:", "", *chosen, ""] if chosen else []
+    parts += ["Failed:", "", *failed, ""] if failed else []
+    return "\n".join(parts)
+
+
+def _cells(outcome: Outcome) -> list[list[str]]:
+    rows = rows_of(outcome)
+    known = {"name", "method", "chosen", "seeds", outcome.metric, f"{outcome.metric}/spread"}
+    costs = {"trainable_parameters": "trainable M", "tokens_per_second": "tok/s"}
+    costs |= {"peak_memory_bytes": "peak GiB", "seconds": "min"}
+    others = list(dict.fromkeys(name for row in rows for name in row if name not in known and name not in costs))
+    scale = {"trainable_parameters": 1e6, "tokens_per_second": 1.0, "peak_memory_bytes": 2**30, "seconds": 60.0}
+    lines = [["method", "chosen", outcome.metric, "n", *others, *costs.values()]]
+    for row in rows:
+        mean, spread = row[outcome.metric], row[f"{outcome.metric}/spread"]
+        value = _number(mean, 2) + (f" ± {spread:.2f}" if spread is not None else "")
+        measured = [_number(row.get(name), 2) for name in others]
+        spent = [_number(None if row[name] is None else row[name] / scale[name], 1) for name in costs]
+        lines.append([row["name"], row["chosen"] or "failed", value, str(row["seeds"]), *measured, *spent])
+    return lines
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
+    """Write ``comparison.csv``, ``.json``, ``.md`` and ``.png`` into a folder and return their paths."""
+    rows = rows_of(outcome)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    record = {
+        "metric": outcome.metric,
+        "verdict": verdict(outcome),
+        "rows": rows,
+        "selection": {c.name: c.selection for c in outcome.contenders},
+        "runs": {c.name: {c.chosen or "": c.results, **c.others} for c in outcome.contenders},
+        "failures": [asdict(failure) for failure in outcome.failures],
+    }
+    texts = {
+        ".csv": sheet.getvalue(),
+        ".json": json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n",
+        ".md": markdown(outcome),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in texts.items():
+        with atomic_write(folder / f"{NAME}{suffix}") as partial:
+            partial.write_text(text, encoding="utf-8")
+    draw_bars(outcome, folder / f"{NAME}.png")
+    return [folder / f"{NAME}{suffix}" for suffix in (*texts, ".png")]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value.to_dict()
+
+
+def draw_bars(outcome: Outcome, path: Path) -> None:
+    """Draw the metric of every contender as a bar, with its spread and the value of every seed.
+
+    Args:
+        outcome: What to draw.
+        path: A ``.png`` file, written whole or not at all.
+    """
+    metric, shown = outcome.metric, [c for c in outcome.contenders if c.results]
+    figure = Figure(figsize=(max(4.0, 1.1 * len(shown) + 1.5), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, contender in enumerate(shown):
+        color = "#2a6f97" if contender.method.startswith("molf") else "#b0b7bf"
+        mean = contender.mean(metric) or 0.0
+        axes.bar(place, mean, yerr=contender.spread(metric), color=color, capsize=4, width=0.7)
+        values = [r.metrics[metric].value for r in contender.results if metric in r.metrics]
+        if len(values) > 1:
+            axes.plot([place] * len(values), values, "o", color="black", markersize=3)
+        axes.annotate(f"{mean:.1f}", (place, mean), xytext=(0, 4), textcoords="offset points", ha="center")
+    axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")
+    axes.set(ylabel=metric)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")

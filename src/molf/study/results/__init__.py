@@ -1,0 +1,1 @@
+"""What a run leaves: the result, tables, pictures and exports. Reads results and logs only."""

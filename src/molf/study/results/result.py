@@ -1,0 +1,171 @@
+"""The record of a run: one typed value, kept as ``result.json`` and as a row of a CSV file."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import molf
+from molf.files import atomic_write
+from molf.tasks.base import Metric
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training of a run took.
+
+    Attributes:
+        steps: Optimizer steps, those before a resumption included.
+        seconds: Wall time of this session's training.
+        loss: Mean training loss of this session.
+        tokens: Tokens trained on in this session, or None where the trainer did not count them.
+        tokens_per_second: Tokens per second of wall time.
+        parameters: Elements of the model's own weights.
+        trainable_parameters: Those that are trained.
+        lora_parameters: Elements of all LoRA pairs, whether inside the model or in the optimizer.
+        dropped_examples: Examples left out because ``max_length`` leaves nothing of them in the loss.
+        truncated_examples: Other examples whose target lost its end to ``max_length``.
+        processes: How many processes trained together, each on batches of its own.
+    """
+
+    steps: int
+    seconds: float
+    loss: float
+    tokens: int | None
+    tokens_per_second: float | None
+    parameters: int
+    trainable_parameters: int
+    lora_parameters: int
+    dropped_examples: int = 0
+    truncated_examples: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        config: The resolved settings, flat (``RunConfig.to_dict``).
+        headline: Name of the metric that sums the task up.
+        metrics: Metrics of the evaluated model, by name.
+        metrics_before: The same before training, where that was measured.
+        data_origin: Where the rows came from.
+        device: What it ran on, in words.
+        versions: Versions of the libraries, by name.
+        commit: Git commit of this package's source, or None for an installed release.
+        seconds: Wall time of the whole run.
+        peak_memory_bytes: Largest memory of the accelerator, or of the process on a CPU; None where it is not known.
+        training: What training took, or None for an evaluation.
+        routing: Share of layers and steps that each expert won, or None without routing.
+        run_id: What tells this run from all others; a run that is interrupted keeps it. None in results of older versions.
+    """
+
+    config: dict[str, Any]
+    headline: str
+    metrics: dict[str, Metric]
+    metrics_before: dict[str, Metric] | None
+    data_origin: str
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+    seconds: float
+    peak_memory_bytes: int | None
+    training: Training | None = None
+    routing: dict[str, float] | None = None
+    run_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the result as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Result":
+        """Take back what ``to_dict`` gave.
+
+        Raises:
+            TypeError: Fields are missing or unknown.
+        """
+        before, training = values.get("metrics_before"), values.get("training")
+        typed = {
+            "metrics": as_metrics(values.get("metrics", {})),
+            "metrics_before": None if before is None else as_metrics(before),
+            "training": None if training is None else Training(**training),
+        }
+        return cls(**{**values, **typed})
+
+    def row(self) -> dict[str, Any]:
+        """Give the result as one flat row: settings, then measurements under ``group/name``."""
+        row = {
+            name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in self.config.items()
+        }
+        for group, metrics in (("metric", self.metrics), ("before", self.metrics_before or {})):
+            for name, metric in metrics.items():
+                row |= {f"{group}/{name}": metric.value, f"{group}/{name}/n": metric.n}
+                if metric.low is not None:
+                    row |= {f"{group}/{name}/low": metric.low, f"{group}/{name}/high": metric.high}
+        if self.training is not None:
+            row |= {f"training/{name}": value for name, value in asdict(self.training).items()}
+        row |= {f"routing/{name}": share for name, share in (self.routing or {}).items()}
+        row |= {f"version/{name}": version for name, version in self.versions.items()}
+        plain = ("headline", "data_origin", "device", "commit", "seconds", "peak_memory_bytes", "run_id")
+        return row | {name: getattr(self, name) for name in plain}
+
+
+def as_metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+    """Take back metrics by name that were given as plain JSON values."""
+    return {name: Metric(**metric) for name, metric in values.items()}
+
+
+def write_result(folder: Path, result: Result) -> Path:
+    """Write ``result.json`` into a folder, whole or not at all, and return its path."""
+    path = folder / RESULT_FILE
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_result(folder: Path) -> Result:
+    """Read the result of a finished run.
+
+    Args:
+        folder: The run's folder, or the ``result.json`` itself.
+
+    Raises:
+        ValueError: There is no result, or the file is none.
+    """
+    path = folder / RESULT_FILE if folder.is_dir() else folder
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
+    try:
+        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result of this version of molf: {error}") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of molf and of the libraries that a run's numbers depend on."""
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    return {"molf": molf.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+def source_commit() -> str | None:
+    """Return the git commit of this package's source, marked ``-dirty`` after local changes; None outside a checkout."""
+    if (git := shutil.which("git")) is None:
+        return None
+    here = Path(__file__)
+
+    def ask(*arguments: str) -> str | None:
+        answer = subprocess.run([git, "-C", str(here.parent), *arguments], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    # A package installed inside some other repository is no part of that repository.
+    if ask("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

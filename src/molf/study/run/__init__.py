@@ -1,0 +1,1 @@
+"""One run: load, train, save, evaluate, write the result."""

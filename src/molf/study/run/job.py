@@ -1,0 +1,184 @@
+"""The parts of a run put together: model, tokenizer, rows, and the trainer that the method calls for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from molf.integrations.routing_log import RoutingLog
+from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
+from molf.setup.discovery import routed_linears
+from molf.study.config.method_config import MethodConfig
+from molf.study.config.run_config import RunConfig, TaskConfig
+from molf.study.config.trainer_config import TrainConfig, build_train_config
+from molf.study.engine.examples import training_template
+from molf.study.faults.preemption import StopRequest
+from molf.study.faults.stop_at_step import StopAtStep
+from molf.study.methods.adalora import AdaLoraAllocation
+from molf.study.methods.adalora_state import AdaLoraState
+from molf.study.methods.adapters import add_adapters, optimizer_of
+from molf.study.methods.eva import initialise_eva
+from molf.study.methods.made_with import MadeWith
+from molf.study.methods.recipe import Recipe, method_recipe
+from molf.study.methods.trained_base import TrainedBase, trained_base
+from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.run.selection import load_split
+from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
+from molf.tasks import Split, Task, get_task
+from molf.tasks.custom import Custom
+from molf.tasks.few_shot import with_examples
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on.
+
+    Attributes:
+        config: The resolved settings.
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        task: The benchmark.
+        split: Its rows.
+    """
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    task: Task
+    split: Split
+
+    @property
+    def source(self) -> str:
+        """Where the model was loaded from: a folder or a Hub id."""
+        return locate(self.config.model.model_name_or_path)
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The training examples, as ``SFTTrainer`` takes them."""
+        return [self.task.example(row) for row in self.split.train]
+
+    @property
+    def eval_rows(self) -> list[dict[str, Any]]:
+        """The rows to evaluate on."""
+        return self.split.eval[: self.config.task.eval_limit]
+
+
+def load_job(config: RunConfig) -> Job:
+    """Load what a run works on.
+
+    Raises:
+        ValueError: The task, its data or the model is not to be had as named.
+        OSError: Data or model cannot be read or fetched.
+    """
+    task = _task(config.task)
+    seed = int(config.train["seed"])
+    split = load_split(task, config.task, seed=seed)
+    if config.task.few_shot:
+        task, split = with_examples(task, split, config.task.few_shot, seed)
+    model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    if template := config.train.get("chat_template_path"):
+        use_chat_template(tokenizer, str(template))
+    return Job(config, model, tokenizer, task, split)
+
+
+def _task(config: TaskConfig) -> Task:
+    task = get_task(config.task)
+    if isinstance(task, Custom):
+        return replace(task, eval_path=config.eval_path, eval_fraction=config.eval_fraction)
+    for name in ("eval_path", "eval_fraction"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value} is for the task custom; {task.name} says itself what it is evaluated on")
+    return task
+
+
+def job_recipe(job: Job) -> Recipe:
+    """Spell out the method of a run for its model."""
+    linears = [name for name, module in job.model.named_modules() if isinstance(module, nn.Linear)]
+    return method_recipe(job.config.method, job.config.train, linears)
+
+
+class StudyTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    """The stock SFT trainer, its checkpoints whole or not there."""
+
+
+def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **settings: Any) -> StudyTrainer:
+    """Make the trainer that carries the method out.
+
+    Args:
+        job: What to train; its model is changed (frozen parts, adapters).
+        recipe: The method.
+        stop: Where signals that ask to stop are noted, if they are.
+        **settings: Trainer settings that win over all others.
+
+    Raises:
+        ValueError: A setting is unknown or not usable, there is nothing to train, or the model can't be sharded as asked.
+    """
+    examples = job.examples
+    if not examples:
+        raise ValueError(f"the task {job.task.name} has no training rows in {job.split.origin}; nothing can be trained")
+    by_form = {}
+    if "messages" in examples[0]:
+        training_template(job.tokenizer)  # an error about it is clearer than the trainer's
+        by_form["assistant_only_loss"] = True
+    args = build_train_config(by_form | job.config.train | recipe.train | settings)
+    check_processes(args)
+    set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
+    method = job.config.method
+    if method.freeze_non_linear and not recipe.adapted:
+        freeze_all_but_routed(job.model, method)
+    model = add_adapters(job.model, recipe, freeze_rest=bool(method.freeze_non_linear))
+    trainer = StudyTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=job.tokenizer,
+        callbacks=_callbacks(recipe, stop),
+        optimizer_cls_and_kwargs=optimizer_of(recipe),
+    )
+    check_sharding(trainer, recipe)
+    made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
+    if recipe.molf is not None:
+        RoutingLog(args.output_dir).attach(trainer)
+    if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
+        initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
+    return trainer
+
+
+def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback]:
+    """Return what the method, and being told to stop, need at every step."""
+    own: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
+    return own if stop is None else [*own, StopAtStep(stop)]
+
+
+def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
+    """Return what the Trainer would not keep of the model."""
+    if recipe.adalora is not None:
+        return [AdaLoraState()]
+    if recipe.adapted and trainer.is_fsdp_enabled:
+        return [TrainedShards()]
+    return [TrainedBase()] if recipe.adapted and trained_base(trainer.model) else []
+
+
+def training_settings(job: Job) -> TrainConfig:
+    """Return the trainer's settings of a run that does not train."""
+    return build_train_config(job.config.train)
+
+
+def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, nn.Linear]:
+    """Return the layers that MoLF routes, by name."""
+    targets: str | Sequence[str] = method.target_modules
+    return routed_linears(
+        model, "all-linear" if method.target_modules == ["all-linear"] else targets, method.exclude_modules
+    )
+
+
+def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
+    """Leave nothing trainable but the weights of the routed layers: no norm, no embedding, no bias."""
+    routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in routed)

@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import TOLERANCE
+from molf import MoLF
+from molf.numerics.bf16 import join, load, master_dtype, split, stochastic_round, store
+from small import mlp, train
+
+LARGEST_BELOW_OVERFLOW = 0x7F7F7FFF  # the largest float32 that still rounds to a finite bf16
+
+BITS = {
+    "zero": 0x00000000,
+    "one": 0x3F800000,
+    "tie to an even bf16": 0x3F808000,
+    "tie to an odd bf16": 0x3F818000,
+    "just below a tie": 0x3F807FFF,
+    "just above a tie": 0x3F808001,
+    "rounds into the next exponent": 0x3FFFFFFF,
+    "smallest subnormal": 0x00000001,
+    "subnormal tie": 0x00008000,
+    "largest subnormal": 0x007FFFFF,
+    "largest below overflow": LARGEST_BELOW_OVERFLOW,
+    "largest float32": 0x7F7FFFFF,
+    "infinity": 0x7F800000,
+}
+
+
+def floats(*bits, negative=False):
+    return torch.tensor([b - (1 << 31) if negative else b for b in bits], dtype=torch.int32).view(torch.float32)
+
+
+def same_bits(x, y):
+    return torch.equal(x.view(torch.int32), y.view(torch.int32))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("bits", BITS.values(), ids=BITS.keys())
+def test_split_and_join_of_special_values(bits, negative):
+    x = floats(bits, negative=negative)
+    high, low = split(x)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    assert same_bits(join(high, low), x)
+
+
+@given(st.lists(st.integers(0, 0x7F800000), min_size=1, max_size=40), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_split_and_join_of_any_value(bits, negative):
+    x = floats(*bits, negative=negative)
+    assert same_bits(join(*split(x)), x)
+
+
+@given(st.lists(st.integers(0, LARGEST_BELOW_OVERFLOW), min_size=1, max_size=40), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_high_is_the_nearest_bf16(bits, negative):
+    x = floats(*bits, negative=negative)
+    high, nearest = split(x)[0].double(), x.bfloat16().double()
+    assert high.isfinite().all()
+    assert torch.equal((high - x.double()).abs(), (nearest - x.double()).abs())
+
+
+def test_ties_round_away_from_zero():
+    x = torch.cat((floats(0x3F808000), floats(0x3F808000, negative=True)))
+    assert split(x)[0].tolist() == [1.0078125, -1.0078125]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_master_dtype(dtype, master):
+    assert master_dtype(dtype) == master
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_parameters_are_updated_in_place(dtype):
+    p = torch.ones(3, dtype=dtype)
+    value = load(p, None)
+    value.add_(1)
+    store(value, p, None, None, p)
+    assert p.tolist() == [2.0] * 3
+
+
+def test_store_keeps_the_low_part():
+    p, low = torch.ones(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
+    value = load(p, low) + 1e-4
+    store(value, p, low, None, p)
+    assert p.tolist() == [1.0] * 3
+    assert same_bits(load(p, low), value)
+
+
+def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
+    n = 200_000
+    for x in (1.001, -1.001, 3e-5, -250.7):
+        rounded = stochastic_round(torch.full((n,), x), torch.Generator().manual_seed(0)).double()
+        below, above = sorted({rounded.min().item(), rounded.max().item()})
+        exact = torch.tensor(x, dtype=torch.float32).item()
+        assert below < exact < above
+        assert set(rounded.unique().tolist()) == {below, above}
+        six_sigma = 6 * (above - below) / 2 / math.sqrt(n)
+        assert abs(rounded.mean().item() - exact) < six_sigma
+
+
+def test_stochastic_rounding_keeps_bf16_values_and_infinities():
+    x = torch.tensor([1.0, -0.0, 3.0, 1e-40, math.inf, -math.inf]).bfloat16()
+    assert torch.equal(stochastic_round(x.float(), torch.Generator().manual_seed(0)), x)
+
+
+def test_stochastic_rounding_is_reproducible():
+    x = torch.randn(1000)
+    first, again, other = (stochastic_round(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def given_gradients(model, t):
+    """Set bf16-representable gradients, the same for every dtype."""
+    generator = torch.Generator().manual_seed(t)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+
+
+@pytest.mark.parametrize("options", [{"ranks": (2,)}, {"ranks": (1, 3), "top_k": 2}, {"ranks": ()}], ids=str)
+def test_bf16_with_low_parts_is_the_float32_run(options):
+    """Every single operation sees the same float32 numbers, so nothing may differ at all."""
+    low_model = mlp(torch.bfloat16)
+    full_model = mlp(torch.bfloat16).float()
+    torch.manual_seed(1)
+    low = MoLF(low_model, lr=1e-4, lora_lr=3e-4, **options)
+    torch.manual_seed(1)
+    full = MoLF(full_model, lr=1e-4, lora_lr=3e-4, **options)
+    for t in range(10):
+        given_gradients(low_model, t)
+        given_gradients(full_model, t)
+        low.step()
+        full.step()
+        assert low.routing.winners() == full.routing.winners()
+    for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
+        assert same_bits(join(p.detach(), low.state[p]["low"]), q.detach())
+        assert torch.equal(p, split(q.detach())[0])
+    for name, experts in low.experts.items():
+        for expert, view in experts.items():
+            for leaf in ("weight",) if expert == "fft" else ("A", "B"):
+                assert torch.equal(getattr(view, leaf), getattr(full.experts[name][expert], leaf))
+
+
+class Constant(nn.Module):
+    """A linear layer at 1.0 whose gradient is 1 everywhere; on request behind one that never gets a gradient."""
+
+    def __init__(self, dtype, resting=False):
+        super().__init__()
+        if resting:
+            self.resting = nn.Linear(32, 32, dtype=dtype)
+        self.linear = nn.Linear(32, 32, dtype=dtype)
+        nn.init.ones_(self.linear.weight)
+
+    def push(self, optimizer, steps):
+        for _ in range(steps):
+            for p in self.linear.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return self.linear.weight.detach().double().mean().item()
+
+
+@pytest.mark.parametrize(("bf16_update", "off"), [("split", 0.004), ("stochastic", 0.002)])
+def test_many_tiny_updates_add_up(bf16_update, off):
+    """200 steps of 1e-4 each, when the neighbours of 1.0 in bf16 are 0.0039 and 0.0078 away."""
+    model = Constant(torch.bfloat16)
+    molf = MoLF(model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update=bf16_update)
+    assert model.push(molf, 200) == pytest.approx(0.98, abs=off)
+
+    naive = Constant(torch.bfloat16)
+    assert naive.push(torch.optim.AdamW(naive.parameters(), lr=1e-4, weight_decay=0.0), 200) == 1.0
+
+
+def test_stochastic_run_follows_float32_on_average():
+    models = [mlp(torch.bfloat16), mlp(torch.bfloat16).float()]
+    for model in models:
+        torch.manual_seed(1)
+        train(model, MoLF(model, ranks=(2,), lr=1e-3, bf16_update="stochastic"), 20)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert abs((p.float() - q).mean().item()) < TOLERANCE[torch.bfloat16]
+        assert p.dtype == torch.bfloat16
+
+
+def test_stochastic_noise_changes_while_the_first_layer_rests():
+    """With the same noise at every step an element would round up always or never."""
+    model = Constant(torch.bfloat16, resting=True)
+    optimizer = MoLF(model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update="stochastic")
+    model.push(optimizer, 200)
+    assert (model.linear.weight < 1.0).double().mean() > 0.95  # nearly every element has moved
+    assert model.linear.weight.min() > 0.9  # and none at every step
+
+
+def test_weights_zeroed_by_hand_go_on_training():
+    """Pruning, or a padding row set back to zero, between steps: a left-over low part must not make a NaN of 0.0."""
+    model = Constant(torch.bfloat16)
+    optimizer = MoLF(model, ranks=(), lr=1e-3, weight_decay=0.0)
+    model.push(optimizer, 3)
+    low = optimizer.state[model.linear.weight]["low"]
+    low.copy_(torch.arange(-512, 512).view(32, 32))
+    with torch.no_grad():
+        model.linear.weight.zero_()
+    assert model.push(optimizer, 5) == pytest.approx(-5e-3, rel=0.01)
+    assert join(model.linear.weight.detach(), low).isfinite().all()

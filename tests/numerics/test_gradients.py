@@ -1,0 +1,286 @@
+import copy
+import logging
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from conftest import TOLERANCE
+from launches import Launches
+from molf import MoLF
+from molf.numerics.gradients import total_norm
+from ranks import adapted
+from small import (
+    assert_equals_twin,
+    assert_same_bits,
+    differing,
+    explicit_adamw,
+    explicit_twin,
+    loss_of,
+    mlp,
+    snapshot,
+    train,
+)
+
+
+def pair_of(model, **options):
+    """The same optimizer twice, on the model and on a copy."""
+    twin = copy.deepcopy(model)
+    made = []
+    for m in (model, twin):
+        torch.manual_seed(1)
+        made.append(MoLF(m, **{"ranks": (2,), "lr": 1e-3, "lora_lr": 3e-3, **options}))
+    return twin, *made
+
+
+@pytest.mark.parametrize("ranks", [(2,), (1, 3), ()], ids=str)
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.3, 1e6])
+def test_clipping_counts_the_gradients_of_all_experts(ranks, max_grad_norm):
+    model = mlp()
+    optimizer = MoLF(model, ranks=ranks, top_k=len(ranks) + 1, lr=1e-3, lora_lr=3e-3, max_grad_norm=max_grad_norm)
+    twin = explicit_twin(model, optimizer)
+    adamw = explicit_adamw(twin, lr=1e-3, lora_lr=3e-3)
+    for t in range(8):
+        train(model, optimizer, range(t, t + 1))
+        adamw.zero_grad()
+        loss_of(twin, t).backward()
+        norm = clip_grad_norm_(twin.parameters(), max_grad_norm)
+        adamw.step()
+        assert optimizer.grad_norm.shape == ()
+        assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-10)
+    assert_equals_twin(model, optimizer, twin, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_below_the_norm_are_untouched(dtype):
+    model = mlp(dtype)
+    twin, clipped, free = pair_of(model)
+    clipped.max_grad_norm = 1e6
+    train(model, clipped, 5)
+    train(twin, free, 5)
+    assert_same_bits(model, clipped, twin, free)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_clipping_of_bf16_gradients():
+    model = mlp(torch.bfloat16)
+    train(model, MoLF(model, ranks=(), max_grad_norm=0.01), 1)
+    norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
+    assert norm == pytest.approx(0.01, rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_norm_without_clipping_is_that_of_the_models_gradients(dtype):
+    model = mlp(dtype)
+    optimizer = MoLF(model, ranks=(2,))
+    assert optimizer.grad_norm is None
+    train(model, optimizer, 1)
+    norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
+    assert optimizer.grad_norm.item() == pytest.approx(norm, rel=5e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_no_gradient_at_all_changes_nothing():
+    model = mlp()
+    optimizer = MoLF(model, ranks=(2,), max_grad_norm=1.0)
+    train(model, optimizer, 1)
+    before, routing = snapshot(model, optimizer), optimizer.routing
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not differing(before, snapshot(model, optimizer))
+    assert optimizer.routing is routing and optimizer.skipped_steps == 0
+
+
+SPOILT = {"embedding": "0.weight", "weight": "1.weight", "bias": "1.bias", "norm": "3.bias", "last": "5.weight"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("spoilt", SPOILT.values(), ids=SPOILT.keys())
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
+def test_a_step_with_a_bad_gradient_is_left_out_whole(value, spoilt, max_grad_norm, first, caplog):
+    model = mlp(torch.float32)
+    twin, optimizer, other = pair_of(model, max_grad_norm=max_grad_norm)
+    done = 0 if first else 3
+    train(model, optimizer, done)
+    train(twin, other, done)
+    weights, routing = [p.detach().clone() for p in model.parameters()], optimizer.routing
+    before = None if first else snapshot(model, optimizer)
+
+    optimizer.zero_grad()
+    loss_of(model, 50).backward()
+    model.get_parameter(spoilt).grad.view(-1)[-1] = value
+    with caplog.at_level(logging.WARNING, logger="molf"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert before is None or not differing(before, snapshot(model, optimizer))
+    assert optimizer.routing is routing
+    assert not optimizer.grad_norm.isfinite()
+    assert optimizer.skipped_steps == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not finite" in caplog.text
+
+    assert train(model, optimizer, range(3, 6)) == train(twin, other, range(3, 6))
+    assert_same_bits(model, optimizer, twin, other)
+    assert (optimizer.skipped_steps, other.skipped_steps) == (1, 0)
+
+
+FORMS = {
+    "merged": (lambda: mlp(torch.float32), {}),
+    "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
+    "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
+    "merged, bf16 weights rounded at random": (lambda: mlp(torch.bfloat16), {"bf16_update": "stochastic"}),
+    "branched": (lambda: adapted(freeze=True, dtype=torch.float32), {"ranks": None}),
+    "branched, base trained": (lambda: adapted(freeze=False, dtype=torch.float32), {"ranks": None}),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
+    """All weights and states end bit for bit where they end without those batches; the schedule goes by the step."""
+    rng = random.Random(f"{form} {seed}")
+    bad = rng.sample(range(12), 4)
+    make, options = FORMS[form]
+    model = make()
+    twin, optimizer, other = pair_of(model, **options)
+    for t in range(12):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        if t in bad:
+            spoilt = rng.choice([p for p in model.parameters() if p.grad is not None])
+            spoilt.grad.view(-1)[rng.randrange(spoilt.numel())] = rng.choice(
+                [float("nan"), float("inf"), -float("inf")]
+            )
+        optimizer.step()
+        if t not in bad:
+            train(twin, other, [t])
+        for group in (*optimizer.param_groups, *other.param_groups):
+            group["lr"] *= 0.9
+    assert_same_bits(model, optimizer, twin, other)
+    assert (optimizer.skipped_steps, other.skipped_steps) == (4, 0)
+
+
+@pytest.mark.parametrize("bf16_update", ["split", "stochastic"])
+def test_a_bad_step_leaves_bf16_runs_as_they_were(bf16_update):
+    model = mlp(torch.bfloat16)
+    twin, optimizer, other = pair_of(model, bf16_update=bf16_update)
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    train(model, optimizer, range(2, 5))
+    train(twin, other, range(2, 5))
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_every_left_out_step_counts_and_is_logged(caplog):
+    model = mlp()
+    optimizer = MoLF(model, ranks=(2,))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+        optimizer.step()
+    assert optimizer.skipped_steps == 3
+    assert len(caplog.records) == 3 and "3 left out so far" in caplog.records[-1].getMessage()
+    fresh = MoLF(mlp(), ranks=(2,))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.skipped_steps == 3
+
+
+def scaled_step(model, optimizer, scaler, t, unscale=False, spoil=False):
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, t)).backward()
+    if spoil:
+        model[1].weight.grad[0, 0] = float("inf")
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["plain", "unscale_ before"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.3])
+def test_loss_scale_of_a_power_of_two_changes_no_bit(unscale, max_grad_norm):
+    model = mlp(torch.float32)
+    twin, optimizer, other = pair_of(model, max_grad_norm=max_grad_norm)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    for t in range(8):
+        scaled_step(model, optimizer, scaler, t, unscale)
+    train(twin, other, 8)
+    assert scaler.get_scale() > 2.0**12
+    assert optimizer.grad_norm.item() == other.grad_norm.item()
+    assert_same_bits(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["plain", "unscale_ before"])
+def test_overflow_is_left_out_and_counted(unscale):
+    model = mlp(torch.float32)
+    twin, optimizer, other = pair_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaled_step(model, optimizer, scaler, 0, unscale)
+    scaled_step(model, optimizer, scaler, 1, unscale, spoil=True)
+    assert scaler.get_scale() == 2.0**11
+    scaled_step(model, optimizer, scaler, 2, unscale)
+    train(twin, other, [0, 2])
+    assert optimizer.skipped_steps == 1
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_half_precision_autocast_with_a_loss_scale():
+    """With the gradients of the same float16 passes, no ranks is AdamW."""
+    model = mlp(torch.float32)
+    twin = copy.deepcopy(model)
+    vectors = [p for p in twin.parameters() if p.ndim < 2]
+    matrices = [p for p in twin.parameters() if p.ndim >= 2]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], 1e-3
+    )
+    for m, optimizer in ((model, MoLF(model, ranks=(), lr=1e-3)), (twin, adamw)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for t in range(6):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = loss_of(m, t)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_loss_scale_is_divided_out_in_full_precision():
+    """A scale whose reciprocal bf16 can't hold, with a bf16 gradient first in line."""
+    model = mlp(torch.float32)
+    model[0].bfloat16()
+    optimizer = MoLF(model, ranks=(2,))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    expected = [(p.grad.double() / 3).to(p.dtype) for p in model.parameters()]
+    optimizer.step()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.0])
+def test_sparse_gradients(lr):
+    model = nn.Sequential(nn.Embedding(5, 6, sparse=True), nn.Linear(6, 5))
+    optimizer = MoLF(model, ranks=(2,), lr=lr)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_the_norm_of_many_takes_as_few_launches_as_that_of_two():
+    counts = []
+    for n in (1, 50):
+        grads = [torch.full((4,), 0.5).to(dtype) for dtype in (torch.float32, torch.bfloat16) for _ in range(n)]
+        with Launches() as launches:
+            norm = total_norm(grads)
+        assert norm.dtype == torch.float64 and norm.item() == (2 * n) ** 0.5
+        counts.append(launches.count)
+    assert counts[0] == counts[1]

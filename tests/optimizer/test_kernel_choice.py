@@ -1,0 +1,233 @@
+"""Which kernels take the steps with ``fused=None``; here those of MoLF count as usable on a CPU, in Triton's interpreter."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+
+from forked import on_two_ranks
+from fused import CLOSE, DEVICE, TOLERANCE
+from molf import MoLF
+from molf.optimizer import kernel_choice as choice
+from molf.scores import EPD
+from small import loss_of, mlp, wide
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    """Kernels may be chosen on a CPU, and pass every trial without taking it; what was tried comes back."""
+    tried = []
+
+    def passed(kind):
+        tried.append(kind)
+
+    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
+    monkeypatch.setattr(choice, "_failure", passed)
+    return tried
+
+
+def step(model, optimizer, t=0):
+    optimizer.zero_grad()
+    loss_of(model, t).backward()
+    optimizer.step()
+
+
+def made(dtype=torch.float32, make=mlp, **options):
+    model = make(dtype).to(DEVICE)
+    torch.manual_seed(0)
+    return model, MoLF(model, ranks=(2,), lr=1e-2, **options)
+
+
+def test_nothing_is_chosen_before_the_first_step(usable):
+    model, optimizer = made()
+    assert optimizer.fused is None and optimizer.fused_in_use is None and not usable
+    step(model, optimizer)
+    assert optimizer.fused is None and optimizer.fused_in_use is True
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes the kernels")
+def test_on_a_cpu_pytorchs_kernels_are_chosen_in_silence(caplog):
+    model, optimizer = made()
+    with caplog.at_level(logging.INFO, "molf"):
+        step(model, optimizer)
+    assert optimizer.fused_in_use is False and not caplog.records
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_asked_for_is_not_tried(fused, usable):
+    model, optimizer = made(fused=fused)
+    step(model, optimizer)
+    assert optimizer.fused_in_use is fused and not usable
+
+
+class OwnScore(EPD):
+    """A score that kernels don't know."""
+
+    name = "own"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": torch.float64}, "all float32 or all bfloat16"),
+        ({"score": OwnScore()}, "scores epd and pfn, not OwnScore"),
+    ],
+)
+def test_where_kernels_do_not_apply_pytorchs_are_chosen_in_silence(options, words, usable, caplog):
+    model, optimizer = made(**options)
+    with caplog.at_level(logging.DEBUG, "molf.optimizer.kernel_choice"):
+        step(model, optimizer)
+    assert optimizer.fused_in_use is False and not usable
+    (said,) = caplog.records
+    assert said.levelno == logging.DEBUG and words in said.getMessage()
+
+
+def test_a_choice_is_made_once_and_said(usable, caplog):
+    model, optimizer = made()
+    with caplog.at_level(logging.INFO, "molf.optimizer.kernel_choice"):
+        for t in range(3):
+            step(model, optimizer, t)
+    assert len(usable) == 1
+    (said,) = caplog.messages
+    assert said.startswith(f"MoLF's own kernels take the steps on {DEVICE}")
+
+
+def test_a_choice_is_made_anew_when_settings_are_others(usable):
+    model, optimizer = made()
+    step(model, optimizer)
+    optimizer.param_groups[0]["eps"] = 1e-6  # groups of which differ
+    step(model, optimizer)
+    assert optimizer.fused_in_use is False
+    optimizer.param_groups[0]["eps"] = 1e-8
+    step(model, optimizer)
+    assert optimizer.fused_in_use is True and len(usable) == 2
+
+
+def test_a_failed_trial_is_said_once_and_pytorchs_kernels_go_on(monkeypatch, caplog):
+    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
+    monkeypatch.setattr(choice, "_failure", lambda kind: "a score: off by 0.5")
+    model, optimizer = made()
+    plain, slow = made(fused=False)
+    for t in range(2):
+        step(model, optimizer, t)
+        step(plain, slow, t)
+    (said,) = caplog.messages
+    assert "a score: off by 0.5" in said and "fused=True insists" in said and "fused=False never" in said
+    assert optimizer.fused_in_use is False
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.equal(q)
+
+
+def test_what_triton_raises_is_a_failed_trial(monkeypatch):
+    from molf.kernels import step as kernels
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
+    monkeypatch.setattr(kernels, "move_moments_", no_compiler)
+    choice._failure.cache_clear()
+    model, optimizer = made()
+    try:
+        step(model, optimizer)
+        assert optimizer.fused_in_use is False
+        monkeypatch.undo()
+        assert choice._failure.cache_info().currsize == 1, "tried once a process"
+    finally:
+        choice._failure.cache_clear()
+
+
+def test_a_passed_trial_lets_the_kernels_take_the_step(monkeypatch):
+    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
+    choice._failure.cache_clear()
+    model, optimizer = made()
+    step(model, optimizer)
+    assert optimizer.fused_in_use is True and choice._failure.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_gradient_that_kernels_cannot_read_is_left_to_pytorchs(release, usable):
+    model, optimizer = made(optimizer_in_backward=release)
+    other, slow = made(fused=False, optimizer_in_backward=release)
+    for t in range(3):
+        for net in (model, other):
+            if t == 1:
+                hook = net[1].weight.register_hook(lambda grad: grad.t().contiguous().t())
+            loss_of(net, t).backward()
+            if t == 1:
+                hook.remove()
+        for one in (optimizer, slow):
+            one.step()
+            one.zero_grad()
+        assert optimizer.fused_in_use is True and optimizer.routing.winners() == slow.routing.winners()
+        torch.testing.assert_close(optimizer.grad_norm.cpu().double(), slow.grad_norm.cpu().double(), **CLOSE)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **TOLERANCE)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"make": wide, "optim_bits": 8, "eps": 1e-4},
+    ],
+)
+def test_any_step_may_be_taken_by_either(first, options):
+    """Step counts, moments, low parts and the count of steps left out go on where the other left them."""
+    model, optimizer = made(**options)
+    other, slow = made(fused=False, **options)
+    for t in range(4):
+        optimizer.fused = first if t % 2 == 0 else not first
+        for net, one in ((model, optimizer), (other, slow)):
+            one.zero_grad()
+            loss_of(net, t).backward()
+            if t in (1, 2):
+                net[1].weight.grad[0, 0] = torch.nan
+            one.step()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            if "step" in slow.state[q]:
+                assert float(optimizer.state[p]["step"]) == float(slow.state[q]["step"])
+    assert optimizer.skipped_steps == slow.skipped_steps == 2
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        within = {"rtol": 2**-7, "atol": 1e-5} if p.dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
+        torch.testing.assert_close(p, q, **within)
+
+
+def test_copies_choose_for_themselves(usable):
+    model, optimizer = made()
+    step(model, optimizer)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.fused is None and copied.fused_in_use is None
+
+
+def _choice_of_rank(rank):
+    said = []
+    logging.getLogger("molf.optimizer.kernel_choice").addFilter(
+        lambda record: said.append(record.getMessage()) or False
+    )
+    choice.is_for_kernels = lambda device: True
+    choice._failure = lambda kind: "no compiler" if rank == 1 else None
+    model, optimizer = made()
+    step(model, optimizer)
+    return optimizer.fused_in_use, said
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the two processes share one GPU")
+def test_where_one_rank_cannot_none_does(tmp_path):
+    (first, told), (second, why) = on_two_ranks(_choice_of_rank, tmp_path)
+    assert first is second is False
+    assert "can't be used on all ranks" in told[0] and "no compiler" in why[0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_takes_the_kernels(dtype):
+    model, optimizer = made(dtype)
+    step(model, optimizer)
+    assert optimizer.fused_in_use is True

@@ -1,0 +1,157 @@
+"""The ways in which training loops call an optimizer, and what may happen to a model meanwhile."""
+
+import torch
+from torch import nn
+
+from conftest import TOLERANCE
+from molf import MoLF, param_groups
+from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train
+
+
+def test_closure():
+    model, optimizer = routed_mlp()
+    twin, other = routed_mlp()
+    for t in range(4):
+
+        def closure(t=t):
+            optimizer.zero_grad()
+            loss = loss_of(model, t)
+            loss.backward()
+            return loss
+
+        expected = loss_of(model, t).item()
+        assert optimizer.step(closure).item() == expected
+        train(twin, other, range(t, t + 1))
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_without_a_closure_there_is_no_loss():
+    model, optimizer = routed_mlp()
+    loss_of(model, 0).backward()
+    assert optimizer.step() is None
+
+
+def test_both_ways_of_clearing_gradients():
+    model, optimizer = routed_mlp()
+    twin, other = routed_mlp()
+    for t in range(4):
+        for m, o, to_none in ((model, optimizer, True), (twin, other, False)):
+            o.zero_grad(set_to_none=to_none)
+            loss_of(m, t).backward()
+            o.step()
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_accumulated_gradients_are_one_batch():
+    model, optimizer = routed_mlp()
+    twin, other = routed_mlp()
+    for t in range(3):
+        optimizer.zero_grad()
+        for micro in range(4):
+            (loss_of(model, 4 * t + micro) / 4).backward()
+        optimizer.step()
+        other.zero_grad()
+        (sum(loss_of(twin, 4 * t + micro) for micro in range(4)) / 4).backward()
+        other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+def test_a_layer_that_is_not_used_rests():
+    model, optimizer = routed_mlp()
+    twin, other = routed_mlp()
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    before = snapshot(model, optimizer)
+    ids = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    resting = {f"model.{name}" for name in ("4.weight", "3.weight", "3.bias")}
+    resting |= {
+        k for k in before if any(k.startswith(f"state.{ids[id(model.get_parameter(n[6:]))]}.") for n in resting)
+    }
+    for m, o in ((model, optimizer), (twin, other)):
+        o.zero_grad()
+        loss_of(m, 2).backward()
+    for name in ("4.weight", "3.weight", "3.bias"):
+        model.get_parameter(name).grad = None
+    optimizer.step()
+    other.step()
+    assert optimizer.routing.modules == ("1", "5")
+    changed = differing(before, snapshot(model, optimizer))
+    assert not changed & resting
+    assert {"model.0.weight", "model.1.weight", "model.5.weight"} <= changed
+    assert optimizer.state[model[1].weight]["step"] == 3 and optimizer.state[model[4].weight]["step"] == 2
+    for name in ("1.weight", "1.bias", "0.weight"):
+        assert torch.equal(model.get_parameter(name), twin.get_parameter(name))
+    train(model, optimizer, range(3, 5))
+    assert optimizer.routing.modules == ("1", "4", "5")
+    assert optimizer.state[model[4].weight]["step"] == 4 and optimizer.state[model[3].weight]["step"] == 4
+
+
+def test_later_groups_are_trained():
+    model, optimizer = routed_mlp()
+    extra = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    optimizer.add_param_group({"params": [extra]})
+    extra.grad = torch.ones_like(extra)
+    optimizer.step()
+    assert (extra < 1).all() and optimizer.param_groups[-1]["skipped_steps"] == 0
+
+
+def test_the_model_stays_an_ordinary_model():
+    model = tiny_llama()
+    kinds, names = [type(m) for m in model.modules()], list(model.state_dict())
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3)
+    ids = torch.arange(16).view(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == names
+    assert not any(m._forward_hooks or m._backward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_compiled_model_trains_alike():
+    model, twin = mlp(), mlp()
+    compiled = torch.compile(twin, backend="eager")
+    torch.manual_seed(1)
+    optimizer = MoLF(model, ranks=(2,), lr=1e-2)
+    torch.manual_seed(1)
+    other = MoLF(compiled, ranks=(2,), lr=1e-2)
+    assert list(other.experts) == list(optimizer.experts)
+    assert train(model, optimizer, 3) == train(compiled, other, 3)
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_layers_worked_on_together_are_layers_worked_on_alone(monkeypatch):
+    """An accelerator takes many layers at once, a CPU one after the other."""
+    alone, together = routed_mlp(top_k=2), routed_mlp(top_k=2)
+    resting = alone[0][4].weight
+    winners = train(*alone, 3)
+    monkeypatch.setattr("molf.optimizer.router._chunks", lambda layers: iter([layers]))
+    assert train(*together, 3) == winners
+    assert_same_bits(*alone, *together)
+    for model, optimizer in (alone, together):
+        optimizer.zero_grad()
+        loss_of(model, 3).backward()
+        model[4].weight.grad = None  # now step counts differ
+    together[1].step()
+    train(*together, range(4, 6))
+    monkeypatch.undo()
+    alone[1].step()
+    train(*alone, range(4, 6))
+    assert alone[1].state[resting]["step"] == 5
+    assert_same_bits(*alone, *together)
+
+
+def test_the_default_device_is_of_no_account():
+    """As after torch.set_default_device: nothing may be made on a device that was not asked for."""
+    model, optimizer = routed_mlp(max_grad_norm=1.0)
+    twin, other = mlp(), None
+    loss_of(model, 0).backward()
+    loss_of(twin, 0).backward()
+    optimizer.step()
+    torch.manual_seed(1)
+    groups = param_groups(twin, ranks=(2, 3), lr=1e-2, lora_lr=2e-2)
+    with torch.device("meta"):
+        other = MoLF(groups, max_grad_norm=1.0)
+        other.step()
+    assert_same_bits(model, optimizer, twin, other)

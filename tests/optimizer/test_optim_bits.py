@@ -1,0 +1,161 @@
+"""Moments in 8 bits (``optim_bits=8``): each step against the oracle that is given the moments the codes stand for."""
+
+import pytest
+import torch
+from torch import nn
+
+import molf.numerics.adamw
+from conftest import TOLERANCE
+from eight_bits import RATES, branched_pair, built, merged_pair, opened, packed
+from molf import MoLF, add_lora_experts
+from molf.numerics.bf16 import join
+from molf.numerics.quantization import code_values, dequantise
+from small import assert_same_bits, loss_of, train, wide
+
+
+@pytest.mark.parametrize("pair", [merged_pair, branched_pair])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"score": "pfn", "betas": (0.8, 0.95), "eps": 1e-4}], ids=str)
+def test_every_step_equals_the_oracle(pair, options):
+    model, optimizer, twin, oracle = pair(**options)
+    won = set()
+    for t in range(8):
+        for m in (model, twin):
+            m.zero_grad()
+            loss_of(m, t).backward()
+        if t:  # there is no state before
+            oracle.hear(optimizer)
+        optimizer.step()
+        oracle.step()
+        won |= {tuple(sorted(names)) for names in optimizer.routing.winners().values()}
+        for module, experts in oracle.experts.items():
+            assert sorted(optimizer.routing.winners()[module]) == sorted(oracle.winners[module])
+            scores = optimizer.routing.scores[optimizer.routing.modules.index(module)]
+            assert scores.tolist() == pytest.approx(list(oracle.scores[module].values()), rel=1e-3)
+            for expert in experts:
+                for leaf, weight in expert.weights.items():
+                    found = getattr(optimizer.experts[module][expert.name], leaf)
+                    torch.testing.assert_close(found, weight.value, rtol=0, atol=5 * TOLERANCE[torch.float32])
+        assert_codes_are_nearest(optimizer, oracle)
+    assert len(won) > 1
+
+
+def assert_codes_are_nearest(optimizer, oracle):
+    assert len(packed(optimizer)) == 3
+    for p, own in packed(optimizer).items():
+        weight = oracle.of(p, optimizer)
+        for key, exact in (("exp_avg", weight.m), ("exp_avg_sq", weight.v)):
+            most = own[f"{key}.absmax"].repeat_interleave(256, 1)[:, : exact.shape[1]]
+            values = code_values(key == "exp_avg", exact.device)
+            least = (exact[..., None] / most.clamp(min=1e-30)[..., None] - values).abs().amin(-1) * most
+            smallest = values[1] * most if key == "exp_avg_sq" else 0.0  # above 0 stays above 0
+            assert ((opened(own, key) - exact).abs() <= least + smallest + 1e-5 * most + 1e-12).all()
+
+
+def test_which_moments_are_in_8_bits():
+    model, optimizer = built()
+    train(model, optimizer, 1)
+    assert {id(p) for p in packed(optimizer)} == {id(model[i].weight) for i in (0, 1, 4)}
+    for p, own in optimizer.state.items():
+        for key, value in own.items():
+            codes = p in packed(optimizer) and key in ("exp_avg", "exp_avg_sq")
+            assert value.dtype == (torch.uint8 if codes else torch.float32), key
+    own = optimizer.state[model[1].weight]
+    assert own["exp_avg"].shape == (41, 300) and own["exp_avg.absmax"].shape == own["exp_avg_sq.absmax"].shape == (
+        41,
+        2,
+    )
+
+
+def test_adapters_stay_in_32_bits():
+    model = add_lora_experts(nn.Sequential(nn.Linear(300, 300)), ranks=(16,), freeze_base=False, exclude_modules=())
+    optimizer = MoLF(model, optim_bits=8)
+    model(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    assert [list(p.shape) for p in packed(optimizer)] == [[300, 300]]
+    assert len(optimizer.state) == 4
+
+
+def test_bytes_of_the_state():
+    """Two codes an element, and two maxima a block."""
+    sizes = {}
+    for bits in (8, 32):
+        model, optimizer = built(optim_bits=bits, ranks=())
+        train(model, optimizer, 1)
+        sizes[bits] = sum(x.numel() * x.element_size() for own in optimizer.state.values() for x in own.values())
+    elements, blocks = 16 * 300 + 300 * 41 + 41 * 257, 16 * 2 + 41 * 2 + 257 * 1
+    assert sizes[32] - sizes[8] == 8 * elements - (2 * elements + 8 * blocks)
+
+
+def test_an_element_whose_second_moment_is_tiny_takes_no_leap():
+    """Where v rounds to 0 and m does not, the next step without a gradient would be m / eps."""
+    model = nn.Sequential(nn.Linear(256, 16, bias=False))
+    optimizer = MoLF(model, ranks=(), lr=1e-3, weight_decay=0.0, optim_bits=8)
+    for gradient in (1e-4, 0.0):  # far below the largest one of its block
+        before = model[0].weight.detach().clone()
+        model[0].weight.grad = torch.full((16, 256), gradient)
+        model[0].weight.grad[:, 0] = 1.0
+        optimizer.step()
+        assert (model[0].weight - before).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("budget", [1024, 256])
+def test_cutting_into_blocks_changes_nothing(monkeypatch, budget):
+    """Whole rows at a time, or parts of a row that end where blocks of 256 end. Kernels round otherwise at an array's end."""
+    whole, optimizer = built()
+    train(whole, optimizer, 1)
+    monkeypatch.setattr(molf.numerics.adamw, "_CPU_BLOCK", budget)
+    model, other = built()
+    train(model, other, 1)
+    assert len(packed(optimizer)) == 3
+    for p, q in zip(packed(optimizer), packed(other), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float32])
+        for key in ("exp_avg", "exp_avg_sq"):
+            one, two = optimizer.state[p], other.state[q]
+            torch.testing.assert_close(one[f"{key}.absmax"], two[f"{key}.absmax"], rtol=1e-6, atol=0)
+            assert (one[key] == two[key]).double().mean() > 0.999
+
+
+def test_tensors_of_more_dimensions_are_matrices_of_their_first():
+    model = nn.Sequential(nn.Conv1d(40, 30, 7), nn.Flatten(), nn.Linear(60, 2))
+    optimizer = MoLF(model, ranks=(2,), lr=1e-3, optim_bits=8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 40, 8)).square().sum().backward()
+        optimizer.step()
+    own = optimizer.state[model[0].weight]
+    assert own["exp_avg"].shape == (30, 40, 7) and own["exp_avg.absmax"].shape == (30, 2)
+    rows = own["exp_avg"].view(30, 280)
+    assert (
+        dequantise(rows, own["exp_avg.absmax"], True).abs().amax(1).allclose(own["exp_avg.absmax"].amax(1), rtol=0.01)
+    )
+
+
+def test_bf16_with_low_parts_is_the_float32_run():
+    """Given the same gradients nothing may differ at all."""
+    low_model, low = built(torch.bfloat16)
+    full_model = wide(torch.bfloat16).float()
+    torch.manual_seed(3)
+    full = MoLF(full_model, ranks=(2, 3), optim_bits=8, **RATES)
+    for t in range(4):
+        generator = torch.Generator().manual_seed(t)
+        for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            q.grad = p.grad.float()
+        low.step()
+        full.step()
+    for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
+        assert torch.equal(join(p.detach(), low.state[p]["low"]), q.detach())
+        assert all(torch.equal(value, low.state[p][key]) for key, value in full.state[q].items())
+
+
+def test_moved_inside_backward_is_moved_after_it():
+    """Gradients go as soon as a layer has moved, and a layer with 8-bit moments needs its own twice."""
+    model, optimizer = built()
+    inside, other = built(optimizer_in_backward=True)
+    for t in range(3):
+        for m, o in ((model, optimizer), (inside, other)):
+            o.zero_grad()
+            loss_of(m, t).backward()
+            o.step()
+    assert all(p.grad is None for p in inside.parameters())
+    assert_same_bits(model, optimizer, inside, other)

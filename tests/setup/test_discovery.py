@@ -1,0 +1,214 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from molf import MoLF, add_lora_experts
+from molf.setup.discovery import check_rank, routed_linears
+from small import mlp, tiny_llama
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def found(model, target="all-linear", exclude=("lm_head",)):
+    return list(routed_linears(model, target, exclude))
+
+
+def block():
+    return nn.ModuleDict({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
+
+
+def nested():
+    return nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 9)})
+
+
+def test_all_linear_layers_in_the_models_order():
+    assert found(mlp()) == ["1", "4", "5"]
+    expected = [f"{i}.{'self_attn' if p[0] in 'qkvo' else 'mlp'}.{p}" for i in range(2) for p in PROJECTIONS]
+    assert found(tiny_llama()) == [f"model.layers.{name}" for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "expected"),
+    [
+        (["q_proj"], (), ["layers.0.q_proj", "layers.1.q_proj"]),
+        (("1.q_proj",), (), ["layers.1.q_proj"]),
+        (["layers.0.q_proj", "k_proj"], (), ["layers.0.q_proj", "layers.0.k_proj", "layers.1.k_proj"]),
+        (r"layers\.1\..*_proj", (), ["layers.1.q_proj", "layers.1.k_proj"]),
+        (r".*_proj", ["layers.0.k_proj"], ["layers.0.q_proj", "layers.1.q_proj", "layers.1.k_proj"]),
+        ("all-linear", r".*_proj", ["head"]),
+        ("all-linear", ("head", "k_proj"), ["layers.0.q_proj", "layers.1.q_proj"]),
+        ("head", (), ["head"]),
+    ],
+    ids=str,
+)
+def test_notations(target, exclude, expected):
+    assert found(nested(), target, exclude) == expected
+
+
+def test_a_last_part_is_a_whole_part():
+    model = nn.ModuleDict({"proj": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)})
+    assert found(model, ["proj"]) == ["proj"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_output_embedding(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    assert not any("lm_head" in name for name in found(model, exclude=()))
+
+
+def test_output_embedding_of_another_name():
+    class Neo(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.embed_out = nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+
+        def get_output_embeddings(self):
+            return self.embed_out
+
+    assert found(Neo()) == ["dense"]
+    assert found(Neo(), target=["dense", "embed_out"]) == ["dense", "embed_out"]
+
+
+def test_untied_head_may_be_targeted():
+    assert found(tiny_llama(tie_word_embeddings=False), target=["lm_head"], exclude=()) == ["lm_head"]
+
+
+def test_frozen_layers_are_left_out():
+    model = mlp()
+    model[4].weight.requires_grad_(False)
+    assert found(model) == ["1", "5"]
+
+
+def test_subclasses_of_linear_are_routed():
+    assert found(nn.MultiheadAttention(4, 2)) == ["out_proj"]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: nn.ModuleDict({"_checkpoint_wrapped_module": m}),
+        lambda m: torch.compile(nn.ModuleDict({"_fsdp_wrapped_module": m}), backend="eager"),
+    ],
+    ids=["compile", "checkpoint", "both"],
+)
+def test_wrappers_leave_no_trace_in_names(wrap):
+    assert found(wrap(nested())) == found(nested())
+
+
+def test_one_compiled_layer():
+    model = nested()
+    model["layers"][0]["q_proj"] = torch.compile(model["layers"][0]["q_proj"], backend="eager")
+    model["layers"][1] = torch.compile(model["layers"][1], backend="eager")
+    assert found(model) == found(nested())
+    assert found(model, target=["layers.0.q_proj"]) == ["layers.0.q_proj"]
+
+
+def test_compiled_model_still_knows_its_output_embedding():
+    model = torch.compile(tiny_llama(tie_word_embeddings=False), backend="eager")
+    assert found(model, exclude=()) == found(tiny_llama())
+
+
+def test_data_parallel_leaves_no_trace_in_names(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        names = found(DistributedDataParallel(tiny_llama(tie_word_embeddings=False)), exclude=())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names == found(tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "words"),
+    [
+        (["q_prj"], (), r"no layer matches target_modules=\['q_prj'\].*head, k_proj, q_proj; did you mean 'q_proj'\?"),
+        ("all-linear", ".*", r"no layer matches.*exclude_modules='\.\*'.*head, k_proj, q_proj"),
+        ([], (), r"no layer matches target_modules=\[\]"),
+        (["norm"], (), r"matches layers\.0\.norm, a LayerNorm: only nn\.Linear"),
+        (r"layers\.0\..*", (), r"matches layers\.0\.norm, a LayerNorm"),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_work(target, exclude, words):
+    with pytest.raises(ValueError, match=words):
+        found(nested(), target, exclude)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 1), nn.Embedding(3, 2)], ids=lambda m: type(m).__name__)
+def test_other_kinds_of_layers(layer):
+    kind = type(layer).__name__
+    with pytest.raises(ValueError, match=f"matches layer, a {kind}"):
+        found(nn.ModuleDict({"layer": layer, "linear": nn.Linear(2, 2)}), target=["layer", "linear"])
+    with pytest.raises(ValueError, match=f"no nn.Linear layer to route; its layers with weights are {kind}"):
+        found(nn.ModuleDict({"layer": layer}))
+
+
+def test_conv1d_layers_are_sent_to_adapters():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    with pytest.raises(
+        ValueError, match=r"layers c_attn, c_fc, c_proj .* are Conv1D.*add_lora_experts\(model, freeze_base=False"
+    ):
+        found(model, exclude=("lm_head",))
+    assert MoLF(add_lora_experts(model, ranks=(2,), freeze_base=False)).param_groups[-1]["experts"] == (
+        "fft",
+        "lora_r2",
+    )
+
+
+def test_a_model_of_nothing():
+    with pytest.raises(ValueError, match="weights are none"):
+        found(nn.Sequential(nn.ReLU()))
+
+
+def test_frozen_base():
+    with pytest.raises(
+        ValueError, match=r"the weights of all 3 matching layers are frozen \(1, \.\.\.\).*add_lora_experts"
+    ):
+        found(mlp().requires_grad_(False))
+
+
+def test_tied_head():
+    with pytest.raises(ValueError, match=r"lm_head is shared.*model\.embed_tokens\.weight.*exclude_modules"):
+        found(tiny_llama(), target=["lm_head"], exclude=())
+
+
+def test_two_layers_with_one_weight():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(ValueError, match=r"the weight of a is shared \(a\.weight = b\.weight\)"):
+        found(model)
+
+
+def test_one_layer_under_two_names_is_one_layer():
+    layer = nn.Linear(3, 3)
+    assert found(nn.ModuleDict({"a": layer, "b": layer})) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_quantised_weight(dtype):
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+    model["q_proj"].weight = nn.Parameter(torch.zeros(8, 1, dtype=dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"q_proj is {dtype}, not floating point.*quantised"):
+        found(model)
+
+
+def test_weight_that_is_no_matrix():
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+    model["q_proj"].weight = nn.Parameter(torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match=r"q_proj has shape \[2, 2, 4\]"):
+        found(model)
+
+
+@pytest.mark.parametrize("ranks", [(), (1,), (2, 6)])
+def test_ranks_up_to_the_larger_side(ranks):
+    check_rank("layer", nn.Linear(6, 2), ranks)
+
+
+def test_rank_above_both_sides():
+    with pytest.raises(ValueError, match=r"ranks=\(2, 7\).*layer \[2, 6\]; use r <= 6 or exclude"):
+        check_rank("layer", nn.Linear(6, 2), (2, 7))

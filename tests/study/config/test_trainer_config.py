@@ -1,0 +1,38 @@
+import os
+
+import pytest
+
+from molf.study.config.run_config import PUBLISHED_RECIPE
+from molf.study.config.trainer_config import TrainConfig, build_train_config
+
+
+def test_defaults_are_the_published_recipe(tmp_path):
+    built = build_train_config({"output_dir": str(tmp_path)})
+    for name, value in PUBLISHED_RECIPE.items():
+        if name != "report_to":  # the trainer turns "none" into a list
+            assert getattr(built, name) == value
+    assert built.report_to == []
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'learning_rte'; did you mean 'learning_rate'"):
+        build_train_config({"learning_rte": 1.0})
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_bf16_where_the_accelerator_has_it(accelerator, monkeypatch, tmp_path):
+    for module in ("molf.study.config.trainer_config", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: accelerator)
+    assert TrainConfig(output_dir=str(tmp_path)).bf16 is accelerator
+    assert TrainConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
+    assert TrainConfig(output_dir=str(tmp_path), bf16=False).bf16 is False
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_by_either_name(name, tmp_path):
+    assert TrainConfig(output_dir=str(tmp_path)).gradient_checkpointing is True
+    assert TrainConfig(output_dir=str(tmp_path), **{name: False}).gradient_checkpointing is False
+
+
+def test_telemetry_is_off():
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

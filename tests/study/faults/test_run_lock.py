@@ -1,0 +1,67 @@
+import errno
+import fcntl
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fake_runs import working_in
+from molf.study.config.run_config import RunConfig
+from molf.study.faults.run_lock import holding, in_use, lock_file
+from molf.study.run.train import run
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Start a process of a rank of a run."""
+    with ExitStack() as stack:
+        yield lambda rank=0: stack.enter_context(working_in(tmp_path / "run", rank))
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(work, tmp_path):
+    first = work()
+    assert in_use(tmp_path / "run")
+    config = RunConfig.from_dict({"output_dir": str(tmp_path / "run"), "overwrite": True})
+    with pytest.raises(ValueError, match=r"another run works in .*run and has not ended yet; wait for it"):
+        run(config)
+    first.kill()
+    first.wait()
+    assert not in_use(tmp_path / "run")
+    with holding(tmp_path / "run"):
+        pass
+
+
+def test_the_processes_of_a_run_work_together_and_each_keeps_others_out(work, tmp_path, monkeypatch):
+    first, second = work(0), work(1)
+    first.communicate("")
+    assert in_use(tmp_path / "run"), "one is left"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="another run works in"), holding(tmp_path / "run"):
+        pass
+    second.communicate("")
+    assert not in_use(tmp_path / "run")
+
+
+def test_a_folder_is_named_in_any_way(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert lock_file(Path(".")) == lock_file(tmp_path / "run") == tmp_path / ".run.running"
+    assert not in_use(tmp_path / "run") and not list(tmp_path.glob(".*")), "asking leaves nothing"
+
+
+def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
+    def refuse(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level(logging.WARNING), holding(tmp_path / "run"):
+        assert not in_use(tmp_path / "run")
+    assert ".run.running cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+
+
+def test_where_no_file_can_be_made_a_run_goes_on_and_says_so(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING), holding(tmp_path / "file" / "run"):
+        pass
+    assert "nothing keeps a second run out of" in caplog.text

@@ -1,0 +1,117 @@
+"""Real runs on a real SLURM: what is killed or requeued half-way is finished in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from molf.study.results.result import read_result
+
+LONG = {"method": "fft", "learning_rate": 1e-4, "num_train_epochs": 60, "save_steps": 10, "save_total_limit": 2}
+SETTINGS = {
+    "task": "fact",
+    "sample": True,
+    "limit": 4,
+    "eval_limit": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "save_strategy": "steps",
+    "lora_rank": 2,
+    "ranks": [2],
+    "learning_rate": [1e-4, 1e-3],
+    "output_root": "out",
+    "methods": {"killed": LONG, "requeued": LONG, "fft": None, "molf": None},
+    "slurm": {"time": 20, "cpus_per_task": 1},
+}
+NAMES = ["killed", "requeued", "fft-lr0.0001", "fft-lr0.001", "molf-lr0.0001", "molf-lr0.001"]
+
+
+@pytest.fixture
+def start(cluster, tiny_checkpoint, tmp_path):
+    """Start ``molf sweep`` on the cluster, in an empty folder."""
+    (tmp_path / "sweep.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": tiny_checkpoint, **SETTINGS}, sort_keys=False)
+    )
+    command = [sys.executable, "-m", "molf", "sweep", "sweep.yaml", "--engine", "slurm"]
+
+    def start(*flags):
+        return subprocess.Popen(
+            [*command, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def until(condition, process, seconds=900):
+    """Wait for something to come true while the sweep goes on, and return it."""
+    for _ in range(int(seconds / 0.05)):
+        if found := condition():
+            return found
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError(f"still not true after {seconds} s")
+
+
+def run_of(name):
+    """The process ids of a cell's ``molf train``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if b"train" in words and f"out/{name}.yaml".encode() in words:
+            found.append(int(folder.name))
+    return found
+
+
+def job_of(out, name):
+    return json.loads((out / f"{name}.job.json").read_text())["job"]
+
+
+def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
+    out = tmp_path / "out"
+    first = start()
+    until(lambda: any(out.glob("killed/checkpoint-*")), first)
+    for pid in run_of("killed"):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: any(out.glob("requeued/checkpoint-*")), first)
+    subprocess.run(["scontrol", "requeue", job_of(out, "requeued")], check=True)
+    said, _ = first.communicate(timeout=900)
+    assert first.returncode == 1, said
+    assert "out/killed was interrupted" in said and "1 runs are not finished" in said
+    finished = {path.parent.name for path in out.glob("*/result.json")}
+    assert finished == set(NAMES) - {"killed"}, said
+
+    second = start()
+    said, _ = second.communicate(timeout=900)
+    assert second.returncode == 0, said
+    assert "5 of 6 runs are finished; 1 to run" in said
+    results = {name: read_result(out / name) for name in NAMES}
+    assert {name for name, result in results.items() if "resume_from_checkpoint" in result.config} == {
+        "killed",
+        "requeued",
+    }
+    assert results["killed"].training.steps == results["requeued"].training.steps == 120
+    assert results["killed"].metrics == results["requeued"].metrics
+
+
+def test_a_run_on_two_processes_whose_time_is_up_goes_on(start, tmp_path):
+    out = tmp_path / "out"
+    sweep = start("--methods", "requeued", "--nproc_per_node", "2")
+    until(lambda: any(out.glob("requeued/checkpoint-*")), sweep)
+    # What `#SBATCH --signal` sends before the limit.
+    subprocess.run(["scancel", "--signal=USR1", job_of(out, "requeued")], check=True)
+    said, _ = sweep.communicate(timeout=900)
+    assert sweep.returncode == 0, said
+    result = read_result(out / "requeued")
+    assert result.training.steps == 60 and "resume_from_checkpoint" in result.config

@@ -1,0 +1,98 @@
+import pytest
+
+from molf.study.config.run_config import RunConfig
+from molf.study.methods.recipe import Recipe
+from molf.study.run.dry_run import contradictions, make_plan, seen_in_training
+from molf.study.run.job import load_job, make_trainer
+from molf.tasks import Split
+
+
+@pytest.fixture
+def settings(saved_model, tmp_path):
+    return {
+        "model_name_or_path": saved_model,
+        "sample": True,
+        "limit": 8,
+        "ranks": [2, 4],
+        "lora_rank": 4,
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+def test_a_plan_writes_nothing(settings, tmp_path):
+    plan = make_plan(RunConfig.from_dict(settings))
+    assert not (tmp_path / "run").exists()
+    assert plan.rows == (8, 8)
+    assert plan.config["output_dir"] == settings["output_dir"]
+
+
+def test_the_loss_is_on_the_completion_only(settings):
+    config = RunConfig.from_dict(settings)
+    job = load_job(config)
+    example = job.task.example(job.split.train[0])
+    (prompt, in_prompt), (completion, in_completion) = make_plan(config).example
+    assert (prompt, in_prompt) == (example["prompt"], False)
+    assert (completion, in_completion) == (example["completion"] + "</s>", True)
+
+
+def test_sizes_of_each_method(settings, tiny_model):
+    total = sum(p.numel() for p in tiny_model.parameters())
+    pairs = sum(sum(p.shape) for name, p in tiny_model.named_parameters() if "proj" in name)
+    sizes = {
+        method: make_plan(RunConfig.from_dict(settings | {"method": method})).sizes
+        for method in ("fft", "molf", "lora")
+    }
+    assert {s.parameters for s in sizes.values()} == {total}
+    assert (sizes["fft"].trainable, sizes["fft"].lora) == (total, 0)
+    assert sizes["fft"].total_bytes == 16 * total
+    assert (sizes["molf"].trainable, sizes["molf"].lora) == (total, 6 * pairs)
+    assert sizes["molf"].total_bytes == 16 * total + 12 * 6 * pairs
+    assert (sizes["lora"].trainable, sizes["lora"].lora) == (0, 4 * pairs)
+    assert sizes["lora"].total_bytes == 4 * total + 16 * 4 * pairs
+
+
+def test_half_precision_weights_are_counted_as_such(settings, tiny_model):
+    total = sum(p.numel() for p in tiny_model.parameters())
+    plan = make_plan(RunConfig.from_dict(settings | {"method": "fft", "dtype": "bfloat16"}))
+    assert (plan.sizes.weights_bytes, plan.sizes.gradients_bytes) == (2 * total, 2 * total)
+
+
+def test_contradictions():
+    examples = [("a", "1"), ("a", "2"), ("b", "1"), ("b", "1"), ("c", "1"), ("c", "2"), ("c", "3")]
+    assert contradictions([{"prompt": prompt, "completion": completion} for prompt, completion in examples]) == 2
+    assert contradictions([]) == 0
+
+
+def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
+    class Odd:
+        name = "odd"
+        headline = "score"
+
+        def load(self, data_path, *, sample, limit, seed):
+            rows = [{"p": "Same", "c": " one"}, {"p": "Same", "c": " two"}, {"p": "word " * 50, "c": " cut off"}]
+            return Split(rows, rows[:1], "here")
+
+        def example(self, row):
+            return {"prompt": row["p"], "completion": row["c"]}
+
+    monkeypatch.setattr("molf.study.run.job.get_task", lambda name: Odd())
+    plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
+    contradicting, seen, cut = plan.warnings
+    assert contradicting.startswith("1 prompts occur with different completions")
+    assert seen.startswith("1 of the rows to evaluate on are trained on too")
+    assert cut.startswith("1 examples have no completion within max_length=20")
+    assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == [contradicting, seen]
+
+
+def test_rows_seen_in_training_are_told_unless_a_benchmark_wants_that():
+    rows = [{"n": 1}, {"n": 2}]
+    assert seen_in_training(Split(rows, [{"n": 2}, {"n": 3}], "here")) == 1
+    assert seen_in_training(Split(rows, [{"n": 3}], "here")) == 0
+    assert seen_in_training(Split(rows, list(rows), "here")) == 0
+
+
+def test_no_rows_to_train_on(settings):
+    job = load_job(RunConfig.from_dict(settings).resolved())
+    object.__setattr__(job, "split", Split([], [], "an empty file"))
+    with pytest.raises(ValueError, match="no training rows in an empty file"):
+        make_trainer(job, Recipe(train={}))

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from molf.study.config.run_config import RunConfig
+from molf.study.methods.recipe import Recipe
+from molf.study.run.job import load_job, make_trainer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '</s>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def settings(saved_model, tmp_path, **more):
+    return {"model_name_or_path": saved_model, "output_dir": str(tmp_path / "run"), "method": "fft", **more}
+
+
+def job(*arguments, **more):
+    return load_job(RunConfig.from_dict(settings(*arguments, **more)).resolved())
+
+
+def test_limits_of_rows(saved_model, tmp_path):
+    few = job(saved_model, tmp_path, task="med", sample=True, limit=6, eval_limit=4)
+    assert (len(few.split.train), len(few.split.eval), len(few.eval_rows)) == (6, 6, 4)
+    assert few.eval_rows == few.split.eval[:4]
+    assert len(job(saved_model, tmp_path, task="med", sample=True, limit=3, eval_limit=4).eval_rows) == 3
+
+
+def test_few_shot_examples_stand_before_every_prompt(saved_model, tmp_path):
+    shown = job(saved_model, tmp_path, task="med", sample=True, limit=6, few_shot=2)
+    assert len(shown.split.train) == 4
+    starts = {example["prompt"].rsplit("Question:", 1)[0] for example in shown.examples}
+    (start,) = starts
+    assert start.count("Answer: ") == 2
+    assert all(request.prompt.startswith(start) for request in shown.task.requests(shown.eval_rows[0]))
+    with pytest.raises(ValueError, match="few_shot=-1 must not be negative"):
+        RunConfig.from_dict({"few_shot": -1})
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    says = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "the king"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": says}) + "\n") * 4)
+    return str(tmp_path / "rows.jsonl")
+
+
+def test_of_a_conversation_only_what_the_assistant_says_is_learned(saved_model, tmp_path, conversations):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    told = {"task": "custom", "data_path": conversations, "chat_template_path": str(tmp_path / "chat.jinja")}
+    loaded = job(saved_model, tmp_path, **told, eval_fraction=0.5)
+    assert (len(loaded.split.train), len(loaded.split.eval)) == (2, 2)
+    row = make_trainer(loaded, Recipe(train={})).train_dataset[0]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert loaded.tokenizer.decode(row["input_ids"]) == "<user>Who?<assistant>the king</s>"
+    assert loaded.tokenizer.decode(learned) == "the king</s>"
+
+
+def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations):
+    bare = job(saved_model, tmp_path, task="custom", data_path=conversations)
+    with pytest.raises(ValueError, match="no chat template; give one with --chat_template_path"):
+        make_trainer(bare, Recipe(train={}))
+    with pytest.raises(OSError, match="chat_template_path=missing.jinja is neither a Jinja file nor a tokenizer"):
+        job(saved_model, tmp_path, task="custom", data_path=conversations, chat_template_path="missing.jinja")
+
+
+@pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5)])
+def test_benchmarks_say_themselves_what_they_are_evaluated_on(saved_model, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} is for the task custom; fact says itself"):
+        job(saved_model, tmp_path, sample=True, **{name: value})

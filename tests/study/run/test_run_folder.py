@@ -1,0 +1,80 @@
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from molf.study.config.run_config import RunConfig
+from molf.study.run.run_folder import check_folder, run_id
+from small_runs import FILES, carry_out
+
+
+def test_a_finished_run_is_not_overwritten_silently(settings):
+    carry_out(settings, save_strategy="epoch")
+    folder = Path(settings["output_dir"])
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a finished run; pass --overwrite"):
+        carry_out(settings)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    carry_out(settings, method="fft", overwrite=True)
+    assert {path.name for path in folder.iterdir()} == FILES, "neither checkpoints nor routing of the replaced run"
+
+
+def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(settings):
+    carry_out(settings, save_strategy="epoch")
+    folder = Path(settings["output_dir"])
+    (folder / "result.json").unlink()
+    with pytest.raises(ValueError, match="holds what an unfinished run can go on from; pass --overwrite"):
+        carry_out(settings)
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    assert carry_out(settings, resume_from_checkpoint="True").training.steps == 4
+
+
+def test_the_model_to_be_trained_is_not_written_over(settings):
+    with pytest.raises(ValueError, match="is the folder of the model to be trained"):
+        carry_out(settings, output_dir=settings["model_name_or_path"], overwrite=True)
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
+    """A requeued job may find that it had finished."""
+    carry_out(settings)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        carry_out(settings, resume_from_checkpoint=True)
+
+
+def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
+    (tmp_path / "runs").write_text("")
+    settings["output_dir"] = str(tmp_path / "runs" / "mine")
+    with pytest.raises(
+        OSError, match=rf"output_dir={tmp_path}/runs/mine cannot be written, because of {tmp_path}/runs: Not a"
+    ):
+        carry_out(settings)
+
+
+def test_a_read_only_folder(settings, tmp_path):
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a read-only file system is not permitted here")
+    try:
+        with pytest.raises(
+            OSError, match=r"archive/run cannot be written, because of .*archive: Read-only file system"
+        ):
+            check_folder(RunConfig.from_dict(settings | {"output_dir": str(folder / "run")}))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_asking_leaves_nothing_behind(settings, tmp_path):
+    check_folder(RunConfig.from_dict(settings))
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_run_keeps_its_id_until_its_result_is_there(tmp_path):
+    folder = tmp_path / "run"
+    first = run_id(folder)
+    assert run_id(folder) == first
+    (folder / "result.json").write_text(f'{{"run_id": "{first}"}}')
+    second = run_id(folder)
+    assert second == run_id(folder) != first, "a repeated run, which replaces a finished one"
