@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from molf.numerics.quantization import block_count, is_large_matrix
+from molf.numerics.quantization import block_count, is_quantizable
 
 _MOMENTS = 8  # bytes per element: two float32 moments
 _PACKED, _MAXIMA = 2, 8  # bytes per element and per block: two 8-bit moments and their block maxima
@@ -99,7 +99,7 @@ def moments_bytes(parameters: Iterable[Tensor], optim_bits: int = 32) -> int:
     """
     total = 0
     for p in parameters:
-        if optim_bits == 8 and is_large_matrix(p):
+        if optim_bits == 8 and is_quantizable(p):
             total += _PACKED * p.numel() + _MAXIMA * len(p) * block_count(p.numel() // len(p))
         else:
             total += _MOMENTS * p.numel()
