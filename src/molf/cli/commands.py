@@ -17,7 +17,7 @@ from molf.cli.compare import compare
 from molf.cli.export import export
 from molf.cli.parsing import parse_run, print_help
 from molf.cli.plan import plan
-from molf.cli.results import results
+from molf.cli.finished import results
 from molf.cli.sweep import sweep
 from molf.errors import UsageError
 from molf.study.config.run_config import RunConfig

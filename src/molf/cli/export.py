@@ -19,7 +19,7 @@ def export(argv: Sequence[str]) -> None:
     )
     given = parser.parse_args(argv)
 
-    from molf.study.results.export import export_run
+    from molf.study.run.export import export_run
 
     exported = export_run(given.run, given.to, given.output_dir, given.dtype)
     console = Console(soft_wrap=True, highlight=False)
