@@ -8,7 +8,7 @@ import pytest
 
 from fake_runs import working_in
 from molf.study.config.run_config import RunConfig
-from molf.study.faults.run_lock import run_lock, in_use, lock_file
+from molf.study.faults.run_lock import in_use, lock_file, run_lock
 from molf.study.run.train import run
 
 

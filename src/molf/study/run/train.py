@@ -25,14 +25,8 @@ from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trained_base import trained_base
 from molf.study.results.csv_log import append_csv
-from molf.study.results.environment import device_name, peak_memory_bytes
-from molf.study.results.result import (
-    Result,
-    Training,
-    library_versions,
-    source_commit,
-    write_result,
-)
+from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
+from molf.study.results.result import Result, Training, write_result
 from molf.study.results.routing import read_routing
 from molf.study.results.tables import draw_routing
 from molf.study.run.card import model_card
