@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from molf import add_lora_experts
-from molf.study.methods.trained_base import FILE_NAME, TrainedBase, trained_base
+from molf.study.methods.trainable import trained_base
+from molf.study.methods.trained_base import FILE_NAME, TrainedBase
 
 
 @pytest.fixture

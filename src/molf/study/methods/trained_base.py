@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from molf.integrations.whole_checkpoints import CheckpointPart
-from molf.study.sizing.sizes import is_adapter
+from molf.study.methods.trainable import trained_base
 
 FILE_NAME = "trained_base.safetensors"
 
@@ -34,8 +34,3 @@ class TrainedBase(CheckpointPart):
             )
         for name, p in weights.items():
             p.data.copy_(saved[name])
-
-
-def trained_base(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that are trained and belong to no adapter, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)}

@@ -1,6 +1,5 @@
 """The parts of a run put together: model, tokenizer, rows, and the trainer that the method calls for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +8,9 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
+from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
-from molf.setup.discovery import routed_linears
-from molf.study.config.method_config import MethodConfig
 from molf.study.config.run_config import RunConfig, TaskConfig
 from molf.study.config.trainer_config import TrainConfig, build_train_config
 from molf.study.engine.examples import training_template
@@ -24,8 +22,9 @@ from molf.study.methods.adapters import add_adapters, optimizer_of
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.made_with import MadeWith
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.methods.trained_base import TrainedBase, trained_base
-from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.methods.trained_base import TrainedBase
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.selection import load_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
 from molf.tasks import Split, Task, get_task
@@ -167,18 +166,3 @@ def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointP
 def training_settings(job: Job) -> TrainConfig:
     """Return the trainer's settings of a run that does not train."""
     return build_train_config(job.config.train)
-
-
-def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, nn.Linear]:
-    """Return the layers that MoLF routes, by name."""
-    targets: str | Sequence[str] = method.target_modules
-    return routed_linears(
-        model, "all-linear" if method.target_modules == ["all-linear"] else targets, method.exclude_modules
-    )
-
-
-def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
-    """Leave nothing trainable but the weights of the routed layers: no norm, no embedding, no bias."""
-    routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in routed)
