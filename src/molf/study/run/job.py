@@ -17,13 +17,12 @@ from molf.study.engine.examples import training_template
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
-from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
+from molf.study.methods.checkpoint_parts import AdaLoraState, TrainedBase
+from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
-from molf.study.methods.made_with import MadeWith
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
-from molf.study.methods.trained_base import TrainedBase
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.selection import load_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
@@ -139,8 +138,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     check_sharding(trainer, recipe)
-    made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
-    trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
