@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fake_runs import fake_cell, working_in
-from molf.integrations.checkpoint_folder import UNFINISHED, seal
+from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt, failure_status, has_checkpoint
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_is_not_in_place_yet_is_gone_on_from(tmp_path):
     left = cell.folder / UNFINISHED / "checkpoint-3"
     left.mkdir(parents=True)
     assert not has_checkpoint(cell), "it is not whole"
-    seal(left)
+    write_manifest(left)
     assert has_checkpoint(cell)
     assert Attempt(cell)() == 0 and cell.resumed() == [True]
 

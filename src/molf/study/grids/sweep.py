@@ -9,7 +9,7 @@ import yaml
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.grids.attempt import FAILED, failure_status, has_checkpoint
 from molf.study.grids.cells import Cell, Failure, checked_result, failure_of, write_settings
-from molf.study.methods.made_with import PROCESSES, made_with
+from molf.study.methods.checkpoint_settings import PROCESSES, read_settings
 from molf.study.results.result import Result
 
 
@@ -114,7 +114,7 @@ def _prepare(cell: Cell) -> None:
 def _check_processes(cell: Cell) -> None:
     """Refuse another number of processes than a checkpoint's: with the same settings, it makes other batches."""
     there = checkpoints(cell.folder)
-    earlier = made_with(there[-1]).get(PROCESSES) if there else None
+    earlier = read_settings(there[-1]).get(PROCESSES) if there else None
     if earlier not in (None, cell.processes):
         raise ValueError(
             f"{cell.folder} holds checkpoints of a run on {earlier} processes, and on {cell.processes} its steps would have "

@@ -23,14 +23,14 @@ from molf.study.faults.run_lock import run_lock
 from molf.study.faults.trained import Trained, find_trained, forget_trained, load_trained, note_trained
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
-from molf.study.methods.trained_base import trained_base
+from molf.study.methods.trainable import routed_layers, trained_base
 from molf.study.results.csv_log import append_csv
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
 from molf.study.results.result import Result, Training, write_result
 from molf.study.results.routing import read_routing
 from molf.study.results.tables import draw_routing
 from molf.study.run.card import model_card
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
+from molf.study.run.job import Job, job_recipe, load_job, make_trainer, training_settings
 from molf.study.run.process_group import all_wait, leave_process_group
 from molf.study.run.run_folder import (
     CARD_FILE,
