@@ -2,41 +2,37 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
-from molf.tasks.base import Explained
+from molf.tasks.base import HasRowResults
 from molf.tasks.records import read_records
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
 
 
-def as_predictions(
-    task: Task, rows: Sequence[Row], requests: Sequence[Sequence[Request]], answers: Sequence[Sequence[Answer]]
-) -> list[dict[str, Any]]:
-    """Return one plain JSON object per row: its number, its record, what was asked and answered, and what came of it.
+def as_predictions(task: Task, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
+    """Return one plain JSON object per row: its number, its record, its requests with their answers, and its outcome.
 
     Args:
-        task: The benchmark; where it tells the outcome of every row, that is kept too.
+        task: The benchmark. Outcomes are left out unless it is a ``HasRowResults``.
         rows: The evaluated rows.
-        requests: What was asked about each.
-        answers: The answers, in the same order.
+        answers: For each row, the answers to ``task.requests(row)``.
     """
-    outcomes = task.outcomes(list(rows), [list(given) for given in answers]) if isinstance(task, Explained) else None
+    outcomes = task.outcomes(rows, answers) if isinstance(task, HasRowResults) else None
     return [
         {
             "row": number,
-            # Dates and the like, which some file formats have, become text.
-            "record": json.loads(json.dumps(row, default=str)),
-            "answers": [_record(request, given) for request, given in zip(asked, got, strict=True)],
+            "record": json.loads(json.dumps(row, default=str)),  # dates, which Parquet has, become text
+            "answers": [_record(request, given) for request, given in zip(task.requests(row), own, strict=True)],
             **({"outcome": outcomes[number]} if outcomes is not None else {}),
         }
-        for number, (row, asked, got) in enumerate(zip(rows, requests, answers, strict=True))
+        for number, (row, own) in enumerate(zip(rows, answers, strict=True))
     ]
 
 
