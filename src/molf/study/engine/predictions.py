@@ -1,4 +1,4 @@
-"""The file that keeps what every number of an evaluation was computed from, and the numbers computed anew from it."""
+"""The file of predictions, and metrics recomputed from it."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def _record(request: Request, given: Answer) -> dict[str, Any]:
 
 
 def _answer(record: dict[str, Any]) -> Answer:
-    """Take back the answer from what ``_record`` gave."""
+    """Return the answer that ``_record`` wrote."""
     if "text" in record:
         return str(record["text"])
     logprobs, token_ids = tuple(record["logprobs"]), tuple(record["token_ids"])
@@ -52,15 +52,14 @@ def _answer(record: dict[str, Any]) -> Answer:
 
 
 def rescored(path: Path, task: Task) -> dict[str, Metric]:
-    """Compute the metrics anew from a file of predictions; no model is needed.
+    """Recompute the metrics from a file of predictions, without a model.
 
     Args:
-        path: What ``write_predictions`` wrote.
+        path: A file that ``write_predictions`` wrote.
         task: The benchmark.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It holds something else.
+        MolfError: The file cannot be read or contains something else.
     """
     predictions = read_records(path, _FIELDS)
     answers = [[_answer(record) for record in prediction["answers"]] for prediction in predictions]
@@ -71,18 +70,13 @@ def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None
     """Write predictions as gzip-compressed JSON Lines; equal predictions give equal bytes.
 
     Args:
-        path: The file, named ``*.jsonl.gz``. It is written whole or not at all.
+        path: The file, written whole or not at all.
         predictions: One JSON object per row.
-
-    Raises:
-        ValueError: If ``path`` has another name.
     """
-    if not path.name.endswith(".jsonl.gz"):
-        raise ValueError(f"predictions are gzip-compressed JSON Lines; {path} must end in .jsonl.gz")
     with (
         atomic_write(path) as partial,
         partial.open("wb") as raw,
-        # Without name and time in its header, so that the bytes depend on the predictions alone.
+        # No name and time in the header, so that the bytes depend on the predictions alone.
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
     ):
         for prediction in predictions:
