@@ -32,8 +32,8 @@ class RoutingSummary:
 def read_routing(path: Path) -> RoutingSummary:
     """Summarise a routing log.
 
-    If a step was logged twice, as after resuming, the later line counts. At a learning rate of 0, as at the start of a warm-up, all
-    scores are 0: such steps decide nothing and are left out, unless all steps are of that kind.
+    If a step was logged twice, as after resuming, the later line counts. At a learning rate of 0, as at the start of a warm-up,
+    all scores are 0: such steps decide nothing and are left out, unless all steps are of that kind.
 
     Args:
         path: The log, one JSON object per line.

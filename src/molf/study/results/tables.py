@@ -99,12 +99,12 @@ def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray
 def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     """Draw where and when full fine-tuning won.
 
-    Left, the share of steps that the FFT expert won, by layer depth and projection; right, each expert's share of
-    all layers by step.
+    The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half shows the share of
+    layers that each expert won, by step.
 
     Args:
         summary: The routing of a run.
-        path: The PNG file to write, whole or not at all.
+        path: The PNG file to write.
         title: Heading of the picture.
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
