@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from molf.cli.compare import compare
@@ -167,6 +166,8 @@ def _show_result(console: Console, result: "Result") -> None:
 
 
 def _show_plan(console: Console, plan: "Plan") -> None:
+    from molf.study.sizing.report import memory_table, parameters_table
+
     console.rule("settings")
     console.print(
         yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True).strip(), markup=False, highlight=False
@@ -175,23 +176,8 @@ def _show_plan(console: Console, plan: "Plan") -> None:
     pieces = [(text, "bold green" if in_loss else "dim") for text, in_loss in plan.example]
     console.print(Text.assemble(*pieces))
     console.rule("size")
-    console.print(_sizes_table(plan))
+    console.print(parameters_table(plan.needs))
+    console.print(memory_table(plan.needs))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
     console.print(f"dry run: nothing was trained; {plan.rows[0]} rows to train on, {plan.rows[1]} to evaluate on")
-
-
-def _sizes_table(plan: "Plan") -> Table:
-    sizes, table = plan.sizes, Table()
-    for column in ("", "parameters", "memory (MiB)"):
-        table.add_column(column, justify="left" if not column else "right")
-    lines = [
-        ("model weights", sizes.parameters, sizes.weights_bytes),
-        ("trained, with gradients", sizes.trainable, sizes.gradients_bytes),
-        ("optimizer moments", None, sizes.optimizer_bytes),
-        ("LoRA pairs", sizes.lora, sizes.lora_pairs_bytes),
-        ("total between steps, without activations", None, sizes.total_bytes),
-    ]
-    for label, count, size in lines:
-        table.add_row(label, "" if count is None else f"{count:,}", f"{size / 2**20:,.1f}")
-    return table

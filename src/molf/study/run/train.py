@@ -23,7 +23,7 @@ from molf.study.faults.run_lock import holding
 from molf.study.faults.trained import Trained, find_trained, forget_trained, load_trained, note_trained
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
-from molf.study.methods.trainable import routed_layers, trained_base
+from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.csv_log import append_csv
 from molf.study.results.device import device_name, peak_memory_bytes
 from molf.study.results.result import (
@@ -49,7 +49,7 @@ from molf.study.run.run_folder import (
 )
 from molf.study.run.sharding import whole_model
 from molf.study.run.targets import cut_targets
-from molf.study.sizing.sizes import measure
+from molf.study.sizing.parameters import base_count, count_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -161,9 +161,9 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _fit(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
-    layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
-    method = job.config.method
-    sizes = measure(trainer.model, layers, method.ranks or (), method.optim_bits, method.optimizer_in_backward)
+    pairs = lora_pairs(trainer.model, job.config.method) if recipe.merged else 0
+    parameters = count_parameters(trainer.model, pairs)
+    base = base_count(parameters)
     cut = cut_targets(job.tokenizer, job.examples, trainer.args)
     if trainer.is_world_process_zero():
         for warning in cut.warnings():
@@ -178,9 +178,9 @@ def _fit(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Tra
         loss=outcome.training_loss,
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
-        parameters=sizes.parameters,
-        trainable_parameters=sizes.trainable,
-        lora_parameters=sizes.lora,
+        parameters=base.total,
+        trainable_parameters=base.trainable,
+        lora_parameters=parameters["LoRA"].trainable,
         dropped_examples=cut.dropped,
         truncated_examples=cut.truncated,
         processes=trainer.args.world_size,
