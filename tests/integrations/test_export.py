@@ -160,7 +160,7 @@ def test_what_one_lora_cannot_express(base, tmp_path, settings, reason):
 
 def test_an_adapted_embedding_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match="embed_tokens is no linear layer"):
+    with pytest.raises(ValueError, match="embed_tokens is not a linear layer"):
         export_peft(model, tmp_path / "one")
 
 

@@ -161,7 +161,9 @@ def failing(original, at):
 def test_a_write_that_fails_leaves_the_last_good_one(name, tmp_path, monkeypatch):
     trainer = make(tmp_path, save_total_limit=1)
     monkeypatch.setattr(trainer, name, failing(getattr(trainer, name), at=2))
-    words = r"checkpoint-4 cannot be written: .*No space left.* MiB free there\); the last complete one is .*checkpoint-2"
+    words = (
+        r"checkpoint-4 cannot be written: .*No space left.* MiB free there\); the last complete one is .*checkpoint-2"
+    )
     with pytest.raises(OSError, match=words):
         trainer.train()
     assert steps(tmp_path) == [2] and verify(tmp_path / "checkpoint-2") is None

@@ -12,6 +12,7 @@ import yaml
 
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import remove_checkpoints
+from molf.integrations.merge import merge
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation, evaluate
@@ -195,7 +196,7 @@ def _plain_model(model: Any, recipe: Recipe, folder: Path) -> Any:
     """
     if recipe.experts is not None and not trained_base(model):
         save_adapters(model, folder / ADAPTERS_FOLDER)
-    return model.merge_and_unload() if recipe.adapted else model
+    return merge(model)
 
 
 def _evaluate_only(config: RunConfig, started: float) -> Result | None:
