@@ -164,13 +164,6 @@ def test_an_adapted_embedding_is_refused(tmp_path):
         export_peft(model, tmp_path / "one")
 
 
-def test_a_quantised_base_is_not_merged(base, tmp_path):
-    model = with_experts(base)
-    model.get_base_model().quantization_method = "bitsandbytes"
-    with pytest.raises(ValueError, match="quantised base"):
-        export_merged(model, tmp_path / "merged")
-
-
 def test_weights_that_are_not_finite_leave_nothing(base, tmp_path):
     model = with_experts(base)
     with torch.no_grad():
