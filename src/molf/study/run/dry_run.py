@@ -10,7 +10,7 @@ from typing import Any
 from molf.study.config.run_config import RunConfig
 from molf.study.run.job import Job, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
-from molf.study.run.targets import cut_targets
+from molf.study.run.training_data import cut_targets
 from molf.study.sizing.blueprint import Blueprint
 from molf.study.sizing.memory import Needs, available_memory, estimate
 from molf.tasks import Split
