@@ -52,7 +52,7 @@ def test_a_failed_build_leaves_nothing(fake_model, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_a_process_that_finishes_second_takes_what_is_there(fake_model, cache, monkeypatch):
+def test_the_second_of_two_processes_uses_the_folder_of_the_first(fake_model, cache, monkeypatch):
     first = bundled._dequantise
 
     def slow(gguf, folder):
@@ -122,7 +122,7 @@ def test_a_hub_id_stays_and_a_bundled_name_becomes_a_folder(fake_model, cache):
 
 @pytest.fixture
 def large_folder():
-    """A folder that does not outlive the test, as pytest's own do: half a gigabyte."""
+    """A folder for half a gigabyte, removed after the test; pytest keeps its own."""
     with tempfile.TemporaryDirectory() as folder:
         yield folder
 

@@ -17,7 +17,7 @@ NAMES = ["lora_r2", "lora_r6"]
 
 
 def with_experts(model, targets="all-linear", ranks=(2, 6), **settings):
-    """A model with one LoRA adapter per rank, all active, whose weights are all random."""
+    """A model with one randomly initialised LoRA adapter per rank, all active."""
     for number, rank in enumerate(ranks):
         config = LoraConfig(r=rank, lora_alpha=32, use_rslora=True, target_modules=targets, **settings)
         if number == 0:

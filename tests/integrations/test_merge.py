@@ -19,7 +19,7 @@ def logits(model):
 
 
 def trained(dtype=torch.float32, **options):
-    """A model after a few steps between its experts."""
+    """A model after a few steps of MoLF."""
     model = add_lora_experts(tiny_llama(dtype), ranks=(2, 6), **options)
     optimizer = molf.MoLF(model, lr=2e-2, top_k=2)
     for _ in range(3):

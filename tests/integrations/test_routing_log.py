@@ -250,7 +250,7 @@ def test_another_optimizer_is_an_error(tmp_path):
 
 
 class Slow:
-    """Decisions that do not reach the host before they are waited for."""
+    """Makes decisions reach the host only when waited for, and counts the waits."""
 
     def __init__(self, monkeypatch):
         self.waited = 0
@@ -298,7 +298,7 @@ def test_no_more_than_a_few_decisions_are_kept(run, slow):
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(run, slow):
-    """A Trainer tells callbacks of a checkpoint when it is there already, and may be killed in between."""
+    """A Trainer calls `on_save` after writing a checkpoint, and may be killed in between."""
     run.event("on_train_begin")
     run.step()
     run.step()

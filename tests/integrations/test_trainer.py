@@ -83,7 +83,7 @@ CLIPPING = (
 
 
 def test_gradients_are_clipped_once(tmp_path, caplog):
-    """By MoLF, whatever the Trainer's max_grad_norm is, whose default is not 0."""
+    """Even if the Trainer clips too, as it does by default."""
     clipped = {**OPTIONS, "max_grad_norm": 0.5}
     once = trained(tmp_path / "once", optimizer=clipped)
     assert not caplog.records
@@ -195,7 +195,7 @@ def test_every_checkpoint_is_an_ordinary_model(whole, dtype):
 
 
 def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path):
-    """The same batches, rates and start by hand."""
+    """A loop by hand with the same batches, learning rates and initial weights."""
     trainer = trained(tmp_path, save_strategy="no")
     model = tiny_llama()
     fresh = Trainer(model, arguments(tmp_path / "plain"), train_dataset=causal_rows())

@@ -1,4 +1,4 @@
-"""Counts against hand arithmetic, for shapes whose models are never loaded; activations against a real forward pass."""
+"""Counts against hand arithmetic, for shapes of published models; activations against a real forward pass."""
 
 from types import SimpleNamespace
 
