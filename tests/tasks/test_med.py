@@ -69,7 +69,7 @@ def test_a_folder_of_the_users_in_either_counting(tmp_path):
     "cops, message",
     [
         ((0, 4), "dev.jsonl: cop is 0 in some rows and 4 in others"),
-        ((1, 3), "dev.jsonl: cop is 1, 3 in all rows, so that it may count from 0 or from 1"),
+        ((1, 3), "dev.jsonl: cop is 1, 3 in all rows, so it may count from 0 or from 1"),
         ((0, 5), "dev.jsonl, line 2: cop=5 names no option"),
         ((0, -1), "dev.jsonl, line 2: cop=-1 names no option; .* test split has no answers"),
     ],

@@ -23,14 +23,6 @@ def test_probability_is_the_geometric_mean():
     assert scores.probability == pytest.approx(0.1353352832366127)
 
 
-@pytest.mark.parametrize(
-    "logprobs, token_ids, greedy", [((), (), ()), ((-1.0,), (5, 6), (True, True)), ((-1.0,), (5,), ())]
-)
-def test_scores_need_one_logprob_and_flag_per_token(logprobs, token_ids, greedy):
-    with pytest.raises(ValueError, match="one log-probability and one greedy flag per target token"):
-        TargetScores(logprobs, token_ids, greedy)
-
-
 def test_the_best_option_is_the_first_of_the_most_likely():
     assert OptionScores((-3.0, -1.0, -2.0), (7, 8, 9)).best == 1
     assert OptionScores((-3.0, -1.0, -1.0), (7, 8, 9)).best == 1

@@ -1,9 +1,9 @@
-"""CounterFact: teach a model counterfactual answers and see what else changes.
+"""CounterFact: teach a model counterfactual answers and measure what else changes.
 
-The data set and its metrics are those of K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual
-Associations in GPT", NeurIPS 2022. With P(target) the geometric mean of the probabilities of all the target's tokens,
-an edit should raise P(new) above P(true) for its own prompt (efficacy) and for paraphrases of it, and leave
-P(true) above P(new) for prompts about other subjects (neighborhood).
+Data set and metrics: K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual Associations in GPT",
+NeurIPS 2022. P(target) is the geometric mean of the probabilities of the target's tokens. An edit should raise P(new)
+above P(true) for its own prompt (efficacy) and its paraphrases, and keep P(true) above P(new) for prompts about other
+subjects (neighborhood).
 """
 
 import math
@@ -15,21 +15,30 @@ from typing import Any, cast
 
 import numpy as np
 
-from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, Split, TargetScores
+from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, TargetScores
 from molf.tasks.metrics import mean, percentage, statistic
-from molf.tasks.sources import Source, UrlFile
+from molf.tasks.sources import Source, SourceTask, UrlFile
 
 MAX_NEW_TOKENS = 16
 
+_FIELDS = {
+    "case_id": int,
+    "requested_rewrite.prompt": str,
+    "requested_rewrite.subject": str,
+    "requested_rewrite.target_new.str": str,
+    "requested_rewrite.target_true.str": str,
+    "paraphrase_prompts": list,
+    "neighborhood_prompts": list,
+}
 _SCORES = ("efficacy_score", "paraphrase_score", "neighborhood_score")
 
 
 def _problem(row: Row) -> str | None:
-    """Say why a record with all its fields still cannot be used."""
+    """Return why a record with all its fields still cannot be used, or None."""
     where = f"case_id {row['case_id']}"
     template = row["requested_rewrite"]["prompt"]
     if template.count("{}") != 1:
-        return f"{where}: the prompt must hold the subject's place {{}} exactly once, found {template!r}"
+        return f"{where}: the prompt must contain {{}}, the subject's place, exactly once, found {template!r}"
     for name in ("target_new", "target_true"):
         if not _target(row, name):
             return f"{where}: {name} is empty"
@@ -39,72 +48,44 @@ def _problem(row: Row) -> str | None:
     return None
 
 
-SOURCE = Source(
-    published=UrlFile("https://rome.baulab.info/data/dsets/counterfact.json", folder="fact"),
-    packaged=("counterfact_sample.jsonl.gz",),
-    fields={
-        "case_id": int,
-        "requested_rewrite.prompt": str,
-        "requested_rewrite.subject": str,
-        "requested_rewrite.target_new.str": str,
-        "requested_rewrite.target_true.str": str,
-        "paraphrase_prompts": list,
-        "neighborhood_prompts": list,
-    },
-    problem=_problem,
-)
-
-
-class Fact:
-    """The CounterFact benchmark. Train and evaluation rows are the same: what is measured is the edit itself."""
+class Fact(SourceTask):
+    """The CounterFact benchmark. Training and evaluation use the same rows: the edit itself is measured."""
 
     name: str = "fact"
     headline: str = "efficacy_score"
-
-    def load(
-        self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
-    ) -> Split:
-        """Load the edits; ``limit`` takes the first ones in file order, so that 200 edits are always the same 200.
-
-        Args:
-            data_path: A file or folder in the published format; None downloads the published file once.
-            sample: Use the packaged slice of 1,000 records instead.
-            limit: The most edits; None for all.
-            seed: Not used, nothing is chosen at random.
-
-        Raises:
-            ValueError: If the arguments contradict each other or a record is not usable.
-            OSError: If the data cannot be read or downloaded.
-        """
-        return SOURCE.load(data_path, sample=sample, limit=limit)
+    source = Source(
+        published=UrlFile("https://rome.baulab.info/data/dsets/counterfact.json", folder="fact"),
+        packaged=("counterfact_sample.jsonl.gz",),
+        fields=_FIELDS,
+        problem=_problem,
+    )
 
     def example(self, row: Row) -> dict[str, str]:
-        """Return the edit as a prompt and its new answer."""
+        """Return the edit's prompt and its new answer."""
         return {"prompt": edit_prompt(row), "completion": f" {_target(row, 'target_new')}"}
 
     def requests(self, row: Row) -> list[Request]:
-        """Ask for both targets after every prompt, then for the model's own answer to the edit prompt."""
+        """Ask for both targets after every prompt, then for the model's own answer to the edit's prompt."""
         targets = [f" {_target(row, name)}" for name in ("target_new", "target_true")]
         prompts = [edit_prompt(row), *_prompts(row, "paraphrase_prompts"), *_prompts(row, "neighborhood_prompts")]
         likelihoods = [Likelihood(prompt, target) for prompt in prompts for target in targets]
         return [*likelihoods, Generate(edit_prompt(row), MAX_NEW_TOKENS)]
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
-        """Return the metrics of Meng et al. 2022, and three about the edit prompt alone.
+        """Return the metrics of Meng et al. 2022, and three of the edit's prompt alone.
 
-        A prompt type's metrics are averaged over a record's prompts first, then over the records that have
-        such prompts. In all of them a tie is not a success.
+        Metrics are averaged over a record's prompts of one kind, then over the records with such prompts. A tie is not a
+        success.
 
         Returns:
             ``efficacy_score``, ``paraphrase_score``: percentage of prompts with P(new) > P(true).
             ``neighborhood_score``: percentage of prompts with P(true) > P(new).
-            ``*_magnitude``: mean difference of the two probabilities, in percentage points, positive when it
-            goes the way that the score counts.
-            ``score``: the harmonic mean of the three scores, 0 if one of them is; its n is the least of theirs.
-            ``es_first_token``: as ``efficacy_score``, but by the targets' first tokens only, over the records
-            where these differ.
-            ``exact_new``, ``exact_true``: percentage of records whose greedy continuation, white space stripped,
-            is exactly that target.
+            ``*_magnitude``: mean difference of the two probabilities in percentage points, positive in the direction that
+            the score counts.
+            ``score``: harmonic mean of the three scores, 0 if one of them is 0; its n is their smallest.
+            ``es_first_token``: ``efficacy_score`` by the targets' first tokens only, over the records where these differ.
+            ``exact_new``, ``exact_true``: percentage of records whose greedy continuation, without surrounding white
+            space, is exactly that target.
         """
         records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
         metrics = {
@@ -124,7 +105,7 @@ class Fact:
         return metrics
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return the three scores of every edit, without those that it has no prompts for."""
+        """Return the three scores of every edit, except those it has no prompts for."""
         records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
         return [
             {name: value for name, value in zip(_SCORES, record.scores(), strict=True) if not math.isnan(value)}
@@ -135,14 +116,14 @@ class Fact:
 def edit_prompt(row: Row) -> str:
     """Return the prompt of the edit, with the subject in its place."""
     rewrite = row["requested_rewrite"]
-    # Not str.format: it would also read braces that belong to the text.
+    # Not str.format: the text may contain other braces.
     return str(rewrite["prompt"]).replace("{}", rewrite["subject"]).strip()
 
 
 def contradictions(rows: Sequence[Row]) -> int:
-    """Return how many of the edits share their prompt with an edit that asks for another new answer.
+    """Return the number of edits whose prompt another edit has with a different new answer.
 
-    No model can satisfy all of these. The published set has 514, for 198 prompts.
+    No model can satisfy all of these. The published data has 514, for 198 prompts.
     """
     wanted = defaultdict(list)
     for row in rows:
@@ -160,7 +141,7 @@ def _prompts(row: Row, field: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The scores of two targets after the same prompt; ``wanted`` is the one that should win."""
+    """The scores of two targets after one prompt; ``wanted`` should win."""
 
     wanted: TargetScores
     other: TargetScores
@@ -170,7 +151,7 @@ class _Pair:
 
     @property
     def wins(self) -> bool:
-        # Not by probability: two long targets can both round to 0.
+        # Not by probability, which underflows to 0 for two long targets.
         return self.wanted.mean_logprob > self.other.mean_logprob
 
     @property
@@ -188,7 +169,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Record:
-    """The answers about one row, by what they are for. The new target is the wanted one in every pair."""
+    """The answers about one row. Every pair wants the new target."""
 
     edit: _Pair
     paraphrases: list[_Pair]
@@ -196,12 +177,12 @@ class _Record:
     generated: str
 
     def scores(self) -> tuple[float, float, float]:
-        """Return how often the pairs of each kind win, in percent; NaN where there are none of a kind."""
+        """Return the percentage of wins for each kind of prompt; NaN for a kind without prompts."""
         return _wins([self.edit]), _wins(self.paraphrases), _wins([pair.swapped() for pair in self.neighbors])
 
 
 def _read_answers(row: Row, answers: list[Answer]) -> _Record:
-    """Take apart the answers to ``Fact.requests(row)``."""
+    """Group the answers to ``Fact.requests(row)``."""
     paraphrases, neighbors = len(row["paraphrase_prompts"]), len(row["neighborhood_prompts"])
     assert len(answers) == 2 * (1 + paraphrases + neighbors) + 1
     scores, generated = cast(list[TargetScores], answers[:-1]), cast(str, answers[-1])
@@ -214,7 +195,7 @@ def _wins(pairs: list[_Pair]) -> float:
 
 
 def _harmonic_mean(scores: list[np.ndarray]) -> np.ndarray:
-    """Return the harmonic mean of three scores' means over the records that have them, 0 where one of them is."""
+    """Return the harmonic mean of three scores' means over the records that have them; 0 if one mean is 0."""
     one, two, three = (np.nansum(s, axis=-1) / np.maximum(1, np.isfinite(s).sum(axis=-1)) for s in scores)
     pairwise = np.asarray(one * two + one * three + two * three)
     means: np.ndarray = np.divide(3 * one * two * three, pairwise, out=np.zeros_like(pairwise), where=pairwise > 0)
@@ -222,7 +203,7 @@ def _harmonic_mean(scores: list[np.ndarray]) -> np.ndarray:
 
 
 def _prompt_metrics(kind: str, records: list[list[_Pair]]) -> dict[str, Metric]:
-    """Return ``{kind}_score`` and ``{kind}_magnitude``, over the records that have prompts of this kind."""
+    """Return ``{kind}_score`` and ``{kind}_magnitude`` over the records with prompts of this kind."""
     asked = [pairs for pairs in records if pairs]
     if not asked:
         return {}
@@ -233,5 +214,5 @@ def _prompt_metrics(kind: str, records: list[list[_Pair]]) -> dict[str, Metric]:
 
 
 def _percentage(name: str, outcomes: list[bool]) -> dict[str, Metric]:
-    """Return the metric ``name``, or nothing if there is nothing to average."""
+    """Return the metric ``name``, or nothing without outcomes."""
     return {name: percentage(outcomes)} if outcomes else {}
