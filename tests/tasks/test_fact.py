@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from molf.tasks import Generate, Likelihood, Metric, TargetScores, get_task
-from molf.tasks.fact import Fact, contradictions, edit_prompt
+from molf.tasks.fact import Fact, edit_prompt
 
 FACT = Fact()
 
@@ -60,7 +60,6 @@ def test_the_packaged_slice_is_what_its_readme_says(sample):
     assert all(row["pararel_idx"] is not None for row in rows)
     assert len({row["requested_rewrite"]["relation_id"] for row in rows}) == 34
     assert max(Counter(map(edit_prompt, rows)).values()) == 1
-    assert contradictions(rows) == 0
 
 
 def test_limit_takes_the_first_rows_whatever_the_seed(sample):
@@ -235,18 +234,6 @@ def test_perfect_and_worst_answers_on_the_packaged_slice(sample, swapped):
     assert metrics["exact_true"].value == (100 if swapped else 0)
     assert metrics["efficacy_magnitude"].value == pytest.approx(-80 if swapped else 80)
     assert {metric.n for name, metric in metrics.items() if name != "es_first_token"} == {1000}
-
-
-def test_contradictions_count_the_edits_that_cannot_all_succeed():
-    rows = [
-        make_row(new="Rome"),
-        make_row(new="Oslo"),
-        make_row(prompt="The capital of France {}", subject="is", new="Bern"),
-        make_row(subject="Spain", new="Rome"),
-        make_row(subject="Spain", new="Rome"),  # asked twice, but for the same answer
-    ]
-    assert contradictions(rows) == 3
-    assert contradictions(rows[3:]) == 0
 
 
 def test_fact_is_a_task():

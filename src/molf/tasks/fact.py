@@ -7,11 +7,10 @@ subjects (neighborhood).
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -30,7 +29,8 @@ _FIELDS = {
     "paraphrase_prompts": list,
     "neighborhood_prompts": list,
 }
-_SCORES = ("efficacy_score", "paraphrase_score", "neighborhood_score")
+KINDS = ("efficacy", "paraphrase", "neighborhood")
+_Pair: TypeAlias = tuple[TargetScores, TargetScores]
 
 
 def _problem(row: Row) -> str | None:
@@ -87,30 +87,32 @@ class Fact(SourceTask):
             ``exact_new``, ``exact_true``: percentage of records whose greedy continuation, without surrounding white
             space, is exactly that target.
         """
-        records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
-        metrics = {
-            **_prompt_metrics("efficacy", [[record.edit] for record in records]),
-            **_prompt_metrics("paraphrase", [record.paraphrases for record in records]),
-            **_prompt_metrics("neighborhood", [[p.swapped() for p in record.neighbors] for record in records]),
-        }
-        if all(name in metrics for name in _SCORES):
-            score = statistic(_harmonic_mean, *zip(*(record.scores() for record in records), strict=True))
-            metrics["score"] = replace(score, n=min(metrics[name].n for name in _SCORES))
-        first_tokens = [record.edit for record in records if record.edit.first_tokens_differ]
-        metrics |= _percentage("es_first_token", [pair.wins_first_token for pair in first_tokens])
-        for name in ("new", "true"):
-            expected = [_target(row, f"target_{name}") for row in rows]
-            exact = [record.generated == target for record, target in zip(records, expected, strict=True)]
-            metrics |= _percentage(f"exact_{name}", exact)
+        records = [_pairs(row, own) for row, own in zip(rows, answers, strict=True)]
+        metrics: dict[str, Metric] = {}
+        for kind in KINDS:
+            asked = [pairs[kind] for pairs in records if pairs[kind]]
+            if asked:
+                margins = [[wanted.probability - other.probability for wanted, other in pairs] for pairs in asked]
+                metrics[f"{kind}_score"] = mean([_wins(pairs) for pairs in asked])
+                metrics[f"{kind}_magnitude"] = mean([100 * fmean(own) for own in margins])
+        if len(metrics) == 2 * len(KINDS):
+            score = statistic(_harmonic_mean, *([_wins(pairs[kind]) for pairs in records] for kind in KINDS))
+            metrics["score"] = replace(score, n=min(metrics[f"{kind}_score"].n for kind in KINDS))
+        edits = [pair for pairs in records for pair in pairs["efficacy"]]
+        differing = [(new, true) for new, true in edits if new.token_ids[0] != true.token_ids[0]]
+        if differing:
+            metrics["es_first_token"] = percentage(new.logprobs[0] > true.logprobs[0] for new, true in differing)
+        if rows:
+            generated = [cast(str, own[-1]).strip() for own in answers]
+            for name in ("new", "true"):
+                targets = [_target(row, f"target_{name}") for row in rows]
+                metrics[f"exact_{name}"] = percentage(map(operator.eq, generated, targets))
         return metrics
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
         """Return the three scores of every edit, except those it has no prompts for."""
-        records = [_read_answers(row, given) for row, given in zip(rows, answers, strict=True)]
-        return [
-            {name: value for name, value in zip(_SCORES, record.scores(), strict=True) if not math.isnan(value)}
-            for record in records
-        ]
+        records = [_pairs(row, own) for row, own in zip(rows, answers, strict=True)]
+        return [{f"{kind}_score": _wins(pairs[kind]) for kind in KINDS if pairs[kind]} for pairs in records]
 
 
 def edit_prompt(row: Row) -> str:
@@ -118,17 +120,6 @@ def edit_prompt(row: Row) -> str:
     rewrite = row["requested_rewrite"]
     # Not str.format: the text may contain other braces.
     return str(rewrite["prompt"]).replace("{}", rewrite["subject"]).strip()
-
-
-def contradictions(rows: Sequence[Row]) -> int:
-    """Return the number of edits whose prompt another edit has with a different new answer.
-
-    No model can satisfy all of these. The published data has 514, for 198 prompts.
-    """
-    wanted = defaultdict(list)
-    for row in rows:
-        wanted[edit_prompt(row)].append(_target(row, "target_new"))
-    return sum(len(targets) for targets in wanted.values() if len(set(targets)) > 1)
 
 
 def _target(row: Row, name: str) -> str:
@@ -139,59 +130,20 @@ def _prompts(row: Row, field: str) -> list[str]:
     return [prompt.strip() for prompt in row[field]]
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The scores of two targets after one prompt; ``wanted`` should win."""
-
-    wanted: TargetScores
-    other: TargetScores
-
-    def swapped(self) -> "_Pair":
-        return _Pair(self.other, self.wanted)
-
-    @property
-    def wins(self) -> bool:
-        # Not by probability, which underflows to 0 for two long targets.
-        return self.wanted.mean_logprob > self.other.mean_logprob
-
-    @property
-    def margin(self) -> float:
-        return self.wanted.probability - self.other.probability
-
-    @property
-    def first_tokens_differ(self) -> bool:
-        return self.wanted.token_ids[0] != self.other.token_ids[0]
-
-    @property
-    def wins_first_token(self) -> bool:
-        return self.wanted.logprobs[0] > self.other.logprobs[0]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """The answers about one row. Every pair wants the new target."""
-
-    edit: _Pair
-    paraphrases: list[_Pair]
-    neighbors: list[_Pair]
-    generated: str
-
-    def scores(self) -> tuple[float, float, float]:
-        """Return the percentage of wins for each kind of prompt; NaN for a kind without prompts."""
-        return _wins([self.edit]), _wins(self.paraphrases), _wins([pair.swapped() for pair in self.neighbors])
-
-
-def _read_answers(row: Row, answers: list[Answer]) -> _Record:
-    """Group the answers to ``Fact.requests(row)``."""
-    paraphrases, neighbors = len(row["paraphrase_prompts"]), len(row["neighborhood_prompts"])
-    assert len(answers) == 2 * (1 + paraphrases + neighbors) + 1
-    scores, generated = cast(list[TargetScores], answers[:-1]), cast(str, answers[-1])
-    pairs = [_Pair(new, true) for new, true in zip(scores[::2], scores[1::2], strict=True)]
-    return _Record(pairs[0], pairs[1 : 1 + paraphrases], pairs[1 + paraphrases :], generated.strip())
+def _pairs(row: Row, answers: list[Answer]) -> dict[str, list[_Pair]]:
+    """Return the scores of the wanted and the other target after every prompt, by the prompts' kinds."""
+    scores = cast(list[TargetScores], answers[:-1])
+    pairs = list(zip(scores[::2], scores[1::2], strict=True))
+    paraphrases = 1 + len(row["paraphrase_prompts"])
+    assert len(pairs) == paraphrases + len(row["neighborhood_prompts"])
+    neighborhood = [(true, new) for new, true in pairs[paraphrases:]]
+    return {"efficacy": pairs[:1], "paraphrase": pairs[1:paraphrases], "neighborhood": neighborhood}
 
 
 def _wins(pairs: list[_Pair]) -> float:
-    return 100 * fmean(pair.wins for pair in pairs) if pairs else math.nan
+    """Return the percentage of pairs in which the wanted target is more likely; NaN without pairs."""
+    # Not by probability, which underflows to 0 for two long targets.
+    return 100 * fmean(wanted.mean_logprob > other.mean_logprob for wanted, other in pairs) if pairs else math.nan
 
 
 def _harmonic_mean(scores: list[np.ndarray]) -> np.ndarray:
@@ -200,19 +152,3 @@ def _harmonic_mean(scores: list[np.ndarray]) -> np.ndarray:
     pairwise = np.asarray(one * two + one * three + two * three)
     means: np.ndarray = np.divide(3 * one * two * three, pairwise, out=np.zeros_like(pairwise), where=pairwise > 0)
     return means
-
-
-def _prompt_metrics(kind: str, records: list[list[_Pair]]) -> dict[str, Metric]:
-    """Return ``{kind}_score`` and ``{kind}_magnitude`` over the records with prompts of this kind."""
-    asked = [pairs for pairs in records if pairs]
-    if not asked:
-        return {}
-    return {
-        f"{kind}_score": mean([_wins(pairs) for pairs in asked]),
-        f"{kind}_magnitude": mean([100 * fmean(pair.margin for pair in pairs) for pairs in asked]),
-    }
-
-
-def _percentage(name: str, outcomes: list[bool]) -> dict[str, Metric]:
-    """Return the metric ``name``, or nothing without outcomes."""
-    return {name: percentage(outcomes)} if outcomes else {}
