@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from molf.errors import MolfError
-from molf.tasks import ExampleTokens, TargetScores, custom, get_task
+from molf.tasks import ExampleTokens, TargetScores, custom
 from molf.tasks.custom import Custom
 
 PAIRS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
@@ -251,7 +251,3 @@ def test_metrics_worked_out_by_hand():
     assert all(metric.n == 2 and metric.low <= metric.value <= metric.high for metric in metrics.values())
     assert "exact_match" not in Custom().score([{"text": "a"}, {"text": "b"}], given)
     assert Custom().score([], []) == {}
-
-
-def test_custom_is_a_task():
-    assert get_task("custom").headline == "token_accuracy"

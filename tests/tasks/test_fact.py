@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from molf.tasks import Generate, Likelihood, Metric, TargetScores, get_task
+from molf.tasks import Generate, Likelihood, Metric, TargetScores
 from molf.tasks.fact import Fact, edit_prompt
 
 FACT = Fact()
@@ -68,13 +68,6 @@ def test_limit_takes_the_first_rows_whatever_the_seed(sample):
     assert len(FACT.load(sample=True, limit=5000).eval) == 1000
 
 
-def test_a_file_of_the_users(tmp_path):
-    path = write(tmp_path, [make_row(3), make_row(4)])
-    split = FACT.load(path)
-    assert [row["case_id"] for row in split.train] == [3, 4]
-    assert split.origin == path
-
-
 def test_the_published_file_is_looked_for_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOLF_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -101,18 +94,6 @@ def test_the_published_file_is_looked_for_in_the_cache(tmp_path, monkeypatch):
 def test_bad_records_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"record 2: {message}"):
         FACT.load(write(tmp_path, [make_row(4), make_row(5, **change)]))
-
-
-def test_a_missing_field_is_named_with_its_place(tmp_path):
-    row = make_row(5)
-    del row["requested_rewrite"]["target_true"]
-    with pytest.raises(ValueError, match="record 2: no field 'requested_rewrite.target_true.str'; .* target_new"):
-        FACT.load(write(tmp_path, [make_row(4), row]))
-
-
-def test_arguments_that_make_no_sense():
-    with pytest.raises(ValueError, match="--data_path a.json and --sample are two sources"):
-        FACT.load("a.json", sample=True)
 
 
 # --- training and asking ---
@@ -234,7 +215,3 @@ def test_perfect_and_worst_answers_on_the_packaged_slice(sample, swapped):
     assert metrics["exact_true"].value == (100 if swapped else 0)
     assert metrics["efficacy_magnitude"].value == pytest.approx(-80 if swapped else 80)
     assert {metric.n for name, metric in metrics.items() if name != "es_first_token"} == {1000}
-
-
-def test_fact_is_a_task():
-    assert get_task("fact").headline == "efficacy_score"

@@ -5,7 +5,8 @@ from molf.tasks.base import NextToken, OptionScores, TargetScores
 
 
 def test_a_task_is_found_by_its_own_name():
-    assert all(get_task(name).name == name for name in TASKS)
+    headlines = {"fact": "efficacy_score", "med": "accuracy", "sql": "exact_match", "custom": "token_accuracy"}
+    assert {get_task(name).name: get_task(name).headline for name in TASKS} == headlines
 
 
 def test_an_unknown_name_says_what_there_is():

@@ -41,11 +41,6 @@ def test_nothing_asked_nothing_answered(tiny_model, tiny_tokenizer):
     assert answer(tiny_model, tiny_tokenizer, []) == []
 
 
-def test_a_bound_of_nothing_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="batch_tokens=0 must be at least 1"):
-        answer(tiny_model, tiny_tokenizer, [], batch_tokens=0)
-
-
 def test_model_and_tokenizer_are_left_as_they_were(tiny_model, tiny_tokenizer):
     tiny_model.train()
     tiny_model.model.layers[0].eval()
