@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from molf.errors import MolfError
-from molf.tasks.records import UNNAMED, check_fields, local_splits, record_files, records_of
+from molf.tasks.records import UNNAMED, check_fields, local_splits, records_of
 
 
 def read(path):
     """All records of a file or folder."""
-    return [record for file in record_files(path) for _, record in records_of(file)]
+    return [record for _, record in local_splits(path)[UNNAMED]]
 
 
 RECORDS = [{"id": 1, "text": "one"}, {"id": 2, "text": "line\u2028separator"}]
@@ -107,9 +107,9 @@ def test_fields_are_checked_where_they_stand(record, message):
 
 def test_nothing_there(tmp_path):
     with pytest.raises(MolfError, match="no file or folder .*missing.json"):
-        record_files(tmp_path / "missing.json")
+        local_splits(tmp_path / "missing.json")
     with pytest.raises(MolfError, match="no .json, .* file in the folder"):
-        record_files(tmp_path)
+        local_splits(tmp_path)
 
 
 # --- folders by split ---

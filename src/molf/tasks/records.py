@@ -44,28 +44,37 @@ def local_splits(path: Path) -> Splits:
     """Return the records of a file, of a folder of files, or of a folder saved by ``datasets``.
 
     In a folder, a file belongs to the split whose name is a word of the file's or its subfolder's name:
-    ``train-00000-of-00001.parquet``, ``medmcqa_dev.jsonl``, ``test/part1.csv``.
+    ``train-00000-of-00001.parquet``, ``medmcqa_dev.jsonl``, ``test/part1.csv``. Files are sorted by name; hidden ones are
+    left out.
 
     Raises:
         MolfError: There are no records, or a file name does not tell the format or, next to others that do, the split.
     """
+    if not path.exists():
+        raise MolfError(f"no file or folder {path}")
+    if not path.is_dir():
+        if not path.name.endswith(SUFFIXES):
+            raise MolfError(f"{path}: cannot tell the format; the name must end in one of {', '.join(SUFFIXES)}")
+        return {UNNAMED: records_of(path)}
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         from datasets import load_from_disk
 
         return located_splits(load_from_disk(str(path)), str(path))
-    files = record_files(path)
-    if files == [path]:
-        return {UNNAMED: records_of(path)}
     by_split: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        words = re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower())
-        by_split[next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), UNNAMED)].append(file)
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_file() and file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in name.parts):
+            words = re.split(r"[^a-z]+", name.as_posix().lower())
+            split = next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), UNNAMED)
+            by_split[split].append(file)
+    if not by_split:
+        raise MolfError(f"no {', '.join(SUFFIXES)} file in the folder {path}")
     if UNNAMED in by_split and len(by_split) > 1:
         raise MolfError(
             f"{by_split[UNNAMED][0]}: cannot tell the split; other files have one, so this name must contain one of the "
             f"words {', '.join(_SPLIT_WORDS)}"
         )
-    return {split: chain.from_iterable(map(records_of, own)) for split, own in by_split.items()}
+    return {split: chain.from_iterable(map(records_of, files)) for split, files in by_split.items()}
 
 
 def located_splits(loaded: Any, origin: str) -> Splits:
@@ -78,25 +87,6 @@ def located_splits(loaded: Any, origin: str) -> Splits:
         return {UNNAMED: located(loaded, origin)}
     names = {str(split): rows for split, rows in loaded.items()}
     return {_SPLIT_WORDS.get(name, name): located(rows, f"{origin}, split {name}") for name, rows in names.items()}
-
-
-def record_files(path: Path) -> list[Path]:
-    """Return the file itself, or the visible files with records in a folder and its subfolders, sorted by name.
-
-    Raises:
-        MolfError: There are none, or the file name does not tell the format.
-    """
-    if not path.exists():
-        raise MolfError(f"no file or folder {path}")
-    if not path.is_dir():
-        if not path.name.endswith(SUFFIXES):
-            raise MolfError(f"{path}: cannot tell the format; the name must end in one of {', '.join(SUFFIXES)}")
-        return [path]
-    found = [file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
-    visible = sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    if not visible:
-        raise MolfError(f"no {', '.join(SUFFIXES)} file in the folder {path}")
-    return visible
 
 
 def records_of(file: Path) -> Iterator[Located]:

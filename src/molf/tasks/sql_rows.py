@@ -118,10 +118,7 @@ def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[
     # Twice: with larger and with smaller values elsewhere than in the rows that satisfy all, for MAX and MIN.
     changes = [change for change in (*misses, *alone, first) if change for _ in range(2)]
     for number, change in enumerate(changes):
-        row = [_outsider(cells, number) for cells in columns]
-        for place, value in change.items():
-            row[place] = value
-        yield row
+        yield [change.get(place, _outsider(cells, number)) for place, cells in enumerate(columns)]
     if any(cells.key for cells in columns):
         # A row without partners in other tables; and, in one table, keys more, as and less frequent than the query's count.
         repeated = [1] * max(2, count) + [2] * max(1, count - 1) + [3] * max(0, count - 2)
