@@ -21,7 +21,7 @@ ROW_SCHEMAS: dict[tuple[str, ...], str] = {
     ("messages",): "a conversation",
     ("text",): "a text",
 }
-"""The columns of each kind of row, and what it is."""
+"""The columns of each kind of row, and its name."""
 ROLES = ("system", "user", "assistant")
 
 

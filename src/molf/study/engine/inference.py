@@ -55,8 +55,8 @@ def answer(
         a ``Generate``.
 
     Raises:
-        MolfError: A target has no tokens, an option is not exactly one token, or no token precedes what is asked for.
-        FloatingPointError: The model's logits contain NaN.
+        MolfError: A target has no tokens, an option is not exactly one token, no token precedes a target, or the model's
+            logits contain NaN.
     """
     distinct = list(dict.fromkeys(requests))
     generations = [request for request in distinct if isinstance(request, Generate)]
