@@ -99,7 +99,7 @@ def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray
 def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     """Draw where and when full fine-tuning won.
 
-    The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half shows the share of
+    The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
     layers that each expert won, by step.
 
     Args:
