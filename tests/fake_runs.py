@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molf.study.config.run_config import RunConfig
-from molf.study.grids.cells import Cell
+from molf.study.grids.spec import RunSpec
 
 RESULT = {
     "config": {},
@@ -59,7 +59,7 @@ if behaviour == "fail" and not (folder / "mended").exists():
 
 
 @dataclass(frozen=True)
-class FakeCell(Cell):
+class FakeRun(RunSpec):
     behaviour: str = "finish"
 
     @property
@@ -76,11 +76,11 @@ class FakeCell(Cell):
         return ["--resume_from_checkpoint" in arguments for arguments in self.starts()]
 
 
-def fake_cell(parent, behaviour, name=None):
+def fake_run(parent, behaviour, name=None):
     """A cell named after what it does."""
     name = name or behaviour
     parent.mkdir(exist_ok=True)
-    return FakeCell(
+    return FakeRun(
         name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour=behaviour
     )
 

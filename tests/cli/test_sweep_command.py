@@ -14,9 +14,9 @@ from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
-from molf.study.grids.cells import checked_result, write_settings
 from molf.study.grids.local import LocalEngine
-from molf.study.grids.sweep import state_of, sweep
+from molf.study.grids.runner import state_of, sweep
+from molf.study.grids.spec import checked_result, write_settings
 from molf.study.results.result import read_result
 from small_runs import weights
 

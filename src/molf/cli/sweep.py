@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from molf.cli.sweep_request import Request, parse_sweep
-from molf.study.grids.cells import failure_message
+from molf.study.grids.spec import failure_message
 
 if TYPE_CHECKING:
-    from molf.study.grids.sweep import Engine
+    from molf.study.grids.runner import Engine
 
 _HELP = """usage: molf sweep [FILE] [--SETTING VALUE ...]
 
@@ -44,7 +44,7 @@ def sweep(argv: Sequence[str]) -> None:
         return print(_HELP)
     request = parse_sweep(argv)
 
-    from molf.study.grids import sweep as study
+    from molf.study.grids import runner as study
     from molf.study.results.tables import runs_table
 
     console = Console(soft_wrap=True, highlight=False)
@@ -82,7 +82,7 @@ def _engine(request: Request, tell: Any) -> "Engine":
 
 
 def _list(request: Request, tell: Any) -> None:
-    from molf.study.grids.sweep import state_of
+    from molf.study.grids.runner import state_of
 
     for cell in request.cells:
         tell(f"{state_of(cell):<11}  {shlex.join(cell.command)}")

@@ -12,8 +12,8 @@ from molf.cli.parsing import CONFIG_FLAG, read_flags, read_yaml
 from molf.cli.settings import allows, setting_types
 from molf.errors import UsageError
 from molf.study.config.run_config import RunConfig, suggestion
-from molf.study.grids.cells import Cell, make_cell
 from molf.study.grids.slurm import SlurmSettings
+from molf.study.grids.spec import RunSpec, make_spec
 
 PREFIXES = {
     "learning_rate": "lr",
@@ -44,7 +44,7 @@ class Request:
         slurm: What each SLURM job asks for.
     """
 
-    cells: list[Cell]
+    cells: list[RunSpec]
     folder: Path
     own: dict[str, Any]
     slurm: SlurmSettings
@@ -82,7 +82,7 @@ def parse_sweep(argv: Sequence[str]) -> Request:
         methods = as_list(settings.pop("method", "molf"))
     chosen = contenders(methods, named)
     runs = [run for name, more in chosen.items() for run in _runs(name, {**settings, **_fields(more)})]
-    cells = [make_cell(root, label, config, own["nproc_per_node"]) for label, config in runs]
+    cells = [make_spec(root, label, config, own["nproc_per_node"]) for label, config in runs]
     return Request(cells, root, own, _slurm_settings({**slurm, **slurm_flags}))
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from molf.cli import main
 from molf.study.config.run_config import RunConfig
-from molf.study.grids import cells
-from molf.study.grids.cells import Failure
+from molf.study.grids import spec
 from molf.study.grids.compare import Comparison, Contender, Outcome, best, compare
 from molf.study.grids.compare_report import comparison_table, draw_bars, markdown, rows_of, verdict, write_comparison
+from molf.study.grids.spec import Failure
 from molf.study.results.result import Result, Training
 from molf.tasks.base import Metric
 
@@ -46,7 +46,7 @@ def comparison(settings, tmp_path):
 
 def start_with(monkeypatch, run):
     """Let a comparison, and nobody else, start its cells with ``run``."""
-    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(spec, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture

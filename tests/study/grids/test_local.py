@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_cell
+from fake_runs import fake_run
 from molf.study.grids.attempt import has_checkpoint
 from molf.study.grids.local import LocalEngine, visible_devices
 
@@ -16,8 +16,8 @@ TESTS = Path(__file__).parents[2]
 
 
 def test_all_cells_end_however_they_do(tmp_path):
-    cells = [fake_cell(tmp_path, behaviour) for behaviour in ("finish", "fail", "kill")]
-    cells += [fake_cell(tmp_path, "finish", f"more{number}") for number in range(3)]
+    cells = [fake_run(tmp_path, behaviour) for behaviour in ("finish", "fail", "kill")]
+    cells += [fake_run(tmp_path, "finish", f"more{number}") for number in range(3)]
     ended = list(LocalEngine(jobs=2).run(cells))
     assert {cell.name for cell in ended} == {cell.name for cell in cells}
     assert [cell.name for cell in cells if cell.finished] == ["finish", "more0", "more1", "more2"]
@@ -25,23 +25,23 @@ def test_all_cells_end_however_they_do(tmp_path):
 
 
 def test_models_may_be_kept(tmp_path):
-    cell = fake_cell(tmp_path, "finish")
+    cell = fake_run(tmp_path, "finish")
     assert list(LocalEngine(keep_models=True).run([cell])) == [cell]
     assert (cell.folder / "model.safetensors").exists()
 
 
 def test_an_interrupted_sweep_stops_its_runs_and_they_save(tmp_path):
     code = (
-        "from pathlib import Path; from fake_runs import fake_cell; from molf.study.grids.local import LocalEngine\n"
+        "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.local import LocalEngine\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may have it ignored
-        f"cells = [fake_cell(Path({str(tmp_path)!r}), 'hold', name) for name in ('a', 'b', 'c')]\n"
+        f"cells = [fake_run(Path({str(tmp_path)!r}), 'hold', name) for name in ('a', 'b', 'c')]\n"
         "list(LocalEngine(jobs=2).run(cells))"
     )
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     sweeper = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
     )
-    first, second, third = (fake_cell(tmp_path, "hold", name) for name in ("a", "b", "c"))
+    first, second, third = (fake_run(tmp_path, "hold", name) for name in ("a", "b", "c"))
     for _ in range(1200):
         if first.starts() and second.starts():
             break
@@ -83,14 +83,14 @@ def test_runs_share_the_machine(monkeypatch):
     ],
 )
 def test_fewer_devices_than_processes(jobs, processes, devices, words, tmp_path):
-    cell = replace(fake_cell(tmp_path, "finish"), processes=processes)
+    cell = replace(fake_run(tmp_path, "finish"), processes=processes)
     with pytest.raises(ValueError, match=words):
         next(LocalEngine(jobs, tuple(devices)).run([cell]))
     assert not cell.starts()
 
 
 def test_enough_devices(tmp_path):
-    cells = [replace(fake_cell(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
+    cells = [replace(fake_run(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
     assert len(list(LocalEngine(2, tuple("0123")).run(cells))) == 2
     assert list(LocalEngine(4, ("0",)).run([])) == []
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from submitit.helpers import DelayedSubmission
 
-from fake_runs import fake_cell
+from fake_runs import fake_run
 from molf.study.grids.attempt import has_checkpoint
+from molf.study.grids.runner import sweep
 from molf.study.grids.slurm import SlurmEngine, SlurmSettings, job_of, largest_array, queued_jobs
-from molf.study.grids.sweep import sweep
 
 TESTS = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def until(condition):
 
 
 def test_an_array_of_runs(submit, tmp_path):
-    cells = [fake_cell(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
+    cells = [fake_run(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
     outcome, told = submit(cells)
     assert list(outcome.results) == ["finish"] and outcome.unfinished == ["kill"]
     assert [failure.status for failure in outcome.failures] == [3]
@@ -56,7 +56,7 @@ def test_an_array_of_runs(submit, tmp_path):
 
 
 def test_more_runs_than_an_array_may_have(submit, tmp_path):
-    cells = [fake_cell(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
+    cells = [fake_run(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
     outcome, told = submit(cells)
     assert len(outcome.results) == 6
     arrays = [job_of(cell).partition("_")[0] for cell in cells]
@@ -65,7 +65,7 @@ def test_more_runs_than_an_array_may_have(submit, tmp_path):
 
 
 def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
+    cell = fake_run(tmp_path / "out", "hold")
     outcome, _ = submit([cell], wait=False)
     job = job_of(cell)
     assert outcome.unfinished == ["hold"] and job in queued_jobs()
@@ -82,7 +82,7 @@ def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):
 
 
 def test_a_job_whose_time_is_up_saves_and_comes_back(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
+    cell = fake_run(tmp_path / "out", "hold")
     submit([cell], wait=False)
     until(cell.starts)
     slurm("scancel", "--signal=USR1", job_of(cell))  # what `#SBATCH --signal` sends before the limit
@@ -92,7 +92,7 @@ def test_a_job_whose_time_is_up_saves_and_comes_back(submit, tmp_path):
 
 
 def test_a_job_that_makes_room_for_another_goes_on(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
+    cell = fake_run(tmp_path / "out", "hold")
     submit([cell], wait=False, signal_delay_s=2)
     until(cell.starts)
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
@@ -103,14 +103,14 @@ def test_a_job_that_makes_room_for_another_goes_on(submit, tmp_path):
 
 
 def test_what_slurm_refuses(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "finish")
+    cell = fake_run(tmp_path / "out", "finish")
     with pytest.raises(ValueError, match="SLURM does not take the jobs.*invalid partition"):
         submit([cell], partition="nowhere")
     assert job_of(cell) is None and not cell.starts()
 
 
 def test_fewer_gpus_than_processes(tmp_path):
-    cell = replace(fake_cell(tmp_path, "finish"), processes=4)
+    cell = replace(fake_run(tmp_path, "finish"), processes=4)
     engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=1))
     with pytest.raises(ValueError, match="gpus_per_node=1 gives a job fewer GPUs than it has processes, 4: ask for"):
         next(engine.run([cell]))
@@ -119,7 +119,7 @@ def test_fewer_gpus_than_processes(tmp_path):
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there is no sbatch here.*--engine local"):
-        next(SlurmEngine(tmp_path / "jobs").run([fake_cell(tmp_path, "finish")]))
+        next(SlurmEngine(tmp_path / "jobs").run([fake_run(tmp_path, "finish")]))
 
 
 def test_a_silent_controller_is_no_empty_queue(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_silent_controller_is_no_empty_queue(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert queued_jobs() is None
     with pytest.raises(ValueError, match="squeue does not answer"):
-        next(SlurmEngine(tmp_path / "jobs").run([fake_cell(tmp_path, "finish")]))
+        next(SlurmEngine(tmp_path / "jobs").run([fake_run(tmp_path, "finish")]))
     with pytest.raises(ValueError, match="scontrol does not say how large an array may be"):
         largest_array()
 

@@ -17,7 +17,7 @@ from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
 from molf.study.faults.preemption import PREEMPTED, exit_status
 from molf.study.faults.run_lock import in_use
-from molf.study.grids.cells import Cell, remove_weights
+from molf.study.grids.spec import RunSpec, remove_weights
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -44,7 +44,7 @@ class Attempt:
         environment: Variables to add to the run's environment.
     """
 
-    cell: Cell
+    cell: RunSpec
     keep_model: bool = False
     own_session: bool = False
     grace: float = 60.0
@@ -127,19 +127,19 @@ class Attempt:
             signal.raise_signal(self.requeue_signal)
 
 
-def has_checkpoint(cell: Cell) -> bool:
+def has_checkpoint(cell: RunSpec) -> bool:
     """Say whether an earlier attempt left a checkpoint to go on from, be it one that is whole and not in place yet."""
     sealed = (cell.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
     return bool(checkpoints(cell.folder)) or any(sealed)
 
 
-def record_failure(cell: Cell, status: int) -> None:
+def record_failure(cell: RunSpec, status: int) -> None:
     """Note that a cell failed, so that it is not tried again unasked."""
     with atomic_write(cell.beside(FAILED)) as partial:
         partial.write_text(json.dumps({"status": status, "host": socket.gethostname()}) + "\n", encoding="utf-8")
 
 
-def failure_status(cell: Cell) -> int | None:
+def failure_status(cell: RunSpec) -> int | None:
     """Return the exit status that a cell failed with; None where it did not."""
     try:
         return int(json.loads(cell.beside(FAILED).read_text(encoding="utf-8"))["status"])

@@ -1,6 +1,6 @@
 """Methods side by side on one task: settings chosen on rows of their own, then every method with several seeds.
 
-A finished cell (``molf.study.grids.cells``) is not run again, so an interrupted comparison goes on where it was.
+A finished cell (``molf.study.grids.spec``) is not run again, so an interrupted comparison goes on where it was.
 """
 
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from molf.study.config.run_config import RunConfig
-from molf.study.grids.cells import Cell, Failure, carry_out, make_cell
+from molf.study.grids.spec import Failure, RunSpec, carry_out, make_spec
 from molf.study.results.result import Result
 from molf.tasks import get_task
 
@@ -125,7 +125,7 @@ def compare(comparison: Comparison, tell: Callable[[str], None] = lambda line: N
     metric = comparison.metric or get_task(comparison.task).headline
     failures: list[Failure] = []
 
-    def finished(cells: Iterable[Cell]) -> list[Result]:
+    def finished(cells: Iterable[RunSpec]) -> list[Result]:
         outcomes = [carry_out(cell, comparison.keep_models, tell) for cell in cells]
         failures.extend(outcome for outcome in outcomes if isinstance(outcome, Failure))
         return [outcome for outcome in outcomes if isinstance(outcome, Result)]
@@ -151,21 +151,21 @@ def best(values: dict[str, float]) -> str | None:
     return max(usable, key=lambda label: usable[label]) if usable else None
 
 
-def selection_cell(comparison: Comparison, name: str, label: str) -> Cell:
+def selection_cell(comparison: Comparison, name: str, label: str) -> RunSpec:
     """Return the run that a candidate is chosen by."""
     config = comparison.candidates[name][label]
     task = replace(config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False)
     return _cell(comparison.folder / "selection", f"{name}-{label}", replace(config, task=task), comparison.seeds[0])
 
 
-def final_cells(comparison: Comparison, name: str, label: str) -> list[Cell]:
+def final_cells(comparison: Comparison, name: str, label: str) -> list[RunSpec]:
     """Return the runs that a contender is judged by, one per seed."""
     config = comparison.candidates[name][label]
     return [_cell(comparison.folder, f"{name}-{label}-s{seed}", config, seed) for seed in comparison.seeds]
 
 
-def _cell(parent: Path, name: str, config: RunConfig, seed: int) -> Cell:
-    return make_cell(parent, name, replace(config, train=config.train | {"seed": seed}))
+def _cell(parent: Path, name: str, config: RunConfig, seed: int) -> RunSpec:
+    return make_spec(parent, name, replace(config, train=config.train | {"seed": seed}))
 
 
 def _value(result: Result, metric: str) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from molf.study.grids.attempt import Attempt
-from molf.study.grids.cells import Cell
+from molf.study.grids.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LocalEngine:
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be at least 1")
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def run(self, cells: Sequence[RunSpec]) -> Iterator[RunSpec]:
         """Run cells and yield each when it has ended, however it did.
 
         When interrupted, it stops the runs, which save what they have, and waits for them.

@@ -16,7 +16,7 @@ from typing import Any
 
 from molf.files import atomic_write
 from molf.study.grids.attempt import Attempt, failure_status
-from molf.study.grids.cells import Cell
+from molf.study.grids.spec import RunSpec
 
 JOB = ".job.json"
 _SIGNAL = signal.SIGUSR1
@@ -91,7 +91,7 @@ class SlurmEngine:
     wait: bool = True
     tell: Callable[[str], None] = lambda line: None
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def run(self, cells: Sequence[RunSpec]) -> Iterator[RunSpec]:
         """Submit the cells that are not in the queue already, and yield each when it has left it, however it ended.
 
         Interrupting this leaves the jobs alone; the next call finds them in the queue.
@@ -119,7 +119,7 @@ class SlurmEngine:
         if self.wait:
             yield from self._ended(cells)
 
-    def _check_gpus(self, cells: Sequence[Cell]) -> None:
+    def _check_gpus(self, cells: Sequence[RunSpec]) -> None:
         gpus, processes = self.settings.gpus_per_node, max((cell.processes for cell in cells), default=0)
         if gpus and processes > gpus:
             raise ValueError(
@@ -127,7 +127,7 @@ class SlurmEngine:
                 f"{processes}, or use fewer with --nproc_per_node"
             )
 
-    def _submit(self, cells: Sequence[Cell]) -> None:
+    def _submit(self, cells: Sequence[RunSpec]) -> None:
         """Submit cells as one array."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
@@ -149,13 +149,13 @@ class SlurmEngine:
                 partial.write_text(json.dumps({"job": job.job_id}) + "\n", encoding="utf-8")
         self.tell(f"submitted {len(cells)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
 
-    def _environment(self, cell: Cell) -> dict[str, str]:
+    def _environment(self, cell: RunSpec) -> dict[str, str]:
         cpus = self.settings.cpus_per_task
         if cpus is None or "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, cpus // cell.processes))}
 
-    def _ended(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def _ended(self, cells: Sequence[RunSpec]) -> Iterator[RunSpec]:
         waiting, missed, pause, told = list(cells), Counter[str](), _FIRST_PAUSE, ""
         while waiting:
             queue = queued_jobs()
@@ -199,7 +199,7 @@ def largest_array() -> int:
     return max(1, int(found[1]))
 
 
-def job_of(cell: Cell) -> str | None:
+def job_of(cell: RunSpec) -> str | None:
     """Return the id of the last job that was submitted for a cell."""
     try:
         return str(json.loads(cell.beside(JOB).read_text(encoding="utf-8"))["job"])

@@ -8,7 +8,7 @@ import yaml
 
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.grids.attempt import FAILED, failure_status, has_checkpoint
-from molf.study.grids.cells import Cell, Failure, checked_result, failure_of, write_settings
+from molf.study.grids.spec import Failure, RunSpec, checked_result, failure_of, write_settings
 from molf.study.methods.made_with import PROCESSES, made_with
 from molf.study.results.result import Result
 
@@ -16,7 +16,7 @@ from molf.study.results.result import Result
 class Engine(Protocol):
     """What carries out cells."""
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def run(self, cells: Sequence[RunSpec]) -> Iterator[RunSpec]:
         """Run cells and yield each when it has ended, however it did."""
 
 
@@ -35,7 +35,7 @@ class Outcome:
     unfinished: list[str]
 
 
-def state_of(cell: Cell) -> str:
+def state_of(cell: RunSpec) -> str:
     """Say in one word how far a cell is: finished, failed, interrupted or new."""
     if cell.finished:
         return "finished"
@@ -45,7 +45,7 @@ def state_of(cell: Cell) -> str:
 
 
 def sweep(
-    cells: Sequence[Cell], engine: Engine, *, retry: bool = False, tell: Callable[[str], None] = lambda line: None
+    cells: Sequence[RunSpec], engine: Engine, *, retry: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> Outcome:
     """Carry out the cells that are not finished.
 
@@ -71,7 +71,7 @@ def sweep(
     return outcome_of(cells)
 
 
-def outcome_of(cells: Sequence[Cell]) -> Outcome:
+def outcome_of(cells: Sequence[RunSpec]) -> Outcome:
     """Read what has become of cells."""
     failed = {cell.name: status for cell in cells if not cell.finished and (status := failure_status(cell)) is not None}
     return Outcome(
@@ -81,7 +81,7 @@ def outcome_of(cells: Sequence[Cell]) -> Outcome:
     )
 
 
-def check_names(cells: Sequence[Cell]) -> None:
+def check_names(cells: Sequence[RunSpec]) -> None:
     """Refuse cells that would write over each other.
 
     Raises:
@@ -95,7 +95,7 @@ def check_names(cells: Sequence[Cell]) -> None:
             raise ValueError(f"two runs have the name {name}; give their methods different names, or use two sweeps")
 
 
-def _prepare(cell: Cell) -> None:
+def _prepare(cell: RunSpec) -> None:
     """Write a cell's settings; a checkpoint of others is not gone on from."""
     wanted = cell.config.to_dict()
     if has_checkpoint(cell) and cell.settings.is_file():
@@ -111,7 +111,7 @@ def _prepare(cell: Cell) -> None:
     cell.beside(FAILED).unlink(missing_ok=True)
 
 
-def _check_processes(cell: Cell) -> None:
+def _check_processes(cell: RunSpec) -> None:
     """Refuse another number of processes than a checkpoint's: with the same settings, it makes other batches."""
     there = checkpoints(cell.folder)
     earlier = made_with(there[-1]).get(PROCESSES) if there else None
@@ -122,7 +122,7 @@ def _check_processes(cell: Cell) -> None:
         )
 
 
-def _ending(cell: Cell) -> str:
+def _ending(cell: RunSpec) -> str:
     if cell.finished:
         return f"{cell.folder} finished"
     if (status := failure_status(cell)) is not None:

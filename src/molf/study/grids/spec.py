@@ -19,7 +19,7 @@ _TAIL = 15  # lines of a failed cell's log
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunSpec:
     """One run among many.
 
     Attributes:
@@ -81,17 +81,17 @@ class Failure:
     tail: str
 
 
-def make_cell(parent: Path, name: str, config: RunConfig, processes: int = 1) -> Cell:
+def make_spec(parent: Path, name: str, config: RunConfig, processes: int = 1) -> RunSpec:
     """Return a cell with a folder of its name.
 
     What an interrupted run left there is replaced; a finished cell is never run again.
     """
     output = replace(config.output, overwrite=True, clean_ckpt_at_end=True)
     train = config.train | {"output_dir": str(parent / name), "run_name": name}
-    return Cell(name, replace(config, output=output, train=train), processes)
+    return RunSpec(name, replace(config, output=output, train=train), processes)
 
 
-def carry_out(cell: Cell, keep_model: bool, tell: Callable[[str], None]) -> Result | Failure:
+def carry_out(cell: RunSpec, keep_model: bool, tell: Callable[[str], None]) -> Result | Failure:
     """Run a cell and wait for it, or return the result that it has left already.
 
     Args:
@@ -117,21 +117,21 @@ def carry_out(cell: Cell, keep_model: bool, tell: Callable[[str], None]) -> Resu
     return read_result(cell.folder)
 
 
-def write_settings(cell: Cell) -> None:
+def write_settings(cell: RunSpec) -> None:
     """Write the file that a cell's command reads."""
     cell.settings.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(cell.settings) as partial:
         partial.write_text(yaml.safe_dump(cell.config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _log_tail(cell: Cell) -> str:
+def _log_tail(cell: RunSpec) -> str:
     """Return the end of what a cell printed; nothing where it has not begun."""
     if not cell.log.is_file():
         return ""
     return "\n".join(cell.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
 
 
-def failure_of(cell: Cell, status: int) -> Failure:
+def failure_of(cell: RunSpec, status: int) -> Failure:
     """Return what is to be told of a cell whose process ended with an error."""
     return Failure(cell.name, status, cell.log, _log_tail(cell))
 
@@ -141,13 +141,13 @@ def failure_message(failure: Failure) -> str:
     return f"{failure.cell} failed with status {failure.status}; the end of {failure.log}:\n{failure.tail}"
 
 
-def remove_weights(cell: Cell) -> None:
+def remove_weights(cell: RunSpec) -> None:
     """Delete what was trained, and keep everything that was measured."""
     for weights in cell.folder.rglob("*.safetensors"):
         weights.unlink()
 
 
-def checked_result(cell: Cell) -> Result:
+def checked_result(cell: RunSpec) -> Result:
     """Return a finished cell's result.
 
     Settings that one side does not know, as in a result of another version, are not compared.

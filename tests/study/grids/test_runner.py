@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 
-from fake_runs import RESULT, fake_cell
+from fake_runs import RESULT, fake_run
 from molf.study.grids.local import LocalEngine
-from molf.study.grids.sweep import check_names, state_of, sweep
+from molf.study.grids.runner import check_names, state_of, sweep
 
 
 @pytest.fixture
 def cells(tmp_path):
-    return [fake_cell(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
+    return [fake_run(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
 
 
 def test_one_command_after_another(cells):
