@@ -5,8 +5,11 @@ value means the same in a file and on the command line. Importing this module is
 """
 
 import argparse
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import Field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -14,6 +17,7 @@ import yaml
 from molf.cli.names import PUBLISHED_NAMES, canonical
 from molf.cli.settings import allows, config_types, is_list, setting_types
 from molf.errors import UsageError
+from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig
 
 CONFIG_FLAG = "config"
@@ -113,6 +117,13 @@ def _parser() -> Any:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is not typed here
+        @staticmethod
+        def _parse_dataclass_field(parser: Any, field: Field[Any]) -> None:
+            own = copy.copy(field)  # the original belongs to its dataclass
+            plain = {key: value for key, value in field.metadata.items() if key != SHAPES}  # not argparse's
+            own.metadata = MappingProxyType(plain)
+            HfArgumentParser._parse_dataclass_field(parser, own)
+
         def error(self, message: str) -> None:
             raise UsageError(message)
 

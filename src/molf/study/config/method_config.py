@@ -1,7 +1,9 @@
 """How a run updates its weights: the method and its settings. Nothing here imports torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from molf.study.config.fields import setting
 
 Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
 """Every way to update the weights."""
@@ -20,86 +22,73 @@ class MethodConfig:
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: Method = field(
-        default="molf",
-        metadata={"help": "molf routes every layer's update, molf_e does so on a frozen base; the rest are baselines."},
+    method: Method = setting(
+        "molf",
+        "molf routes every layer's update, molf_e does so on a frozen base; the rest are baselines.",
+        shapes="checkpoint",
     )
-    ranks: list[int] | None = field(
-        default=None,
-        metadata={"help": "molf, molf_e: rank of each LoRA expert, e.g. 128 or [32,128]; if unset [128] and [32,128]."},
+    ranks: list[int] | None = setting(
+        None,
+        "molf, molf_e: rank of each LoRA expert, e.g. 128 or [32,128]; if unset [128] and [32,128].",
+        shapes="checkpoint",
     )
-    lora_rank: int = field(
-        default=128, metadata={"help": "lora and its kind: rank of the adapter; for adalora and eva the mean rank."}
+    lora_rank: int = setting(
+        128, "lora and its kind: rank of the adapter; for adalora and eva the mean rank.", shapes="checkpoint"
     )
-    lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of LoRA weights; learning_rate if unset."}
+    lora_learning_rate: float | None = setting(
+        None, "Learning rate of LoRA weights; learning_rate if unset.", shapes="checkpoint"
     )
-    lora_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of LoRA weights."})
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA alpha; if unset 32 for molf and molf_e, what makes the scale 1 for pissa, and 2 for the others "
-            "(2*sqrt(rank) with rsLoRA, 2*rank without)."
-        },
+    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.")
+    lora_alpha: float | None = setting(
+        None,
+        "LoRA alpha; if unset 32 for molf and molf_e, what makes the scale 1 for pissa, and 2 for the others "
+        "(2*sqrt(rank) with rsLoRA, 2*rank without).",
+        shapes="checkpoint",
     )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA dropout; if unset 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
-            "experts as PEFT adapters."
-        },
+    lora_dropout: float | None = setting(
+        None,
+        "LoRA dropout; if unset 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
+        "experts as PEFT adapters.",
+        shapes="checkpoint",
     )
-    use_rslora: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; if unset, for molf, molf_e and rslora only."
-        },
+    use_rslora: bool | None = setting(
+        None,
+        "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; if unset, for molf, molf_e and rslora only.",
+        shapes="checkpoint",
     )
-    loraplus_lr_ratio: float = field(default=16.0, metadata={"help": "lora_plus: learning rate of B over that of A."})
-    top_k: int = field(default=1, metadata={"help": "molf: how many experts of a layer are updated at a step."})
-    score: Literal["epd", "pfn"] = field(
-        default="epd",
-        metadata={"help": "molf: expected preconditioned descent, or the preconditioned Frobenius norm."},
+    loraplus_lr_ratio: float = setting(16.0, "lora_plus: learning rate of B over that of A.")
+    top_k: int = setting(1, "molf: how many experts of a layer are updated at a step.")
+    score: Literal["epd", "pfn"] = setting(
+        "epd", "molf: expected preconditioned descent, or the preconditioned Frobenius norm."
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that are routed or adapted: all-linear, or endings of their names."},
+    target_modules: list[str] = setting(
+        ["all-linear"], "Layers that are routed or adapted: all-linear, or endings of their names.", shapes="checkpoint"
     )
-    exclude_modules: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": "Layers left out of target_modules."}
+    exclude_modules: list[str] = setting(["lm_head"], "Layers left out of target_modules.", shapes="checkpoint")
+    freeze_non_linear: bool | None = setting(
+        None,
+        "molf, molf_e, fft: train nothing but target_modules' weights and experts (no norms, embeddings, biases); "
+        "if unset for molf_e only.",
+        shapes="checkpoint",
     )
-    freeze_non_linear: bool | None = field(
-        default=None,
-        metadata={
-            "help": "molf, molf_e, fft: train nothing but target_modules' weights and experts (no norms, embeddings, biases); "
-            "if unset for molf_e only."
-        },
+    fft_expert: bool | None = setting(
+        None, "Whether full fine-tuning is one of molf's experts; molf without it is molf_e."
     )
-    fft_expert: bool | None = field(
-        default=None,
-        metadata={"help": "Whether full fine-tuning is one of molf's experts; molf without it is molf_e."},
+    optim_bits: Literal[32, 8] = setting(
+        32, "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."
     )
-    optim_bits: Literal[32, 8] = field(
-        default=32,
-        metadata={"help": "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."},
+    bf16_update: Literal["split", "stochastic"] = setting(
+        "split", "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."
     )
-    bf16_update: Literal["split", "stochastic"] = field(
-        default="split",
-        metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
+    optimizer_in_backward: bool = setting(
+        False,
+        "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
+        "gradient_accumulation_steps 1 only.",
     )
-    optimizer_in_backward: bool = field(
-        default=False,
-        metadata={
-            "help": "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
-            "gradient_accumulation_steps 1 only."
-        },
-    )
-    fused: bool | None = field(
-        default=None,
-        metadata={
-            "help": "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels, or never; left out, where they "
-            "pass a trial on that device."
-        },
+    fused: bool | None = setting(
+        None,
+        "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels, or never; left out, where they"
+        " pass a trial on that device.",
     )
 
     def __post_init__(self) -> None:

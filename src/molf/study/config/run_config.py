@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from molf.study.config.fields import setting
 from molf.study.config.method_config import MethodConfig
 
 PUBLISHED_RECIPE: dict[str, Any] = {
@@ -36,17 +37,16 @@ class ModelConfig:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, folder, or bundled:smollm2-135m / bundled:gemma-3-270m. Required."},
+    model_name_or_path: str | None = setting(
+        None, "Hub id, folder, or bundled:smollm2-135m / bundled:gemma-3-270m. Required."
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32",
-        metadata={"help": "Type of the weights in memory; float32 with bf16 autocast is the stable choice."},
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "float32",
+        "Type of the weights in memory; float32 with bf16 autocast is the stable choice.",
+        shapes="checkpoint",
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."},
+    attn_implementation: str | None = setting(
+        None, "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."
     )
 
 
@@ -56,46 +56,32 @@ class TaskConfig:
 
     _argument_group_name: ClassVar[str] = "task"
 
-    task: str = field(default="fact", metadata={"help": "Benchmark: fact, med or sql; or custom, your own data."})
-    data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: "
-            "a file, a folder or a Hub id (ID@REVISION)."
-        },
+    task: str = setting("fact", "Benchmark: fact, med or sql; or custom, your own data.")
+    data_path: str | None = setting(
+        None,
+        "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: a "
+        "file, a folder or a Hub id (ID@REVISION).",
     )
-    eval_path: str | None = field(
-        default=None,
-        metadata={"help": "Task custom: what to evaluate on, as data_path or as the name of a split of it."},
+    eval_path: str | None = setting(
+        None, "Task custom: what to evaluate on, as data_path or as the name of a split of it."
     )
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Task custom: share of the rows to hold out and evaluate on; 0.1 where nothing else is there."
-        },
+    eval_fraction: float | None = setting(
+        None, "Task custom: share of the rows to hold out and evaluate on; 0.1 where nothing else is there."
     )
-    sample: bool = field(
-        default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}
+    sample: bool = setting(False, "Use the small sample inside the package instead of the full data.")
+    limit: int | None = setting(None, "Use at most this many rows of each split.")
+    few_shot: int = setting(0, "Begin every prompt with so many training rows, chosen by the seed, as examples.")
+    selection_limit: int | None = setting(
+        None, "Train and evaluate on rows that no other run evaluates on, so many of them, to choose settings by."
     )
-    limit: int | None = field(default=None, metadata={"help": "Use at most this many rows of each split."})
-    few_shot: int = field(
-        default=0, metadata={"help": "Begin every prompt with so many training rows, chosen by the seed, as examples."}
+    eval_limit: int | None = setting(None, "Evaluate at most this many rows.", shapes="evaluation")
+    eval_batch_tokens: int = setting(
+        4096, "Tokens, padding included, that one evaluation batch may hold.", shapes="evaluation"
     )
-    selection_limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train and evaluate on rows that no other run evaluates on, so many of them, to choose settings by."
-        },
+    generation_backend: Literal["transformers", "vllm"] = setting(
+        "transformers", "What generates text in evaluations; vllm needs the extra of that name.", shapes="evaluation"
     )
-    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate at most this many rows."})
-    eval_batch_tokens: int = field(
-        default=4096, metadata={"help": "Tokens, padding included, that one evaluation batch may hold."}
-    )
-    generation_backend: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={"help": "What generates text in evaluations; vllm needs the extra of that name."},
-    )
-    eval_before: bool = field(default=False, metadata={"help": "Evaluate the model before training too."})
+    eval_before: bool = setting(False, "Evaluate the model before training too.")
 
     def __post_init__(self) -> None:
         for name in ("limit", "selection_limit", "eval_limit", "eval_batch_tokens"):
@@ -112,19 +98,16 @@ class OutputConfig:
 
     _argument_group_name: ClassVar[str] = "run"
 
-    output_root: str = field(
-        default="runs", metadata={"help": "Parent of the run's folder, which is named after the run; see output_dir."}
+    output_root: str = setting(
+        "runs", "Parent of the run's folder, which is named after the run; see output_dir.", shapes="nothing"
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace the run, finished or not, that output_dir already holds."}
+    overwrite: bool = setting(
+        False, "Replace the run, finished or not, that output_dir already holds.", shapes="nothing"
     )
-    clean_ckpt_at_end: bool = field(
-        default=False, metadata={"help": "Delete the checkpoint-N folders once the run is done."}
-    )
-    only_eval: bool = field(default=False, metadata={"help": "Evaluate the model without training it."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Show the resolved settings, one tokenised example and the memory estimate, and stop."},
+    clean_ckpt_at_end: bool = setting(False, "Delete the checkpoint-N folders once the run is done.", shapes="nothing")
+    only_eval: bool = setting(False, "Evaluate the model without training it.")
+    dry_run: bool = setting(
+        False, "Show the resolved settings, one tokenised example and the memory estimate, and stop.", shapes="nothing"
     )
 
 

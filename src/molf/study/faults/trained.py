@@ -1,34 +1,22 @@
 """A training that is done: noted beside the trained model until the result is there, so that nothing after it loses it."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
+from molf.study.config.sameness import differing
 from molf.study.results.result import Training, as_metrics
 from molf.study.run.models import load_model_and_tokenizer
 from molf.tasks import Metric
 
 TRAINED_FILE = ".trained.json"
-_FREE = {
-    "output_root",
-    "output_dir",
-    "run_name",
-    "resume_from_checkpoint",
-    "overwrite",
-    "clean_ckpt_at_end",
-    "eval_limit",
-    "eval_batch_tokens",
-    "generation_backend",
-    "disable_tqdm",
-}
-"""Settings that a finished training has nothing to do with."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,9 @@ class Trained:
 def note_trained(config: RunConfig, trained: Trained) -> None:
     """Note that the model in the run's folder is the trained one."""
     with atomic_write(config.output_dir / TRAINED_FILE) as partial:
-        partial.write_text(json.dumps({"config": _settings(config), **asdict(trained)}, indent=1), encoding="utf-8")
+        partial.write_text(
+            json.dumps({"config": config.to_dict(), **asdict(trained)}, indent=1, default=str), encoding="utf-8"
+        )
 
 
 def forget_trained(config: RunConfig) -> None:
@@ -81,21 +71,13 @@ def find_trained(config: RunConfig, main: bool) -> Trained | None:
 
 def _read(file: Path, config: RunConfig) -> Trained | None:
     noted = json.loads(file.read_text(encoding="utf-8"))
-    there, here = noted["config"], _settings(config)
-    differing = [name for name in there | here if there.get(name) != here.get(name)]
-    if not differing:
+    different = differing(noted["config"], config, "training")
+    if not different:
         before = noted["metrics_before"]
         return Trained(Training(**noted["training"]), None if before is None else as_metrics(before))
     if checkpoints(file.parent):
         return None
-    words = ", ".join(f"{name}={there.get(name)} (here {here.get(name)})" for name in differing)
-    raise ValueError(
-        f"{file.parent} holds a trained model that waits for its evaluation, and was trained with {words}: go on with the "
+    raise MolfError(
+        f"{file.parent} holds a trained model that is not evaluated yet. It was trained with {', '.join(different)}. Use the "
         "settings that it was trained with, or pass --overwrite without --resume_from_checkpoint to train from the start"
     )
-
-
-def _settings(config: RunConfig) -> Mapping[str, Any]:
-    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
