@@ -66,8 +66,8 @@ def test_the_files_that_come_with_the_package():
     ("line", "message"),
     [
         ("", "nothing to compare"),
-        ("--methods fft --seed 1", "seed is set for every cell"),
-        ("--methods fft --output_dir here", "output_dir is set for every cell"),
+        ("--methods fft --seed 1", "seed is set for every spec"),
+        ("--methods fft --output_dir here", "output_dir is set for every spec"),
         ("--methods fft --seeds one", "invalid literal"),
         ("--methods fft --seeds 1 1", "different seeds"),
         ("--methods fft --selection_limit 0", "at least 1"),
@@ -100,7 +100,7 @@ def test_the_command(model_folder, capsys):
         f"comparison.{s}" for s in ("csv", "json", "md", "png")
     }
     assert main(shlex.split(line)) == 0
-    assert "..." not in capsys.readouterr().out, "the cell is finished"
+    assert "..." not in capsys.readouterr().out, "the spec is finished"
 
 
 def test_a_failed_cell_fails_the_command(model_folder, capsys):
@@ -108,7 +108,7 @@ def test_a_failed_cell_fails_the_command(model_folder, capsys):
     assert main(shlex.split(line)) == 1
     captured = capsys.readouterr()
     assert "failed with status 1" in captured.out and "/no/such/model" in captured.out
-    assert "1 cells failed" in captured.err
+    assert "1 specs failed" in captured.err
 
 
 def test_help(capsys):

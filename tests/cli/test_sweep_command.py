@@ -54,42 +54,42 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
     )
     line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
-    (cell,) = parse_sweep(shlex.split(line)).cells
-    write_settings(cell)
+    (spec,) = parse_sweep(shlex.split(line)).specs
+    spec.write_settings()
 
     def interrupted(interrupt):
         """Attempt the run and interrupt it when it has left another checkpoint; return its status."""
-        before = checkpoints(cell.folder)
-        attempt = Attempt(cell, keep_model=True, own_session=True)
+        before = checkpoints(spec.folder)
+        attempt = Attempt(spec, keep_model=True, own_session=True)
         with ThreadPoolExecutor() as pool:
             status = pool.submit(attempt)
-            while not status.done() and checkpoints(cell.folder) == before:
+            while not status.done() and checkpoints(spec.folder) == before:
                 time.sleep(0.02)
             interrupt(attempt)
-        assert state_of(cell) == "interrupted", cell.log.read_text()
+        assert spec.state == "interrupted", spec.log_file.read_text()
         return status.result()
 
     assert interrupted(Attempt.stop) == PREEMPTED
     assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
     with pytest.raises(ValueError, match="a run on 2 processes, and on 1 its .*: go on with --nproc_per_node 2"):
-        sweep([replace(cell, processes=1)], LocalEngine())
+        sweep([replace(spec, processes=1)], LocalEngine())
     start, in_use_at_start = Attempt._run, []
 
     def watched(attempt, lock):
-        in_use_at_start.append(in_use(cell.folder))
+        in_use_at_start.append(in_use(spec.folder))
         return start(attempt, lock)
 
     monkeypatch.setattr(Attempt, "_run", watched)
-    assert main(["sweep", *shlex.split(line)]) == 0, cell.log.read_text()
+    assert main(["sweep", *shlex.split(line)]) == 0, spec.log_file.read_text()
     assert in_use_at_start == [False]
-    assert "stopped by the end of the process that launched it" in cell.log.read_text()
-    result = read_result(cell.folder)
+    assert "stopped by the end of the process that launched it" in spec.log_file.read_text()
+    result = read_result(spec.folder)
     assert (result.training.steps, result.training.processes) == (20, 2)
     with pytest.raises(ValueError, match="holds a run with another number of processes; remove it"):
-        checked_result(replace(cell, processes=1))
+        checked_result(replace(spec, processes=1))
 
     assert main(["train", *shlex.split(f"{settings} --gradient_accumulation_steps 2 --output_dir one")]) == 0
-    two, one = weights(cell.folder), weights("one")
+    two, one = weights(spec.folder), weights("one")
     for name, tensor in one.items():
         # As in one step, but twenty times.
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=20 * TOLERANCE[torch.float32])

@@ -15,7 +15,7 @@ def parse(line):
 
 
 def names(line):
-    return [cell.name for cell in parse(line).cells]
+    return [spec.name for spec in parse(line).specs]
 
 
 def test_several_values_are_an_axis():
@@ -23,8 +23,8 @@ def test_several_values_are_an_axis():
         "fft-lr0.0001-s1", "fft-lr0.0001-s2", "fft-lr5e-05-s1", "fft-lr5e-05-s2"
     ]  # fmt: skip
     request = parse("--methods fft lora --learning_rate 1e-4 --output-root out")
-    assert [cell.name for cell in request.cells] == ["fft", "lora"]
-    assert request.cells[0].folder == Path("out/fft")
+    assert [spec.name for spec in request.specs] == ["fft", "lora"]
+    assert request.specs[0].folder == Path("out/fft")
     assert names("--method fft lora") == ["fft", "lora"] and names("--limit 3") == ["molf"]
 
 
@@ -40,11 +40,11 @@ def test_a_file(tmp_path):
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     request = parse(f"{path} --engine slurm --time 20")
-    assert [cell.name for cell in request.cells] == [
+    assert [spec.name for spec in request.specs] == [
         "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
         "fft-a-lr0.0001", "fft-b-lr0.0001",
     ]  # fmt: skip
-    assert request.cells[1].config.method.ranks == [2, 4] and request.cells[4].config.method.ranks == [2, 4]
+    assert request.specs[1].config.method.ranks == [2, 4] and request.specs[4].config.method.ranks == [2, 4]
     assert (request.slurm.partition, request.slurm.time, request.own["jobs"]) == ("gpu", 20, 3)
     assert (request.slurm.setup, request.slurm.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.
@@ -54,8 +54,8 @@ def test_a_file(tmp_path):
 @pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])
 def test_the_published_searches(file, number):
     request = parse(f"{CONFIGS / file} --engine slurm --partition gpu")
-    assert len({cell.name for cell in request.cells}) == len(request.cells) == number
-    first = request.cells[0].config
+    assert len({spec.name for spec in request.specs}) == len(request.specs) == number
+    first = request.specs[0].config
     assert (first.task.task, first.train["per_device_train_batch_size"], first.train["num_train_epochs"]) == (
         "med",
         8,

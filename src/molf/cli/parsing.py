@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -21,6 +21,7 @@ from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig
 
 CONFIG_FLAG = "config"
+Options = TypeVar("Options")
 
 
 def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> RunConfig:
@@ -44,6 +45,20 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
         given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
         settings |= canonical(given, known, "the command line")
         return RunConfig.from_dict(_typed(settings, known, parser))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def build(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Build a dataclass of options from values of flags or files, typed as the settings of a run are.
+
+    Raises:
+        UsageError: A value does not fit its option.
+    """
+    try:
+        return kind(**_typed(given, get_type_hints(kind), _parser([kind])))
     except UsageError:
         raise
     except ValueError as error:
@@ -113,7 +128,7 @@ def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) 
     return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
 
 
-def _parser() -> Any:
+def _parser(kinds: Sequence[Any] = ()) -> Any:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is not typed here
@@ -127,7 +142,7 @@ def _parser() -> Any:
         def error(self, message: str) -> None:
             raise UsageError(message)
 
-    return Parser(config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return Parser(kinds or config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
 def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def until(condition, process, seconds=900):
 
 
 def run_of(name):
-    """The process ids of a cell's ``molf train``."""
+    """The process ids of a spec's ``molf train``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

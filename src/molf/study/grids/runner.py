@@ -1,33 +1,37 @@
-"""A sweep: cells that are finished are taken as they are, the others are handed to an engine."""
+"""What ``molf compare`` and ``molf sweep`` have in common: skip finished runs, hand the others to an engine, read the results."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 
-from molf.integrations.checkpoint_folder import checkpoints
-from molf.study.grids.attempt import FAILED, failure_status, has_checkpoint
-from molf.study.grids.spec import Failure, RunSpec, checked_result, failure_of, write_settings
+from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
+from molf.study.config.fields import Level
+from molf.study.config.sameness import differing
+from molf.study.faults.trained import TRAINED_FILE
+from molf.study.grids.spec import FAILED, Failure, RunSpec
 from molf.study.methods.made_with import PROCESSES, made_with
-from molf.study.results.result import Result
+from molf.study.results.result import Result, read_result
 
 
 class Engine(Protocol):
-    """What carries out cells."""
+    """Where runs are carried out."""
 
-    def run(self, cells: Sequence[RunSpec]) -> Iterator[RunSpec]:
-        """Run cells and yield each when it has ended, however it did."""
+    def run(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
+        """Carry out runs and yield each one when it has ended, however it ended."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of the cells, in their order.
+class GridOutcome:
+    """What became of the runs, in their order.
 
     Attributes:
-        results: Results of the finished ones, by name.
-        failures: Those that failed, now or in an earlier call.
-        unfinished: Names of those that were killed or stopped, or are still to run.
+        results: Results of finished runs, by name.
+        failures: Runs that failed, now or in an earlier call.
+        unfinished: Names of runs that were killed or stopped, or have not started.
     """
 
     results: dict[str, Result]
@@ -35,96 +39,93 @@ class Outcome:
     unfinished: list[str]
 
 
-def state_of(cell: RunSpec) -> str:
-    """Say in one word how far a cell is: finished, failed, interrupted or new."""
-    if cell.finished:
-        return "finished"
-    if failure_status(cell) is not None:
-        return "failed"
-    return "interrupted" if cell.log.exists() else "new"
-
-
-def sweep(
-    cells: Sequence[RunSpec], engine: Engine, *, retry: bool = False, tell: Callable[[str], None] = lambda line: None
-) -> Outcome:
-    """Carry out the cells that are not finished.
+def run_grid(
+    specs: Sequence[RunSpec], engine: Engine, *, retry: bool = False, log: Callable[[str], None] = lambda line: None
+) -> GridOutcome:
+    """Carry out the runs that are not finished.
 
     Args:
-        cells: The cells, each with a name of its own.
-        engine: What runs them.
-        retry: Run those again that failed before.
-        tell: Called with a line about each cell.
+        specs: The runs, each with a name of its own.
+        engine: Where to run them.
+        retry: Also run those that failed in an earlier call.
+        log: Called with a line of progress.
 
     Raises:
-        ValueError: Two cells have one name, a folder holds a run with other settings, or the engine cannot run them.
+        MolfError: Two runs have one name, a folder holds a run with other settings, or the engine refuses the runs.
     """
-    check_names(cells)
-    states = {cell.name: state_of(cell) for cell in cells}
-    done = [checked_result(cell) for cell in cells if states[cell.name] == "finished"]
-    open_cells = [cell for cell in cells if states[cell.name] in ("new", "interrupted")]
-    open_cells += [cell for cell in cells if states[cell.name] == "failed" and retry]
-    tell(f"{len(done)} of {len(cells)} runs are finished; {len(open_cells)} to run")
-    for cell in open_cells:
-        _prepare(cell)
-    for cell in engine.run(open_cells):
-        tell(_ending(cell))
-    return outcome_of(cells)
-
-
-def outcome_of(cells: Sequence[RunSpec]) -> Outcome:
-    """Read what has become of cells."""
-    failed = {cell.name: status for cell in cells if not cell.finished and (status := failure_status(cell)) is not None}
-    return Outcome(
-        results={cell.name: checked_result(cell) for cell in cells if cell.finished},
-        failures=[failure_of(cell, failed[cell.name]) for cell in cells if cell.name in failed],
-        unfinished=[cell.name for cell in cells if not cell.finished and cell.name not in failed],
+    check_names(specs)
+    states = {spec.name: spec.state for spec in specs}
+    done = [checked_result(spec) for spec in specs if states[spec.name] == "finished"]
+    wanted = ("new", "interrupted", "failed") if retry else ("new", "interrupted")
+    to_run = [spec for spec in specs if states[spec.name] in wanted]
+    log(f"{len(done)} of {len(specs)} runs are finished; {len(to_run)} to run")
+    for spec in to_run:
+        _prepare(spec)
+    with closing(engine.run(to_run)) as ended:
+        for spec in ended:
+            log(_ending(spec))
+    return GridOutcome(
+        results={spec.name: checked_result(spec) for spec in specs if spec.state == "finished"},
+        failures=[failure for spec in specs if (failure := spec.failure) is not None],
+        unfinished=[spec.name for spec in specs if spec.state in ("new", "interrupted")],
     )
 
 
-def check_names(cells: Sequence[RunSpec]) -> None:
-    """Refuse cells that would write over each other.
+def check_names(specs: Sequence[RunSpec]) -> None:
+    """Refuse runs that would overwrite each other.
 
     Raises:
-        ValueError: There are none, or two have one name.
+        MolfError: There are no runs, or two have one name.
     """
-    if not cells:
-        raise ValueError("there is nothing to run")
-    names = [cell.name for cell in cells]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two runs have the name {name}; give their methods different names, or use two sweeps")
-
-
-def _prepare(cell: RunSpec) -> None:
-    """Write a cell's settings; a checkpoint of others is not gone on from."""
-    wanted = cell.config.to_dict()
-    if has_checkpoint(cell) and cell.settings.is_file():
-        earlier = yaml.safe_load(cell.settings.read_text(encoding="utf-8"))
-        different = [name for name, value in wanted.items() if name in earlier and earlier[name] != value]
-        if different:
-            raise ValueError(
-                f"{cell.folder} holds checkpoints of a run with another {', '.join(different)}; remove it or choose "
-                "another output_root"
-            )
-        _check_processes(cell)
-    write_settings(cell)
-    cell.beside(FAILED).unlink(missing_ok=True)
-
-
-def _check_processes(cell: RunSpec) -> None:
-    """Refuse another number of processes than a checkpoint's: with the same settings, it makes other batches."""
-    there = checkpoints(cell.folder)
-    earlier = made_with(there[-1]).get(PROCESSES) if there else None
-    if earlier not in (None, cell.processes):
-        raise ValueError(
-            f"{cell.folder} holds checkpoints of a run on {earlier} processes, and on {cell.processes} its steps would have "
-            f"other batches: go on with --nproc_per_node {earlier}, or choose another output_root"
+    if not specs:
+        raise MolfError("there is nothing to run")
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MolfError(
+            f"two runs have the name {twice}; give their methods different names, or use another output_root"
         )
 
 
-def _ending(cell: RunSpec) -> str:
-    if cell.finished:
-        return f"{cell.folder} finished"
-    if (status := failure_status(cell)) is not None:
-        return f"{cell.folder} failed with status {status}"
-    return f"{cell.folder} was interrupted; the same command goes on with it"
+def checked_result(spec: RunSpec) -> Result:
+    """Return the result of a finished run.
+
+    Raises:
+        MolfError: It was run with other settings.
+    """
+    result = read_result(spec.folder)
+    processes = None if result.training is None else result.training.processes
+    _check_same(spec, "a run", result.config, processes, "evaluation")
+    return result
+
+
+def _prepare(spec: RunSpec) -> None:
+    """Write the settings of a run, unless it would resume what a run with other settings left."""
+    left = checkpoints(spec.folder)
+    sealed = (spec.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
+    resumable = left or any(sealed) or (spec.folder / TRAINED_FILE).is_file()
+    if resumable and spec.settings_file.is_file():
+        earlier = yaml.safe_load(spec.settings_file.read_text(encoding="utf-8"))
+        processes = made_with(left[-1]).get(PROCESSES) if left else None
+        _check_same(spec, "an unfinished run", earlier, processes, "training")
+    spec.write_settings()
+    spec.beside(FAILED).unlink(missing_ok=True)
+
+
+def _check_same(spec: RunSpec, what: str, settings: Mapping[str, Any], processes: int | None, level: Level) -> None:
+    different = differing(settings, spec.config, level)
+    if processes not in (None, spec.processes):  # the same settings make other batches then
+        different.append(f"nproc_per_node={processes} (here {spec.processes})")
+    if different:
+        raise MolfError(
+            f"{spec.folder} holds {what} with {', '.join(different)}; use the same settings, remove the folder or choose "
+            "another output_root"
+        )
+
+
+def _ending(spec: RunSpec) -> str:
+    if (failure := spec.failure) is not None:
+        return f"{spec.folder} failed with status {failure.status}"
+    if spec.state == "finished":
+        return f"{spec.folder} finished"
+    return f"{spec.folder} was interrupted; the same command resumes it"
