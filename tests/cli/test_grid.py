@@ -1,6 +1,6 @@
 import pytest
 
-from molf.cli.grid import as_list, as_switch, configs, contenders
+from molf.cli.grid import as_list, configs, contenders
 from molf.errors import UsageError
 
 
@@ -24,6 +24,3 @@ def test_all_combinations_in_order():
 def test_values():
     assert as_list("[1, 2]") == as_list("1,2") == ["1", "2"]
     assert as_list((1, 2)) == as_list([1, 2]) == [1, 2] and as_list(3) == [3]
-    assert as_switch("x", "True") is True and as_switch("x", False) is False
-    with pytest.raises(UsageError, match="x is true or false, not 'maybe'"):
-        as_switch("x", "maybe")
