@@ -88,8 +88,8 @@ def fake_run(parent, behaviour, name=None):
 HOLDER = """
 import sys
 from pathlib import Path
-from molf.study.faults.run_lock import holding
-with holding(Path(sys.argv[1])):
+from molf.study.faults.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("works", flush=True)
     sys.stdin.read()
 """

@@ -12,7 +12,7 @@ import molf
 from conftest import TOLERANCE
 from molf.cli import COMMANDS, main
 from molf.cli import commands as command_functions
-from molf.study.config.presets import DEMO
+from molf.study.config.run_config import DEMO
 from molf.study.faults.preemption import Preempted
 from small_runs import weights
 
@@ -77,7 +77,7 @@ def test_eval_and_report(model_folder, capsys):
     assert call("report run scores --check") == 0
     shown = capsys.readouterr().out
     assert "routing: run/routing.png" in shown
-    assert shown.count("computed anew from the predictions: the same metrics") == 2
+    assert shown.count("computed again from the predictions: the same metrics") == 2
     assert Path("run/routing.png").is_file()
     rows = [line.split()[:3] for line in shown.split("runs")[-1].splitlines()]
     assert ["run", "molf", "fact"] in rows
@@ -87,7 +87,13 @@ def test_eval_and_report(model_folder, capsys):
 def test_a_dry_run_shows_and_writes_nothing(model_folder, capsys):
     assert call(f"train --model_name_or_path {model_folder} {SMALL} --output_dir run --dry-run") == 0
     shown = capsys.readouterr().out
-    for expected in ("learning_rate: 5.0e-05", "first example", "</s>", "LoRA pairs", "nothing was trained; 4 rows"):
+    for expected in (
+        "learning_rate: 5.0e-05",
+        "first example",
+        "</s>",
+        "LoRA pairs",
+        "nothing was trained; 4 training rows",
+    ):
         assert expected in shown
     assert not Path("run").exists()
 

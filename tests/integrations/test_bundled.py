@@ -100,6 +100,26 @@ def test_is_bundled():
     assert not bundled.is_bundled("HuggingFaceTB/SmolLM2-135M")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (None, "model_name_or_path is required"),
+        ("", "model_name_or_path is required"),
+        ("/missing", "does not exist"),
+        (".", r"has no config\.json"),
+    ],
+)
+def test_names_of_no_model_are_refused(name, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        bundled.locate(name)
+
+
+def test_a_hub_id_stays_and_a_bundled_name_becomes_a_folder(fake_model, cache):
+    assert bundled.locate("org/model") == "org/model"
+    assert bundled.locate("bundled:fake") == str(cache / "fake")
+
+
 @pytest.fixture
 def large_folder():
     """A folder that does not outlive the test, as pytest's own do: half a gigabyte."""

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from molf.cli.grid import ENGINE_HELP, GridOptions, Request, as_list, check_ended, configs, label, read_request
+from molf.cli.show import console
 from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import RunConfig
 
@@ -51,20 +50,20 @@ def compare(argv: Sequence[str]) -> None:
         MolfError: The settings make no comparison. Or runs failed or are not finished; the others are shown first.
     """
     if "--help" in argv or "-h" in argv:
-        return print(_HELP)
+        return console().print(_HELP)
     request, comparison = parse_comparison(argv)
 
     from molf.study.grids import compare as study
     from molf.study.grids.compare_report import comparison_table, verdict, write_comparison
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    log = console().print
     with request.interruptible():
-        outcome = study.compare(comparison, request.make_engine(console.print), console.print)
+        outcome = study.compare(comparison, request.make_engine(log), log)
     files = write_comparison(outcome, comparison.folder)
-    console.print(comparison_table(outcome))
-    console.print(verdict(outcome))
-    console.print("written to " + ", ".join(map(str, files)))
-    check_ended(outcome.failures, outcome.unfinished, "once the cause is gone, the same command", console.print)
+    log(comparison_table(outcome))
+    log(verdict(outcome))
+    log("written to " + ", ".join(map(str, files)))
+    check_ended(outcome.failures, outcome.unfinished, "once the cause is gone, the same command", log)
 
 
 def parse_comparison(argv: Sequence[str]) -> tuple[Request[CompareOptions], "Comparison"]:

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from molf.cli.grid import ENGINE_HELP, GridOptions, Request, check_ended, configs, is_axis, label, read_request
+from molf.cli.show import console
 from molf.study.grids.spec import RunSpec, make_spec
 
 _HELP = f"""usage: molf sweep [FILE] [--SETTING VALUE ...]
@@ -43,25 +42,25 @@ def sweep(argv: Sequence[str]) -> None:
         MolfError: The settings make no sweep. Or runs failed or are not finished; the others are shown first.
     """
     if "--help" in argv or "-h" in argv:
-        return print(_HELP)
+        return console().print(_HELP)
     request, specs = parse_sweep(argv)
     options = request.options
 
     from molf.study.grids.runner import check_names, run_grid
     from molf.study.results.tables import runs_table
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    log = console().print
     check_names(specs)
     if options.dry_run:
         for spec in specs:
-            console.print(f"{spec.state:<11}  {shlex.join(spec.command)}")
-        return console.print(f"dry run: nothing was started; {len(specs)} runs, by --engine {options.engine}")
+            log(f"{spec.state:<11}  {shlex.join(spec.command)}")
+        return log(f"dry run: nothing was started; {len(specs)} runs, by --engine {options.engine}")
     with request.interruptible():
-        engine = request.make_engine(console.print, options.wait)
-        outcome = run_grid(specs, engine, retry=options.retry, log=console.print)
+        engine = request.make_engine(log, options.wait)
+        outcome = run_grid(specs, engine, retry=options.retry, log=log)
     if outcome.results:
-        console.print(runs_table(outcome.results))
-    check_ended(outcome.failures, outcome.unfinished if options.wait else [], "--retry", console.print)
+        log(runs_table(outcome.results))
+    check_ended(outcome.failures, outcome.unfinished if options.wait else [], "--retry", log)
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[Request[SweepOptions], list[RunSpec]]:

@@ -125,6 +125,30 @@ def resolve(name: str, verbose: bool = False) -> Path:
     return folder
 
 
+def locate(name: str | None) -> str:
+    """Turn the name of a model into what ``from_pretrained`` takes.
+
+    Args:
+        name: A folder, a bundled model, or else a Hub id, which is returned as it is.
+
+    Raises:
+        ValueError: There is no name, or the folder it names holds no model.
+    """
+    if not name:
+        raise ValueError(
+            "model_name_or_path is required: a Hub id, a folder, or a bundled model like bundled:smollm2-135m"
+        )
+    if is_bundled(name):
+        return str(resolve(name))
+    folder = Path(name).expanduser()
+    if not folder.exists() and not name.startswith(("/", ".", "~")):
+        return name
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.exists() else "does not exist"
+        raise ValueError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
+    return str(folder)
+
+
 def _move_into_place(built: Path, folder: Path) -> None:
     try:
         built.rename(folder)

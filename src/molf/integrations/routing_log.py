@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from molf.integrations.checkpoint_folder import sync
 from molf.integrations.fetching import Fetch
-from molf.integrations.release_settings import check_release_settings
+from molf.integrations.trainer import check_release_settings, clip_once
 from molf.optimizer import MoLF
 from molf.routing import Routing
 
@@ -83,6 +83,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         molf = _molf(optimizer)
         if molf.optimizer_in_backward:
             check_release_settings(vars(args))
+        clip_once(args, molf.max_grad_norm)
         self._stop_watching()  # of a training that failed
         self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._bring_to_disk())
         self._last, self._shares = molf.routing, []

@@ -215,7 +215,7 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Explained(Protocol):
+class HasRowResults(Protocol):
     """A task that can also tell what came of every row, for the file of predictions."""
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from molf.tasks.base import Answer, ExampleTokens, Explained, Metric, Request, Row, Split, Task
+from molf.tasks.base import Answer, ExampleTokens, HasRowResults, Metric, Request, Row, Split, Task
 
 
 class FewShot:
@@ -43,7 +43,7 @@ class FewShot:
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
         """Return what came of every row, as far as the benchmark tells."""
-        return self.task.outcomes(rows, answers) if isinstance(self.task, Explained) else [{} for _ in rows]
+        return self.task.outcomes(rows, answers) if isinstance(self.task, HasRowResults) else [{} for _ in rows]
 
 
 def with_examples(task: Task, split: Split, count: int, seed: int) -> tuple[Task, Split]:

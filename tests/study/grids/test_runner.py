@@ -5,7 +5,7 @@ import pytest
 
 from fake_runs import RESULT, fake_run
 from molf.errors import MolfError
-from molf.integrations.checkpoint_folder import UNFINISHED, seal
+from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.local import LocalEngine
 from molf.study.grids.runner import check_names, run_grid
@@ -68,7 +68,7 @@ def test_a_run_does_not_resume_with_other_settings(specs, left):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch() if left == TRAINED_FILE else path.mkdir()
     if UNFINISHED in left:
-        seal(path)
+        write_manifest(path)
     with pytest.raises(MolfError, match=r"finish holds an unfinished run with learning_rate=5e-05 \(here 1.0\)"):
         run_grid([with_settings(run, learning_rate=1.0)], LocalEngine())
     assert not run.starts()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from molf.study.config.run_config import ModelConfig
-from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 
 
 def test_a_folder_loads_and_pads_with_its_end_of_text(saved_model, tiny_model):
@@ -31,28 +31,9 @@ def test_a_tokenizer_that_cannot_pad_is_refused(saved_model):
         load_model_and_tokenizer(ModelConfig(saved_model))
 
 
-@pytest.mark.parametrize("name", [None, ""])
-def test_a_model_must_be_named(name):
-    with pytest.raises(ValueError, match="model_name_or_path is required"):
-        locate(name)
-
-
-def test_folders_without_a_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        locate(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        locate(str(tmp_path))
-
-
 def test_an_unreachable_hub_id_says_what_else_there_is():
-    assert locate("org/model") == "org/model"
     with pytest.raises(OSError, match=r"'no-such-org/no-such-model'.*bundled:smollm2-135m"):
         load_model_and_tokenizer(ModelConfig("no-such-org/no-such-model"))
-
-
-def test_bundled_names_are_resolved(monkeypatch, tmp_path):
-    monkeypatch.setattr("molf.study.run.models.bundled.resolve", lambda name: tmp_path / name.removeprefix("bundled:"))
-    assert locate("bundled:smollm2-135m") == str(tmp_path / "smollm2-135m")
 
 
 def test_a_chat_template_comes_from_a_file_or_from_another_tokenizer(tiny_tokenizer, tmp_path):

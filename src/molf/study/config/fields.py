@@ -18,7 +18,7 @@ SHAPES = "shapes"
 """Key of a field's metadata that holds its level."""
 
 
-def setting(default: Any, help: str, shapes: Level = "training") -> Any:  # noqa: A002  # as argparse calls it
+def setting(default: Any, help: str, shapes: Level = "training") -> Any:
     """Declare a field of a configuration dataclass.
 
     Args:

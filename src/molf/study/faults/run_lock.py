@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold this process's part of the lock on a run's folder: the byte of its rank in ``.NAME.running``.
 
     The lock is POSIX's, which ends with the process that took it, is no child's, and reaches over NFS. Where there are no locks,

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -14,7 +15,6 @@ from rich.table import Table
 
 from molf.files import atomic_write
 from molf.study.grids.compare import Contender, Outcome
-from molf.study.results.gather import write_csv
 
 BASELINES = ("fft", "lora", "rslora")
 """Baselines of MoLF: full fine-tuning and plain LoRA, with either scale."""
@@ -151,15 +151,16 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
         "unfinished": outcome.unfinished,
     }
     texts = {
+        ".csv": pd.DataFrame(rows_of(outcome), dtype=object).to_csv(index=False),
         ".json": json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n",
         ".md": markdown(outcome),
     }
-    write_csv(folder / f"{NAME}.csv", rows_of(outcome))
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in texts.items():
         with atomic_write(folder / f"{NAME}{suffix}") as partial:
             partial.write_text(text, encoding="utf-8")
     draw_bars(outcome, folder / f"{NAME}.png")
-    return [folder / f"{NAME}{suffix}" for suffix in (".csv", *texts, ".png")]
+    return [folder / f"{NAME}{suffix}" for suffix in (*texts, ".png")]
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from molf.study.config.fields import Level
 from molf.study.config.sameness import differing
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.spec import FAILED, Failure, RunSpec
-from molf.study.methods.made_with import PROCESSES, made_with
+from molf.study.methods.checkpoint_settings import PROCESSES, read_settings
 from molf.study.results.result import Result, read_result
 
 
@@ -106,7 +106,7 @@ def _prepare(spec: RunSpec) -> None:
     resumable = left or any(sealed) or (spec.folder / TRAINED_FILE).is_file()
     if resumable and spec.settings_file.is_file():
         earlier = yaml.safe_load(spec.settings_file.read_text(encoding="utf-8"))
-        processes = made_with(left[-1]).get(PROCESSES) if left else None
+        processes = read_settings(left[-1]).get(PROCESSES) if left else None
         _check_same(spec, "an unfinished run", earlier, processes, "training")
     spec.write_settings()
     spec.beside(FAILED).unlink(missing_ok=True)

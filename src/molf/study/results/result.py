@@ -1,17 +1,15 @@
 """The record of a run: one typed value, kept as ``result.json`` and as a row of a CSV file."""
 
-import importlib.metadata
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import molf
+from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.tasks.base import Metric
+from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
+from molf.tasks import Metric, get_task
 
 RESULT_FILE = "result.json"
 
@@ -138,34 +136,35 @@ def read_result(folder: Path) -> Result:
         folder: The run's folder, or the ``result.json`` itself.
 
     Raises:
-        ValueError: There is no result, or the file is none.
+        MolfError: There is no result, or the file is not one.
     """
     path = folder / RESULT_FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise ValueError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
+        raise MolfError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
     try:
         return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a result of this version of molf: {error}") from error
+        raise MolfError(f"{path} is not a result of this version of molf: {error}") from error
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of molf and of the libraries that a run's numbers depend on."""
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    return {"molf": molf.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+def check_predictions(folder: Path, result: Result) -> None:
+    """Compute the metrics of a run again from its predictions.
 
+    Args:
+        folder: The run's folder.
+        result: Its result.
 
-def source_commit() -> str | None:
-    """Return the git commit of this package's source, marked ``-dirty`` after local changes; None outside a checkout."""
-    if (git := shutil.which("git")) is None:
-        return None
-    here = Path(__file__)
-
-    def ask(*arguments: str) -> str | None:
-        answer = subprocess.run([git, "-C", str(here.parent), *arguments], capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    # A package installed inside some other repository is no part of that repository.
-    if ask("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    Raises:
+        MolfError: The predictions are missing or not usable, or give other metrics.
+    """
+    path = folder / PREDICTIONS_FILE
+    if not path.is_file():
+        raise MolfError(f"{folder} has no {PREDICTIONS_FILE}, so its metrics cannot be computed again")
+    found = rescored(path, get_task(result.config["task"]))
+    differing = [
+        f"{name} {result.metrics.get(name, 'absent')} in the result, {found.get(name, 'absent')} computed again"
+        for name in sorted(found.keys() | result.metrics.keys())
+        if found.get(name) != result.metrics.get(name)
+    ]
+    if differing:
+        raise MolfError(f"{path} does not give the metrics of the result: {'; '.join(differing)}")

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from molf.files import atomic_write
 from molf.study.results.result import Result
@@ -30,7 +31,7 @@ def metrics_table(result: Result) -> Table:
     for column in ("before", "after", "change", "n") if before else ("value", "n"):
         table.add_column(column, justify="right")
     for name, metric in result.metrics.items():
-        label = f"[bold]{name}[/bold]" if name == result.headline else name
+        label = Text(name, style="bold" if name == result.headline else "")
         if before is None:
             table.add_row(label, str(metric), str(metric.n))
             continue

@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from molf.study.config.run_config import RunConfig
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer, routed_layers
+from molf.study.methods.trainable import routed_layers
+from molf.study.run.job import Job, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
-from molf.study.run.targets import cut_targets
+from molf.study.run.training_data import cut_targets
 from molf.study.sizing.sizes import Sizes, measure
 from molf.tasks import Split
 

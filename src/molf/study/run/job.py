@@ -1,6 +1,5 @@
 """The parts of a run put together: model, tokenizer, rows, and the trainer that the method calls for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,23 +8,22 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
+from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
-from molf.setup.discovery import routed_linears
-from molf.study.config.method_config import MethodConfig
 from molf.study.config.run_config import RunConfig, TaskConfig
 from molf.study.config.trainer_config import TrainConfig, build_train_config
 from molf.study.engine.examples import training_template
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
-from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
+from molf.study.methods.checkpoint_parts import AdaLoraState, TrainedBase
+from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
-from molf.study.methods.made_with import MadeWith
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.methods.trained_base import TrainedBase, trained_base
-from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.selection import load_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
 from molf.tasks import Split, Task, get_task
@@ -140,8 +138,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     check_sharding(trainer, recipe)
-    made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
-    trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -167,18 +165,3 @@ def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointP
 def training_settings(job: Job) -> TrainConfig:
     """Return the trainer's settings of a run that does not train."""
     return build_train_config(job.config.train)
-
-
-def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, nn.Linear]:
-    """Return the layers that MoLF routes, by name."""
-    targets: str | Sequence[str] = method.target_modules
-    return routed_linears(
-        model, "all-linear" if method.target_modules == ["all-linear"] else targets, method.exclude_modules
-    )
-
-
-def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
-    """Leave nothing trainable but the weights of the routed layers: no norm, no embedding, no bias."""
-    routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in routed)

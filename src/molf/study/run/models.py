@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.integrations import bundled
+from molf.integrations.bundled import locate
 from molf.study.config.run_config import ModelConfig
 
 
@@ -45,30 +46,6 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
             )
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-def locate(name: str | None) -> str:
-    """Turn the name of a model into what ``from_pretrained`` takes.
-
-    Args:
-        name: A folder, a bundled model, or else a Hub id, which is returned as it is.
-
-    Raises:
-        ValueError: There is no name, or the folder it names holds no model.
-    """
-    if not name:
-        raise ValueError(
-            "model_name_or_path is required: a Hub id, a folder, or a bundled model like bundled:smollm2-135m"
-        )
-    if bundled.is_bundled(name):
-        return str(bundled.resolve(name))
-    folder = Path(name).expanduser()
-    if not folder.exists() and not name.startswith(("/", ".", "~")):
-        return name
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.exists() else "does not exist"
-        raise ValueError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
-    return str(folder)
 
 
 def use_chat_template(tokenizer: Any, path: str) -> None:

@@ -19,24 +19,18 @@ from molf.study.engine.generation import end_tokens
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
 from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
 from molf.study.faults.preemption import Preempted, StopRequest, stop_request
-from molf.study.faults.run_lock import holding
+from molf.study.faults.run_lock import run_lock
 from molf.study.faults.trained import Trained, find_trained, forget_trained, load_trained, note_trained
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
-from molf.study.methods.trained_base import trained_base
+from molf.study.methods.trainable import routed_layers, trained_base
 from molf.study.results.csv_log import append_csv
-from molf.study.results.device import device_name, peak_memory_bytes
-from molf.study.results.result import (
-    Result,
-    Training,
-    library_versions,
-    source_commit,
-    write_result,
-)
+from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
+from molf.study.results.result import Result, Training, write_result
 from molf.study.results.routing import read_routing
 from molf.study.results.tables import draw_routing
 from molf.study.run.card import model_card
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
+from molf.study.run.job import Job, job_recipe, load_job, make_trainer, training_settings
 from molf.study.run.process_group import all_wait, leave_process_group
 from molf.study.run.run_folder import (
     CARD_FILE,
@@ -48,7 +42,7 @@ from molf.study.run.run_folder import (
     run_id,
 )
 from molf.study.run.sharding import whole_model
-from molf.study.run.targets import cut_targets
+from molf.study.run.training_data import cut_targets
 from molf.study.sizing.sizes import measure
 
 _log = logging.getLogger(__name__)
@@ -74,7 +68,7 @@ def run(config: RunConfig) -> Result | None:
     """
     config = config.resolved()
     check_folder(config)
-    with holding(config.output_dir), stop_request() as stop:
+    with run_lock(config.output_dir), stop_request() as stop:
         return _run(config, stop)
 
 

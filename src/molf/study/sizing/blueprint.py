@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from molf.integrations.bundled import locate
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import TrainConfig
 from molf.study.methods.adapters import add_adapters
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.run.job import freeze_all_but_routed, routed_layers
-from molf.study.run.models import locate
+from molf.study.methods.trainable import freeze_all_but_routed, routed_layers
 
 LINEAR = (nn.Linear, Conv1D)
 

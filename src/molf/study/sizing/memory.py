@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from molf.study.methods.trainable import is_adapter
 from molf.study.sizing.activations import Activations, measure_activations
 from molf.study.sizing.blueprint import LINEAR, Blueprint
-from molf.study.sizing.sizes import is_adapter, largest_layer_bytes, moments_bytes
+from molf.study.sizing.sizes import largest_layer_bytes, moments_bytes
 
 _FLOAT = 4
 _MOMENTS = 8  # bytes per element: two float32 moments

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from molf.numerics.quantization import block_count, is_large_matrix
+from molf.study.methods.trainable import is_adapter
 
 _MOMENTS = 8  # bytes per element: two float32 moments
 _PACKED, _MAXIMA = 2, 8  # bytes per element and per block: two 8-bit moments and their block maxima
@@ -104,8 +105,3 @@ def moments_bytes(parameters: Iterable[Tensor], optim_bits: int = 32) -> int:
         else:
             total += _MOMENTS * p.numel()
     return total
-
-
-def is_adapter(name: str) -> bool:
-    """Tell a parameter of PEFT's from the model's own; AdaLoRA's rank count is one that does not train."""
-    return ".lora_" in name or ".ranknum." in name

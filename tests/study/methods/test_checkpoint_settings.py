@@ -5,7 +5,7 @@ import pytest
 
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
-from molf.study.methods.made_with import FILE_NAME, MadeWith
+from molf.study.methods.checkpoint_settings import FILE_NAME, CheckpointSettings
 
 DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
@@ -15,7 +15,7 @@ def made(data=DATA, sharded=False, processes=1, **changes):
     config = RunConfig.from_dict({"method": "lora", "lora_rank": 4, "learning_rate": 1e-3, **changes})
     args = build_train_config(config.train | {"output_dir": "here"})
     args.__dict__["distributed_state"] = SimpleNamespace(num_processes=processes)
-    return MadeWith(config, args, data, sharded)
+    return CheckpointSettings(config, args, data, sharded)
 
 
 def test_the_same_and_what_may_change(tmp_path):
@@ -28,12 +28,12 @@ def test_the_same_and_what_may_change(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lora_rank": 8}, r"was made with lora_rank=4 \(here 8\): go on"),
+        ({"lora_rank": 8}, r"was made with lora_rank=4 \(here 8\): use the settings"),
         (
             {"method": "rslora", "dtype": "bfloat16"},
             r"dtype=float32 \(here bfloat16\), method=lora \(here rslora\), use_rslora",
         ),
-        ({"processes": 2}, r"examples_per_step=32 \(here 64\): go on"),
+        ({"processes": 2}, r"examples_per_step=32 \(here 64\): use the settings"),
         ({"per_device_train_batch_size": 4}, r"examples_per_step=32 \(here 16\)"),
         ({"seed": 7}, r"seed=42 \(here 7\)"),
         ({"max_length": 9, "packing": True}, r"max_length=1024 \(here 9\), packing=False \(here True\)"),
@@ -60,7 +60,7 @@ def test_an_earlier_checkpoint_is_asked_about_what_it_has(tmp_path):
     earlier = {name: made().settings[name] for name in ("method", "lora_rank")}
     (tmp_path / FILE_NAME).write_text(json.dumps(earlier), encoding="utf-8")
     made(seed=7).check(tmp_path)
-    with pytest.raises(ValueError, match=r"was made with lora_rank=4 \(here 8\): go on"):
+    with pytest.raises(ValueError, match=r"was made with lora_rank=4 \(here 8\): use the settings"):
         made(lora_rank=8, seed=7).check(tmp_path)
 
 

@@ -1,4 +1,10 @@
 import json
+import shlex
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fake_runs import RESULT
 from molf.cli import main
@@ -33,3 +39,37 @@ def test_unreadable_results_are_named_counted_and_an_error_on_request(tmp_path, 
 def test_no_results(tmp_path, capsys):
     assert main(["results", str(tmp_path)]) == 1
     assert "there is no result.json" in capsys.readouterr().err
+
+
+def call(line):
+    return main(shlex.split(line))
+
+
+@pytest.fixture
+def run(model_folder):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=2, init_lora_weights=False),
+        adapter_name="lora_r2",
+    )
+    model.save_pretrained("run/adapters")
+    return "run"
+
+
+def test_both_exports(run, capsys):
+    assert call("export run --to peft") == 0
+    shown = capsys.readouterr().out
+    assert "One PEFT LoRA of rank 2" in shown and "written to run/export-peft" in shown
+    assert call("export run --to merged --dtype bfloat16 --output-dir here") == 0
+    shown = capsys.readouterr().out
+    assert "cast to bfloat16: the cast changed no weight by more than" in shown and "written to here" in shown
+    assert Path("here/model.safetensors").is_file() and Path("here/README.md").is_file()
+
+
+def test_mistakes_in_an_export(run, model_folder, capsys):
+    assert call("export nothing --to peft") == 1
+    assert "nothing has no LoRA experts to export" in capsys.readouterr().err
+    assert call("export run --to peft --output_dir run") == 1
+    assert "not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call("export run")

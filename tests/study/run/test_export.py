@@ -6,8 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.study.config.run_config import RunConfig
-from molf.study.results.export import adapter_folders, export_run, load_experts
 from molf.study.results.result import Result, Training, write_result
+from molf.study.run.export import adapter_folders, export_run, load_experts
 from molf.tasks.base import Metric
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from molf.study.config.trainer_config import build_train_config
-from molf.study.run.targets import CutTargets, cut_targets
+from molf.study.run.training_data import CutTargets, cut_targets
 
 EXAMPLES = [
     {"prompt": "The capital of Italy is", "completion": " Rome"},

@@ -3,7 +3,9 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from molf.study.methods.adalora_state import FILE_NAME, AdaLoraState
+from molf import add_lora_experts
+from molf.study.methods.checkpoint_parts import ADALORA_FILE, BASE_FILE, AdaLoraState, TrainedBase
+from molf.study.methods.trainable import trained_base
 
 TOTAL, SETTLED = 8, 2
 
@@ -50,12 +52,14 @@ def test_going_on_is_as_if_nothing_had_happened(stop, config, tmp_path):
         assert torch.equal(p, q[1]), name
     kept = [int(p.count_nonzero()) for name, p in model.named_parameters() if ".lora_E." in name]
     assert sum(kept) == len(kept), "the ranks were cut to the target"
-    assert {path.name for path in tmp_path.glob("adalora*")} == {FILE_NAME}
+    assert {path.name for path in tmp_path.glob("adalora*")} == {ADALORA_FILE}
 
 
 def test_another_rank_is_refused(config, tmp_path):
     AdaLoraState().save(adapted(config), tmp_path)
-    words = r"layers\.0\.mlp\.down_proj\.lora_A\.default is \[3, 64\] there and \[4, 64\] here; go on with the settings"
+    words = (
+        r"layers\.0\.mlp\.down_proj\.lora_A\.default is \[3, 64\] there and \[4, 64\] here; resume with the settings"
+    )
     with pytest.raises(ValueError, match=words):
         AdaLoraState().restore(adapted(config, rank=4), tmp_path)
 
@@ -63,3 +67,29 @@ def test_another_rank_is_refused(config, tmp_path):
 def test_a_checkpoint_of_another_method_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="was not written by a run with method adalora"):
         AdaLoraState().restore(adapted(config), tmp_path)
+
+
+@pytest.fixture
+def beside(tiny_model):
+    return add_lora_experts(tiny_model, ranks=(2, 4), freeze_base=False)
+
+
+def test_trained_weights_come_back(beside, tmp_path):
+    frozen = beside.get_submodule("base_model.model.lm_head").weight.requires_grad_(False)
+    TrainedBase().save(beside, tmp_path)
+    before = {name: p.detach().clone() for name, p in beside.named_parameters()}
+    with torch.no_grad():
+        for p in beside.parameters():
+            p.add_(1)
+    TrainedBase().restore(beside, tmp_path)
+    for name, p in beside.named_parameters():
+        assert torch.equal(p, before[name]) == (".lora_" not in name and p is not frozen), name
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {BASE_FILE}
+
+
+def test_another_selection_of_weights_is_refused(beside, tmp_path):
+    TrainedBase().save(beside, tmp_path)
+    beside.get_submodule("base_model.model.lm_head").weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\(21 of 20\)"):
+        TrainedBase().restore(beside, tmp_path)
+    assert len(trained_base(beside)) == 20
