@@ -43,6 +43,7 @@ signal.signal(signal.SIGTERM, save_and_stop)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 with (folder / "starts").open("a") as file:
     file.write(json.dumps(resumed) + "\\n")
+(folder / "devices").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 print("started", "again" if resumed else "", flush=True)
 if behaviour == "hold" and not resumed:
     time.sleep(120)

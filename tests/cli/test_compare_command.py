@@ -1,4 +1,8 @@
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,9 @@ import yaml
 from molf.cli import main
 from molf.cli.compare import parse_comparison
 from molf.errors import UsageError
+from molf.study.faults.preemption import PREEMPTED
+from molf.study.faults.run_lock import in_use
+from molf.study.results.result import read_result
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 SMALL = (
@@ -110,6 +117,28 @@ def test_a_failed_run_fails_the_command(model_folder, capsys):
     captured = capsys.readouterr()
     assert "failed with status 1" in captured.out and "/no/such/model" in captured.out
     assert "1 runs failed: once the cause is gone, the same command runs them again" in captured.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_or_killed_stops_its_run_and_resumes(number, model_folder):
+    line = (
+        f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out "
+        "--num_train_epochs 60 --save_strategy steps --save_steps 2 --save_total_limit 2"
+    )
+    name = "fft-lr0.0001-s42"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molf", *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(Path("out").glob(f"{name}/checkpoint-*")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert process.returncode == PREEMPTED and "the runs have saved, and the same command continues" in said
+        assert not in_use(Path("out") / name)
+    assert main(shlex.split(line)) == 0
+    assert "stopped by SIGTERM after step" in Path(f"out/{name}.log").read_text()
+    assert read_result(Path("out") / name).training.steps == 60
 
 
 def test_help(capsys):

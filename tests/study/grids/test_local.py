@@ -88,7 +88,14 @@ def test_fewer_devices_than_processes(jobs, processes, devices, words, tmp_path)
 def test_enough_devices(tmp_path):
     specs = [replace(fake_run(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
     assert len(list(LocalEngine(2, tuple("0123")).run(specs))) == 2
+    assert sorted((spec.folder / "devices").read_text() for spec in specs) == ["0,1", "2,3"]
     assert list(LocalEngine(4, ("0",)).run([])) == []
+
+
+def test_a_run_sees_one_gpu_of_several_also_when_it_runs_alone(tmp_path):
+    spec = fake_run(tmp_path, "finish")
+    list(LocalEngine(1, ("4", "6")).run([spec]))
+    assert (spec.folder / "devices").read_text() == "4"
 
 
 def test_the_devices_that_may_be_used(monkeypatch):

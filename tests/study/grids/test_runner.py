@@ -1,14 +1,19 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from fake_runs import RESULT, fake_run
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
+from molf.study.config.run_config import RunConfig
+from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.local import LocalEngine
 from molf.study.grids.runner import check_names, run_grid
+from molf.study.grids.spec import make_spec
+from molf.study.run.train import run
+from small_runs import small_run
 
 
 @pytest.fixture
@@ -62,17 +67,17 @@ def with_settings(spec, **settings):
 @pytest.mark.parametrize("left", ["checkpoint-1", f"{UNFINISHED}/checkpoint-3", TRAINED_FILE])
 def test_a_run_does_not_resume_with_other_settings(specs, left):
     """Whether it left a checkpoint, one that is whole but not in place, or a trained model."""
-    run = specs[0]
-    run.write_settings()
-    path = run.folder / left
+    spec = specs[0]
+    spec.write_settings()
+    path = spec.folder / left
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch() if left == TRAINED_FILE else path.mkdir()
     if UNFINISHED in left:
         write_manifest(path)
     with pytest.raises(MolfError, match=r"finish holds an unfinished run with learning_rate=5e-05 \(here 1.0\)"):
-        run_grid([with_settings(run, learning_rate=1.0)], LocalEngine())
-    assert not run.starts()
-    assert list(run_grid([with_settings(run, save_steps=7)], LocalEngine()).results) == ["finish"]
+        run_grid([with_settings(spec, learning_rate=1.0)], LocalEngine())
+    assert not spec.starts()
+    assert list(run_grid([with_settings(spec, save_steps=7)], LocalEngine()).results) == ["finish"]
 
 
 def test_a_run_that_left_nothing_may_start_with_other_settings(specs):
@@ -97,3 +102,18 @@ def test_names_must_differ(specs):
         check_names([*specs, specs[2]])
     with pytest.raises(MolfError, match="nothing to run"):
         run_grid([], LocalEngine())
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_is_not_trained_again(saved_model, tmp_path, monkeypatch):
+    spec = make_spec(tmp_path / "out", "run", RunConfig.from_dict(small_run(saved_model, tmp_path)))
+    assert spec.config.train["save_strategy"] == "no"
+
+    def stopped(*given, **settings):
+        raise Preempted("stopped in its evaluation")
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr("molf.study.run.train.evaluate", stopped)
+        run(spec.config)
+    trained = json.loads((spec.folder / TRAINED_FILE).read_text())["training"]
+    outcome = run_grid([spec], LocalEngine())
+    assert asdict(outcome.results["run"].training) == trained, "to the second"
