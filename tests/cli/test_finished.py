@@ -62,7 +62,7 @@ def test_both_exports(run, capsys):
     assert "One PEFT LoRA of rank 2" in shown and "written to run/export-peft" in shown
     assert call("export run --to merged --dtype bfloat16 --output-dir here") == 0
     shown = capsys.readouterr().out
-    assert "cast to bfloat16: the cast changed no weight by more than" in shown and "written to here" in shown
+    assert "cast to bfloat16; the cast changed no weight by more than" in shown and "written to here" in shown
     assert Path("here/model.safetensors").is_file() and Path("here/README.md").is_file()
 
 

@@ -58,7 +58,7 @@ def test_both_exports_compute_what_the_experts_do(run, saved_model):
 
 def test_the_cards(run, saved_model, tmp_path):
     unfinished = export_run(run, "peft", tmp_path / "a")
-    assert f"Made from the model {saved_model}." in (tmp_path / "a/README.md").read_text()
+    assert f"Trained from the model {saved_model}." in (tmp_path / "a/README.md").read_text()
     assert "--max-lora-rank 8" in unfinished.notes[-1]
     finish(run, saved_model)
     export_run(run, "peft", tmp_path / "b")
@@ -72,14 +72,14 @@ def test_the_cards(run, saved_model, tmp_path):
 
 def test_a_run_that_trained_more_than_its_experts(run, saved_model):
     finish(run, saved_model, trainable=96)
-    with pytest.raises(ValueError, match="trained 96 of the base model's own parameters .* use that"):
+    with pytest.raises(ValueError, match="trained 96 parameters of the base model .*; use .* itself"):
         export_run(run, "peft")
 
 
 def test_a_run_without_experts(saved_model, tmp_path):
-    with pytest.raises(ValueError, match="a plain checkpoint that needs no export"):
+    with pytest.raises(ValueError, match="a plain checkpoint, which needs no export"):
         export_run(Path(saved_model), "peft")
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match="Give the folder of a run with --method molf_e"):
         export_run(tmp_path / "nothing", "merged")
 
 

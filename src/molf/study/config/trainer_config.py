@@ -6,17 +6,22 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from molf.errors import MolfError
 from molf.study.config.fields import setting
-from molf.study.config.fsdp_config import settled_fsdp
+from molf.study.config.fsdp_config import resolve_fsdp
 from molf.study.config.run_config import PUBLISHED_RECIPE, suggestion
+
+_NOT_LISTED = ("azure_ml", "flyte")
+"""Trackers that transformers does not always list as available, even if they are."""
 
 
 @dataclass
 class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
-    """``trl.SFTConfig`` with the published recipe's defaults; bf16 autocast where the accelerator can, float32 elsewhere."""
+    """``trl.SFTConfig`` with the defaults of the published recipe, and bf16 autocast if the accelerator supports it."""
 
     _argument_group_name: ClassVar[str] = "training (every field of trl.SFTConfig)"
 
@@ -55,7 +60,7 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
     dataloader_pin_memory: bool = setting(True, "Pin host memory where there is an accelerator.")
 
     def __post_init__(self) -> None:
-        # Several processes on a machine without accelerators would each train a copy of their own.
+        # Without accelerators, the ranks of a machine would each train a copy of their own unless the CPU is asked for.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -63,15 +68,15 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
         self.dataloader_pin_memory = (
             self.dataloader_pin_memory and not self.use_cpu and torch.accelerator.is_available()
         )
-        # Newer transformers call it activation checkpointing and warn about the name that TRL and its users still use.
+        # Newer transformers warn about the old names, which TRL and its users still use.
         for new, old in (
             ("activation_checkpointing", "gradient_checkpointing"),
             ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
         ):
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
-        with settled_fsdp(self):
-            super().__post_init__()
+        resolve_fsdp(self)
+        super().__post_init__()
 
 
 def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
@@ -81,10 +86,30 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
         settings: Values by field name.
 
     Raises:
-        ValueError: A name is no field of ``TrainConfig``, or ``fsdp_config`` is not usable.
+        MolfError: A name is not a field of ``TrainConfig``, ``fsdp_config`` is not usable, a tracker of ``report_to`` is unknown
+            or not installed, or DeepSpeed is asked for.
     """
     known = [f.name for f in fields(TrainConfig) if f.init]
     for name in settings:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}{suggestion(name, known)}")
+            raise MolfError(f"unknown setting {name!r}{suggestion(name, known)}")
+    if settings.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise MolfError(
+            "deepspeed is not supported: ZeRO flattens and partitions the weights, and MoLF needs each layer's matrix. Shard the "
+            "model by FSDP2 instead: torchrun --nproc_per_node N -m molf train --fsdp True ..."
+        )
+    _check_trackers(settings.get("report_to"))
     return TrainConfig(**settings)
+
+
+def _check_trackers(report_to: None | str | list[str]) -> None:
+    trackers = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in trackers:
+        if name in ("all", "none", *get_available_reporting_integrations(), *_NOT_LISTED):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise MolfError(
+                f"report_to={name} is not a tracker{suggestion(name, known)} (known: none, {', '.join(known)})"
+            )
+        raise MolfError(f"report_to={name}: the tracker is not installed; pip install {name}, or use --report_to none")

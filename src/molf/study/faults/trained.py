@@ -1,9 +1,8 @@
-"""A training that is done: noted beside the trained model until the result is there, so that nothing after it loses it."""
+"""The note of a finished training, kept beside the model until the result is written: a run killed between is only evaluated."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -13,7 +12,6 @@ from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.results.result import Training, as_metrics
-from molf.study.run.models import load_model_and_tokenizer
 from molf.tasks import Metric
 
 TRAINED_FILE = ".trained.json"
@@ -21,11 +19,11 @@ TRAINED_FILE = ".trained.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What is known of a training that took its last step.
+    """A finished training.
 
     Attributes:
-        training: What it took.
-        metrics_before: Metrics of the model before it, where that was measured.
+        training: Its measurements.
+        metrics_before: Metrics of the model before training, if they were measured.
     """
 
     training: Training
@@ -33,7 +31,7 @@ class Trained:
 
 
 def note_trained(config: RunConfig, trained: Trained) -> None:
-    """Note that the model in the run's folder is the trained one."""
+    """Note that the model in the run's folder is fully trained."""
     with atomic_write(config.output_dir / TRAINED_FILE) as partial:
         partial.write_text(
             json.dumps({"config": config.to_dict(), **asdict(trained)}, indent=1, default=str), encoding="utf-8"
@@ -41,25 +39,19 @@ def note_trained(config: RunConfig, trained: Trained) -> None:
 
 
 def forget_trained(config: RunConfig) -> None:
-    """Remove the note: the result is written, or the model about to be replaced."""
+    """Remove the note: the result is written, or the model is about to be replaced."""
     (config.output_dir / TRAINED_FILE).unlink(missing_ok=True)
 
 
-def load_trained(config: RunConfig) -> Any:
-    """Load the trained model from the run's folder."""
-    source = replace(config.model, model_name_or_path=str(config.output_dir))
-    return load_model_and_tokenizer(source, bool(config.train.get("trust_remote_code", False)))[0]
-
-
 def find_trained(config: RunConfig, main: bool) -> Trained | None:
-    """Return what was noted, on every process the same; None where there is training to do.
+    """Return the finished training that a run can resume after, the same on every process; None if it has to train.
 
     Args:
-        config: The run; where it is not to go on from the last state of its folder, nothing is found.
-        main: Whether this is the first process, whose folder counts.
+        config: The run; unless it resumes from the last state of its folder, nothing is found.
+        main: Whether this is rank 0, whose folder counts.
 
     Raises:
-        ValueError: The training that is done was another one, and left no checkpoint to go on from.
+        MolfError: The finished training had other settings, and there is no checkpoint to resume from.
     """
     found: list[Trained | None] = [None]
     file = config.output_dir / TRAINED_FILE

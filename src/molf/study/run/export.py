@@ -1,4 +1,4 @@
-"""A finished MoLF-Efficient run as something to give away: one LoRA adapter, or merged weights."""
+"""The export of a MoLF-Efficient run: one LoRA adapter, or merged weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel
 
+from molf.errors import MolfError
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
 from molf.study.config.run_config import ModelConfig
 from molf.study.methods.adapters import ADAPTERS_FOLDER
@@ -20,13 +21,13 @@ _CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left.
+    """A finished export.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         rank: Rank of the adapter, or None for merged weights.
-        largest_difference: The most that a merged weight changed by being cast, or None for an adapter.
-        notes: What to know about it, a sentence each.
+        largest_difference: Largest change of a merged weight by the cast, or None for an adapter.
+        notes: What to know about it, one sentence each.
     """
 
     folder: Path
@@ -43,17 +44,17 @@ def export_run(
 ) -> Exported:
     """Write the LoRA experts of a run as one PEFT adapter, or merge them into their base model.
 
-    The base model is loaded anew, in float32, and the experts are read from the run's ``adapters`` folder.
+    The base model is loaded in float32, and the experts from the run's ``adapters`` folder.
 
     Args:
         run: Folder of the run.
         to: ``peft`` for an adapter of rank ``r1 + r2 + ...``, ``merged`` for a plain checkpoint.
-        output_dir: Where to write; ``export-peft`` or ``export-merged`` inside the run's folder if left out.
-        dtype: Type of merged weights.
+        output_dir: Where to write; by default ``export-peft`` or ``export-merged`` in the run's folder.
+        dtype: Data type of merged weights.
 
     Raises:
-        ValueError: The run has no adapters, trained more than these, or the folder is in use.
-        OSError: The base model cannot be loaded.
+        MolfError: The run has no adapters or trained other weights too, the folder is not empty, or the base model cannot be
+            loaded.
     """
     folders = adapter_folders(run)
     result = read_result(run) if (run / RESULT_FILE).is_file() else None
@@ -77,21 +78,23 @@ def adapter_folders(run: Path) -> dict[str, Path]:
     """Return the folder of each adapter of a run, by the adapter's name.
 
     Raises:
-        ValueError: There is none.
+        MolfError: There is none.
     """
     root = run / ADAPTERS_FOLDER
     found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_CONFIG}"))}
     if not found:
-        what = "a plain checkpoint that needs no export" if (run / "config.json").is_file() else "no run"
-        raise ValueError(
-            f"{run} has no LoRA experts to export: there is no {ADAPTERS_FOLDER}/NAME/{_CONFIG} (the folder is {what}); "
-            "runs of --method molf_e have them"
+        plain = (run / "config.json").is_file()
+        what = (
+            "It is a plain checkpoint, which needs no export"
+            if plain
+            else "Give the folder of a run with --method molf_e"
         )
+        raise MolfError(f"{run} has no LoRA experts to export: there is no {ADAPTERS_FOLDER}/NAME/{_CONFIG}. {what}")
     return found
 
 
 def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
-    """Load a base model in float32 with its adapters, all of them active, and its tokenizer.
+    """Load a base model in float32 with all of its adapters active, and its tokenizer.
 
     Args:
         folders: Folder of each adapter, by name.
@@ -113,26 +116,27 @@ def _named_base(folder: Path) -> str:
 def _check_adapters_are_all(run: Path, result: Result | None) -> None:
     training = result.training if result else None
     if training is not None and training.trainable_parameters:
-        raise ValueError(
-            f"{run} trained {training.trainable_parameters:,} of the base model's own parameters besides its LoRA experts, "
-            f"which an export of these would lose; {run} itself is a plain merged checkpoint, use that"
+        raise MolfError(
+            f"{run} trained {training.trainable_parameters:,} parameters of the base model besides its LoRA experts, and an "
+            f"export of the experts would lose them; use {run} itself, which is a plain merged checkpoint"
         )
 
 
 def _notes(rank: int | None, difference: float | None, dtype: str) -> list[str]:
     if rank is None:
-        return [f"Merged in float32 and cast to {dtype}: the cast changed no weight by more than {difference:.3g}."]
+        return [f"Merged in float32, then cast to {dtype}; the cast changed no weight by more than {difference:.3g}."]
     served = vllm_max_lora_rank(rank)
-    limit = (
-        f"--max-lora-rank {served}" if served else "a rank above all that it offers, so give it the merged checkpoint"
-    )
-    return [f"One PEFT LoRA of rank {rank} and scale 1.", f"vLLM, whose default is 16, needs {limit} to serve it."]
+    limit = f"--max-lora-rank {served}" if served else "a higher rank than it supports, so use the merged checkpoint"
+    return [
+        f"One PEFT LoRA of rank {rank} and scale 1.",
+        f"To serve it, vLLM (whose default is rank 16) needs {limit}.",
+    ]
 
 
 def _card(run: Path, result: Result | None, base: str, rank: int | None, notes: Sequence[str]) -> str:
     library: Literal["transformers", "peft"] = "transformers" if rank is None else "peft"
     if result is not None:
         card = model_card(result, library)
-    else:  # the run was not finished: there is nothing to say about how good it is
-        card = f"---\nlibrary_name: {library}\ntags:\n- molf\n---\n\n# {run.name}\n\nMade from the model {base}.\n"
+    else:  # the run is not finished, so there are no metrics
+        card = f"---\nlibrary_name: {library}\ntags:\n- molf\n---\n\n# {run.name}\n\nTrained from the model {base}.\n"
     return f"{card}\n## Export\n\n{' '.join(notes)}\n"
