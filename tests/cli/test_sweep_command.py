@@ -58,21 +58,21 @@ def test_a_file(tmp_path):
         "jobs": 3,
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    request, specs = parse(f"{path} --engine slurm --time 20")
+    options, specs = parse(f"{path} --engine slurm --time 20")
     assert [spec.name for spec in specs] == [
         "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
         "fft-a-lr0.0001", "fft-b-lr0.0001",
     ]  # fmt: skip
     assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [2, 4]
-    assert (request.slurm.partition, request.slurm.time, request.options.jobs) == ("gpu", 20, 3)
-    assert (request.slurm.setup, request.slurm.sbatch) == (["module load cuda"], {"nice": 5})
+    assert (options.partition, options.time, options.jobs) == ("gpu", 20, 3)
+    assert (options.setup, options.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.
     assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
 
 
 @pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])
 def test_the_published_searches(file, number):
-    request, specs = parse(f"{CONFIGS / file} --engine slurm --partition gpu")
+    options, specs = parse(f"{CONFIGS / file} --engine slurm --partition gpu")
     assert len({spec.name for spec in specs}) == len(specs) == number
     first = specs[0].config
     assert (first.task.task, first.train["per_device_train_batch_size"], first.train["num_train_epochs"]) == (
@@ -80,7 +80,7 @@ def test_the_published_searches(file, number):
         8,
         2,
     )
-    assert (request.slurm.partition, request.slurm.gpus_per_node) == ("gpu", 1)
+    assert (options.partition, options.gpus_per_node) == ("gpu", 1)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,10 @@ def test_mistakes(line, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("slurm: {partitoin: x}", "unknown setting 'partitoin' under slurm.*did you mean 'partition'"),
+        (
+            "slurm: {partitoin: x}",
+            "slurm in .* must be a mapping with any of partition, time, .*, not {'partitoin': 'x'}",
+        ),
         ("slurm: gpu", "slurm in .* must be a mapping"),
         ("methods: {a: {lerning_rate: 1}}", "did you mean 'learning_rate'"),
     ],
@@ -153,7 +156,7 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
     def interrupted(interrupt):
         """Attempt the run and interrupt it when it has left another checkpoint; return its status."""
         before = checkpoints(spec.folder)
-        attempt = Attempt(spec, keep_model=True, own_session=True)
+        attempt = Attempt(spec, keep_model=True)
         with ThreadPoolExecutor() as pool:
             status = pool.submit(attempt)
             while not status.done() and checkpoints(spec.folder) == before:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molf.cli.grid import ENGINE_HELP, GridOptions, Request, as_list, check_ended, configs, label, read_request
+from molf.cli.grid import ENGINE_HELP, GridOptions, as_list, check_ended, configs, label, read_grid
 from molf.cli.show import console
 from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import RunConfig
@@ -32,7 +32,7 @@ Compare methods on a task with `molf train` runs. Finished ones are not run agai
 learning_rate, lora_learning_rate and lr_scheduler_type may be lists. All other settings are those of `molf train`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareOptions(GridOptions):
     """Options of ``molf compare``."""
 
@@ -51,14 +51,14 @@ def compare(argv: Sequence[str]) -> None:
     """
     if "--help" in argv or "-h" in argv:
         return console().print(_HELP)
-    request, comparison = parse_comparison(argv)
+    options, comparison = parse_comparison(argv)
 
     from molf.study.grids import compare as study
     from molf.study.grids.compare_report import comparison_table, verdict, write_comparison
 
     log = console().print
-    with request.interruptible():
-        outcome = study.compare(comparison, request.make_engine(log), log)
+    with options.interruptible():
+        outcome = study.compare(comparison, options.make_engine(log), log)
     files = write_comparison(outcome, comparison.folder)
     log(comparison_table(outcome))
     log(verdict(outcome))
@@ -66,15 +66,14 @@ def compare(argv: Sequence[str]) -> None:
     check_ended(outcome.failures, outcome.unfinished, "once the cause is gone, the same command", log)
 
 
-def parse_comparison(argv: Sequence[str]) -> tuple[Request[CompareOptions], "Comparison"]:
-    """Build a comparison from files and flags, and return it with all that was asked for.
+def parse_comparison(argv: Sequence[str]) -> tuple[CompareOptions, "Comparison"]:
+    """Build a comparison from files and flags, and return it with the options.
 
     Raises:
         UsageError: A setting is unknown, misplaced or not usable.
     """
-    request = read_request(argv, CompareOptions, per_run=("seed",))
-    options = request.options
-    candidates = {name: _candidates(name, settings) for name, settings in request.methods.items()}
+    methods, options = read_grid(argv, CompareOptions, per_run=["seed"])
+    candidates = {name: _candidates(name, settings) for name, settings in methods.items()}
 
     from molf.study.grids.compare import Comparison
 
@@ -90,7 +89,7 @@ def parse_comparison(argv: Sequence[str]) -> tuple[Request[CompareOptions], "Com
         )
     except MolfError as error:
         raise UsageError(str(error)) from error
-    return request, comparison
+    return options, comparison
 
 
 def _candidates(name: str, settings: Mapping[str, Any]) -> dict[str, RunConfig]:

@@ -1,12 +1,12 @@
 """What ``molf compare`` and ``molf sweep`` share: their command line, the runs that it stands for, and where these run."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from molf.cli.names import PUBLISHED_NAMES, canonical
 from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
@@ -40,11 +40,10 @@ PREFIXES = {
 """How the value of a setting begins in a run's name, if that is not the setting's own name."""
 
 _PER_RUN = ("output_dir", "run_name", "only_eval", "resume_from_checkpoint", "overwrite")
-_SLURM = [f.name for f in fields(SlurmSettings)]
 
 
-@dataclass
-class GridOptions:
+@dataclass(frozen=True)
+class GridOptions(SlurmSettings):
     """Options of both commands, beside the settings of their runs."""
 
     output_root: str = "runs"
@@ -54,51 +53,39 @@ class GridOptions:
     keep_models: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
 
-
-Options = TypeVar("Options", bound=GridOptions)
-
-
-@dataclass(frozen=True)
-class Request(Generic[Options]):
-    """What a command line asks for.
-
-    Attributes:
-        methods: The settings of each method's runs, by the name to show. Several values make several runs.
-        options: The command's own options.
-        slurm: What each SLURM job asks for.
-    """
-
-    methods: dict[str, dict[str, Any]]
-    options: Options
-    slurm: SlurmSettings
-
     def make_engine(self, log: Callable[[str], None], wait: bool = True) -> "Engine":
         """Return where to carry out the runs."""
+        if self.engine == "slurm":
+            settings = SlurmSettings(**{name: getattr(self, name) for name in _SLURM})
+            return SlurmEngine(Path(self.output_root) / "jobs", settings, self.keep_models, wait, log)
+
         from molf.study.grids.local import LocalEngine, visible_devices
 
-        if self.options.engine == "slurm":
-            jobs = Path(self.options.output_root) / "jobs"
-            return SlurmEngine(jobs, self.slurm, self.options.keep_models, wait, log)
-        return LocalEngine(self.options.jobs, visible_devices(), self.options.keep_models)
+        return LocalEngine(self.jobs, visible_devices(), self.keep_models)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Say what becomes of the runs if the command gets Ctrl-C or a stop signal meanwhile."""
+        """Say what becomes of the runs if Ctrl-C or a stop signal comes meanwhile."""
         try:
             with stop_request():
                 yield
         except (KeyboardInterrupt, Preempted):
-            runs = "the runs have saved" if self.options.engine == "local" else "the jobs stay in the queue"
+            runs = "the runs have saved" if self.engine == "local" else "the jobs stay in the queue"
             raise Preempted(f"interrupted; {runs}, and the same command continues") from None
 
 
-def read_request(
-    argv: Sequence[str], kind: type[Options], per_run: Collection[str] = (), default_methods: Sequence[str] = ()
-) -> Request[Options]:
+_SLURM = [f.name for f in fields(SlurmSettings)]
+Options = TypeVar("Options", bound=GridOptions)
+
+
+def read_grid(
+    argv: Sequence[str], kind: type[Options], per_run: Sequence[str] = (), default_methods: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, Any]], Options]:
     """Read files and flags. Flags override files, and a method's own settings override both.
 
     Args:
@@ -107,17 +94,19 @@ def read_request(
         per_run: Settings that the command makes itself, beside those that both commands make.
         default_methods: Methods, if none are given.
 
+    Returns:
+        The settings of each method's runs, by the name to show, and the options.
+
     Raises:
         UsageError: A setting is unknown, misplaced or not usable.
     """
     first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
     flags = read_flags(argv[first:])
     names = [f.name for f in fields(kind)]
-    known = [*setting_types(), *names, *_SLURM, "methods", "slurm"]
 
-    def field(name: str) -> str:
+    def canonical_name(name: str) -> str:
         spelled = name.replace("-", "_")
-        field = PUBLISHED_NAMES.get(spelled, spelled)
+        field, known = PUBLISHED_NAMES.get(spelled, spelled), [*setting_types(), *names]
         if field in (*_PER_RUN, *per_run):
             raise UsageError(f"{name} is set for every run by this command; leave it out")
         if field not in known:
@@ -125,48 +114,42 @@ def read_request(
         return field
 
     settings: dict[str, Any] = {}
-    slurm: dict[str, Any] = {}
     methods: Any = None
     for path in [*argv[:first], *(value for name, value in flags if name == CONFIG_FLAG)]:
-        given = read_yaml(path)
-        methods = given.pop("methods", methods)
-        slurm |= _slurm_section(path, given.pop("slurm", None))
-        settings |= {field(name): value for name, value in given.items()}
-    given_flags = {field(name): value for name, value in flags if name not in (CONFIG_FLAG, "methods")}
-    slurm_flags = {name: given_flags.pop(name) for name in _SLURM if name in given_flags}
-    # One value for an axis of the file selects a part of the grid, whose runs keep their names.
-    settings |= {name: [value] if is_axis(name, settings.get(name)) and not isinstance(value, list) else value
-                 for name, value in given_flags.items()}  # fmt: skip
+        content = read_yaml(path)
+        methods = content.pop("methods", methods)
+        slurm = content.pop("slurm", None) or {}
+        if not isinstance(slurm, Mapping) or not all(name in _SLURM for name in slurm):
+            raise UsageError(f"slurm in {path} must be a mapping with any of {', '.join(_SLURM)}, not {slurm!r}")
+        settings |= {canonical_name(name): value for name, value in {**content, **slurm}.items()}
+    for name, value in flags:
+        if name in (CONFIG_FLAG, "methods"):
+            continue
+        field = canonical_name(name)
+        # One value for an axis of the file selects a part of the grid, whose runs keep their names.
+        narrows = is_axis(field, settings.get(field)) and not isinstance(value, list)
+        settings[field] = [value] if narrows else value
     options = build(kind, {name: settings.pop(name) for name in names if name in settings})
-    if slurm_flags and options.engine != "slurm":
-        raise UsageError(f"{next(iter(slurm_flags))} is a setting of SLURM jobs; add --engine slurm")
-    named = [as_list(value) for name, value in flags if name == "methods"]
-    if methods is None and not named:
+    if options.engine != "slurm" and (misplaced := [name for name, _ in flags if name in _SLURM]):
+        raise UsageError(f"{misplaced[0]} is a setting of SLURM jobs; add --engine slurm")
+    chosen = [as_list(value) for name, value in flags if name == "methods"]
+    if methods is None and not chosen:
         methods = as_list(settings.pop("method", default_methods))
-    own = {
-        name: {"method": name, **settings, **{field(key): value for key, value in more.items()}}
-        for name, more in contenders(methods, named).items()
-    }
-    return Request(own, options, build(SlurmSettings, {**slurm, **slurm_flags}))
+    own = _select_methods(methods, chosen[-1] if chosen else None)
+    return {
+        name: {"method": name, **settings, **{canonical_name(key): value for key, value in more.items()}}
+        for name, more in own.items()
+    }, options
 
 
-def contenders(in_files: Any, in_flags: list[list[Any]]) -> dict[str, dict[str, Any]]:
-    """Return each method's own settings, by the name to show.
-
-    Args:
-        in_files: ``methods`` of a file: a list of names, or a mapping of a name to settings.
-        in_flags: The values of each ``--methods``. The last one selects from the file's, or names plain methods.
-
-    Raises:
-        UsageError: ``methods`` is neither.
-    """
+def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> dict[str, dict[str, Any]]:
+    """Return each method's own settings: the chosen ones of a file's list or mapping, or plain methods."""
     if isinstance(in_files, list):
         in_files = dict.fromkeys(map(str, in_files))
     if in_files is not None and not isinstance(in_files, Mapping):
         raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
     known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
-    chosen = [str(name) for name in in_flags[-1]] if in_flags else list(known)
-    return {name: known.get(name, {}) for name in chosen}
+    return {name: known.get(name, {}) for name in (known if chosen is None else map(str, chosen))}
 
 
 def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]]) -> Iterator[RunConfig]:
@@ -232,13 +215,3 @@ def check_ended(failures: Sequence[Failure], unfinished: Sequence[str], retry: s
         problems.append(f"{len(unfinished)} runs are not finished: the same command resumes them")
     if problems:
         raise MolfError("; ".join(problems))
-
-
-def _slurm_section(path: Any, given: Any) -> dict[str, Any]:
-    section = {} if given is None else given
-    if not isinstance(section, Mapping):
-        raise UsageError(f"slurm in {path} must be a mapping of setting to value, not {given!r}")
-    for name in section:
-        if name not in _SLURM:
-            raise UsageError(f"unknown setting {name!r} under slurm in {path}{suggestion(str(name), _SLURM)}")
-    return dict(section)

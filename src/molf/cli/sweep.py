@@ -1,11 +1,11 @@
 """``molf sweep``: from a command line or a file to a grid of runs, and from their results to the terminal."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from molf.cli.grid import ENGINE_HELP, GridOptions, Request, check_ended, configs, is_axis, label, read_request
+from molf.cli.grid import ENGINE_HELP, GridOptions, check_ended, configs, is_axis, label, read_grid
 from molf.cli.show import console
 from molf.study.grids.spec import RunSpec, make_spec
 
@@ -25,7 +25,7 @@ All other settings are those of `molf train`. One with several values is an axis
 a list, such as ranks, a list of lists is an axis."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SweepOptions(GridOptions):
     """Options of ``molf sweep``."""
 
@@ -43,8 +43,7 @@ def sweep(argv: Sequence[str]) -> None:
     """
     if "--help" in argv or "-h" in argv:
         return console().print(_HELP)
-    request, specs = parse_sweep(argv)
-    options = request.options
+    options, specs = parse_sweep(argv)
 
     from molf.study.grids.runner import check_names, run_grid
     from molf.study.results.tables import runs_table
@@ -55,28 +54,25 @@ def sweep(argv: Sequence[str]) -> None:
         for spec in specs:
             log(f"{spec.state:<11}  {shlex.join(spec.command)}")
         return log(f"dry run: nothing was started; {len(specs)} runs, by --engine {options.engine}")
-    with request.interruptible():
-        engine = request.make_engine(log, options.wait)
+    with options.interruptible():
+        engine = options.make_engine(log, options.wait)
         outcome = run_grid(specs, engine, retry=options.retry, log=log)
     if outcome.results:
         log(runs_table(outcome.results))
     check_ended(outcome.failures, outcome.unfinished if options.wait else [], "--retry", log)
 
 
-def parse_sweep(argv: Sequence[str]) -> tuple[Request[SweepOptions], list[RunSpec]]:
-    """Return the runs that files and flags stand for, with all that was asked for.
+def parse_sweep(argv: Sequence[str]) -> tuple[SweepOptions, list[RunSpec]]:
+    """Return the runs that files and flags stand for, with the options.
 
     Raises:
         UsageError: A setting is unknown, misplaced or not usable.
     """
-    request = read_request(argv, SweepOptions, default_methods=["molf"])
-    return request, list(_specs(request))
-
-
-def _specs(request: Request[SweepOptions]) -> Iterator[RunSpec]:
-    options = request.options
-    for method, settings in request.methods.items():
+    methods, options = read_grid(argv, SweepOptions, default_methods=["molf"])
+    specs = []
+    for method, settings in methods.items():
         axes = {field: value for field, value in settings.items() if is_axis(field, value)}
         for config in configs(method, settings, axes):
             name = "-".join([method, *(label(field, config) for field in axes)])
-            yield make_spec(Path(options.output_root), name, config, options.nproc_per_node)
+            specs.append(make_spec(Path(options.output_root), name, config, options.nproc_per_node))
+    return options, specs

@@ -71,7 +71,7 @@ def test_a_killed_run_leaves_no_note_and_resumes(tmp_path):
 
 def test_a_stopped_run_saves_and_resumes(tmp_path):
     spec = fake_run(tmp_path, "hold")
-    attempt = Attempt(spec, own_session=True)
+    attempt = Attempt(spec)
     ended = in_thread(attempt)
     until(spec.starts)
     attempt.stop()
@@ -117,7 +117,7 @@ def test_one_that_waits_can_be_stopped(tmp_path):
 def test_a_run_ends_with_its_starter_and_the_next_attempt_waits_until_it_has_saved(tmp_path):
     code = (
         "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.attempt import Attempt\n"
-        f"Attempt(fake_run(Path({str(tmp_path)!r}), 'pause'), own_session=True)()"
+        f"Attempt(fake_run(Path({str(tmp_path)!r}), 'pause'))()"
     )
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})

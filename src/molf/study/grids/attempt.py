@@ -45,7 +45,6 @@ class Attempt:
     Attributes:
         spec: The run; its settings file is written.
         keep_model: Keep the trained weights.
-        own_session: Hide a Ctrl-C in this terminal from the run, so that only ``stop`` stops it.
         grace: Seconds that a stopped run gets to save.
         requeue_signal: Signal that makes submitit requeue the job; None without a scheduler.
         environment: Environment variables to add.
@@ -53,7 +52,6 @@ class Attempt:
 
     spec: RunSpec
     keep_model: bool = False
-    own_session: bool = False
     grace: float = 60.0
     requeue_signal: signal.Signals | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -116,7 +114,7 @@ class Attempt:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **self.environment},
                 pass_fds=[lock],
-                start_new_session=self.own_session,
+                start_new_session=True,  # a Ctrl-C in this terminal is not for the run: `stop` stops it
             )
         if self._stopped:
             self._process.terminate()

@@ -46,7 +46,7 @@ class LocalEngine:
             finally:
                 slots.put(slot)
 
-        attempts = [Attempt(spec, self.keep_models, own_session=True) for spec in specs]
+        attempts = [Attempt(spec, self.keep_models) for spec in specs]
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = {pool.submit(run_attempt, attempt): attempt.spec for attempt in attempts}
