@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -21,6 +21,7 @@ from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig
 
 CONFIG_FLAG = "config"
+Options = TypeVar("Options")
 
 
 def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> RunConfig:
@@ -47,6 +48,20 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
         return RunConfig.from_dict(typed)
     except MolfError as error:
         raise UsageError(str(error)) from None
+
+
+def build(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Build a dataclass of options from values of flags or files, typed as the settings of a run are.
+
+    Raises:
+        UsageError: A value does not fit its option.
+    """
+    try:
+        return kind(**_typed(given, get_type_hints(kind), _parser([kind])))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
@@ -114,7 +129,7 @@ def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) 
     return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
 
 
-def _parser() -> Any:
+def _parser(kinds: Sequence[Any] = ()) -> Any:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is not typed here
@@ -128,7 +143,7 @@ def _parser() -> Any:
         def error(self, message: str) -> None:
             raise UsageError(message)
 
-    return Parser(config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return Parser(kinds or config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
 def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -> dict[str, Any]:
