@@ -5,25 +5,29 @@ Each command imports what it needs when it runs, so that ``molf --help`` answers
 
 import argparse
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 import molf
+from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import suggestion
+from molf.study.faults.preemption import PREEMPTED, Preempted
 
-COMMANDS: dict[str, str] = {
-    "train": "fine-tune a model, leave a plain checkpoint, evaluate it",
-    "eval": "evaluate a model on a task",
-    "demo": "teach a small pretrained model some facts with MoLF, in minutes on a CPU",
-    "compare": "compare methods on a task: a table, a bar chart, and the differences",
-    "sweep": "run a grid of settings, here or on a SLURM cluster",
-    "results": "gather the results of any number of runs in a table, CSV or Parquet",
-    "plan": "count parameters and estimate memory without loading weights",
-    "report": "show finished runs: tables and routing pictures",
-    "export": "write the LoRA experts of a run as one PEFT adapter, or merged into the weights",
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("commands.train", "fine-tune a model, leave a plain checkpoint, evaluate it"),
+    "eval": ("commands.evaluate", "evaluate a model on a task"),
+    "demo": ("commands.demo", "teach a small pretrained model some facts with MoLF, in minutes on a CPU"),
+    "compare": ("compare.compare", "compare methods on a task: a table, a bar chart, and the differences"),
+    "sweep": ("sweep.sweep", "run a grid of settings, here or on a SLURM cluster"),
+    "results": ("finished.results", "gather the results of any number of runs in a table, CSV or Parquet"),
+    "plan": ("commands.plan", "count parameters and estimate memory without loading weights"),
+    "report": ("finished.report", "show finished runs: tables and routing pictures"),
+    "export": ("finished.export", "write the LoRA experts of a run as one PEFT adapter, or merged into the weights"),
 }
-
+"""Command -> its function in this package, and its purpose."""
 TRACEBACK_FLAG = "--traceback"
 
 
@@ -48,17 +52,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"molf: unknown command {arguments.command!r}{suggestion(arguments.command, COMMANDS)}", file=sys.stderr)
         print(f"the commands are {known}", file=sys.stderr)
         return 2
+    module, _, function = COMMANDS[arguments.command][0].partition(".")
     try:
-        commands = importlib.import_module("molf.cli.commands")
+        command = getattr(importlib.import_module(f"molf.cli.{module}"), function)
     except ModuleNotFoundError as error:
         print(f"molf: {error}; install what the commands need: pip install 'molf[train]'", file=sys.stderr)
         return 1
-    return int(commands.dispatch(arguments.command, arguments.arguments, show_traceback))
+    return _call(arguments.command, command, arguments.arguments, show_traceback)
+
+
+def _call(name: str, command: Callable[[list[str]], None], argv: list[str], show_traceback: bool) -> int:
+    """Run a command. A user's mistake becomes one line on stderr; any other error keeps its traceback."""
+    # At import it warns about a kernel that matters only for 4-bit weights on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        command(argv)
+    except MolfError as error:
+        if show_traceback:
+            traceback.print_exception(error)
+        hint = " (--traceback shows the cause)" if error.__cause__ is not None and not show_traceback else ""
+        print(f"molf {name}: {error}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except Preempted as stopped:
+        print(f"molf {name}: {stopped.message}", file=sys.stderr)
+        return PREEMPTED
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="molf",
         usage="molf COMMAND [--SETTING VALUE ...]",

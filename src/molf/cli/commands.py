@@ -1,55 +1,12 @@
-"""The commands, and how they fail: a user's mistake is one line, any other error a traceback."""
+"""The commands about runs to come: ``molf train``, ``eval``, ``demo`` and ``plan``."""
 
 import argparse
-import logging
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.text import Text
-
-from molf.cli.compare import compare
-from molf.cli.finished import export, report, results
 from molf.cli.parsing import parse_run, print_help
 from molf.cli.show import console, show_plan, show_result
-from molf.cli.sweep import sweep
-from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import DEMO, RunConfig
-from molf.study.faults.preemption import PREEMPTED, Preempted
-
-
-def dispatch(command: str, argv: Sequence[str], show_traceback: bool = False) -> int:
-    """Run a command and return its exit status.
-
-    Args:
-        command: A name of ``COMMANDS``.
-        argv: Its arguments.
-        show_traceback: Print the traceback of a user's mistake too, with its causes.
-    """
-    # At import it warns about a kernel that matters only for 4-bit weights on a CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        COMMANDS[command](list(argv))
-    except MolfError as error:
-        if show_traceback:
-            traceback.print_exception(error, file=sys.stderr)
-        elif error.__cause__ is not None:
-            return _fail(command, f"{error} (--traceback shows the cause)", error)
-        return _fail(command, str(error), error)
-    except Preempted as stopped:
-        _complain(command, stopped.message)
-        return PREEMPTED
-    return 0
-
-
-def _fail(command: str, message: str, error: MolfError) -> int:
-    _complain(command, message)
-    return 2 if isinstance(error, UsageError) else 1
-
-
-def _complain(command: str, message: str) -> None:
-    console(stderr=True).print(Text.assemble((f"molf {command}", "bold"), f": {message}"))
 
 
 def train(argv: list[str]) -> None:
@@ -94,19 +51,6 @@ def plan(argv: list[str]) -> None:
         console().print(table)
     said = verdict(needs, available)
     console().print(said, style="yellow" if said.startswith("warning") else "")
-
-
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {
-    "train": train,
-    "eval": evaluate,
-    "demo": demo,
-    "compare": compare,
-    "sweep": sweep,
-    "results": results,
-    "plan": plan,
-    "report": report,
-    "export": export,
-}
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

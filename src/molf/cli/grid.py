@@ -8,9 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from molf.cli.names import PUBLISHED_NAMES, canonical
 from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
-from molf.cli.settings import allows, setting_types
+from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, setting_types
 from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import RunConfig, suggestion
 from molf.study.faults.preemption import Preempted, stop_request

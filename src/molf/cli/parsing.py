@@ -14,8 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from molf.cli.names import PUBLISHED_NAMES, canonical
-from molf.cli.settings import allows, config_types, is_list, setting_types
+from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, config_types, is_list, setting_types
 from molf.errors import MolfError, UsageError
 from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig

@@ -13,13 +13,10 @@ if TYPE_CHECKING:
     from molf.study.run.dry_run import Plan
 
 
-def console(stderr: bool = False) -> Console:
-    """Return a console that prints text as it is: names of users' files and settings are no markup.
-
-    Of a distributed run, the first process prints alone.
-    """
-    quiet = os.environ.get("RANK", "0") != "0" and not stderr
-    return Console(stderr=stderr, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False)
+def console() -> Console:
+    """Return a console that prints text as it is, as names and settings of users are not markup. Only rank 0 prints."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return Console(quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def show_result(result: "Result") -> None:
