@@ -53,11 +53,11 @@ def counts_of(model, rank):
     return sum(w.numel() for w in routed), sum(rank * sum(w.shape) for w in routed), everything
 
 
-def bytes_of(counts, bits, fft_wins, started):
+def bytes_of(counts, bits, fft_wins, b_is_nonzero):
     """Return the bytes that a step of MoLF moves; ``started`` says whether pairs have moved before, and so have a dA."""
     weights, pairs, everything = counts
     moments, step = (20, 16) if bits == 32 else (14, 8)
-    products = 8 if started else 4
+    products = 8 if b_is_nonzero else 4
     won = weights * step if fft_wins else weights * 8 + pairs * 20
     return (
         everything * 4 + weights * (moments + products) + (everything - weights) * (moments + step) + pairs * 24 + won
@@ -93,7 +93,7 @@ def measure(report, shape, rank):
             optimizer = MoLF(model, ranks=(rank,), fused=True, optim_bits=bits, **rates)
             seconds = seconds_of(optimizer)
             fft_wins = rates is FFT_WINS
-            moved = bytes_of(counts_of(model, rank), bits, fft_wins, started=not fft_wins)
+            moved = bytes_of(counts_of(model, rank), bits, fft_wins, b_is_nonzero=not fft_wins)
             floor = f", x{moved / (28 * count):.2f} by bytes"
             report.add("step", case, seconds / baseline, "x", limit, note=speed(seconds, moved, bandwidth) + floor)
             _check_winner(optimizer, "fft" if rates is FFT_WINS else f"lora_r{rank}")

@@ -15,7 +15,7 @@ import statistics
 import torch
 
 from molf import MoLF
-from molf.numerics.quantization import BLOCK, block_count, dequantise, is_large_matrix, nearest_code, quantise_
+from molf.numerics.quantization import BLOCK, block_count, dequantize, is_quantizable, nearest_code, quantize_
 from molf.study.config.run_config import ModelConfig
 from molf.study.run.models import load_model_and_tokenizer
 from molf.tasks.fact import Fact
@@ -69,13 +69,13 @@ def bytes_of(optimizer):
 def error(x, signed):
     """Return the size of the rounding error of a matrix, squared."""
     codes, absmax = torch.zeros(x.shape, dtype=torch.uint8), torch.zeros(len(x), block_count(x.shape[1]))
-    quantise_(x.clone(), codes, absmax, signed)
-    return (dequantise(codes, absmax, signed) - x).double().square().sum().item()
+    quantize_(x.clone(), codes, absmax, signed)
+    return (dequantize(codes, absmax, signed) - x).double().square().sum().item()
 
 
 def rounding(optimizer):
     """Return relative rounding errors of all large matrices' moments, and how many second moments nearest would make 0."""
-    matrices = [own for p, own in optimizer.state.items() if is_large_matrix(p) and p.numel() % BLOCK == 0]
+    matrices = [own for p, own in optimizer.state.items() if is_quantizable(p) and p.numel() % BLOCK == 0]
     report = {}
     for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         moments = [own[key] for own in matrices]

@@ -2,8 +2,8 @@
 
 import torch
 
-from molf.kernels.packed import Packed
-from molf.numerics.quantization import block_count, dequantise, quantise_
+from molf.kernels.quantized import Quantized
+from molf.numerics.quantization import block_count, dequantize, quantize_
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 # Rows shorter than a block, of one block, of one and a bit; more dimensions; none.
@@ -18,10 +18,10 @@ def drawn(device, shape, expert, dtype=torch.float32):
     made = []
     for x, signed in ((m, True), (v.square(), False)):
         codes, absmax = torch.zeros(rows, n, dtype=torch.uint8), torch.zeros(rows, block_count(n))
-        quantise_(x.reshape(rows, n), codes, absmax, signed)
+        quantize_(x.reshape(rows, n), codes, absmax, signed)
         made.append((codes.view(shape).to(device), absmax.to(device)))
     (m, m_most), (v, v_most) = made
-    return Packed(grad.to(device, dtype), m, v, m_most, v_most, expert)
+    return Quantized(grad.to(device, dtype), m, v, m_most, v_most, expert)
 
 
 def opened(packed):
@@ -31,7 +31,7 @@ def opened(packed):
         ((packed.exp_avg, packed.exp_avg_absmax), (packed.exp_avg_sq, packed.exp_avg_sq_absmax)),
     )
     return [
-        dequantise(codes.reshape(rows, -1) if rows else codes, absmax, signed)
+        dequantize(codes.reshape(rows, -1) if rows else codes, absmax, signed)
         for (codes, absmax), signed in zip(pairs, (True, False), strict=True)
     ]
 

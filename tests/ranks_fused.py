@@ -172,7 +172,7 @@ class Fused:
         return {
             "whole apart": float((first - whole).abs().max()),
             "values": [len(x.unique()) for x in (whole, *parts)],
-            "alike": torch.equal(whole, shards) or any(torch.equal(parts[0], part) for part in parts[1:]),
+            "replica_groups": torch.equal(whole, shards) or any(torch.equal(parts[0], part) for part in parts[1:]),
         }
 
     def fused_checkpoint(self):

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from molf.numerics.bf16 import join
-from molf.numerics.distributed import full, like_rows, local, sharded_like
+from molf.numerics.distributed import full, local, shard_like, shard_rows_like
 from small import mlp
 
 RATES = {"lr": 1e-2, "lora_lr": 2e-2}
@@ -104,7 +104,9 @@ def exact(model, optimizer):
     """All weights that have low parts in full precision, whole, by name: low parts themselves can't be gathered."""
     lows = {p: own["low"] for p, own in optimizer.state.items() if "low" in own}
     return {
-        n: full(like_rows(join(local(p.detach()), local(lows[p])), p)) for n, p in model.named_parameters() if p in lows
+        n: full(shard_rows_like(join(local(p.detach()), local(lows[p])), p))
+        for n, p in model.named_parameters()
+        if p in lows
     }
 
 
@@ -119,7 +121,7 @@ def give(t, *models):
     for copies in zip(*(model.parameters() for model in models), strict=True):
         grad = torch.randn(copies[0].shape, generator=generator).to(copies[0].dtype)
         for p in copies:
-            here = sharded_like(grad, p)
+            here = shard_like(grad, p)
             p.grad = torch.empty_like(p) if p.grad is None else p.grad
             local(p.grad).copy_(local(here))
 

@@ -1,7 +1,7 @@
-"""The paper in plain loops: slow on purpose, the oracle that every fast path is tested against.
+"""The paper in plain loops: slow on purpose, the oracle for every fast path.
 
-Here every expert's tensors exist (``W`` too), every formula is written where it is used, and nothing is shared with the
-fast path but the way parameters are grouped.
+Every expert's tensors exist (``W`` too), every formula stands where it is used, and nothing but the grouping of parameters is
+shared with the fast path.
 """
 
 from __future__ import annotations

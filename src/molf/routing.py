@@ -1,4 +1,4 @@
-"""The decision: which experts of each layer win the step.
+"""The decision: which experts of each layer win a step.
 
 Letters: M routed modules, E experts; ``scores [M, E]``, ``chosen [M, E]``.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Routing", "choose", "joined"]
+from molf.errors import MolfError
+
+__all__ = ["Outcome", "Routing", "choose", "merge_outcomes"]
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
@@ -30,14 +32,14 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """What one optimizer step decided.
+    """The decision of one optimizer step.
 
     Attributes:
         modules: Names of the M modules that were routed at this step (those that had a gradient).
-        experts: Names of the E experts, in the order of the columns: ``fft``, then ``lora_r{rank}`` as given.
-        scores: ``[M, E]`` float64; on the CPU, or after a fused step on the model's device.
-        chosen: ``[M, E]`` bool beside it, true for the winners; of a module that was left out alone there is none.
-        taken: False, or a false 0-dim tensor, if a fused step was left out because a gradient was not finite.
+        experts: Names of the E experts in column order: ``fft``, then ``lora_r{rank}`` as given.
+        scores: ``[M, E]`` float64, on the CPU or, after a fused step, on the model's device.
+        chosen: ``[M, E]`` bool on the same device, true for winners. A module that was skipped alone has none.
+        taken: False, or a false 0-dim tensor, if a fused step was skipped because a gradient was not finite.
     """
 
     modules: tuple[str, ...]
@@ -53,20 +55,24 @@ class Routing:
         return {module: [self.experts[e] for e in order[i] if chosen[i][e]] for i, module in enumerate(self.modules)}
 
     def share(self, expert: str) -> float:
-        """Return the share of all wins of this step that went to ``expert``, in [0, 1]."""
+        """Return the share of this step's wins that went to ``expert``, in [0, 1].
+
+        Raises:
+            MolfError: If no expert has that name.
+        """
         if expert not in self.experts:
-            raise ValueError(f"no expert {expert!r} here: the experts are {list(self.experts)}")
+            raise MolfError(f"no expert {expert!r} here: the experts are {list(self.experts)}")
         return float(self.chosen[:, self.experts.index(expert)].sum() / self.chosen.sum())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did. After a fused step everything is on the model's device.
+    """What a step did. After a fused step all tensors are on the model's device.
 
     Attributes:
-        routing: The decision; None if no layer was routed, because none had a gradient or the step was left out.
-        norm: Of the gradients before clipping, 0-dim; those of LoRA pairs included if they are clipped.
-        taken: False, or a false 0-dim tensor, if the step was left out because a gradient was not finite.
+        routing: The decision; None if no layer had a gradient or the step was skipped.
+        norm: Gradient norm before clipping, 0-dim; includes LoRA gradients if they are clipped.
+        taken: False, or a false 0-dim tensor, if the step was skipped because a gradient was not finite.
     """
 
     routing: Routing | None
@@ -74,35 +80,35 @@ class Outcome:
     taken: bool | Tensor
 
 
-def joined(outcomes: Sequence[Outcome]) -> Outcome:
-    """Put together what became of parts of a step that were taken one by one; the step is taken if all of them are."""
+def merge_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
+    """Merge the outcomes of units that moved one by one into one; it counts as taken if all of them were."""
     if not outcomes:
         return Outcome(None, torch.zeros(()), taken=True)
     norms = torch.stack([outcome.norm.to(outcomes[0].norm.device, torch.float64) for outcome in outcomes])
     norm: Tensor = torch.linalg.vector_norm(norms)
     routings = [outcome.routing for outcome in outcomes if outcome.routing is not None]
-    return Outcome(_joined(routings) if routings else None, norm, _all([outcome.taken for outcome in outcomes]))
+    taken = _reduce([outcome.taken for outcome in outcomes], every=True)
+    return Outcome(_concat_routings(routings) if routings else None, norm, taken)
 
 
-def _joined(routings: Sequence[Routing]) -> Routing:
-    # Some parts may have been decided on the host and others on a device, where the result is then: nobody waits for it.
+def _concat_routings(routings: Sequence[Routing]) -> Routing:
+    # Some units may have decided on the host, others on a device. Collect on the device, so that nothing syncs.
     device = max((routing.scores.device for routing in routings), key=lambda device: device.type != "cpu")
     return Routing(
         tuple(module for routing in routings for module in routing.modules),
         routings[0].experts,
         torch.cat([routing.scores.to(device) for routing in routings]),
         torch.cat([(routing.chosen & routing.taken).to(device) for routing in routings]),
-        _any([routing.taken for routing in routings]),
+        _reduce([routing.taken for routing in routings], every=False),
     )
 
 
-def _any(taken: Sequence[bool | Tensor]) -> bool | Tensor:
+def _reduce(taken: Sequence[bool | Tensor], every: bool) -> bool | Tensor:
+    """Return whether every (or any) value is true: a tensor only if the host's values do not settle it."""
     on_device = [x for x in taken if isinstance(x, Tensor)]
-    on_host = any(x for x in taken if not isinstance(x, Tensor))
-    return torch.stack(on_device).any() if on_device and not on_host else on_host
-
-
-def _all(taken: Sequence[bool | Tensor]) -> bool | Tensor:
-    on_device = [x for x in taken if isinstance(x, Tensor)]
-    on_host = all(x for x in taken if not isinstance(x, Tensor))
-    return torch.stack(on_device).all() if on_device and on_host else on_host
+    on_host = [x for x in taken if not isinstance(x, Tensor)]
+    settled = all(on_host) if every else any(on_host)
+    if not on_device or settled is not every:
+        return settled
+    values = torch.stack(on_device)
+    return values.all() if every else values.any()

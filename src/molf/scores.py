@@ -1,12 +1,11 @@
-"""The two routing scores of the paper, and room for a user's own.
+"""Routing scores: the two of the paper, and the base class for your own.
 
-An expert's score says how much loss reduction its next step promises, from its raw Adam moments ``m`` and ``v`` over all
-its N elements:
+A score estimates how much loss an expert's next step removes, from its raw Adam moments ``m`` and ``v`` over all its N elements:
 
     EPD (Tang et al. 2026, Eq. 10)   score = (lr / N) * sum m^2 / (sqrt(v) + eps)
     PFN (Tang et al. 2026, Eq. 11)   score = sqrt( sum (m / (sqrt(v) + eps))^2 / N )
 
-Bias correction is left out: it scales all experts of a layer alike.
+Bias correction is left out: it scales all experts of a layer by the same factor.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ import difflib
 import torch
 from torch import Tensor
 
+from molf.errors import MolfError
+
 __all__ = ["EPD", "PFN", "SCORES", "Score", "get_score"]
 
 
 class Score(abc.ABC):
-    """A routing score: a sum over an expert's elements, and a formula that turns the sum into a score.
+    """A routing score: a sum over an expert's elements, and a formula from the sum to the score.
 
-    Subclass it, define ``term`` and ``finish``, and pass an instance as ``MoLF(..., score=MyScore())``. The sum is taken
-    piecewise (blocks of a tensor, shards of a weight), so ``term`` must be element-wise.
+    Subclass it, define ``term`` and ``finish``, and pass an instance: ``MoLF(..., score=MyScore())``. ``term`` must be
+    element-wise, because the sum is computed piece by piece (blocks of a tensor, shards of a weight).
     """
 
     name: str
 
     @abc.abstractmethod
     def term(self, m: Tensor, v: Tensor, eps: float) -> Tensor:
-        """Return the element-wise term to be summed, of the shape of ``m``.
+        """Return the element-wise term of the sum, in the shape of ``m``.
 
         Args:
             m: First moment of any slice of an expert, any shape.
@@ -41,24 +42,24 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, total: Tensor, n: Tensor, lr: Tensor) -> Tensor:
-        """Turn the sums of all experts into their scores; a higher score wins.
+        """Return the scores of all experts; the highest wins.
 
         Args:
             total: Sum of ``term`` over the expert, ``[M, E]`` (modules x experts), float64.
-            n: Number of elements of each expert, ``[M, E]``.
+            n: Number of elements N of each expert, ``[M, E]``.
             lr: Learning rate of each expert at this step, schedule included, ``[M, E]``.
         """
 
     def partial(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
-        """Sum ``term`` over one flat slice, a 0-dim tensor.
+        """Return the sum of ``term`` over one flat slice, 0-dim.
 
-        ``u = m / (sqrt(v) + eps)`` is at hand when this is called: override to build on it instead of computing it again.
+        Override this to reuse ``u = m / (sqrt(v) + eps)``, which is already computed.
         """
         return self.term(m, v, eps).sum()
 
 
 class EPD(Score):
-    """Expected preconditioned descent (paper Eq. 10): the loss that one step is expected to remove, per parameter."""
+    """Expected preconditioned descent (paper Eq. 10): the loss reduction that one step promises, per parameter."""
 
     name = "epd"
 
@@ -76,7 +77,7 @@ class EPD(Score):
 
 
 class PFN(Score):
-    """Preconditioned Frobenius norm (paper Eq. 11): the scale-free ablation, blind to gradient size and learning rate."""
+    """Preconditioned Frobenius norm (paper Eq. 11): the ablation that ignores gradient size and learning rate."""
 
     name = "pfn"
 
@@ -100,7 +101,7 @@ def get_score(score: str | Score) -> Score:
     """Return the score of that name, or the given ``Score`` itself.
 
     Raises:
-        ValueError: For a name that is not in ``SCORES``.
+        MolfError: For a name that is not in ``SCORES``.
         TypeError: For anything that is neither a name nor a ``Score``.
     """
     if isinstance(score, Score):
@@ -110,5 +111,5 @@ def get_score(score: str | Score) -> Score:
     if score not in SCORES:
         near = difflib.get_close_matches(score, SCORES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown score {score!r}: use one of {sorted(SCORES)} or a molf.Score of your own{hint}")
+        raise MolfError(f"unknown score {score!r}: use one of {sorted(SCORES)} or a molf.Score of your own{hint}")
     return SCORES[score]

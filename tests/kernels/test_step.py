@@ -219,7 +219,7 @@ def test_the_device_of_the_model_is_the_current_one_at_every_launch(monkeypatch)
         return lambda *args: (launched.append(inside[-1]), launch(*args))[1]
 
     monkeypatch.setattr(torch.cuda, "device_of", current)
-    for name in ("pair_gradients", "move_moments_", "move_winners_", "fold_winners_", "settle_packed_"):
+    for name in ("pair_gradients", "move_moments_", "move_winners_", "fold_winners_", "requantize_"):
         monkeypatch.setattr(kernels, name, watch(getattr(kernels, name)))
     step(model, MoLF(model, ranks=(2,), fused=True), 0)
     assert launched == [DEVICE] * 6 and not inside

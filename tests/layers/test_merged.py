@@ -3,12 +3,12 @@ import torch
 
 from conftest import TOLERANCE
 from molf import MoLF
-from molf.layers.merged import Pair, base_weight, decay_base_, expert_gradients, fold_
+from molf.layers.merged import LoraPair, apply_lora_delta_, base_weight, decay_base_, expert_gradients
 from small import Prefer, differing, mlp, snapshot, train
 
 
 def random_pair(rank, dtype=torch.float64, scale=1.7, n_out=6, n_in=9):
-    return Pair(torch.randn(rank, n_in, dtype=dtype), torch.randn(n_out, rank, dtype=dtype), scale)
+    return LoraPair(torch.randn(rank, n_in, dtype=dtype), torch.randn(n_out, rank, dtype=dtype), scale)
 
 
 def product(pairs):
@@ -22,7 +22,7 @@ def test_expert_gradients_are_those_of_autograd(rank):
     for tensor in (A, B, W):
         tensor.requires_grad_()
     (x @ (W + scale * B @ A).T).square().sum().backward()
-    dA, dB = expert_gradients(W.grad, Pair(A.detach(), B.detach(), scale))
+    dA, dB = expert_gradients(W.grad, LoraPair(A.detach(), B.detach(), scale))
     torch.testing.assert_close(dA, A.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dB, B.grad, rtol=1e-12, atol=1e-12)
 
@@ -50,18 +50,18 @@ def test_fold_adds_the_change_of_the_product():
     before, after = random_pair(3), random_pair(3)
     effective = torch.randn(6, 9, dtype=torch.float64)
     expected = effective + product([after]) - product([before])
-    fold_(effective, before, after)
+    apply_lora_delta_(effective, before, after)
     torch.testing.assert_close(effective, expected, rtol=0, atol=1e-12)
 
 
 def test_fold_does_not_cancel():
     """In float32 the difference of two large products has lost a small change; the fold has not."""
     before = random_pair(8, torch.float32, scale=100.0)
-    after = Pair(before.A + 1e-6 * torch.randn(8, 9), before.B + 1e-6 * torch.randn(6, 8), 100.0)
-    exact = product([Pair(*(x.double() for x in after[:2]), 100.0)])
-    exact -= product([Pair(*(x.double() for x in before[:2]), 100.0)])
+    after = LoraPair(before.A + 1e-6 * torch.randn(8, 9), before.B + 1e-6 * torch.randn(6, 8), 100.0)
+    exact = product([LoraPair(*(x.double() for x in after[:2]), 100.0)])
+    exact -= product([LoraPair(*(x.double() for x in before[:2]), 100.0)])
     folded = torch.zeros(6, 9)
-    fold_(folded, before, after)
+    apply_lora_delta_(folded, before, after)
     error = (folded.double() - exact).abs().max()
     naive_error = ((product([after]) - product([before])).double() - exact).abs().max()
     assert error < 1e-6 * exact.abs().max()
@@ -126,7 +126,7 @@ def test_effective_weight_stays_the_sum_of_the_experts(columns):
 def test_a_pair_that_never_won_costs_nothing_and_changes_nothing():
     """Skipping the products with a zero B gives the same numbers as computing them."""
     A, G, W = (torch.randn(n, 9, dtype=torch.float64) for n in (3, 6, 6))
-    fresh = Pair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, started=False)
+    fresh = LoraPair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, started=False)
     computed = fresh._replace(started=True)
     for got, want in zip(expert_gradients(G, fresh), expert_gradients(G, computed), strict=True):
         assert torch.equal(got, want)
@@ -134,10 +134,10 @@ def test_a_pair_that_never_won_costs_nothing_and_changes_nothing():
     decay_base_(decayed, [fresh], 0.25)
     decay_base_(plain, [computed], 0.25)
     assert torch.equal(decayed, plain)
-    after = Pair(A + 1, torch.ones(6, 3, dtype=torch.float64), 1.7)
+    after = LoraPair(A + 1, torch.ones(6, 3, dtype=torch.float64), 1.7)
     folded, whole = W.clone(), W.clone()
-    fold_(folded, fresh._replace(A=A.clone(), B=fresh.B.clone()), after)
-    fold_(whole, computed._replace(A=A.clone(), B=fresh.B.clone()), after)
+    apply_lora_delta_(folded, fresh._replace(A=A.clone(), B=fresh.B.clone()), after)
+    apply_lora_delta_(whole, computed._replace(A=A.clone(), B=fresh.B.clone()), after)
     torch.testing.assert_close(folded, whole, rtol=0, atol=1e-12)
 
 

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from conftest import TOLERANCE
 from molf import MoLF
-from molf.numerics.adamw import Rates, Slot, Workspace, update_
+from molf.numerics.adamw import Rates, TensorState, Workspace, adamw_update_
 from molf.numerics.bf16 import master_dtype
 from molf.scores import SCORES
 from small import assert_equals_twin, explicit_adamw, explicit_twin, loss_of, mlp, train
@@ -191,6 +191,6 @@ def test_a_step_leaves_the_moments_as_phase_1_left_them(dtype):
     before = [x.clone() for x in (p, *moments)]
     low = torch.zeros(5000, dtype=torch.int16) if dtype == torch.bfloat16 else None
     rates = Rates(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, t=3)
-    update_([Slot(p, None, *moments, low)], rates, Workspace())
+    adamw_update_([TensorState(p, None, *moments, low)], rates, Workspace())
     assert not torch.equal(p, before[0])
     assert all(torch.equal(x, was) for x, was in zip(moments, before[1:], strict=True))

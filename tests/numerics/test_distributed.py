@@ -165,7 +165,7 @@ def test_kernels_refuse_a_gradient_of_other_rows(reports):
 @needs_triton
 def test_stochastic_rounding_of_shards_by_kernels(reports):
     for report in reports("fused_stochastic_rounding"):
-        assert report["whole apart"] == 0 and min(report["values"]) > 1 and not report["alike"]
+        assert report["whole apart"] == 0 and min(report["values"]) > 1 and not report["replica_groups"]
 
 
 @needs_triton

@@ -127,7 +127,7 @@ def test_a_step_with_a_bad_gradient_is_left_out_whole(value, spoilt, max_grad_no
     assert (optimizer.skipped_steps, other.skipped_steps) == (1, 0)
 
 
-FORMS = {
+LAYER_TYPES = {
     "merged": (lambda: mlp(torch.float32), {}),
     "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
     "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
@@ -138,12 +138,12 @@ FORMS = {
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LAYER_TYPES)
 def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
     """All weights and states end bit for bit where they end without those batches; the schedule goes by the step."""
     rng = random.Random(f"{form} {seed}")
     bad = rng.sample(range(12), 4)
-    make, options = FORMS[form]
+    make, options = LAYER_TYPES[form]
     model = make()
     twin, optimizer, other = pair_of(model, **options)
     for t in range(12):

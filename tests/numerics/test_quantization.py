@@ -6,10 +6,10 @@ from molf.numerics.quantization import (
     BLOCK,
     block_count,
     code_values,
-    dequantise,
-    is_large_matrix,
+    dequantize,
+    is_quantizable,
     nearest_code,
-    quantise_,
+    quantize_,
 )
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ def round_trip(x, signed):
     """Return codes, maxima and what they stand for."""
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     absmax = torch.zeros(len(x), block_count(x.shape[1]))
-    quantise_(x.clone(), codes, absmax, signed)
-    return codes, absmax, dequantise(codes, absmax, signed)
+    quantize_(x.clone(), codes, absmax, signed)
+    return codes, absmax, dequantize(codes, absmax, signed)
 
 
 def moments(seed, rows=5, n=600, signed=True):
@@ -98,7 +98,7 @@ def test_zeros_stay_zeros(signed):
     x[1, 0] = 2.0
     codes, absmax, back = round_trip(x, signed)
     assert torch.equal(back, x) and absmax.tolist() == [[0, 0], [2, 0], [0, 0]]
-    assert torch.equal(dequantise(torch.zeros_like(codes), torch.zeros_like(absmax), signed), torch.zeros(3, 300))
+    assert torch.equal(dequantize(torch.zeros_like(codes), torch.zeros_like(absmax), signed), torch.zeros(3, 300))
 
 
 @signs
@@ -132,4 +132,4 @@ def test_empty_matrices():
     ("shape", "large"), [((64, 64), True), ((63, 65), False), ((5000,), False), ((8, 8, 8, 8), True)], ids=str
 )
 def test_which_parameters_are_large_matrices(shape, large):
-    assert is_large_matrix(torch.zeros(shape)) is large
+    assert is_quantizable(torch.zeros(shape)) is large

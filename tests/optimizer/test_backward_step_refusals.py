@@ -124,7 +124,7 @@ def test_a_closure_is_refused():
 def test_ranks_that_appear_later_are_refused(monkeypatch):
     model, _, _, _ = pair = pair_of(mlp())
     weights = [p.detach().clone() for p in model.parameters()]
-    monkeypatch.setattr("molf.optimizer.optimizer.find_ranks", lambda groups, group: Ranks(alike=("a group",)))
+    monkeypatch.setattr("molf.optimizer.optimizer.find_ranks", lambda groups, group: Ranks(replica_groups=("a group",)))
     with pytest.raises(ValueError, match="can't be summed over ranks first"):
         loss_of(model, 0).backward()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))

@@ -9,7 +9,7 @@ from conftest import TOLERANCE
 from eight_bits import RATES, branched_pair, built, merged_pair, opened, packed
 from molf import MoLF, add_lora_experts
 from molf.numerics.bf16 import join
-from molf.numerics.quantization import code_values, dequantise
+from molf.numerics.quantization import code_values, dequantize
 from small import assert_same_bits, loss_of, train, wide
 
 
@@ -126,7 +126,7 @@ def test_tensors_of_more_dimensions_are_matrices_of_their_first():
     assert own["exp_avg"].shape == (30, 40, 7) and own["exp_avg.absmax"].shape == (30, 2)
     rows = own["exp_avg"].view(30, 280)
     assert (
-        dequantise(rows, own["exp_avg.absmax"], True).abs().amax(1).allclose(own["exp_avg.absmax"].amax(1), rtol=0.01)
+        dequantize(rows, own["exp_avg.absmax"], True).abs().amax(1).allclose(own["exp_avg.absmax"].amax(1), rtol=0.01)
     )
 
 

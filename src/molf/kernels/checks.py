@@ -1,4 +1,4 @@
-"""What the kernels can't take, said before anything moves."""
+"""Checks of what the kernels support, before anything moves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.errors import MolfError
 from molf.layers.base import RoutedLayer
 from molf.numerics.distributed import local
-from molf.numerics.gradients import refuse_sparse
+from molf.numerics.gradients import check_dense
 from molf.scores import EPD, PFN, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]
@@ -22,14 +23,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
-    """Refuse what kernels can't do on any device.
+    """Check conditions of the kernels that do not depend on the device.
 
     Args:
-        groups: The optimizer's, or some of them.
-        score: What ranks the experts of a layer.
+        groups: The optimizer's groups, or some of them.
+        score: Ranks the experts of a layer.
 
     Raises:
-        ValueError: With the reason, and what to do.
+        MolfError: If one is not met.
     """
     if not _has_triton():
         raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
@@ -49,14 +50,14 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
 
 
 def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
-    """Refuse groups whose step the kernels can't take where they are now.
+    """Check all conditions of the kernels for groups where they are now.
 
     Args:
-        groups: The optimizer's, or those that are to move.
-        score: What ranks the experts of a layer.
+        groups: The optimizer's groups, or those that will move.
+        score: Ranks the experts of a layer.
 
     Raises:
-        ValueError: With the reason, and what to do.
+        MolfError: If one is not met.
     """
     check_options(groups, score)
     params = [p for group in groups for p in group["params"]]
@@ -70,36 +71,35 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
         raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
 
 
-def check_gradients(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Refuse gradients that kernels can't read, or that the step can't be taken with.
+def check_gradients(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]) -> None:
+    """Check that kernels can read all gradients.
 
     Args:
         layers: The routed layers that move.
         ordinary: Groups of parameters that take plain AdamW.
-        device: Where the kernels run.
 
     Raises:
-        ValueError: Saying what was found and what to do.
+        MolfError: If a gradient is sparse, or not like its parameter and contiguous.
     """
     params = [p for group in (*ordinary, *(layer.group for layer in layers)) for p in group["params"]]
-    refuse_sparse([p.grad for p in params if p.grad is not None])
+    check_dense([p.grad for p in params if p.grad is not None])
     for p in params:
-        if p.grad is not None and not _readable(p, p.grad, device):
+        if p.grad is not None and not _readable(p, p.grad):
             shape, found = list(local(p).shape), local(p.grad)
             raise _refusal(
                 f"the gradient of a parameter {shape} {p.dtype} is {list(found.shape)} {found.dtype} on {found.device} with "
-                f"strides {found.stride()}, and the kernels need one like the parameter, contiguous and on {device}"
+                f"strides {found.stride()}, and the kernels need one like the parameter, contiguous and on {local(p).device}"
             )
 
 
-def _readable(p: Tensor, grad: Tensor, device: torch.device) -> bool:
+def _readable(p: Tensor, grad: Tensor) -> bool:
     p, grad = local(p), local(grad)
-    alike = grad.shape == p.shape and grad.dtype == p.dtype and grad.device == p.device == device
+    alike = grad.shape == p.shape and grad.dtype == p.dtype and grad.device == p.device
     return alike and grad.is_contiguous() and p.is_contiguous()
 
 
 def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:
-    """Yield the parameters of each expert that has some in the model."""
+    """Yield the parameters of each expert that has parameters in the model."""
     adapters = 2 * len(group["ranks"]) if group["form"] == "branched" else 0
     base = len(group["params"]) - adapters
     yield group["params"][:base]
@@ -112,5 +112,5 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _refusal(reason: str) -> ValueError:
-    return ValueError(f"fused=True: {reason}; use fused=False")
+def _refusal(reason: str) -> MolfError:
+    return MolfError(f"fused=True: {reason}; use fused=False")

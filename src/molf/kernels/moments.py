@@ -1,9 +1,9 @@
-"""Phase 1: move the moments of every expert, and add up what the scores are made of.
+"""Phase 1: update the moments of every expert and add up the sums of the scores.
 
     m += (1 - b1) (g - m)        v = b2 v + (1 - b2) g g        EPD: sum m u,  PFN: sum u u,  u = m / (sqrt(v) + eps)
 
-Every block of a tensor leaves one partial sum; a second launch adds them up per expert in the order of the blocks, so that
-equal inputs give equal scores, bit for bit.
+Every block of a tensor writes one partial sum. A second launch adds them per expert in a fixed order, so that equal inputs give
+equal scores, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.tables import Tables, launch
 
-__all__ = ["GRADIENTS", "Moments", "Scalars", "add_up", "move_moments_", "place_in_sums"]
+__all__ = ["GRADIENTS", "Moments", "Scalars", "sum_partials", "update_moments_", "sum_order"]
 
 _CHUNK, _BLOCK = 4096, 1024
 _STRIP = 256
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
         exp_avg: First moment, float32.
         exp_avg_sq: Second moment, float32.
         expert: Number of its expert, ``l * E + e``.
-        counted: Whether it counts in its expert's sum; what several ranks hold whole counts on one of them.
+        counted: Whether it counts in its expert's sum here; replicated tensors count on one rank only.
     """
 
     grad: Tensor
@@ -48,11 +48,11 @@ class Moments(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What all kernels of a step read on the device, 0-dim float32.
+    """Scalars on the device that all kernels of a step read, 0-dim float32.
 
     Attributes:
-        go: 0 if the step is to be left out (a gradient is not finite), else 1.
-        clip: What gradients are multiplied by.
+        go: 0 to skip the step (a gradient is not finite), else 1.
+        clip: The factor of all gradients.
     """
 
     go: Tensor
@@ -81,12 +81,12 @@ def _moments(
     block = tl.program_id(0)
     if tl.load(go) == 0:
         return
-    slot = tl.load(blocks + 2 * block)
+    entry = tl.load(blocks + 2 * block)
     start = tl.multiple_of(tl.load(blocks + 2 * block + 1), CHUNK)
-    size = size_in(sizes + slot, ALIGNED)
-    grad = pointer(grads + slot, GRAD, ALIGNED)
-    exp_avg = pointer(exp_avgs + slot, tl.float32, ALIGNED)
-    exp_avg_sq = pointer(exp_avg_sqs + slot, tl.float32, ALIGNED)
+    size = size_in(sizes + entry, ALIGNED)
+    grad = pointer(grads + entry, GRAD, ALIGNED)
+    exp_avg = pointer(exp_avgs + entry, tl.float32, ALIGNED)
+    exp_avg_sq = pointer(exp_avg_sqs + entry, tl.float32, ALIGNED)
     factor = tl.load(clip)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, CHUNK, BLOCK):
@@ -116,8 +116,8 @@ def _totals(partials, bounds, totals, STRIP: tl.constexpr):
     tl.store(totals + expert, tl.sum(total, axis=0))
 
 
-def move_moments_(
-    slots: Sequence[Moments],
+def update_moments_(
+    entries: Sequence[Moments],
     experts: int,
     betas: tuple[float, float],
     eps: float,
@@ -125,27 +125,27 @@ def move_moments_(
     scalars: Scalars,
     tables: Tables,
 ) -> Tensor:
-    """Move all moments and return every expert's sum, float64 ``[experts]``; zeros if the step is left out.
+    """Update all moments and return every expert's sum, float64 ``[experts]``; zeros if the step is skipped.
 
     Args:
-        slots: The tensors in any order; the gradients of one expert are of one dtype.
+        entries: The tensors in any order; the gradients of one expert are of one dtype.
         experts: Number of experts of all layers together, ``L * E``.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
         pfn: Sum ``u u`` instead of ``m u``.
-        scalars: Whether to go on, and the factor of the gradients.
+        scalars: Whether to take the step, and the factor of the gradients.
         tables: Of this device.
     """
-    # A launch per dtype: dense gradients may be bf16 while those of pairs are float32. Experts stay together.
-    ordered = sorted(slots, key=place_in_sums)
-    counts = [triton.cdiv(slot.exp_avg.numel(), _CHUNK) for slot in ordered]
+    # One launch per dtype: dense gradients may be bf16 while those of pairs are float32.
+    ordered = sorted(entries, key=sum_order)
+    counts = [triton.cdiv(entry.exp_avg.numel(), _CHUNK) for entry in ordered]
     partials = torch.zeros(sum(counts), device=tables.device, dtype=torch.float32)
     first = 0
-    for dtype, group in groupby(ordered, key=lambda slot: slot.grad.dtype):
+    for dtype, group in groupby(ordered, key=lambda entry: entry.grad.dtype):
         own = list(group)
-        name, sizes = f"moments.{dtype}", tuple(slot.exp_avg.numel() for slot in own)
+        name, sizes = f"moments.{dtype}", tuple(entry.exp_avg.numel() for entry in own)
         blocks = tables.blocks(f"{name}.blocks", sizes, _CHUNK)
-        tensors = [[slot.grad for slot in own], [slot.exp_avg for slot in own], [slot.exp_avg_sq for slot in own]]
+        tensors = [[entry.grad for entry in own], [entry.exp_avg for entry in own], [entry.exp_avg_sq for entry in own]]
         launch(
             _moments,
             len(blocks),
@@ -163,7 +163,7 @@ def move_moments_(
             BLOCK=_BLOCK,
         )
         first += len(blocks)
-    return add_up("moments", partials, ordered, counts, experts, tables)
+    return sum_partials("moments", partials, ordered, counts, experts, tables)
 
 
 class _Summed(Protocol):
@@ -175,37 +175,37 @@ class _Summed(Protocol):
     def counted(self) -> bool: ...
 
 
-def place_in_sums(slot: _Summed) -> tuple[str, int, bool]:
-    """Return the key to sort tensors by, so that what adds up to one sum lies together."""
-    return str(slot.grad.dtype), slot.expert, not slot.counted
+def sum_order(entry: _Summed) -> tuple[str, int, bool]:
+    """Return the sort key that puts the tensors of one sum side by side."""
+    return str(entry.grad.dtype), entry.expert, not entry.counted
 
 
-def add_up(
-    name: str, partials: Tensor, slots: Sequence[_Summed], counts: Sequence[int], experts: int, tables: Tables
+def sum_partials(
+    name: str, partials: Tensor, entries: Sequence[_Summed], counts: Sequence[int], experts: int, tables: Tables
 ) -> Tensor:
-    """Add up partial sums per expert in their order, float64 ``[experts]``.
+    """Add partial sums per expert in their order, float64 ``[experts]``.
 
     Args:
         name: Of the tables.
-        partials: One sum a block, float32.
-        slots: The tensors, in the order of ``place_in_sums``.
+        partials: One sum per block, float32.
+        entries: The tensors, in the order of ``sum_order``.
         counts: The number of blocks of each tensor.
         experts: Number of experts.
         tables: Of this device.
     """
-    bounds = tables.numbers(f"{name}.bounds", _bounds(slots, counts, experts), torch.int32)
+    bounds = tables.numbers(f"{name}.bounds", _bounds(entries, counts, experts), torch.int32)
     totals = torch.zeros(experts, device=tables.device, dtype=torch.float64)
     launch(_totals, experts, partials, bounds, totals, STRIP=_STRIP)
     return totals
 
 
-def _bounds(slots: Sequence[_Summed], counts: Sequence[int], experts: int) -> tuple[int, ...]:
-    """Return first and last + 1 of the partial sums that count of every expert, flat; both 0 where it has none."""
+def _bounds(entries: Sequence[_Summed], counts: Sequence[int], experts: int) -> tuple[int, ...]:
+    """Return begin and end of every expert's counted partial sums, flat; both 0 if it has none."""
     bounds = [0] * (2 * experts)
     at = 0
-    for expert, group in groupby(zip(slots, counts, strict=True), key=lambda pair: pair[0].expert):
+    for expert, group in groupby(zip(entries, counts, strict=True), key=lambda pair: pair[0].expert):
         own = list(group)
         assert bounds[2 * expert + 1] == 0, "the gradients of one expert are of one dtype"
-        bounds[2 * expert : 2 * expert + 2] = at, at + sum(count for slot, count in own if slot.counted)
+        bounds[2 * expert : 2 * expert + 2] = at, at + sum(count for entry, count in own if entry.counted)
         at += sum(count for _, count in own)
     return tuple(bounds)

@@ -2,9 +2,8 @@
 
     dB_i = s_i G A_i^T  [out, r]        dA_i = s_i B_i^T G  [r, in]
 
-``G`` is read as it is, float32 or bf16: no copy of it is made. Products are taken on the tensor cores and added up in float32;
-their factors are rounded to TF32, 11 significant bits. Left to themselves the cores would cut them off, and all gradients of
-pairs would come out too small.
+``G`` is read in its dtype, float32 or bf16, without a copy. Tensor cores multiply and accumulate in float32. Factors are rounded
+to the nearest TF32 (11 significant bits) first: the cores would truncate them, which makes all gradients of pairs too small.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ _TILE, _RANKS, _DEPTH = 64, 64, 32
 
 
 class Product(NamedTuple):
-    """A pair with the dense gradient of its layer; all of one dtype of ``G``.
+    """A pair with the dense gradient of its layer.
 
-    ``started`` is a 0-dim float32 tensor on the device: how often the pair has moved; at 0, B is zero, and so is dA.
+    ``b_is_nonzero`` is a 0-dim float32 tensor on the device: how often the pair was updated. At 0, B and dA are zero.
     """
 
     G: Tensor
     A: Tensor
     B: Tensor
     scale: float
-    started: Tensor
+    b_is_nonzero: Tensor
     dA: Tensor
     dB: Tensor
 
 
 @triton.jit
 def nearest_tf32(x):
-    """Return float32 numbers rounded to the nearest that TF32 holds; what can't be rounded up becomes infinite or NaN."""
+    """Round float32 to the nearest TF32 number; overflow becomes infinite or NaN."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _gradient_of_B(
+def _grad_B(
     Gs,
     As,
     dBs,
@@ -84,11 +83,11 @@ def _gradient_of_B(
 
 
 @triton.jit
-def _gradient_of_A(
+def _grad_A(
     Gs,
     Bs,
     dAs,
-    starteds,
+    b_is_nonzeros,
     shapes,
     scales,
     tiles,
@@ -108,7 +107,7 @@ def _gradient_of_A(
     G = pointer(Gs + i, GRAD, ALIGNED)
     B, dA = pointer(Bs + i, tl.float32, ALIGNED), pointer(dAs + i, tl.float32, ALIGNED)
     total = tl.zeros((BR, BN), dtype=tl.float32)
-    if tl.load(pointer(starteds + i, tl.float32, False)) != 0:
+    if tl.load(pointer(b_is_nonzeros + i, tl.float32, False)) != 0:
         for k in range(0, n_out, BK):
             rows = k + tl.arange(0, BK)
             at = rows.to(tl.int64)[None, :] * r + ranks[:, None]
@@ -123,7 +122,7 @@ def _gradient_of_A(
 
 
 def cuts_factors(device: torch.device) -> bool:
-    """Tell whether products are taken on tensor cores there; the interpreter takes them in float32."""
+    """Return whether products run on tensor cores there; the interpreter multiplies in float32."""
     return device.type != "cpu"
 
 
@@ -146,7 +145,7 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
     Gs = tables.pointers("products.G", [p.G for p in products])
     tiles = tables.tiles("products.dB.tiles", tuple((n_out, r) for n_out, _, r in shapes), (_TILE, _RANKS))
     launch(
-        _gradient_of_B,
+        _grad_B,
         len(tiles),
         Gs,
         tables.pointers("products.A", [p.A for p in products]),
@@ -163,12 +162,12 @@ def pair_gradients(products: Sequence[Product], tables: Tables) -> None:
     )
     tiles = tables.tiles("products.dA.tiles", tuple((r, n_in) for _, n_in, r in shapes), (_RANKS, _TILE))
     launch(
-        _gradient_of_A,
+        _grad_A,
         len(tiles),
         Gs,
         tables.pointers("products.B", [p.B for p in products]),
         tables.pointers("products.dA", [p.dA for p in products]),
-        tables.pointers("products.started", [p.started for p in products]),
+        tables.pointers("products.started", [p.b_is_nonzero for p in products]),
         sizes,
         scales,
         tiles,

@@ -1,4 +1,4 @@
-"""The whole step by kernels: products, moments, decision, winners, fold. The host only launches.
+"""The whole step by kernels: products, moments, decision, winners, merged weights. The host only launches.
 
 Whether the step is taken at all (finite gradients), the clipping factor, the step counts and the decision stay on the device.
 """
@@ -6,47 +6,32 @@ Whether the step is taken at all (finite gradients), the clipping factor, the st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from molf.kernels.fold import fold_winners_
-from molf.kernels.moments import Scalars, move_moments_
-from molf.kernels.packed import observe_packed
+from molf.kernels.merged_update import update_merged_weights_
+from molf.kernels.moments import Scalars, update_moments_
+from molf.kernels.plan import StepPlan
 from molf.kernels.products import pair_gradients
-from molf.kernels.settle import settle_packed_
+from molf.kernels.quantized import score_quantized
+from molf.kernels.requantize import requantize_
 from molf.kernels.tables import Tables
 from molf.kernels.winners import move_winners_
-from molf.kernels.work import Work
 from molf.layers.base import RoutedLayer
-from molf.numerics.distributed import Ranks
+from molf.numerics.context import StepContext
 from molf.numerics.gradients import norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
-from molf.scores import Score
 
-__all__ = ["FusedStep", "Settings"]
-
-
-class Settings(NamedTuple):
-    """What an optimizer may change from step to step.
-
-    Attributes:
-        score: EPD or PFN.
-        top_k: How many experts of a layer move.
-        max_norm: Largest norm of all experts' gradients together to let through, None for any.
-    """
-
-    score: Score
-    top_k: int
-    max_norm: float | None
+__all__ = ["FusedStep"]
 
 
 class FusedStep:
-    """The kernels with the tables that they read, kept from step to step.
+    """The kernels with their tables, which are kept from step to step.
 
     Args:
-        device: Where the model is.
+        device: The model's.
     """
 
     def __init__(self, device: torch.device):
@@ -54,100 +39,80 @@ class FusedStep:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self._tables.device
 
-    def take(
-        self,
-        layers: Sequence[RoutedLayer],
-        ordinary: Sequence[dict[str, Any]],
-        state: dict[Any, dict[str, Any]],
-        settings: Settings,
-        scale: Tensor | None,
-        overflow: Tensor | None,
-        ranks: Ranks,
-        seed: int,
+    def step(
+        self, layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext, seed: int
     ) -> Outcome:
         """Take the step of all layers and ordinary parameters that have gradients.
 
         Args:
-            layers: The L routed layers, all with the same E experts and the same Adam. Their gradients, and those of ordinary
-                parameters, are as ``check_gradients`` wants them.
+            layers: The L routed layers, all with the same E experts, betas and eps. All gradients pass ``check_gradients``.
             ordinary: Groups of parameters that take plain AdamW.
-            state: The optimizer's, with the entries of all of them.
-            settings: The optimizer's.
-            scale: The loss scale to divide gradients by, from a GradScaler, or None.
-            overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
-            ranks: Those that train the model together: all take the first's decision.
-            seed: Of stochastic rounding, the same at every step.
+            context: Of the step.
+            seed: For stochastic rounding, equal at every step.
         """
         tables = self._tables
         # Triton launches on the current device, wherever the tensors are. On a CPU this does nothing.
-        with torch.cuda.device_of(tables.room):  # type: ignore[no-untyped-call]
-            work = Work(layers, ordinary, state, ranks, tables.device)
-            tables.room = work.room.memory
-            if not work.items:
+        with torch.cuda.device_of(tables.buffer):  # type: ignore[no-untyped-call]
+            plan = StepPlan(layers, ordinary, context, tables.device)
+            tables.buffer = plan.buffer.memory
+            if not plan.entries:
                 return Outcome(None, torch.zeros((), device=tables.device), taken=True)
-            first = layers[0].group if layers else ordinary[0]
-            betas, eps = first["betas"], first["eps"]
-            pair_gradients(work.products, tables)
-            norm, scalars = _prepare(work, settings.max_norm, scale, overflow, ranks)
-            torch._foreach_add_(work.counts, [scalars.go] * len(work.counts))
-            pfn, packed = settings.score.name == "pfn", work.packed_steps()
-            totals = move_moments_(work.moments(), work.experts, betas, eps, pfn, scalars, tables)
-            if packed:
-                moments = [step.packed for step in packed]
-                totals += observe_packed(moments, work.experts, betas, eps, pfn, scalars, tables)
-            routing = self._decide(work, layers, totals, settings, scalars, ranks) if layers else None
-            won = torch.ones(work.experts, dtype=torch.int8, device=tables.device)
+            group = layers[0].group if layers else ordinary[0]
+            betas, eps = group["betas"], group["eps"]
+            pair_gradients(plan.products, tables)
+            norm, scalars = _prepare(plan, context)
+            torch._foreach_add_(plan.counts, [scalars.go] * len(plan.counts))
+            pfn, quantized = context.score.name == "pfn", plan.quantized_steps()
+            totals = update_moments_(plan.moments(), plan.experts, betas, eps, pfn, scalars, tables)
+            if quantized:
+                moments = [step.quantized for step in quantized]
+                totals += score_quantized(moments, plan.experts, betas, eps, pfn, scalars, tables)
+            routing = self._decide(plan, layers, totals, context, scalars) if layers else None
+            won = torch.ones(plan.experts, dtype=torch.int8, device=tables.device)
             if routing is not None:
-                won[: work.routed] = routing.chosen.flatten()
-            steps = torch.stack(work.counts)
-            # A layer may have missed steps: the most of all counts is what no step before had.
+                won[: plan.routed] = routing.chosen.flatten()
+            steps = torch.stack(plan.counts)
+            # A layer may have missed steps, but the largest count is new at every step.
             corrections, noise = _corrections(steps, betas), steps.max().long() + seed % 2**31
             for name, derived in (("pairs", True), ("rest", False)):
-                move_winners_(name, work.steps(derived), won, corrections, eps, scalars, tables, noise)
-            fold_winners_(work.effective, won, corrections, betas, eps, scalars, tables, noise)
-            settle_packed_(packed, won, corrections, betas, eps, scalars, tables, noise)
-            _count_wins(work, won, scalars)
-            tables.room = tables.room.new_empty(0)
+                move_winners_(name, plan.steps(derived), won, corrections, eps, scalars, tables, noise)
+            update_merged_weights_(plan.effective, won, corrections, betas, eps, scalars, tables, noise)
+            requantize_(quantized, won, corrections, betas, eps, scalars, tables, noise)
+            _count_updates(plan, won, scalars)
+            tables.buffer = tables.buffer.new_empty(0)
             return Outcome(routing, norm, scalars.go.bool())
 
     def _decide(
-        self,
-        work: Work,
-        layers: Sequence[RoutedLayer],
-        totals: Tensor,
-        settings: Settings,
-        scalars: Scalars,
-        ranks: Ranks,
+        self, plan: StepPlan, layers: Sequence[RoutedLayer], totals: Tensor, context: StepContext, scalars: Scalars
     ) -> Routing:
         shape = (len(layers), len(layers[0].experts))
-        totals = totals[: work.routed]
-        if ranks.shards is not None:
-            ranks.sum_(totals)
-        n = self._tables.numbers("scores.n", work.sizes[: work.routed], torch.float64)
-        lr = self._tables.rates("scores.lr", work.rates, torch.float64)
-        scores = settings.score.finish(totals.view(shape), n.view(shape), lr.view(shape))
-        chosen = ranks.agree(choose(scores, settings.top_k), self._tables.device)
+        totals = totals[: plan.routed]
+        if context.ranks.shards is not None:
+            context.ranks.sum_(totals)
+        n = self._tables.numbers("scores.n", plan.sizes[: plan.routed], torch.float64)
+        lr = self._tables.rates("scores.lr", plan.rates, torch.float64)
+        scores = context.score.finish(totals.view(shape), n.view(shape), lr.view(shape))
+        chosen = context.ranks.broadcast_decision(choose(scores, context.top_k), self._tables.device)
         names = tuple(layer.name for layer in layers)
         return Routing(names, layers[0].experts, scores, chosen, scalars.go.bool())
 
 
-def _prepare(
-    work: Work, max_norm: float | None, scale: Tensor | None, overflow: Tensor | None, ranks: Ranks
-) -> tuple[Tensor, Scalars]:
-    """Return the norm of the gradients after unscaling, and what the kernels do about it; sum those of A over the shards."""
-    own, whole = (work.gradients(max_norm is not None, sharded) for sharded in (True, False))
-    if ranks.shards is None:
+def _prepare(plan: StepPlan, context: StepContext) -> tuple[Tensor, Scalars]:
+    """Return the gradient norm after unscaling and the kernels' scalars; sum the gradients of A over the shards."""
+    max_norm, found_inf = context.max_grad_norm, context.found_inf
+    own, whole = (plan.gradients(max_norm is not None, sharded) for sharded in (True, False))
+    if context.ranks.shards is None:
         norm = total_norm(whole)
     else:
-        norm = norm_over_shards(own, whole, overflow, work.room.shared, work.room.norms, ranks)
-    factor = torch.ones_like(norm) if scale is None else scale.double().reciprocal()
+        norm = norm_over_shards(own, whole, found_inf, plan.buffer.reduced, plan.buffer.norms, context.ranks)
+    factor = torch.ones_like(norm) if context.grad_scale is None else context.grad_scale.double().reciprocal()
     norm = norm * factor
     go = norm.isfinite()
-    if overflow is not None:
-        go = go & (overflow == 0)
+    if found_inf is not None:
+        go = go & (found_inf == 0)
     if max_norm is not None:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return norm, Scalars(go.float().view(()), factor.float().view(()))
@@ -158,9 +123,9 @@ def _corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
     return torch.stack([1 - betas[0] ** t, (1 - betas[1] ** t).sqrt()], dim=1).float()
 
 
-def _count_wins(work: Work, won: Tensor, scalars: Scalars) -> None:
-    """Count the moves of the pairs, which tell whether a B is still zero."""
-    if work.wins:
-        counts, experts = zip(*work.wins, strict=True)
-        moved = won.float() * scalars.go
-        torch._foreach_add_(list(counts), [moved[expert] for expert in experts])
+def _count_updates(plan: StepPlan, won: Tensor, scalars: Scalars) -> None:
+    """Count the updates of the pairs, which tell whether B is nonzero."""
+    if plan.update_counts:
+        counts, experts = zip(*plan.update_counts, strict=True)
+        updated = won.float() * scalars.go
+        torch._foreach_add_(list(counts), [updated[expert] for expert in experts])

@@ -1,7 +1,7 @@
-"""What a launch over many tensors reads: tables of pointers and of blocks of work, on the device.
+"""Tables on the device that a launch over many tensors reads: pointers and blocks of work.
 
-A table is copied to the device when it changes only. Gradients are new tensors at most steps, but allocators give back the
-same memory, so most steps copy nothing; none at all where gradients stay in place, so that a CUDA graph can hold the step.
+A table is copied to the device only when it changes. Gradients are new tensors at most steps, but allocators reuse memory, so
+most steps copy nothing. If gradients stay in place no step copies, and a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 __all__ = ["Rate", "Tables", "launch"]
 
-# How all kernels are compiled: a product and a sum round once, whatever the release of Triton does when nothing is said.
+# Fuse multiply and add in all kernels, whatever the default of the Triton release.
 _OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Run so many programs of a kernel: where a rank has no row of any layer, there is none."""
+    """Launch a kernel with a number of programs; a rank without rows has none."""
     if programs:
         kernel[(programs,)](*args, **constants, **_OPTIONS)
 
@@ -32,23 +32,23 @@ class Rate(NamedTuple):
 
 
 class Tables:
-    """Tables of one device by name, each remembered with what it was made from.
+    """Tables of one device by name, cached with their inputs.
 
     Args:
         device: Where the kernels run.
 
     Attributes:
-        room: Memory of the step under way. What lies in it is addressed from its start, so that no table has to change.
+        buffer: Memory of the current step. Tensors inside are addressed relative to its start, so that their tables stay valid.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.room = torch.empty(0, device=device)
+        self.buffer = torch.empty(0, device=device)
         self._kept: dict[str, tuple[Hashable, Tensor]] = {}
         self._captured: dict[int, Tensor] = {}
 
     def pointers(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the addresses of tensors, int64; copied again when any of them has moved.
+        """Return the addresses of tensors, int64; copied again if one has changed.
 
         Raises:
             ValueError: If a tensor is not contiguous or lies on another device.
@@ -59,8 +59,8 @@ class Tables:
                     f"a fused step needs contiguous tensors on {self.device}, but one of {name} has strides {x.stride()} "
                     f"on {x.device}: use fused=False"
                 )
-        base = self.room.data_ptr()
-        inside = tuple(base <= x.data_ptr() < base + self.room.nbytes for x in tensors)
+        base = self.buffer.data_ptr()
+        inside = tuple(base <= x.data_ptr() < base + self.buffer.nbytes for x in tensors)
         addresses = tuple(x.data_ptr() - base * here for x, here in zip(tensors, inside, strict=True))
         table = self.numbers(name, addresses, torch.int64)
         if not any(inside):
@@ -68,11 +68,11 @@ class Tables:
         return torch.add(table, self.numbers(f"{name}.inside", inside, torch.int64), alpha=base)
 
     def numbers(self, name: str, values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype) -> Tensor:
-        """Return numbers on the device; copied again when any of them has changed."""
+        """Return numbers on the device; copied again if one has changed."""
         return self.made(name, (dtype, values), lambda: torch.tensor(values, dtype=dtype, device="cpu"))
 
     def rates(self, name: str, rates: Sequence[float | Rate], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return learning rates on the device, where those that are tensors are read anew at every call."""
+        """Return learning rates on the device; tensor rates are read at every call."""
         fixed = self.numbers(name, tuple(rate.ratio if isinstance(rate, Rate) else rate for rate in rates), dtype)
         if not any(isinstance(rate, Rate) for rate in rates):
             return fixed
@@ -81,31 +81,31 @@ class Tables:
         return live.to(dtype) * fixed
 
     def made(self, name: str, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the table that ``make`` makes on the host, on the device; made again when ``key`` has changed.
+        """Return the table that ``make`` builds on the host, on the device; built again if ``key`` has changed.
 
         Raises:
-            RuntimeError: If it has changed since the last step, and a CUDA graph is being captured.
+            RuntimeError: If it has changed while a CUDA graph is being captured.
         """
         capturing = is_capturing(self.device)
         found = self._kept.get(name)
         if found is None or found[0] != key:
             if capturing:
                 raise RuntimeError(
-                    f"{name} has changed since the last step, which a CUDA graph can't follow: before capturing, take two "
+                    f"{name} has changed since the last step, which a CUDA graph cannot follow: before capturing, take two "
                     "steps with the gradients in the tensors that will hold them at every replay, and let rates that "
                     "change be tensors on the device"
                 )
             table = make()
             if self.device.type == "cuda":
-                # From pinned memory the copy need not wait; the table on the host is kept alive by PyTorch until it is done.
+                # A copy from pinned memory needs no sync; PyTorch keeps the host table alive until it is done.
                 table = table.pin_memory().to(self.device, non_blocking=True)
             found = self._kept[name] = (key, table)
-        if capturing:  # the graph reads this very table at every replay, also when another has taken its place here
+        if capturing:  # the graph reads this very table at every replay, even after another has replaced it here
             self._captured[found[1].data_ptr()] = found[1]
         return found[1]
 
     def blocks(self, name: str, sizes: tuple[int, ...], block: int) -> Tensor:
-        """Cut flat tensors into blocks: ``[N, 2]`` int64, the tensor's number and where in it the block begins."""
+        """Cut flat tensors into blocks: ``[N, 2]`` int64, the tensor's number and the block's first element."""
 
         def make() -> Tensor:
             rows = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, block)]
@@ -129,5 +129,5 @@ class Tables:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Tell whether a CUDA graph is being captured."""
+    """Return whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

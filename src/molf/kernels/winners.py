@@ -1,8 +1,8 @@
-"""Phase 2: the AdamW step of the tensors whose expert won; blocks of the others return at once and read nothing.
+"""Phase 2: the AdamW step of the tensors whose expert won. Blocks of losers return at once and read nothing.
 
     p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-A bf16 parameter is held with its 16-bit low part (``p = join(high, low)``, ``molf.numerics.bf16``) or rounded stochastically.
+A bf16 parameter has a 16-bit low part (``p = join(high, low)``, ``molf.numerics.bf16``) or is rounded stochastically.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = [
     "STOCHASTIC",
     "Step",
     "adam_change",
-    "held",
-    "layer_settings",
+    "storage_of",
+    "per_tensor_scalars",
     "load_weight",
     "move_winners_",
     "store_weight",
@@ -37,7 +37,7 @@ __all__ = [
 _CHUNK, _BLOCK = 4096, 1024
 
 FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
-"""How a weight is held: float32; bf16 with a low part; bf16, rounded stochastically."""
+"""How a weight is stored: float32; bf16 with a low part; bf16, rounded stochastically."""
 
 
 class Step(NamedTuple):
@@ -50,10 +50,10 @@ class Step(NamedTuple):
         exp_avg_sq: Second moment, float32.
         expert: Number of its expert, ``l * E + e``; its entry of ``chosen`` says whether it moves.
         layer: Number of its layer, for the step count.
-        stream: What tells its random numbers from those of others, in [0, 2^62).
+        stream: Selects its random numbers, in [0, 2^62).
         lr: Learning rate.
         weight_decay: Decoupled decay.
-        change: Where the change of the parameter is left, float32, or None. It is not written where the expert lost.
+        change: Receives the change of the parameter, float32, or None. Not written if the expert lost.
     """
 
     param: Tensor
@@ -68,8 +68,8 @@ class Step(NamedTuple):
     change: Tensor | None = None
 
 
-def held(param: Tensor, low: Tensor | None) -> int:
-    """Tell how a weight is held."""
+def storage_of(param: Tensor, low: Tensor | None) -> int:
+    """Return how a weight is stored."""
     if param.dtype == torch.float32:
         return FLOAT
     return STOCHASTIC if low is None else SPLIT
@@ -77,33 +77,33 @@ def held(param: Tensor, low: Tensor | None) -> int:
 
 @triton.jit
 def adam_change(m, v, corrections, eps):
-    """Return ``(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``, given the address of the two corrections."""
+    """Return ``(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`` from the address of the two corrections."""
     correction1, correction2 = tl.load(corrections), tl.load(corrections + 1)
     return correction2 / correction1 * m / (tl.sqrt(v) + eps * correction2)
 
 
 @triton.jit
-def load_weight(param, low, at, inside, HELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the float32 value of elements ``at`` of a parameter given by its and its low part's entries in tables."""
-    if HELD == 0:
+def load_weight(param, low, at, inside, STORAGE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return elements ``at`` of a parameter in float32, given the address entries of it and its low part."""
+    if STORAGE == 0:
         return tl.load(pointer(param, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
     bits = tl.load(pointer(param, tl.int16, ALIGNED) + at, mask=inside, other=0).to(tl.int32)
-    if HELD == 1:
+    if STORAGE == 1:
         rest = tl.load(pointer(low, tl.int16, ALIGNED) + at, mask=inside, other=0).to(tl.int32)
-        # Below zero there is no float: the rest of a weight that was zeroed by hand counts as none.
+        # A weight that the user set to zero keeps its old remainder; a negative one is ignored.
         rest = tl.where(((bits & 0x7FFF) == 0) & (rest < 0), 0, rest)
         return ((bits << 16) + rest).to(tl.float32, bitcast=True)
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def store_weight(param, low, at, inside, value, seed, stream, HELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store float32 values where ``load_weight`` finds them; seed and a parameter's stream are given by their addresses."""
-    if HELD == 0:
+def store_weight(param, low, at, inside, value, seed, stream, STORAGE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store float32 values for ``load_weight``; ``seed`` and ``stream`` are addresses."""
+    if STORAGE == 0:
         tl.store(pointer(param, tl.float32, ALIGNED) + at, value, mask=inside)
     else:
         bits = value.to(tl.int32, bitcast=True)
-        if HELD == 1:
+        if STORAGE == 1:
             high = (bits + 0x8000) >> 16
             tl.store(pointer(low, tl.int16, ALIGNED) + at, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
@@ -131,33 +131,33 @@ def _winners(
     go,
     eps,
     seed,
-    HELD: tl.constexpr,
+    STORAGE: tl.constexpr,
     KEEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    slot = tl.load(blocks + 2 * block)
-    if (tl.load(go) == 0) | (tl.load(chosen + tl.load(experts + slot)) == 0):
+    entry = tl.load(blocks + 2 * block)
+    if (tl.load(go) == 0) | (tl.load(chosen + tl.load(experts + entry)) == 0):
         return
     start = tl.multiple_of(tl.load(blocks + 2 * block + 1), CHUNK)
-    size = size_in(sizes + slot, ALIGNED)
-    lr, decay, pair = tl.load(rates + slot), tl.load(decays + slot), corrections + 2 * tl.load(layers + slot)
+    size = size_in(sizes + entry, ALIGNED)
+    lr, decay, pair = tl.load(rates + entry), tl.load(decays + entry), corrections + 2 * tl.load(layers + entry)
     exp_avg, exp_avg_sq = (
-        pointer(exp_avgs + slot, tl.float32, ALIGNED),
-        pointer(exp_avg_sqs + slot, tl.float32, ALIGNED),
+        pointer(exp_avgs + entry, tl.float32, ALIGNED),
+        pointer(exp_avg_sqs + entry, tl.float32, ALIGNED),
     )
     for first in range(0, CHUNK, BLOCK):
         at = start + first + tl.arange(0, BLOCK)
         inside = at < size
-        p = load_weight(weights + slot, lows + slot, at, inside, HELD, ALIGNED)
+        p = load_weight(weights + entry, lows + entry, at, inside, STORAGE, ALIGNED)
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         moved = p * (1 - lr * decay) - lr * adam_change(m, v, pair, eps)
-        store_weight(weights + slot, lows + slot, at, inside, moved, seed, streams + slot, HELD, ALIGNED)
+        store_weight(weights + entry, lows + entry, at, inside, moved, seed, streams + entry, STORAGE, ALIGNED)
         if KEEP:
-            tl.store(pointer(changes + slot, tl.float32, ALIGNED) + at, moved - p, mask=inside)
+            tl.store(pointer(changes + entry, tl.float32, ALIGNED) + at, moved - p, mask=inside)
 
 
 def move_winners_(
@@ -173,15 +173,15 @@ def move_winners_(
     """Move the tensors whose expert won.
 
     Args:
-        name: Of the tables; two calls of a step have different names.
-        steps: The tensors; all keep their change, or none does.
+        name: Names the tables; two calls in one step need different names.
+        steps: The tensors; all record their change or none does.
         chosen: Whether each expert won, int8 ``[L * E]`` on the device.
         corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
         eps: Added to the denominator.
-        scalars: Whether to go on.
+        scalars: Whether to take the step.
         tables: Of this device.
-        seed: Of this step's stochastic rounding, int64 on the device, in [0, 2^62); needed where a bf16 parameter has no low
-            part.
+        seed: For this step's stochastic rounding, int64 on the device, in [0, 2^62); needed for a bf16 parameter without a
+            low part.
     """
     for how, group in groupby(sorted(steps, key=_how), key=_how):
         own, kept = list(group), f"{name}.{how}"
@@ -198,14 +198,14 @@ def move_winners_(
             tables.pointers(f"{kept}.changes", changes) if changes else blocks,
             tables.numbers(f"{kept}.sizes", sizes, torch.int64),
             tables.numbers(f"{kept}.experts", tuple(step.expert for step in own), torch.int32),
-            *layer_settings(kept, own, tables),
+            *per_tensor_scalars(kept, own, tables),
             corrections,
             chosen,
             blocks,
             scalars.go,
             eps,
             scalars.go if seed is None else seed,
-            HELD=how,
+            STORAGE=how,
             KEEP=bool(changes),
             ALIGNED=aligned(sizes, weights, lows, *moments, changes),
             CHUNK=_CHUNK,
@@ -214,13 +214,13 @@ def move_winners_(
 
 
 def _how(step: Step) -> int:
-    return held(step.param, step.low)
+    return storage_of(step.param, step.low)
 
 
 def weight_addresses(
     name: str, weights: Sequence[Tensor], lows: Sequence[Tensor], tables: Tables
 ) -> tuple[Tensor, Tensor]:
-    """Return the addresses of parameters and of their low parts; any where there are none."""
+    """Return the addresses of parameters and of their low parts; dummies if there are none."""
     params = tables.pointers(f"{name}.weights", weights)
     return params, tables.pointers(f"{name}.lows", lows) if lows else params
 
@@ -236,8 +236,8 @@ class _Scheduled(Protocol):
     def weight_decay(self) -> float: ...
 
 
-def layer_settings(name: str, own: Sequence[_Scheduled], tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the numbers of layers, the streams of noise, learning rates, and decays of what a launch moves."""
+def per_tensor_scalars(name: str, own: Sequence[_Scheduled], tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return layer numbers, noise streams, learning rates and decays of a launch's tensors."""
     return (
         tables.numbers(f"{name}.layers", tuple(one.layer for one in own), torch.int32),
         tables.numbers(f"{name}.streams", tuple(one.stream for one in own), torch.int64),

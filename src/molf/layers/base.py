@@ -1,199 +1,201 @@
-"""What the optimizer asks of a routed layer, whichever way its experts are held."""
+"""The interface between the optimizer and a routed layer, for either way of holding the experts."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from molf.numerics.adamw import Rates, Slot
+from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import like_rows, local, part_of, refuse_column_shards
-from molf.numerics.quantization import block_count, is_large_matrix
+from molf.numerics.distributed import check_row_sharded, local, local_part, shard_rows_like
+from molf.numerics.quantization import block_count, is_quantizable
 
-__all__ = ["Pair", "RoutedLayer", "in_8_bits", "init_moments", "init_step"]
+__all__ = ["LoraPair", "RoutedLayer", "init_moments", "init_step", "quantized_params"]
 
 
-class Pair(NamedTuple):
-    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale of their product.
+class LoraPair(NamedTuple):
+    """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale ``s`` of their product.
 
-    ``started`` is False as long as ``B`` is still zero because the expert never won: ``B A`` and the gradient of ``A`` are zero
-    then, and need not be computed.
+    While ``b_is_nonzero`` is False the expert has never won, ``B A`` and ``dA`` are zero, and neither is computed.
     """
 
     A: Tensor
     B: Tensor
     scale: float
-    started: bool = True
+    b_is_nonzero: bool = True
 
 
 class RoutedLayer(abc.ABC):
-    """One routed layer at one step. Looks everything up in its group and the optimizer's state; keeps nothing itself.
+    """One routed layer at one step. It looks everything up in its group and the optimizer's state and owns nothing.
 
-    The order of calls in a step: ``count_step``, ``slots`` of every expert, ``release``, ``begin_update``, ``finish_update``.
+    The order of calls in a step: ``count_step``, ``tensors`` of every expert, ``drop_grads``, ``begin_update``,
+    ``finish_update``.
 
     Args:
         group: The layer's parameter group.
-        state: The optimizer's state, where the layer's own was made by ``init_state``.
-        noise: For stochastic rounding, None where low parts are kept.
+        state: The optimizer's state; ``init_state`` made the layer's entries.
+        noise: For stochastic rounding, None if low parts are kept.
     """
 
-    def __init__(self, group: dict[str, Any], state: dict[Any, dict[str, Any]], noise: Noise | None):
+    def __init__(self, group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None):
         self.group, self._state, self._noise = group, state, noise
         self.name: str = group["module"]
         self.experts: tuple[str, ...] = group["experts"]
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
-        self._slots: dict[int, list[Slot]] = {}
+        self._tensors: dict[int, list[TensorState]] = {}
 
     @cached_property
     def lrs(self) -> tuple[float, ...]:
-        """The experts' learning rates; asking waits for the device where ``lr`` is a tensor there."""
+        """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
         lr = float(self.group["lr"])
         return tuple(lr * ratio for ratio in self.lr_ratios)
 
     @staticmethod
     @abc.abstractmethod
-    def init_state(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int) -> None:
-        """Create the state of a group where it is missing."""
+    def init_state(
+        group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
+    ) -> None:
+        """Create missing state of a group."""
 
     @property
     @abc.abstractmethod
-    def pairs(self) -> list[Pair]:
-        """The live pairs of the LoRA experts, in their order, as they are held (sharded or not)."""
+    def pairs(self) -> list[LoraPair]:
+        """The live pairs of the LoRA experts in order, sharded as they are held."""
 
     @property
     @abc.abstractmethod
     def base(self) -> list[Tensor]:
-        """The parameters of the model that the ``fft`` expert moves: weight, then bias; none where there is no such expert."""
+        """The model's parameters of the ``fft`` expert: weight, then bias; empty without that expert."""
 
     @abc.abstractmethod
     def base_weight(self) -> Tensor:
-        """Return ``W`` without the LoRA parts, in full precision, sharded as the weight is."""
+        """Return ``W`` without the LoRA parts in full precision, sharded like the weight."""
 
     @abc.abstractmethod
     def set_base_weight(self, value: Tensor) -> None:
-        """Set ``W`` to a whole matrix; the LoRA parts stay."""
+        """Set ``W`` from a whole matrix; the LoRA parts stay."""
 
     @abc.abstractmethod
     def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
-        """Set the i-th pair to whole matrices; ``W`` stays."""
+        """Set the i-th pair from whole matrices; ``W`` stays."""
 
     @property
     def active(self) -> bool:
-        """Whether backward left gradients to route by."""
+        """Whether backward left a gradient to route by."""
         return any(p.grad is not None for p in self.group["params"])
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients that backward left on parameters."""
         return [p.grad for p in self.group["params"] if p.grad is not None]
 
-    def derived_slots(self) -> list[Slot]:
-        """Return the tensors whose gradients no parameter carries, because they follow from others."""
+    def derived_tensors(self) -> list[TensorState]:
+        """Return the tensors whose gradients are computed from others, and not left on a parameter by backward."""
         return []
 
-    def lend(self, room: Tensor) -> None:
-        """Compute the gradients that have to be summed over the shards into the memory given, ``shared_numel`` elements."""
-        assert not room.numel(), "by default there are none"
-
     @property
-    def shared_numel(self) -> int:
-        """How many elements of gradients have to be summed over the shards, beyond what backward has summed."""
+    def reduced_numel(self) -> int:
+        """Number of gradient elements to sum over the shards, beyond what backward has summed."""
         return 0
 
+    def write_grads_into(self, out: Tensor) -> None:
+        """Compute the gradients that need a sum over the shards into ``out [reduced_numel]``."""
+        assert not out.numel(), "this layer needs no sum"
+
     def count_step(self) -> None:
-        """Count this step: there is one count for all experts of the layer."""
+        """Increment the step count, which all experts of the layer share."""
         self._state[self.group["params"][0]]["step"] += 1
 
-    def slots(self, i: int) -> list[Slot]:
-        """Return the tensors of the i-th expert with their gradients, those that have one; found out at the first call."""
-        if i not in self._slots:
-            self._slots[i] = self._find_slots(i)
-        return self._slots[i]
+    def tensors(self, i: int) -> list[TensorState]:
+        """Return the tensors of the i-th expert that have a gradient; computed at the first call."""
+        if i not in self._tensors:
+            self._tensors[i] = self._expert_tensors(i)
+        return self._tensors[i]
 
     @abc.abstractmethod
-    def _find_slots(self, i: int) -> list[Slot]:
-        """Find the i-th expert's tensors and gradients."""
+    def _expert_tensors(self, i: int) -> list[TensorState]:
+        """Compute the i-th expert's tensors and gradients."""
 
-    def release(self) -> None:
-        """Drop the gradients that phase 2 does not need: it moves 8-bit moments once more."""
-        for i, slots in self._slots.items():
-            self._slots[i] = [slot if slot.in_8_bits else slot._replace(grad=None) for slot in slots]
+    def drop_grads(self) -> None:
+        """Drop gradients after phase 1 to free memory; 8-bit moments need theirs again in phase 2."""
+        for i, tensors in self._tensors.items():
+            self._tensors[i] = [x if x.is_quantized else x._replace(grad=None) for x in tensors]
 
     @abc.abstractmethod
-    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, Slot]]:
+    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
         """Prepare the step of the winners (indices into ``experts``) and return what AdamW has to move."""
 
     @abc.abstractmethod
     def finish_update(self) -> None:
-        """Do what is left after AdamW has moved the winners' tensors."""
+        """Complete the step after AdamW has moved the winners' tensors."""
 
     def set_bias(self, value: Tensor) -> None:
-        """Set the bias, given whole."""
-        self._write(self.base[1], part_of(value, self.base[1]))
+        """Set the bias from a whole vector."""
+        self._write(self.base[1], local_part(value, self.base[1]))
 
     def _rates(self, i: int, decayed: bool = True) -> Rates:
         decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
         step = float(self._state[self.group["params"][0]]["step"])
         return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], step)
 
-    def _slot(self, p: Tensor) -> Slot:
-        return Slot.of(p, self._state[p])
+    def _tensor(self, p: Tensor) -> TensorState:
+        return TensorState.of(p, self._state[p])
 
-    def _full(self, p: Tensor) -> Tensor:
-        """Return the full-precision value of what is here of a parameter."""
+    def _load(self, p: Tensor) -> Tensor:
+        """Return this rank's part of a parameter in full precision."""
         low = self._state[p].get("low")
         return load(local(p.detach()), None if low is None else local(low))
 
-    def _write(self, p: Tensor, value: Tensor) -> None:
-        """Give what is here of a parameter a value."""
-        self._put_back(p, self._full(p).copy_(value))
-
-    def _put_back(self, p: Tensor, value: Tensor) -> None:
-        """Put a changed full-precision value back where ``_full`` took it from."""
+    def _store(self, p: Tensor, value: Tensor) -> None:
+        """Write back what ``_load`` returned, after a change."""
         low = self._state[p].get("low")
         store(value, local(p.detach()), None if low is None else local(low), self._noise, p)
 
+    def _write(self, p: Tensor, value: Tensor) -> None:
+        """Set this rank's part of a parameter."""
+        self._store(p, self._load(p).copy_(value))
 
-def in_8_bits(group: dict[str, Any], optim_bits: int) -> list[bool]:
-    """Say of every parameter of a group whether its moments are kept in 8 bits: large matrices that train with full rank."""
+
+def quantized_params(group: dict[str, Any], optim_bits: int) -> list[bool]:
+    """Return for each parameter of a group whether its moments are 8-bit: large matrices that train with full rank."""
     adapters = 2 * len(group["ranks"]) if group.get("form") == "branched" else 0
     full_rank = len(group["params"]) - adapters
-    return [optim_bits == 8 and i < full_rank and is_large_matrix(p) for i, p in enumerate(group["params"])]
+    return [optim_bits == 8 and i < full_rank and is_quantizable(p) for i, p in enumerate(group["params"])]
 
 
-def init_moments(p: Tensor, state: dict[str, Any], keep_low: bool, packed: bool) -> None:
-    """Create AdamW's moments of one parameter, and the low part of a bf16 one, where they are missing.
+def init_moments(p: Tensor, entries: dict[str, Any], keep_low: bool, quantized: bool) -> None:
+    """Create the missing moments of a parameter, and the low part of a bf16 one.
 
     Args:
         p: The parameter.
-        state: Its own.
+        entries: Its entries of the optimizer's state.
         keep_low: Whether bf16 weights have low parts.
-        packed: Whether the moments are in 8 bits: codes, and beside them block maxima, which are zero at first.
+        quantized: Whether the moments are 8-bit codes with block maxima.
     """
-    if "exp_avg" not in state:
+    if "exp_avg" not in entries:
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.zeros_like(p, dtype=torch.uint8 if packed else master_dtype(p.dtype))
-            if packed:
-                state[f"{key}.absmax"] = _no_maxima(p)
-    if keep_low and p.dtype == torch.bfloat16 and "low" not in state:
-        state["low"] = torch.zeros_like(p, dtype=torch.int16)
+            entries[key] = torch.zeros_like(p, dtype=torch.uint8 if quantized else master_dtype(p.dtype))
+            if quantized:
+                entries[f"{key}.absmax"] = _zero_absmax(p)
+    if keep_low and p.dtype == torch.bfloat16 and "low" not in entries:
+        entries["low"] = torch.zeros_like(p, dtype=torch.int16)
 
 
-def _no_maxima(p: Tensor) -> Tensor:
-    """Return block maxima of a matrix of zeros, sharded as the parameter is."""
-    refuse_column_shards(p)
+def _zero_absmax(p: Tensor) -> Tensor:
+    """Return block maxima of a zero matrix, sharded like the parameter."""
+    check_row_sharded(p)
     blocks = block_count(p.numel() // len(p))
-    return like_rows(torch.zeros(len(local(p)), blocks, dtype=torch.float32, device=p.device), p)
+    return shard_rows_like(torch.zeros(len(local(p)), blocks, dtype=torch.float32, device=p.device), p)
 
 
-def init_step(state: dict[str, Any]) -> bool:
-    """Create the step count of a layer or parameter where it is missing, and return whether it was."""
-    fresh = "step" not in state
+def init_step(entries: dict[str, Any]) -> bool:
+    """Create a missing step count and return whether it was missing."""
+    fresh = "step" not in entries
     if fresh:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        entries["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     return fresh

@@ -1,42 +1,56 @@
-"""The optimizer's state where it is missing: that of every routed layer, and of ordinary parameters that have a gradient."""
+"""From a parameter group to its layer and its state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from molf.layers.base import in_8_bits, init_moments, init_step
-from molf.layers.forms import FORMS
-from molf.numerics.resharding import refuse_orphans
+from molf.layers.base import RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.branched import BranchedLayer
+from molf.layers.merged import MergedLayer
+from molf.numerics.bf16 import Noise
+from molf.numerics.distributed import check_no_orphaned_state
 
-__all__ = ["init_group", "init_states"]
+__all__ = ["LAYER_TYPES", "init_group_", "init_state_", "routed_layer"]
+
+LAYER_TYPES: dict[str, type[RoutedLayer]] = {"merged": MergedLayer, "branched": BranchedLayer}
+"""The two ways of holding the experts, by the ``form`` of a parameter group."""
 
 
-def init_states(
-    groups: Sequence[dict[str, Any]], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int
+def routed_layer(
+    group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None = None
+) -> RoutedLayer:
+    """Return the layer of a routed group whose state exists."""
+    return LAYER_TYPES[group["form"]](group, state, noise)
+
+
+def init_state_(
+    groups: Sequence[dict[str, Any]], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
 ) -> None:
-    """Create what is missing.
+    """Create missing state: of every routed layer, and of ordinary parameters that have a gradient.
 
     Args:
-        groups: The optimizer's.
-        state: The optimizer's.
+        groups: The optimizer's groups.
+        state: The optimizer's state.
         keep_low: Whether bf16 weights have low parts.
-        optim_bits: Of the moments of large matrices.
+        optim_bits: Bits of the moments of large matrices.
 
     Raises:
         RuntimeError: If there is state of parameters that are in no group any more.
     """
-    refuse_orphans(groups, state)
+    check_no_orphaned_state(groups, state)
     for group in groups:
-        init_group(group, state, keep_low, optim_bits)
+        init_group_(group, state, keep_low, optim_bits)
 
 
-def init_group(group: dict[str, Any], state: dict[Any, dict[str, Any]], keep_low: bool, optim_bits: int) -> None:
-    """Create what is missing of one group."""
+def init_group_(
+    group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
+) -> None:
+    """Create missing state of one group."""
     if "module" in group:
-        FORMS[group["form"]].init_state(group, state, keep_low, optim_bits)
+        LAYER_TYPES[group["form"]].init_state(group, state, keep_low, optim_bits)
         return
-    for p, packed in zip(group["params"], in_8_bits(group, optim_bits), strict=True):
+    for p, quantized in zip(group["params"], quantized_params(group, optim_bits), strict=True):
         if p.grad is not None:
             init_step(state[p])
-            init_moments(p, state[p], keep_low, packed)
+            init_moments(p, state[p], keep_low, quantized)

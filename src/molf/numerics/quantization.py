@@ -1,8 +1,8 @@
-"""Adam's moments in 8 bits: block-wise, with a dynamic map (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861).
+"""8-bit Adam moments: block-wise with a dynamic map (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861).
 
-A matrix is cut into blocks of 256 elements along its rows; no block goes over the end of a row, so the last one of a row may be
-shorter, and rows can be sharded. A block is its largest magnitude, ``absmax`` in float32, and one code per element, which
-stands for one of 256 numbers between -1 and 1 (first moments) or 0 and 1 (second moments).
+Each row of a matrix is cut into blocks of 256 elements. Blocks never span rows, so rows can be sharded; the last block of a row
+may be shorter. A block stores its largest magnitude (``absmax``, float32) and one code per element. A code stands for one of 256
+values in [-1, 1] (first moments) or [0, 1] (second moments).
 
     codes uint8 [rows, n]        absmax float32 [rows, ceil(n / 256)]        value = absmax * code_values[code]
 """
@@ -19,21 +19,21 @@ __all__ = [
     "OPTIM_BITS",
     "block_count",
     "code_values",
-    "dequantise",
-    "is_large_matrix",
+    "dequantize",
+    "is_quantizable",
     "nearest_code",
-    "quantise_",
+    "quantize_",
 ]
 
 BLOCK = 256
 OPTIM_BITS = (32, 8)
-# Below this a matrix stays in float32: nothing to gain, and small ones (a score, a gate) are the touchy ones.
-_FEWEST = 4096
+# Smaller matrices stay in float32: they save little memory, and gates and routers are sensitive.
+_MIN_NUMEL = 4096
 
 
-def is_large_matrix(p: Tensor) -> bool:
-    """Say whether a parameter is one whose moments are worth keeping in 8 bits: a matrix of 4096 elements or more."""
-    return p.ndim >= 2 and p.numel() >= _FEWEST
+def is_quantizable(p: Tensor) -> bool:
+    """Return whether the moments of a parameter may be kept in 8 bits: a matrix of 4096 elements or more."""
+    return p.ndim >= 2 and p.numel() >= _MIN_NUMEL
 
 
 def block_count(n: int) -> int:
@@ -43,10 +43,10 @@ def block_count(n: int) -> int:
 
 @functools.lru_cache
 def code_values(signed: bool, device: torch.device) -> Tensor:
-    """Return the 256 numbers that the codes stand for, ascending: relative precision over seven powers of ten.
+    """Return the 256 values of the codes in ascending order, with about equal relative precision over seven decades.
 
-    The interval from ``10^-(k+1)`` to ``10^-k``, k = 0 ... 6, is cut into ``2^(6-k)`` equal cells, twice as many without a
-    sign, and their middles are the values. With them come 0 and 1, and where there is a sign all but these negative too.
+    The decade from ``10^-(k+1)`` to ``10^-k``, k = 0 ... 6, is cut into ``2^(6-k)`` equal cells (twice as many without a
+    sign); their midpoints are values. So are 0 and 1. Signed codes have the negatives of the midpoints, too.
     """
     positive = []
     for k in range(7):
@@ -61,28 +61,28 @@ def code_values(signed: bool, device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def nearest_code(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return two tables by which the nearest of the code values is found without a search.
+    """Return two tables that give the nearest code of a value without a search.
 
-    The high 16 bits of a float32 in [-1, 1] leave two codes to choose from. The first table, uint8 ``[65536]``, holds the lower
-    of the two, by ``(bits >> 16) + 32768`` with the bits as int32; the second, float32 ``[256]``, where the next code begins.
+    The high 16 bits of a float32 in [-1, 1] narrow the choice to two neighbouring codes. The first table, uint8 ``[65536]``
+    and indexed by ``(bits >> 16) + 32768``, holds the lower code. The second, float32 ``[256]``, holds the threshold above
+    which the next code is nearer.
     """
     values = code_values(signed, torch.device("cpu"))
     middles = torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([torch.inf])])
     highs = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu") << 16
-    least = torch.where(highs < 0, highs | 0xFFFF, highs).view(
-        torch.float32
-    )  # the smallest number with these high bits
+    # The smallest number with these high bits.
+    least = torch.where(highs < 0, highs | 0xFFFF, highs).view(torch.float32)
     lower = torch.bucketize(least.nan_to_num(), middles[:-1])
     return lower.to(device, torch.uint8), middles.to(device)
 
 
-def quantise_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
-    """Write a matrix into codes and block maxima.
+def quantize_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+    """Quantize a matrix into codes and block maxima.
 
-    A second moment (without a sign) above 0 never becomes 0, but the smallest value there is: Adam divides by its root.
+    A positive second moment never becomes 0, because Adam divides by its root; it becomes the smallest code instead.
 
     Args:
-        x: Finite float32 ``[rows, n]``, contiguous; its memory is used up.
+        x: Finite float32 ``[rows, n]``, contiguous; overwritten.
         codes: Uint8 ``[rows, n]``.
         absmax: Float32 ``[rows, ceil(n / 256)]``.
         signed: Whether these are first moments.
@@ -100,8 +100,8 @@ def quantise_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     codes.copy_(found.view_as(codes))
 
 
-def dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """Return the float32 matrix ``[rows, n]`` that codes and block maxima stand for.
+def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """Return the float32 matrix ``[rows, n]`` of codes and block maxima.
 
     Args:
         codes: Uint8 ``[rows, n]``.
@@ -115,7 +115,7 @@ def dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
 
 def _blocks(x: Tensor, absmax: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return views ``[rows, k, b]`` of a matrix as blocks beside their maxima: full ones, and each row's shorter last one."""
+    """Return views ``[rows, blocks, b]`` of a matrix with their maxima: the full blocks, then each row's shorter last one."""
     whole = x.shape[1] // BLOCK
     parts = [(x[:, : whole * BLOCK].view(len(x), whole, BLOCK), absmax[:, :whole])] if whole else []
     if x.shape[1] % BLOCK:

@@ -1,8 +1,8 @@
-"""Gradient release: every layer is routed, moved and rid of its gradients inside backward, as soon as they are all there.
+"""``optimizer_in_backward``: every layer moves inside backward, as soon as its gradients are complete, and frees them.
 
-Autograd calls a hook when it has left the whole gradient of a parameter. Parameters that are not routed move at once; a routed
-layer moves when the gradients of all its parameters have come. ``step`` takes what has not moved by then (a layer of which
-only a part was used, gradients set by hand) and puts the decisions of all layers together.
+Autograd calls a hook when a parameter's gradient is complete. An ordinary parameter moves at once; a routed layer moves when all
+its parameters have their gradients. ``step`` then moves what is left (a layer of which only a part was used, gradients set by
+hand) and merges the outcomes.
 """
 
 from __future__ import annotations
@@ -10,197 +10,185 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from molf.layers.build import init_group
-from molf.numerics.bf16 import Noise
-from molf.numerics.distributed import Ranks
-from molf.optimizer.step import noise_of, take
-from molf.routing import Outcome, joined
-from molf.setup.checks import RELEASED, check_release
+from molf.errors import MolfError
+from molf.layers.build import init_group_
+from molf.numerics.context import StepContext
+from molf.optimizer.step import step_groups
+from molf.routing import Outcome, merge_outcomes
+from molf.setup.checks import NO_GRADIENTS_KEPT
 
-if TYPE_CHECKING:
-    from molf.optimizer import MoLF
-
-__all__ = ["Release", "retire_others"]
+__all__ = ["BackwardStep", "detach_others"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Step:
-    """What has happened since the last ``step``: whose gradients have come, and what became of what has moved, by number."""
+class _Pending:
+    """The step under way: its context, the parameters whose gradients are complete, and the outcomes by unit."""
 
-    ranks: Ranks
-    fused: bool
-    noise: Noise | None
-    arrived: set[Tensor] = field(default_factory=set)
+    context: StepContext
+    ready: set[Tensor] = field(default_factory=set)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
 
 class _Hook:
-    """What autograd calls; it keeps neither optimizer nor model alive, and does nothing once they are gone."""
+    """The callable that autograd holds. It does nothing once the optimizer is gone."""
 
-    def __init__(self, release: Release, number: int):
-        self.release, self._number = weakref.ref(release), number
+    def __init__(self, owner: BackwardStep, unit: int):
+        self.owner, self._unit = weakref.ref(owner), unit
 
     def __call__(self, p: Tensor) -> None:
-        release = self.release()
-        if release is not None:
-            release.arrive(self._number, p)
+        owner = self.owner()
+        if owner is not None:
+            owner.on_grad_ready(self._unit, p)
 
 
-class Release:
-    """The hooks of an optimizer on its parameters, and the step that is under way.
+class BackwardStep:
+    """The hooks of an optimizer on its parameters, and the step under way.
+
+    A unit is what moves at once: a routed layer, or one ordinary parameter.
 
     Args:
-        optimizer: With all its groups; it is not kept alive.
-        model: What it was made for, where that is known.
-
-    Raises:
-        ValueError: If its settings can't be had together with gradient release; the reason is given.
+        groups: All groups of the optimizer.
+        begin: Returns the context of a new step, with all groups and their state; a bound method, weakly referenced.
     """
 
-    def __init__(self, optimizer: MoLF, model: nn.Module | None):
-        self._optimizer = weakref.ref(optimizer)
-        self._step: _Step | None = None
-        self._retired = False
-        self._lock = threading.Lock()  # each device has a thread of its own in backward
-        self._parts: list[tuple[int, int | None]] = []
+    def __init__(self, groups: Sequence[dict[str, Any]], begin: Callable[[], StepContext]):
+        self._begin = weakref.WeakMethod(begin)
+        self._pending: _Pending | None = None
+        self._detached = False
+        self._lock = threading.Lock()  # in backward, every device has a thread of its own
+        self._units: list[tuple[int, int | None]] = []
         self._handles: list[Any] = []
-        check_release(optimizer.max_grad_norm, optimizer.ranks(), model)
-        for i in range(len(optimizer.param_groups)):
-            self.watch(i)
+        for i, group in enumerate(groups):
+            self.register_hooks(i, group)
         weakref.finalize(self, _remove, self._handles)
 
-    def watch(self, i: int) -> None:
-        """Put hooks on the parameters of the i-th group."""
-        group = self._owner.param_groups[i]
+    def register_hooks(self, i: int, group: dict[str, Any]) -> None:
+        """Register hooks on the parameters of the i-th group."""
         for j, p in enumerate(group["params"]):
-            if j == 0 or "module" not in group:  # a routed layer is one part, ordinary parameters are one each
-                self._parts.append((i, None if "module" in group else j))
-            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, len(self._parts) - 1)))
+            if j == 0 or "module" not in group:
+                self._units.append((i, None if "module" in group else j))
+            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, len(self._units) - 1)))
 
-    @property
-    def _owner(self) -> MoLF:
-        optimizer = self._optimizer()
-        assert optimizer is not None, "the optimizer holds this object, and hooks look first"
-        return optimizer
-
-    def arrive(self, number: int, p: Tensor) -> None:
-        """Take the gradient of a parameter, which belongs to that part of the optimizer, as it comes.
+    def on_grad_ready(self, unit: int, p: Tensor) -> None:
+        """Move the unit of a parameter if this was its last missing gradient.
 
         Raises:
-            RuntimeError: If it comes for the second time since the last step.
+            RuntimeError: If the gradient comes for the second time since the last step.
         """
-        if self._optimizer() is None:
+        begin = self._begin()
+        if begin is None:
             return
         with self._lock, torch.no_grad():
-            step = self._begun()
-            if p in step.arrived:
+            pending = self._pending = self._pending or _Pending(begin().with_noise())
+            if p in pending.ready:
                 raise RuntimeError(
-                    f"{RELEASED}gradients can't be accumulated, but one has come twice since the last optimizer.step(): call "
-                    "step() after every backward (gradient_accumulation_steps=1, a larger batch instead), and let no two "
-                    "segments of reentrant checkpointing share a weight; or use optimizer_in_backward=False"
+                    f"{NO_GRADIENTS_KEPT}gradients cannot be accumulated, but one came twice since the last optimizer.step(): "
+                    "call step() after every backward (gradient_accumulation_steps=1 and a larger batch instead), and let no "
+                    "two segments of reentrant checkpointing share a weight; or use optimizer_in_backward=False"
                 )
-            step.arrived.add(p)
-            group = self._group(number)
-            if all(q in step.arrived for q in group["params"]):
-                self._move(step, number, group)
+            pending.ready.add(p)
+            group = self._group(pending, unit)
+            if all(q in pending.ready for q in group["params"]):
+                _move(pending, unit, group)
 
-    def close(self, ranks: Ranks) -> Outcome:
-        """Take what has not moved yet, and return what the step did as a whole.
+    @property
+    def context(self) -> StepContext | None:
+        """The context of the step under way, None if no gradient is complete yet."""
+        return None if self._pending is None else self._pending.context
+
+    def finish(self, context: StepContext, grad_scale: Tensor | None) -> Outcome:
+        """Move what has not moved yet and return the outcome of the whole step.
+
+        Args:
+            context: Of this step.
+            grad_scale: A GradScaler's loss scale, which is refused.
 
         Raises:
+            MolfError: If the gradients were scaled.
             RuntimeError: If another optimizer has taken the model over, or gradients have come back.
-            ValueError: If the gradients were scaled.
         """
-        if self._retired:
+        if self._detached:
             raise RuntimeError(
-                "another MoLF was made for this model since, and gets its gradients: use that one, or make this one anew"
+                "another MoLF was built for this model since and receives its gradients: use that one, or build this one anew"
             )
-        if getattr(self._owner, "grad_scale", None) is not None:
-            raise ValueError(
-                f"{RELEASED}a GradScaler's loss scale can't be divided out first: train in bf16 or float32, or use "
+        if grad_scale is not None:
+            raise MolfError(
+                f"{NO_GRADIENTS_KEPT}a GradScaler's loss scale cannot be divided out first: train in bf16 or float32, or use "
                 "optimizer_in_backward=False"
             )
         with self._lock:
-            step = self._begun(ranks)
-            for number in range(len(self._parts)):
-                group = self._group(number)
+            pending = self._pending = self._pending or _Pending(context.with_noise())
+            for unit in range(len(self._units)):
+                group = self._group(pending, unit)
                 if all(p.grad is None for p in group["params"]):
                     continue
-                if number in step.outcomes:
+                if unit in pending.outcomes:
                     raise RuntimeError(
-                        f"{RELEASED}none may come back, but {_name(group)} has one after it has moved: something else sets "
-                        "gradients (DDP, a second backward that failed). Call zero_grad() before step() to go on without it"
+                        f"{NO_GRADIENTS_KEPT}none may come back, but {_name(group)} has one after it has moved: something else "
+                        "sets gradients (DDP, a second backward that failed). Call zero_grad() before step() to go on without it"
                     )
-                self._move(step, number, group)
-            self._step = None
-        if left_out := [number for number, outcome in step.outcomes.items() if outcome.taken is False]:
+                _move(pending, unit, group)
+            self._pending = None
+        skipped = [unit for unit, outcome in pending.outcomes.items() if outcome.taken is False]
+        if skipped:
             logger.warning(
-                "%d of %d layers and other parameters left out of a step, %s first: a gradient is not finite. Their weights and "
+                "Skipped %d of %d layers and other parameters, the first is %s: a gradient is not finite. Their weights and "
                 "moments are unchanged.",
-                len(left_out),
-                len(step.outcomes),
-                _name(self._group(left_out[0])),
+                len(skipped),
+                len(pending.outcomes),
+                _name(self._group(pending, skipped[0])),
             )
-        return joined([step.outcomes[number] for number in sorted(step.outcomes)])
+        return merge_outcomes([pending.outcomes[unit] for unit in sorted(pending.outcomes)])
 
-    def refuse_unfinished(self) -> None:
-        """Refuse to look at the state while layers have moved that ``step`` does not know of.
+    def check_finished(self) -> None:
+        """Check that no layer has moved since the last ``step``.
 
         Raises:
-            RuntimeError: Saying what to do.
+            RuntimeError: If one has: the state is then inconsistent.
         """
-        if self._step is not None:
-            raise RuntimeError("the state can be taken between steps only: call step() after backward first")
+        if self._pending is not None:
+            raise RuntimeError("the state is only consistent between steps: call step() after backward first")
 
-    def forget(self) -> None:
-        """Forget the step that was under way: another state is loaded."""
-        self._step = None
+    def reset(self) -> None:
+        """Discard the step under way, because another state is loaded."""
+        self._pending = None
 
-    def retire(self) -> None:
+    def detach(self) -> None:
         """Remove all hooks for good."""
         _remove(self._handles)
-        self._retired = True
+        self._detached = True
 
-    def _begun(self, ranks: Ranks | None = None) -> _Step:
-        """Return the step under way; the first gradient begins it."""
-        if self._step is None:
-            optimizer = self._owner
-            check_release(optimizer.max_grad_norm, ranks or optimizer.ranks())
-            ranks = ranks or optimizer.begin()
-            fused = optimizer.choose(ranks)
-            self._step = _Step(ranks, fused, None if fused else noise_of(optimizer, ranks))
-        return self._step
-
-    def _group(self, number: int) -> dict[str, Any]:
-        """Return a part as a group: a routed one, or an ordinary one with a single parameter."""
-        i, j = self._parts[number]
-        group = self._owner.param_groups[i]
+    def _group(self, pending: _Pending, unit: int) -> dict[str, Any]:
+        """Return a unit as a group: a routed one, or an ordinary one with a single parameter."""
+        i, j = self._units[unit]
+        group = pending.context.groups[i]
         return group if j is None else {**group, "params": [group["params"][j]]}
 
-    def _move(self, step: _Step, number: int, group: dict[str, Any]) -> None:
-        optimizer = self._owner
-        init_group(group, optimizer.state, optimizer.bf16_update == "split", optimizer.optim_bits)
-        step.outcomes[number] = take(optimizer, [group], step.ranks, step.fused, step.noise, number)
-        for p in group["params"]:
-            p.grad = None
+
+def _move(pending: _Pending, unit: int, group: dict[str, Any]) -> None:
+    context = pending.context
+    init_group_(group, context.state, not context.stochastic, context.optim_bits)
+    pending.outcomes[unit] = step_groups([group], context, unit)
+    for p in group["params"]:
+        p.grad = None
 
 
-def retire_others(groups: Sequence[dict[str, Any]], own: Release | None) -> None:
-    """Remove the hooks of optimizers that were made for these parameters before: there is one that moves them."""
+def detach_others(groups: Sequence[dict[str, Any]], own: BackwardStep | None) -> None:
+    """Remove the hooks of optimizers that were built for these parameters before: only one may move them."""
     for p in (p for group in groups for p in group["params"]):
         for hook in list((p._post_accumulate_grad_hooks or {}).values()):
-            other = hook.release() if isinstance(hook, _Hook) else None
+            other = hook.owner() if isinstance(hook, _Hook) else None
             if other is not None and other is not own:
-                other.retire()
+                other.detach()
 
 
 def _name(group: dict[str, Any]) -> str:

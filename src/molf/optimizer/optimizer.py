@@ -1,32 +1,40 @@
-"""``MoLF``, the optimizer: it carries state and order; the mathematics is in the modules around it."""
+"""``MoLF``, the optimizer: options, state and the order of a step. The mathematics is in the rooms below."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
+from molf.errors import MolfError
 from molf.kernels.checks import check_options as check_fused
-from molf.layers.build import init_states
-from molf.numerics.distributed import Ranks, agree_on_seeds, find_ranks
-from molf.numerics.resharding import Names
-from molf.optimizer.backward_step import Release, retire_others
+from molf.layers.base import RoutedLayer
+from molf.layers.build import init_group_, init_state_, routed_layer
+from molf.numerics.context import StepContext
+from molf.numerics.distributed import ParamNames, broadcast_seeds, find_ranks
+from molf.optimizer.backward_step import BackwardStep, detach_others
 from molf.optimizer.expert_views import Experts
-from molf.optimizer.kernel_choice import Choice
-from molf.optimizer.left_out import LeftOut
-from molf.optimizer.state_dict import check_compatible, restore_state, with_tuples
-from molf.optimizer.step import is_dry, take_whole
+from molf.optimizer.kernel_choice import KernelSelector
+from molf.optimizer.state_dict import SkippedSteps, check_compatible, restore_state, with_tuples
+from molf.optimizer.step import is_dry_run, step_all
 from molf.routing import Routing
 from molf.scores import Score, get_score
-from molf.setup.checks import RELEASED, check_given_groups, check_optim_bits, check_options, check_top_k
+from molf.setup.checks import (
+    NO_GRADIENTS_KEPT,
+    check_backward_step,
+    check_given_groups,
+    check_optim_bits,
+    check_options,
+    check_top_k,
+)
 from molf.setup.param_groups import param_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from molf.kernels.step import FusedStep
 
 __all__ = ["MoLF"]
 
@@ -38,13 +46,14 @@ _COPIED = (*_OPTIONS, "routing", "grad_norm")
 class MoLF(torch.optim.Optimizer):
     """Route every linear layer's update to full fine-tuning or to a LoRA expert, at every step.
 
-    Each targeted layer holds an ``fft`` expert (its weight and bias) and one LoRA expert per rank. At each step all
-    experts' Adam moments move; the ``top_k`` experts with the best score take the AdamW step, the others keep their
-    weights bit for bit (Tang et al. 2026). The model stays made of plain layers whose weights are the merged ones at all
-    times, so every checkpoint is an ordinary checkpoint. Everything else that trains takes plain AdamW.
+    Each targeted layer holds an ``fft`` expert (its weight and bias) and one LoRA expert per rank. At each step the Adam moments
+    of all experts are updated. The ``top_k`` experts with the best score take the AdamW step; the others keep their weights bit
+    for bit (Tang et al. 2026). The model stays made of plain layers whose weights are the merged ones at all times, so every
+    checkpoint is an ordinary checkpoint. Everything else that trains takes plain AdamW.
 
     Args:
-        model: The model, or the groups that ``molf.param_groups`` made of it. What is frozen in it now is not trained later.
+        model: The model, or the groups that ``molf.param_groups`` made of it. Parameters that are frozen now are not trained
+            later.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
         lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``.
@@ -53,33 +62,32 @@ class MoLF(torch.optim.Optimizer):
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
         lora_alpha: One number, or one for each rank.
-        use_rslora: Scale ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
         score: ``"epd"`` (default), ``"pfn"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
-        optim_bits: 32, or 8 to keep the moments of every large matrix that trains with full rank in 8 bits, block-wise, at a
-            quarter of the memory. Vectors, matrices below 4096 elements and LoRA pairs keep theirs in float32.
+        optim_bits: 32, or 8 for 8-bit block-wise moments of every large matrix that trains with full rank, at a quarter of the
+            memory. Vectors, matrices below 4096 elements and LoRA pairs keep float32 moments.
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
-            ``"stochastic"`` (rounding at random, no memory).
-        fused: Take the step by MoLF's own Triton kernels: a few launches for the whole model and no word to the host. They need
-            a CUDA device, float32 or bf16 weights and one of the paper's scores. None chooses at the first step: these kernels
-            where they can be used and, in a trial on small layers, take the step that PyTorch's take on this device; else
-            PyTorch's. True insists, and says what is wrong; False leaves them alone.
-        optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are there, and free them:
-            all gradients never exist at once. ``step`` then only closes the step. Not with ``max_grad_norm``, accumulation,
-            a loss scale, a closure or several ranks; a layer whose gradient is not finite is left out alone.
-        process_group: Ranks that train the same unsharded model (DDP), all of which take the first one's decisions; None for
-            all ranks there are. Sharded parameters (FSDP2) know their ranks.
+            ``"stochastic"`` (stochastic rounding, no memory).
+        fused: None: use the Triton kernels if they are supported here and a self-test matches PyTorch. True: insist on them,
+            with an error that says why they cannot be used. False: never. They need CUDA, float32 or bf16 weights and one of
+            the paper's scores, launch a few kernels for the whole model and never sync.
+        optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are complete, and free them:
+            all gradients never exist at once. ``step`` then only completes the step. Not with ``max_grad_norm``, accumulation,
+            a loss scale, a closure or several ranks; a layer whose gradient is not finite is skipped alone.
+        process_group: Ranks that train the same unsharded model (DDP) and take rank 0's decisions; None for all. Sharded
+            parameters (FSDP2) know their ranks.
 
     Attributes:
         routing: The last step's decision, a ``molf.Routing``; None before the first step. A fused step leaves it on the device.
-        grad_norm: Norm of all gradients at the last step before clipping, 0-dim; with LoRA gradients if ``max_grad_norm``.
+        grad_norm: Norm of all gradients at the last step before clipping, 0-dim; includes LoRA gradients if ``max_grad_norm``.
         experts: Live views, ``optimizer.experts[module][expert]``.
 
     Raises:
-        ValueError, TypeError: For anything that can't work, at construction.
+        MolfError, TypeError: For an option that cannot work, at construction.
     """
 
     # GradScaler then hands scale and overflow flag to ``step`` instead of skipping it unseen.
@@ -134,117 +142,158 @@ class MoLF(torch.optim.Optimizer):
         self.optimizer_in_backward = optimizer_in_backward
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
-        self._release: Release | None = None
+        self._backward_step: BackwardStep | None = None
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
         super().__init__(groups, defaults)
         self._start(model if isinstance(model, nn.Module) else None, process_group)
 
     def _start(self, model: nn.Module | None = None, process_group: ProcessGroup | None = None) -> None:
-        """Begin with what a copy of an optimizer does not take over from its original."""
-        self.kernels: dict[int, FusedStep] = {}  # by the part of the groups that they take the step of
-        self._choice = Choice()
-        self._left_out = LeftOut()
+        """Create what a copy of an optimizer does not take over from its original."""
+        self._fused_steps: dict[int, Any] = {}
+        self._kernels = KernelSelector()
+        self._skipped_steps = SkippedSteps()
         self._process_group = process_group
-        self._names = None if model is None else Names(model, self.param_groups)
-        self._agreed = False
-        self._release = Release(self, model) if self.optimizer_in_backward else None
-        retire_others(self.param_groups, self._release)
+        self._names = None if model is None else ParamNames(model, self.param_groups)
+        self._seeds_are_shared = False
+        if self.optimizer_in_backward:
+            check_backward_step(self.max_grad_norm, find_ranks(self.param_groups, process_group), model)
+            self._backward_step = BackwardStep(self.param_groups, self._begin)
+        else:
+            self._backward_step = None
+        detach_others(self.param_groups, self._backward_step)
 
     @property
     def experts(self) -> Experts:
         """Live views of all experts by module and expert name."""
-        return Experts(self)
+        return Experts(self._modules, self._layer)
 
     @property
     def fused_in_use(self) -> bool | None:
-        """Whether MoLF's own kernels take the steps, by ``fused`` or by choice; None before the first step."""
-        return self._choice.made
+        """Whether the Triton kernels take the steps, by ``fused`` or by choice; None before the first step."""
+        return self._kernels.enabled
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because of a non-finite gradient, or with ``optimizer_in_backward`` parts of them.
+        """Number of steps skipped because of a non-finite gradient; with ``optimizer_in_backward`` also those skipped in part.
 
-        After fused steps, asking waits for the device.
+        Syncs after fused steps.
         """
-        return self._left_out.fetch(self.param_groups)
+        return self._skipped_steps.flush(self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # host-side bookkeeping; a compiled step would break on its guards
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Decide, then move the winners.
 
-        A step with a non-finite gradient is left out whole (moments too), counted in ``skipped_steps`` and logged. With
-        ``optimizer_in_backward`` all this has been done layer by layer, and what is left is done now.
+        A step with a non-finite gradient is skipped whole (moments too), counted in ``skipped_steps`` and logged. With
+        ``optimizer_in_backward`` the layers have moved in backward, and this completes the step.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
+
+        Raises:
+            MolfError: If an option of this step cannot work.
         """
         loss = None
-        if closure is not None and self._release is not None:
-            raise ValueError(f"{RELEASED}step() takes no closure: call backward, then step()")
+        if closure is not None and self._backward_step is not None:
+            raise MolfError(f"{NO_GRADIENTS_KEPT}step() takes no closure: call backward, then step()")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         fresh = not any(self.state.values())
-        ranks = self.begin()
-        if fresh and is_dry(self, ranks):
+        context = (self._backward_step and self._backward_step.context) or self._begin()
+        if fresh and is_dry_run(context):
             return loss
-        outcome = take_whole(self, ranks) if self._release is None else self._release.close(ranks)
+        if self._backward_step is None:
+            outcome = step_all(context)
+        else:
+            outcome = self._backward_step.finish(context, getattr(self, "grad_scale", None))
         self.grad_norm = outcome.norm
         if outcome.routing is not None:
             self.routing = outcome.routing
-        self._left_out.note(outcome.taken, self.param_groups)
+        self._skipped_steps.record(outcome.taken, self.param_groups)
         return loss
 
-    def ranks(self) -> Ranks:
-        """Return the ranks that train together; if the model was sharded since, its new parameters are looked up first."""
+    def _begin(self) -> StepContext:
+        """Return the context of a new step, with all missing state created."""
         if self._names is not None:
-            self._names.follow(self.param_groups)
-        return find_ranks(self.param_groups, self._process_group)
+            self._names.refresh(self.param_groups)
+        ranks = find_ranks(self.param_groups, self._process_group)
+        if self.optimizer_in_backward:
+            check_backward_step(self.max_grad_norm, ranks)
+        if not self._seeds_are_shared:
+            broadcast_seeds(self.param_groups, self.state, ranks)
+            self._seeds_are_shared = True
+        init_state_(self.param_groups, self.state, self.bf16_update == "split", self.optim_bits)
+        context = StepContext(
+            groups=self.param_groups,
+            state=self.state,
+            ranks=ranks,
+            score=self.score,
+            top_k=self.top_k,
+            max_grad_norm=self.max_grad_norm,
+            stochastic=self.bf16_update == "stochastic",
+            optim_bits=self.optim_bits,
+            fused_required=self.fused is True,
+            fused_steps=self._fused_steps,
+            # A GradScaler sets these two before it calls step().
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        return replace(context, fused=self._kernels.select(context, self.fused))
 
-    def choose(self, ranks: Ranks) -> bool:
-        """Return whether MoLF's own kernels are to take the next step."""
-        return self._choice.make(self, ranks)
+    def _modules(self) -> list[str]:
+        return [group["module"] for group in self.param_groups if "module" in group]
 
-    def begin(self) -> Ranks:
-        """Make everything ready for a step, and return the ranks that take it together."""
-        ranks = self.ranks()
-        if not self._agreed:
-            agree_on_seeds(self.param_groups, self.state, ranks)
-            self._agreed = True
-        init_states(self.param_groups, self.state, self.bf16_update == "split", self.optim_bits)
-        return ranks
+    def _layer(self, module: str) -> RoutedLayer:
+        """Return the routed layer of a module with its state created.
+
+        Raises:
+            KeyError: If no such module is routed.
+        """
+        if self._names is not None:
+            self._names.refresh(self.param_groups)
+        for group in self.param_groups:
+            if group.get("module") == module:
+                keep_low = self.bf16_update == "split"
+                init_group_(group, self.state, keep_low, self.optim_bits)
+                ranks = find_ranks(self.param_groups, self._process_group)
+                context = StepContext(self.param_groups, self.state, ranks, self.score, stochastic=not keep_low)
+                return routed_layer(group, self.state, context.with_noise().noise)
+        names = self._modules()
+        raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the count of steps left out up to date.
+        """Return the state, with the count of skipped steps up to date.
 
         Raises:
             RuntimeError: Inside a step: after a backward that has moved layers, before ``step``.
         """
         self._check_between_steps()
-        self._left_out.fetch(self.param_groups)
+        self._skipped_steps.flush(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly, in the dtypes it was saved in.
 
         Raises:
-            ValueError: If it belongs to other modules, ranks or shapes; the differing names are given.
+            MolfError: If it belongs to other modules, ranks or shapes; the message names the difference.
         """
         saved: dict[str, Any] = {}
 
         def set_aside(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             saved.update(with_tuples(given))
             check_compatible(self.param_groups, saved, self.optim_bits)
-            if self._release is not None:
-                self._release.forget()
-            self._left_out.fetch(self.param_groups)  # what is still on the device is not of the state that comes
+            if self._backward_step is not None:
+                self._backward_step.reset()
+            self._skipped_steps.flush(self.param_groups)  # counts on the device belong to the old state
             return {**saved, "state": {}}
 
-        # After the hooks of others that come before loading, and before those that come after it.
+        # Between other users' pre-hooks and their post-hooks.
         before = self.register_load_state_dict_pre_hook(set_aside)
         after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved), prepend=True)
         try:
@@ -256,19 +305,19 @@ class MoLF(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters."""
         super().add_param_group(param_group)
-        if self._release is not None:
-            self._release.watch(len(self.param_groups) - 1)
+        if self._backward_step is not None:
+            self._backward_step.register_hooks(len(self.param_groups) - 1, self.param_groups[-1])
 
     def _check_between_steps(self) -> None:
-        if self._release is not None:
-            self._release.refuse_unfinished()
+        if self._backward_step is not None:
+            self._backward_step.check_finished()
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_between_steps()
-        self._left_out.fetch(self.param_groups)
+        self._skipped_steps.flush(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "optimizer_in_backward" in state:  # a copy of an optimizer, and not a state that is loaded
+        if "optimizer_in_backward" in state:  # a copy of an optimizer, not a state that is loaded
             self._start()

@@ -1,25 +1,27 @@
-"""Loading optimizer state: refuse what does not fit, and keep every dtype as it was saved."""
+"""Optimizer state on disk: check that a loaded one fits, keep its dtypes, and count skipped steps in the groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molf.layers.base import in_8_bits
+from molf.errors import MolfError
+from molf.layers.base import quantized_params
 from molf.numerics.bf16 import master_dtype
-from molf.numerics.distributed import is_sharded, sharded_like
+from molf.numerics.distributed import is_sharded, shard_like
 
-__all__ = ["check_compatible", "restore_state", "with_tuples"]
+__all__ = ["SkippedSteps", "check_compatible", "restore_state", "with_tuples"]
 
-# Entries that every rank holds whole: A and its moments.
-_WHOLE = (".A", ".A.exp_avg", ".A.exp_avg_sq")
+# Entries that are replicated under sharding: A and its moments.
+_REPLICATED = (".A", ".A.exp_avg", ".A.exp_avg_sq")
 _TAGS = ("module", "form", "ranks", "experts", "scales")
 
 
 def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state whose groups have tuples again where one that was sent from rank to rank has lists."""
+    """Return the state with tuples in its groups: sending it from rank to rank has turned them into lists."""
     groups = [
         {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
         for group in state_dict["param_groups"]
@@ -28,22 +30,22 @@ def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], optim_bits: int) -> None:
-    """Refuse a state of another model, of other experts, or of moments kept in another way.
+    """Check that a state belongs to this model, these experts and this precision.
 
     Args:
-        groups: The optimizer's.
-        state_dict: What is to be loaded.
+        groups: The optimizer's groups.
+        state_dict: The state to load.
         optim_bits: The optimizer's.
 
     Raises:
-        ValueError: Naming what differs.
+        MolfError: If it does not; the message names the difference.
     """
     saved = state_dict["param_groups"]
     here, there = ([group["module"] for group in side if "module" in group] for side in (groups, saved))
     if here != there:
         missing, extra = sorted(set(here) - set(there)), sorted(set(there) - set(here))
-        raise ValueError(
-            f"this optimizer state is of another model: it has {len(there)} routed modules, this optimizer has {len(here)}; "
+        raise MolfError(
+            f"this optimizer state belongs to another model: it has {len(there)} routed modules, this optimizer has {len(here)}; "
             + (
                 f"missing in the state: {missing[:5] or 'none'}, unknown here: {extra[:5] or 'none'}"
                 if missing or extra
@@ -53,52 +55,80 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], o
     for own, other in zip(groups, saved, strict=False):
         for tag in _TAGS:
             if own.get(tag) != other.get(tag):
-                raise ValueError(
-                    f"this optimizer state is of other experts: {own.get('module')} has {tag}={other.get(tag)} in the state and "
-                    f"{tag}={own.get(tag)} here; construct MoLF with the values of the saved run"
+                raise MolfError(
+                    f"this optimizer state belongs to other experts: {own.get('module')} has {tag}={other.get(tag)} in the state "
+                    f"and {tag}={own.get(tag)} here; construct MoLF with the values of the saved run"
                 )
     for own, other in zip(groups, saved, strict=False):
-        for p, packed, key in zip(own["params"], in_8_bits(own, optim_bits), other["params"], strict=False):
-            _check_tensors(own.get("module", "an ordinary parameter"), p, packed, state_dict["state"].get(key, {}))
+        for p, quantized, key in zip(own["params"], quantized_params(own, optim_bits), other["params"], strict=False):
+            _check_tensors(own.get("module", "an ordinary parameter"), p, quantized, state_dict["state"].get(key, {}))
 
 
-def _check_tensors(where: str, p: Tensor, packed: bool, saved: dict[str, Any]) -> None:
+def _check_tensors(where: str, p: Tensor, quantized: bool, saved: dict[str, Any]) -> None:
     if "exp_avg" not in saved:
         return
     shape, dtype = saved["exp_avg"].shape, saved["exp_avg"].dtype
     if shape != p.shape:
-        raise ValueError(
+        raise MolfError(
             f"this optimizer state does not fit: {where} is {list(p.shape)} here and {list(shape)} in the state"
         )
-    if packed != (dtype == torch.uint8):
-        saved_bits, ours = (32, 8) if packed else (8, 32)
-        raise ValueError(
-            f"this optimizer state is of another precision: {where} has moments of {saved_bits} bits in the state and of "
+    if quantized != (dtype == torch.uint8):
+        saved_bits, ours = (32, 8) if quantized else (8, 32)
+        raise MolfError(
+            f"this optimizer state has another precision: {where} has moments of {saved_bits} bits in the state and of "
             f"{ours} bits here; construct MoLF with optim_bits={saved_bits}, as the saved run did"
         )
     if dtype not in (master_dtype(p.dtype), torch.uint8) or ("low" in saved and p.dtype != torch.bfloat16):
         theirs = "bfloat16 weights with low parts" if "low" in saved else f"{dtype} moments"
-        raise ValueError(
-            f"this optimizer state is of another precision: {where} has {theirs} in the state, and its weights are {p.dtype} "
+        raise MolfError(
+            f"this optimizer state has another precision: {where} has {theirs} in the state, and its weights are {p.dtype} "
             "here; load the model in the dtype of the saved run"
         )
 
 
 def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the saved tensors into an optimizer without state, in their own dtypes.
+    """Copy saved tensors into an optimizer without state, in their own dtypes.
 
-    ``Optimizer.load_state_dict`` would cast them to the parameter's dtype: float32 moments of a bf16 weight would come back as
-    bf16, and 8-bit ones would take four times their memory meanwhile. What is given whole and belongs to a sharded parameter is
-    sharded.
+    ``Optimizer.load_state_dict`` would cast them to the parameter's dtype: float32 moments of a bf16 weight would become bf16,
+    and 8-bit moments would need four times their memory meanwhile. Whole tensors of sharded parameters are sharded.
     """
     saved = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for key, p in zip(keys, params, strict=True):
         for name, value in saved.get(key, {}).items():
-            if value.ndim == 0:  # a count, which lives on the host
+            if value.ndim == 0:  # counts live on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue
             here = value.detach().to(p.device, copy=True)
-            whole = name.endswith(_WHOLE) or not is_sharded(p)
-            optimizer.state[p][name] = here if whole else sharded_like(here, p)
+            whole = name.endswith(_REPLICATED) or not is_sharded(p)
+            optimizer.state[p][name] = here if whole else shard_like(here, p)
+
+
+class SkippedSteps:
+    """Counts skipped steps in the groups, where checkpoints keep them; counts of fused steps stay on the device until read."""
+
+    def __init__(self) -> None:
+        self._on_device: Tensor | None = None
+
+    def record(self, taken: bool | Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        """Count a step that was not taken. ``taken`` is a 0-dim tensor after a fused step."""
+        if isinstance(taken, Tensor):
+            if self._on_device is None or self._on_device.device != taken.device:
+                self.flush(groups)
+                self._on_device = torch.zeros((), dtype=torch.int64, device=taken.device)
+            self._on_device += taken.logical_not()  # in place: a CUDA graph that holds this step keeps counting
+        elif not taken:
+            _add(groups, 1)
+
+    def flush(self, groups: Sequence[dict[str, Any]]) -> int:
+        """Add the device's count to the groups and return the total. May sync."""
+        if self._on_device is not None:
+            _add(groups, int(self._on_device))
+            self._on_device.zero_()
+        return int(groups[0]["skipped_steps"])
+
+
+def _add(groups: Sequence[dict[str, Any]], steps: int) -> None:
+    for group in groups:
+        group["skipped_steps"] += steps

@@ -1,74 +1,200 @@
-"""The step by PyTorch's own kernels: prepare the gradients, route the layers, move what is not routed."""
+"""The step by PyTorch's kernels: prepare the gradients, score all experts, decide, move the winners.
+
+Letters: M routed layers, E experts. Layers are processed in chunks, so that temporaries (LoRA gradients, float32 copies) stay
+bounded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from molf.layers.base import RoutedLayer
-from molf.numerics.adamw import Rates, Slot, adamw_
-from molf.numerics.bf16 import Noise
-from molf.numerics.distributed import Ranks
-from molf.numerics.gradients import prepare_gradients
-from molf.optimizer.router import route
-from molf.routing import Outcome
-from molf.scores import Score
+from molf.numerics.adamw import (
+    Rates,
+    TensorState,
+    Workspace,
+    adamw_,
+    adamw_update_,
+    requantize_moments_,
+    update_moments_and_score_,
+)
+from molf.numerics.bf16 import master_dtype
+from molf.numerics.context import StepContext
+from molf.numerics.distributed import is_sharded, local
+from molf.numerics.gradients import check_dense, norm_over_shards, total_norm
+from molf.routing import Outcome, Routing, choose
 
-__all__ = ["PlainStep"]
+__all__ = ["prepare_gradients", "route", "torch_step"]
+
+# Weight elements whose layers share launches on an accelerator. A CPU takes layer by layer while a layer is in the cache.
+_CHUNK = 1 << 26
 
 
-class PlainStep:
-    """A step of given layers and ordinary parameters.
+def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext) -> Outcome:
+    """Take the step, or skip it whole if a gradient is not finite.
 
     Args:
-        score: What ranks the experts of a layer.
-        top_k: How many of them move.
-        max_norm: Largest norm of all experts' gradients together to let through, None for any.
+        layers: The M routed layers that have gradients, all with the same experts.
+        ordinary: Groups of parameters that take plain AdamW.
+        context: Of this step.
     """
-
-    def __init__(self, score: Score, top_k: int, max_norm: float | None):
-        self._score, self._top_k, self._max_norm = score, top_k, max_norm
-
-    def take(
-        self,
-        layers: Sequence[RoutedLayer],
-        ordinary: Sequence[dict[str, Any]],
-        state: dict[Any, dict[str, Any]],
-        scale: Tensor | None,
-        overflow: Tensor | None,
-        ranks: Ranks,
-        noise: Noise | None,
-    ) -> Outcome:
-        """Take the step, or leave it out whole if a gradient is not finite.
-
-        Args:
-            layers: The routed layers that have gradients, all with the same experts.
-            ordinary: Groups of parameters that take plain AdamW.
-            state: The optimizer's, with the entries of all of them.
-            scale: The loss scale to divide gradients by, from a GradScaler, or None.
-            overflow: Not 0 if the GradScaler found a gradient that is not finite, or None.
-            ranks: Those that train the model together.
-            noise: For stochastic rounding, None where low parts are kept.
-        """
-        dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
-        dense += [grad for layer in layers for grad in layer.gradients()]
-        norm = prepare_gradients(dense, layers, self._max_norm, scale, overflow, ranks)
-        if overflow or not norm.isfinite():
-            return Outcome(None, norm, taken=False)
-        routing = route(layers, self._score, self._top_k, noise, ranks) if layers else None
-        for group in ordinary:
-            _adamw(group, state, noise)
-        return Outcome(routing, norm, taken=True)
+    dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
+    dense += [grad for layer in layers for grad in layer.gradients()]
+    norm = prepare_gradients(dense, layers, context)
+    if context.found_inf or not norm.isfinite():
+        return Outcome(None, norm, taken=False)
+    routing = route(layers, context) if layers else None
+    for group in ordinary:
+        _adamw(group, context)
+    return Outcome(routing, norm, taken=True)
 
 
-def _adamw(group: dict[str, Any], state: dict[Any, dict[str, Any]], noise: Noise | None) -> None:
-    by_step: dict[float, list[Slot]] = {}
+def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
+    """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
+
+    The norm is not finite if a gradient is not. Clipping counts the gradients of all experts, ``dW``, ``dA`` and ``dB``: in
+    the merged form nobody outside can see the LoRA ones. Without clipping the norm is that of the dense gradients.
+
+    Args:
+        dense: Gradients that backward left on parameters.
+        layers: The routed layers; with shards, their gradients of A are summed over the ranks here.
+        context: Of this step.
+
+    Raises:
+        MolfError: If a gradient is sparse.
+    """
+    check_dense(dense)
+    if not dense:
+        return torch.zeros(())
+    parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
+    if context.grad_scale is not None:
+        torch._foreach_mul_(parts, context.grad_scale.double().reciprocal())
+    sharded = context.ranks.shards is not None
+    norm = _reduce_over_shards(dense, layers, context) if sharded else total_norm(parts)
+    if max_norm is None or not norm.isfinite():
+        return norm
+    lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
+    if not sharded:
+        norm = total_norm([*parts, *lora])
+    torch._foreach_mul_([*parts, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
+    """Sum the gradients of A over the shards and return the norm of all gradients, in one all-reduce."""
+    ranks = context.ranks
+    sizes = [layer.reduced_numel for layer in layers]
+    device, dtype = dense[0].device, master_dtype(dense[0].dtype)
+    flat = torch.zeros(sum(sizes) + ranks.shard_count, device=device, dtype=dtype)
+    *outs, norms = torch.split(flat, [*sizes, ranks.shard_count])
+    for layer, out in zip(layers, outs, strict=True):
+        layer.write_grads_into(out)
+    clipped = context.max_grad_norm is not None
+    lora = [x for layer in layers for x in layer.derived_tensors()] if clipped else []
+    parts = [(local(grad), is_sharded(grad)) for grad in dense]
+    parts += [(x.grad, is_sharded(x.param)) for x in lora if x.grad is not None]
+    own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
+    return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks)
+
+
+def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
+    """Take the step of all routed layers and return the decision.
+
+    Args:
+        layers: The M layers that have a gradient, at least one; all with the same E experts.
+        context: Of this step. Scores are summed over its shards; all ranks take the leader's decision.
+    """
+    workspace = Workspace()
+    total, n = _score_experts(layers, context, workspace)
+    lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
+    scores = context.score.finish(total=total, n=n, lr=lr)
+    decision = choose(scores, context.top_k)
+    chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
+    winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
+    for chunk in _chunks(layers):
+        _move_winners(chunk, [next(winners) for _ in chunk], context, workspace)
+    return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
+
+
+def _score_experts(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """Update all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
+    shape = (len(layers), len(layers[0].experts))
+    sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    sums: list[Tensor] = []
+    owners: list[tuple[int, int]] = []
+    sharded: list[bool] = []
+    first = 0
+    for chunk in _chunks(layers):
+        for layer in chunk:
+            layer.count_step()
+        # Expert by expert: the weight's gradient is still in the cache when the LoRA gradients are computed from it.
+        for e in range(shape[1]):
+            tensors: list[TensorState] = []
+            for m, layer in enumerate(chunk, start=first):
+                own = layer.tensors(e)
+                tensors += own
+                owners += [(m, e)] * len(own)
+                sharded += [is_sharded(x.param) for x in own]
+                sizes[m, e] = sum(x.param.numel() for x in own)
+            group = chunk[0].group
+            sums += update_moments_and_score_(tensors, group["betas"], group["eps"], context.score, workspace)
+        for layer in chunk:
+            layer.drop_grads()
+        first += len(chunk)
+    # The step's only sync. Host tensors name their device, because the default device may be another one.
+    parts = torch.stack([part.to(sums[0].device) for part in sums])
+    on_host = context.ranks.sum_parts(parts, sharded).cpu().double()
+    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    total.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
+    return total, sizes
+
+
+def _move_winners(
+    layers: Sequence[RoutedLayer], winners: Sequence[Sequence[int]], context: StepContext, workspace: Workspace
+) -> None:
+    work: dict[Rates, list[TensorState]] = {}
+    for layer, won in zip(layers, winners, strict=True):
+        for rates, tensor in layer.begin_update(won):
+            work.setdefault(rates, []).append(tensor)
+    for rates, tensors in work.items():
+        adamw_update_(tensors, rates, workspace, context.noise)
+    lost = [
+        tensor
+        for layer, won in zip(layers, winners, strict=True)
+        for i in range(len(layer.experts))
+        for tensor in layer.tensors(i)
+        if i not in won and tensor.is_quantized
+    ]
+    requantize_moments_(lost, layers[0].group["betas"], layers[0].group["eps"], workspace)
+    for layer in layers:
+        layer.finish_update()
+
+
+def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
+    """Yield runs of layers that share launches; within a run ``betas`` and ``eps`` are equal."""
+    chunk: list[RoutedLayer] = []
+    for layer in layers:
+        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
+        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
+            yield chunk
+            chunk = []
+        chunk.append(layer)
+    yield chunk
+
+
+def _adamw(group: dict[str, Any], context: StepContext) -> None:
+    """Take AdamW's step of an ordinary group; parameters may have missed steps, so they are batched by step count."""
+    by_step: dict[float, list[TensorState]] = {}
     for p in group["params"]:
         if p.grad is not None:
-            own = state[p]
-            own["step"] += 1
-            by_step.setdefault(float(own["step"]), []).append(Slot.of(p, own))
-    for step, slots in by_step.items():
-        adamw_(slots, Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step), noise)
+            entries = context.state[p]
+            entries["step"] += 1
+            by_step.setdefault(float(entries["step"]), []).append(TensorState.of(p, entries))
+    for step, tensors in by_step.items():
+        rates = Rates(float(group["lr"]), group["weight_decay"], group["betas"], group["eps"], step)
+        adamw_(tensors, rates, context.noise)

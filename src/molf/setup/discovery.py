@@ -1,4 +1,4 @@
-"""Which layers of a model can be routed, found by name, and clear words where one cannot."""
+"""Find the layers of a model that can be routed, by name, and explain why one cannot be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-__all__ = ["check_rank", "module_names", "refuse_tied", "routed_linears"]
+from molf.errors import MolfError
+
+__all__ = ["check_rank", "module_names", "check_not_tied", "routed_linears"]
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -17,10 +19,10 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 def routed_linears(
     model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str]
 ) -> dict[str, nn.Linear]:
-    """Return the layers to route, by name, in the model's order: targeted, not excluded, with a trainable weight.
+    """Return the layers to route by name, in model order: targeted, not excluded, with a trainable weight.
 
     Raises:
-        ValueError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
+        MolfError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
             floating point or shared with another module.
     """
     modules = module_names(model)
@@ -34,7 +36,7 @@ def routed_linears(
         if not wanted or _matches(name, exclude_modules):
             continue
         if not isinstance(module, nn.Linear):
-            raise ValueError(
+            raise MolfError(
                 f"target_modules={target_modules!r} matches {name}, a {type(module).__name__}: only nn.Linear layers can be "
                 "routed; name them more exactly or exclude this one"
             )
@@ -42,13 +44,13 @@ def routed_linears(
         matched[name] = module
     linears = {name: linear for name, linear in matched.items() if linear.weight.requires_grad}
     if not linears:
-        raise ValueError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
-    refuse_tied(modules, linears)
+        raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
+    check_not_tied(modules, linears)
     return linears
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by the names they have in the plain model: no wrapper of torch, and none of PEFT, shows."""
+    """Return all modules by their names in the plain model, without the name parts that torch and PEFT wrappers add."""
     names = {_WRAPPERS.sub("", n).lstrip("."): module for n, module in _unwrapped(model).named_modules()}
     return {n.removeprefix("base_model.model.") if hasattr(model, "peft_config") else n: m for n, m in names.items()}
 
@@ -91,8 +93,8 @@ def _nothing_to_route(
     linear = _last_parts(modules, "Linear")
     if transposed := _last_parts(modules, "Conv1D"):  # of transformers: GPT-2's
         return (
-            f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] can't be routed in the merged "
-            "form: train them with adapters as experts, molf.add_lora_experts(model, freeze_base=False), or "
+            f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] cannot be routed in the merged "
+            "form: use adapters as experts, molf.add_lora_experts(model, freeze_base=False), or "
             "molf.add_lora_experts(model) with a frozen base"
         )
     if not linear:
@@ -112,7 +114,7 @@ def _nothing_to_route(
 
 
 def _last_parts(modules: dict[str, nn.Module], kind: str) -> list[str]:
-    """Return the last parts of the names of all modules of a kind, or of one that derives from it."""
+    """Return the last name parts of all modules whose class, or a base of it, has a name."""
     return sorted(
         {
             name.rsplit(".", 1)[-1]
@@ -122,15 +124,15 @@ def _last_parts(modules: dict[str, nn.Module], kind: str) -> list[str]:
     )
 
 
-def refuse_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight or bias belongs to another module too.
+def check_not_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
+    """Check that no layer shares its weight or bias with another module.
 
     Args:
         modules: All modules by name.
-        linears: The layers to be routed by name.
+        linears: The layers to route by name.
 
     Raises:
-        ValueError: Naming all that share it.
+        MolfError: If one does.
     """
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -140,7 +142,7 @@ def refuse_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Modul
         for key, p in linear.named_parameters(recurse=False):
             shared = owners[id(p)]
             if len(shared) > 1:
-                raise ValueError(
+                raise MolfError(
                     f"the {key} of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; add "
                     f"{name!r} to exclude_modules"
                 )
@@ -149,31 +151,31 @@ def refuse_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Modul
 def _check_weight(name: str, linear: nn.Linear) -> None:
     weight = linear.weight
     if "weight" not in dict(linear.named_parameters(recurse=False)):
-        raise ValueError(
+        raise MolfError(
             f"the weight of {name} is parametrized (weight norm or the like), so it is no parameter that could be updated: "
             "remove the parametrization or exclude the layer (exclude_modules)"
         )
     if not weight.is_floating_point():
-        raise ValueError(
-            f"the weight of {name} is {weight.dtype}, not floating point: a quantised base can't be trained; exclude the "
+        raise MolfError(
+            f"the weight of {name} is {weight.dtype}, not floating point: a quantised base cannot be trained; exclude the "
             "layer, or keep the base frozen and train LoRA experts only: molf.add_lora_experts(model)"
         )
     if weight.ndim != 2:
-        raise ValueError(
+        raise MolfError(
             f"the weight of {name} has shape {list(weight.shape)}: only 2-D weights [out, in] can be routed"
         )
 
 
 def check_rank(name: str, linear: nn.Linear, ranks: Sequence[int]) -> None:
-    """Refuse ranks that a layer's weight ``[out, in]`` cannot have.
+    """Check that no rank exceeds ``max(out, in)`` of a layer's weight ``[out, in]``.
 
     Raises:
-        ValueError: If a rank is above ``max(out, in)``.
+        MolfError: If one does.
     """
     weight = linear.weight
     too_large = [r for r in ranks if r > max(weight.shape)]
     if too_large:
-        raise ValueError(
+        raise MolfError(
             f"ranks={tuple(ranks)} exceeds the smallest routed layer, {name} {list(weight.shape)}; use r <= "
             f"{max(weight.shape)} or exclude it (exclude_modules)"
         )

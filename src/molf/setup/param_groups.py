@@ -1,8 +1,8 @@
 """From a model to flat, plain parameter groups: ordinary ones first, then one per routed layer.
 
-A routed group holds the layer's parameters (weight and bias, and those of PEFT adapters in the branched form) and scalars:
-the module's name, the form, the experts' names, ranks and scales, the ratio of the LoRA rate to ``lr`` and a seed for the
-LoRA start. So schedulers, checkpoints and sharding tools can treat it like any other group.
+A routed group holds the layer's parameters (weight and bias, and those of PEFT adapters in the branched form) and scalars: module
+name, form, names, ranks and scales of the experts, the ratio of the LoRA rate to ``lr``, and a seed for the LoRA initialisation.
+Schedulers, checkpoints and sharding tools treat it like any other group.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from molf.errors import MolfError
 from molf.setup.discovery import check_rank, routed_linears
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
@@ -50,15 +51,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Build the parameter groups of a model for ``MoLF``: merged experts for a plain model, its adapters for a PEFT model.
 
-    Every trainable parameter lands in exactly one group. Linear layers that are targeted and whose weight requires a
-    gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases)
-    without. The LoRA start depends on torch's seed and the module order only; no random number is drawn here.
+    Every trainable parameter is in exactly one group. Targeted linear layers whose weight requires a gradient get a group each;
+    the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases) without. The LoRA initialisation
+    depends on torch's seed and the module order only; no random number is drawn here.
 
     Args:
-        model: Any module; wrappers of torch.compile and DDP are looked through. A PEFT model's active LoRA adapters are its
+        model: Any module; torch.compile and DDP wrappers are transparent. A PEFT model's active LoRA adapters are its
             experts, and so is the base weight where it requires a gradient (branched form).
-        ranks: Rank of each LoRA expert beside ``fft``; None means ``(128,)``, ``()`` means none. This and the other
-            options of LoRA are for plain models.
+        ranks: Rank of each LoRA expert beside ``fft``; None means ``(128,)``, ``()`` means none. The LoRA options are for
+            plain models only.
         lr: Learning rate of ``fft`` experts and of everything that is not routed.
         lora_lr: Learning rate of the LoRA experts, None for ``lr``. Kept as a ratio to ``lr``, so it follows its schedule.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
@@ -66,10 +67,10 @@ def param_groups(
         lora_alpha: LoRA's alpha, one for all or one per rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts.
-        exclude_modules: Modules never routed, in the same notation. "all-linear" leaves out the output embedding too.
+        exclude_modules: Modules never routed, in the same notation. "all-linear" excludes the output embedding, too.
 
     Raises:
-        ValueError: If nothing matches, a rank is too large, a weight is tied, of the wrong shape or dtype, and the like.
+        MolfError: If nothing matches, a rank is too large, or a weight is tied or has an unsupported shape or dtype.
         TypeError: If ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
@@ -99,7 +100,7 @@ def param_groups(
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
-    _tell_stacked(model, groups)
+    _warn_of_stacked(model, groups)
     return groups
 
 
@@ -133,7 +134,7 @@ def _ratio(lr: float | torch.Tensor, lora_lr: float | None) -> float:
     if lora_lr is None or lora_lr == float(lr):
         return 1.0
     if float(lr) == 0:
-        raise ValueError(f"lr=0 with lora_lr={lora_lr}: LoRA's rate follows lr as a ratio, so lr must be above 0")
+        raise MolfError(f"lr=0 with lora_lr={lora_lr}: LoRA's rate follows lr as a ratio, so lr must be above 0")
     return lora_lr / float(lr)
 
 
@@ -141,7 +142,7 @@ def _refuse_lora_options(options: dict[str, Any]) -> None:
     defaults = inspect.signature(param_groups).parameters
     for name, value in options.items():
         if value != defaults[name].default:
-            raise ValueError(
+            raise MolfError(
                 f"{name}={value} asks for LoRA experts inside the optimizer, but the model already carries PEFT adapters, which "
                 f"are the experts then: one or the other. Leave {name} out, or call merge_and_unload() on the model first"
             )
@@ -154,28 +155,28 @@ def _checked_ranks(
         raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
     ranks = (128,) if ranks is None else tuple(ranks)
     if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
-        raise ValueError(f"ranks={ranks}: every rank must be a positive integer")
+        raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
     if len(set(ranks)) < len(ranks):
-        raise ValueError(f"ranks={ranks}: experts are told apart by their rank, so each may occur once")
+        raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur only once")
     alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
     if len(alphas) != len(ranks):
-        raise ValueError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
+        raise MolfError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
     if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas):
-        raise ValueError(f"lora_alpha={lora_alpha}: must be above 0; without LoRA experts, ranks=(), this is AdamW")
+        raise MolfError(f"lora_alpha={lora_alpha}: must be above 0; without LoRA experts, ranks=(), this is AdamW")
     return ranks, alphas
 
 
 def _check_numbers(**numbers: float | torch.Tensor | None) -> None:
     for name, value in numbers.items():
         if isinstance(value, str) or (value is not None and not (math.isfinite(value) and value >= 0)):
-            raise ValueError(f"{name}={value}: must be a finite number, 0 or more")
+            raise MolfError(f"{name}={value}: must be a finite number, 0 or more")
 
 
 def _check_parameter(name: str, p: torch.Tensor) -> None:
     if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
+        raise MolfError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
     if not p.is_contiguous():
-        raise ValueError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
+        raise MolfError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
 
 
 def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -187,8 +188,8 @@ def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     assert not wrong, f"every trainable parameter must be in exactly one group, but {wrong} are not"
 
 
-def _tell_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Say what of a mixture of experts is not routed: matrices stacked in one tensor ``[experts, ., .]`` are no layers."""
+def _warn_of_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Warn of mixture-of-experts weights stacked in one tensor ``[experts, ., .]``: they are no layers and not routed."""
     stacked = {
         f"{name}.{key}".lstrip("."): p
         for name, module in model.named_modules()
@@ -199,7 +200,7 @@ def _tell_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for group in groups for p in group["params"])
         name, p = next(iter(stacked.items()))
         logger.warning(
-            "%d stacked tensors such as %s %s, %.0f %% of what trains, are no nn.Linear layers: they are not routed and take "
-            "plain AdamW",
+            "%d stacked tensors such as %s %s, %.0f %% of the trained parameters, are no nn.Linear layers: they are not routed and "
+            "take plain AdamW",
             *(len(stacked), name, list(p.shape), 100 * share),
         )

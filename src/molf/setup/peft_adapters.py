@@ -1,4 +1,4 @@
-"""Finding the experts of a model that PEFT has given LoRA adapters. PEFT's layers are known by what they carry."""
+"""Find the experts of a PEFT model: its LoRA adapters. PEFT's layers are recognised by their attributes, without importing it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ from typing import Any
 
 from torch import nn
 
-from molf.setup.discovery import module_names, refuse_tied
+from molf.errors import MolfError
+from molf.setup.discovery import check_not_tied, module_names
 
 __all__ = ["adapted_groups", "is_adapted"]
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Say whether the model carries PEFT adapters."""
+    """Return whether the model has PEFT adapters."""
     return any(hasattr(module, "peft_config") or _is_lora(module) for module in model.modules())
 
 
 def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Build one group for every layer with active adapters, without learning rates.
+    """Return one group, without learning rates, for every layer with active adapters.
 
     ``params`` are weight and bias of the base where they train (the ``fft`` expert), then A and B of each active adapter.
 
     Raises:
-        ValueError: If the adapters are not LoRA on linear layers, can't be told apart by rank, or differ between layers.
+        MolfError: If the adapters are not LoRA on linear layers, can't be told apart by rank, or differ between layers.
     """
     modules = module_names(model)
     if saved := [name for name, module in modules.items() if hasattr(module, "original_module")]:
-        raise ValueError(
+        raise MolfError(
             f"modules_to_save keeps a trained copy of {saved[0]} beside the experts, which no export to one adapter can hold: "
             "leave it out of the PEFT configuration"
         )
     layers: dict[str, Any] = {name: module for name, module in modules.items() if _is_lora(module)}
     groups = [group for name, layer in layers.items() if (group := _group(name, layer)) is not None]
     if not groups:
-        raise ValueError(
+        raise MolfError(
             "the model carries PEFT adapters, but none is active, trains, and is LoRA on a linear layer: make one per rank with "
             "molf.add_lora_experts(model, ranks=(32, 128)), or activate yours with base_model.set_adapter([...])"
         )
     different = [group for group in groups if group["experts"] != groups[0]["experts"]]
     if different:
-        raise ValueError(
+        raise MolfError(
             f"all layers must have the same experts, but {groups[0]['module']} has {groups[0]['experts']} and "
             f"{different[0]['module']} has {different[0]['experts']}"
         )
     owners = {
         group["module"]: layers[group["module"]].get_base_layer() for group in groups if "fft" in group["experts"]
     }
-    refuse_tied(modules, owners)
+    check_not_tied(modules, owners)
     return groups
 
 
@@ -59,18 +60,18 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
     if not adapters:
         return None
     if getattr(layer, "lora_variant", None):
-        raise ValueError(
+        raise MolfError(
             f"{name} has LoRA adapters of another kind ({type(next(iter(layer.lora_variant.values()))).__name__}): experts are "
             "plain LoRA; turn use_dora and the like off"
         )
     pairs = [(layer.lora_A[a].weight, layer.lora_B[a].weight) for a in adapters]
     if any(p.ndim != 2 for pair in pairs for p in pair):
-        raise ValueError(
+        raise MolfError(
             f"{name} is no linear layer: only those can be routed; leave it out of the adapters' target_modules"
         )
     ranks = tuple(layer.r[a] for a in adapters)
     if len(set(ranks)) < len(ranks):
-        raise ValueError(f"the adapters {adapters} of {name} have ranks {ranks}: experts are told apart by their rank")
+        raise MolfError(f"the adapters {adapters} of {name} have ranks {ranks}: experts are told apart by their rank")
     base = layer.get_base_layer()
     trained = [p for p in (base.weight, getattr(base, "bias", None)) if p is not None and p.requires_grad]
     return {

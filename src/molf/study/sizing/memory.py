@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from molf.numerics.quantization import block_count, is_large_matrix
+from molf.numerics.quantization import block_count, is_quantizable
 from molf.study.methods.trainable import is_adapter
 from molf.study.sizing.activations import measure_activations
 from molf.study.sizing.blueprint import Blueprint
@@ -154,7 +154,7 @@ def moments_bytes(parameters: Iterable[Tensor], optim_bits: int = 32) -> int:
     """
     total = 0
     for p in parameters:
-        if optim_bits == 8 and is_large_matrix(p):
+        if optim_bits == 8 and is_quantizable(p):
             total += _8_BIT_MOMENTS * p.numel() + _BLOCK_MAXIMA * len(p) * block_count(p.numel() // len(p))
         else:
             total += _MOMENTS * p.numel()

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from molf.layers.forms import LAYER_TYPES
 
 from molf import MoLF
-from molf.kernels.room import Room
-from molf.kernels.work import Work
-from molf.layers.forms import FORMS
+from molf.kernels.grad_buffer import GradBuffer
+from molf.kernels.plan import StepPlan
 from molf.numerics.distributed import Ranks
 from small import loss_of, mlp
 
@@ -18,14 +18,14 @@ def stepped(ranks):
     loss_of(model, 0).backward()
     optimizer.step()
     groups = [group for group in optimizer.param_groups if "module" in group]
-    return [FORMS["merged"](group, optimizer.state, None) for group in groups], optimizer.state
+    return [LAYER_TYPES["merged"](group, optimizer.state, None) for group in groups], optimizer.state
 
 
 @pytest.mark.parametrize("ranks", [(1, 3), (2, 3)])
 def test_gradients_of_pairs_begin_where_they_can_be_read_at_once(ranks):
     """Whatever the sizes of those before them; and none reaches into another."""
     layers, state = stepped(ranks)
-    work = Work(layers, [], state, Ranks(), CPU)
+    work = StepPlan(layers, [], state, Ranks(), CPU)
     lent = [x for product in work.products for x in (product.dA, product.dB)]
     starts = sorted((x.data_ptr() - work.room.memory.data_ptr(), x.nbytes) for x in lent)
     assert all(start % 16 == 0 for start, _ in starts)
@@ -35,7 +35,7 @@ def test_gradients_of_pairs_begin_where_they_can_be_read_at_once(ranks):
 
 def test_what_is_summed_is_one_piece_of_all_gradients_of_A_and_the_norms():
     layers, _ = stepped((4,))
-    room = Room(layers, 3, CPU)
+    room = GradBuffer(layers, 3, CPU)
     room.memory[:] = 0
     for layer in layers:
         for pair in layer.pairs:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from molf.kernels.moments import Scalars
-from molf.kernels.packed import observe_packed
+from molf.kernels.quantized import score_quantized
 from molf.scores import EPD, PFN
 from packing import BETAS, EPS, SHAPES, drawn, moved
 
@@ -15,7 +15,7 @@ def slots(device):
 @pytest.mark.parametrize("score", [EPD(), PFN()], ids=lambda s: s.name)
 def test_sums_equal_the_formulas_and_nothing_is_written(tables, scalars, score):
     given, before = slots(tables.device), slots(tables.device)
-    totals = observe_packed(given, 5, BETAS, EPS, score.name == "pfn", scalars, tables)
+    totals = score_quantized(given, 5, BETAS, EPS, score.name == "pfn", scalars, tables)
     expected = [score.term(*moved(slot, 0.5), EPS).double().sum().item() for slot in before]
     torch.testing.assert_close(totals.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
     for one, other in zip(given, before, strict=True):
@@ -23,10 +23,10 @@ def test_sums_equal_the_formulas_and_nothing_is_written(tables, scalars, score):
 
 
 def test_equal_inputs_give_equal_sums(tables, scalars):
-    first, second = (observe_packed(slots(tables.device), 5, BETAS, EPS, False, scalars, tables) for _ in range(2))
+    first, second = (score_quantized(slots(tables.device), 5, BETAS, EPS, False, scalars, tables) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_step_that_is_left_out_adds_nothing(tables, scalars):
     out = Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip)
-    assert not observe_packed(slots(tables.device), 5, BETAS, EPS, False, out, tables).any()
+    assert not score_quantized(slots(tables.device), 5, BETAS, EPS, False, out, tables).any()

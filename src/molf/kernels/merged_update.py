@@ -1,12 +1,12 @@
-"""Phase 2 of the merged form: the winner's step inside the effective weight, tile by tile, one launch for the whole model.
+"""Phase 2 of the merged form: the winner's step in the effective weight, tile by tile, one launch for the whole model.
 
-With ``W_eff = W + sum_i s_i B_i A_i`` and the pairs already moved (``B'``, ``A'``, changes ``dB``, ``dA``):
+With ``W_eff = W + sum_i s_i B_i A_i`` and the pairs already updated (``B'``, ``A'``, changes ``dB``, ``dA``):
 
     fft won      W_eff -= lr wd (W_eff - sum_i s_i B_i A_i) + lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     LoRA i won   W_eff += s_i (B_i dA + dB A_i')
 
-A tile reads moments where ``fft`` won, and pairs where one won or is decayed away from; nothing else. Moments in 8 bits are
-still those of the step before: they are opened and moved here, and written back later (``molf.kernels.settle``).
+A tile reads moments only if ``fft`` won, and pairs only if one won or ``W`` is decayed. 8-bit moments are still those of the last
+step: this kernel updates them in registers, and ``molf.kernels.requantize`` writes them back later.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from torch import Tensor
 
 from molf.kernels.addresses import aligned, pointer, size_in
 from molf.kernels.moments import GRADIENTS, Scalars
-from molf.kernels.packed import Packed, load_moved, pointers, values
+from molf.kernels.quantized import Quantized, load_updated, pointers, values
 from molf.kernels.tables import Rate, Tables, launch
-from molf.kernels.winners import adam_change, held, layer_settings, load_weight, store_weight, weight_addresses
+from molf.kernels.winners import (
+    adam_change,
+    load_weight,
+    per_tensor_scalars,
+    storage_of,
+    store_weight,
+    weight_addresses,
+)
 from molf.numerics.quantization import BLOCK
 
-__all__ = ["Effective", "MovedPair", "fold_winners_"]
+__all__ = ["Effective", "UpdatedPair", "update_merged_weights_"]
 
 _TILE, _DEPTH = 64, 32
-_WARPS = 8  # with 4, registers don't suffice
+_WARPS = 8  # 4 would spill registers
 
 
-class MovedPair(NamedTuple):
-    """A LoRA expert after its step: the pair as it is now, the changes (of no meaning where it lost), and its scale.
+class UpdatedPair(NamedTuple):
+    """A LoRA expert after its step: the pair now, its changes (undefined if it lost), and its scale.
 
-    ``started`` is a 0-dim float32 tensor on the device, how often the pair had moved before this step.
+    ``b_is_nonzero`` is a 0-dim float32 tensor on the device: how often the pair was updated before this step.
     """
 
     A: Tensor
@@ -44,20 +51,20 @@ class MovedPair(NamedTuple):
     dA: Tensor
     dB: Tensor
     scale: float
-    started: Tensor
+    b_is_nonzero: Tensor
 
 
 class Effective(NamedTuple):
-    """A layer's effective weight: parameter, low part, float32 or 8-bit moments, its R pairs; the rest as in ``winners.Step``."""
+    """A layer's effective weight: parameter, low part, float32 or 8-bit moments, R pairs; the rest as in ``winners.Step``."""
 
     weight: Tensor
     low: Tensor | None
-    moments: tuple[Tensor, Tensor] | Packed
+    moments: tuple[Tensor, Tensor] | Quantized
     layer: int
     stream: int
     lr: float | Rate
     weight_decay: float
-    pairs: tuple[MovedPair, ...]
+    pairs: tuple[UpdatedPair, ...]
 
 
 @triton.jit
@@ -78,9 +85,8 @@ def _add_product(
 ):
     """Return ``total + scale (L + sign_left dL)[rows] @ (R + sign_right dR)[:, columns]``; a sign of 0 leaves the change out.
 
-    ``left`` and ``right`` are each the entries of a matrix and of its change in the table of addresses. Tensor cores would drop
-    all but 11 bits of the factors, and always towards zero: each is taken as two such numbers (tf32x3), so losers keep their
-    weights.
+    ``left`` and ``right`` are the address entries of a matrix and of its change. Tensor cores truncate factors to 11 bits;
+    tf32x3 represents each factor by two such numbers.
     """
     L, dL = pointer(left[0], tl.float32, ALIGNED), pointer(left[1], tl.float32, ALIGNED)
     R, dR = pointer(right[0], tl.float32, ALIGNED), pointer(right[1], tl.float32, ALIGNED)
@@ -101,7 +107,7 @@ def _add_product(
 
 
 @triton.jit
-def _fold(
+def _merged_update(
     weights,
     lows,
     grads,
@@ -109,7 +115,7 @@ def _fold(
     maxima,
     values,
     pairs,
-    starteds,
+    b_is_nonzeros,
     ranks,
     scales,
     shapes,
@@ -129,7 +135,7 @@ def _fold(
     R: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    STORAGE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -149,7 +155,7 @@ def _fold(
         A, r, s = pairs + 4 * (i * R + e), size_in(ranks + i * R + e, ALIGNED), tl.load(scales + i * R + e)
         B, dA, dB = A + 1, A + 2, A + 3
         moved = tl.load(won + e + 1) != 0
-        if fft & (decay != 0) & (tl.load(pointer(starteds + i * R + e, tl.float32, False)) != 0):
+        if fft & (decay != 0) & (tl.load(pointer(b_is_nonzeros + i * R + e, tl.float32, False)) != 0):
             to, back = decay * s, -moved.to(tl.float32)
             change = _add_product(change, to, (B, dB), (A, dA), back, back, rows, columns, n_out, n_in, r, BK, ALIGNED)
         if moved:
@@ -161,18 +167,18 @@ def _fold(
         if GRAD is None:
             m = tl.load(pointer(moments + 2 * i, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
             v = tl.load(pointer(moments + 2 * i + 1, tl.float32, ALIGNED) + at, mask=inside, other=0.0)
-        else:  # a tile lies within one block of each row
+        else:  # a tile lies within one quantization block of each row
             here, block = (rows < n_out)[:, None], (rows.to(tl.int64) * tl.cdiv(n_in, BLOCK) + first // BLOCK)[:, None]
-            m, v = load_moved(
+            m, v = load_updated(
                 grads, moments, maxima, i, block, here, at, inside, values, clip, beta1, beta2, GRAD, ALIGNED
             )
         change -= lr * adam_change(m, v, corrections + 2 * layer, eps)
-    W = load_weight(weights + i, lows + i, at, inside, HELD, ALIGNED)
+    W = load_weight(weights + i, lows + i, at, inside, STORAGE, ALIGNED)
     W += tl.where(fft, change - decay * W, change)
-    store_weight(weights + i, lows + i, at, inside, W, seed, streams + i, HELD, ALIGNED)
+    store_weight(weights + i, lows + i, at, inside, W, seed, streams + i, STORAGE, ALIGNED)
 
 
-def fold_winners_(
+def update_merged_weights_(
     layers: Sequence[Effective],
     chosen: Tensor,
     corrections: Tensor,
@@ -182,33 +188,33 @@ def fold_winners_(
     tables: Tables,
     seed: Tensor | None = None,
 ) -> None:
-    """Take the winners' step in all effective weights.
+    """Apply the winners' step to all effective weights.
 
     Args:
-        layers: Every layer with its pairs, the same number R of pairs in all.
+        layers: All layers with their pairs, R each.
         chosen: Whether each expert won, int8 ``[L * E]`` on the device, ``fft`` first in every layer.
         corrections: ``1 - b1^t`` and ``sqrt(1 - b2^t)`` of each layer, float32 ``[L, 2]`` on the device.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
-        scalars: Whether to go on, and the factor of the gradients.
+        scalars: Whether to take the step, and the factor of the gradients.
         tables: Of this device.
-        seed: Of this step's stochastic rounding, as in ``winners.move_winners_``.
+        seed: As in ``winners.move_winners_``.
     """
     for (how, grad), group in groupby(sorted(layers, key=_kind), key=_kind):
         own, name = list(group), f"fold.{how}.{grad}"
-        packed = [layer.moments for layer in own if isinstance(layer.moments, Packed)]
+        quantized = [layer.moments for layer in own if isinstance(layer.moments, Quantized)]
         weights, lows = [layer.weight for layer in own], [layer.low for layer in own if layer.low is not None]
         shapes = tuple((x.shape[0], x.shape[1]) for x in weights)
         tiles = tables.tiles(f"{name}.tiles", shapes, (_TILE, _TILE))
         launch(
-            _fold,
+            _merged_update,
             len(tiles),
             *weight_addresses(name, weights, lows, tables),
-            *_moments(name, own, packed, tables),
+            *_moments(name, own, quantized, tables),
             values(tables.device),
             *_pairs(name, own, tables),
             tables.numbers(f"{name}.shapes", tuple(n for shape in shapes for n in shape), torch.int32),
-            *layer_settings(name, own, tables),
+            *per_tensor_scalars(name, own, tables),
             corrections,
             chosen,
             tiles,
@@ -217,9 +223,9 @@ def fold_winners_(
             eps,
             scalars.go if seed is None else seed,
             R=len(own[0].pairs),
-            GRAD=GRADIENTS[packed[0].grad.dtype] if packed else None,
+            GRAD=GRADIENTS[quantized[0].grad.dtype] if quantized else None,
             BLOCK=BLOCK,
-            HELD=how,
+            STORAGE=how,
             ALIGNED=_aligned(own),
             BM=_TILE,
             BN=_TILE,
@@ -229,15 +235,17 @@ def fold_winners_(
 
 
 def _kind(layer: Effective) -> tuple[int, str]:
-    return held(layer.weight, layer.low), str(layer.moments.grad.dtype) if isinstance(layer.moments, Packed) else ""
+    return storage_of(layer.weight, layer.low), str(layer.moments.grad.dtype) if isinstance(
+        layer.moments, Quantized
+    ) else ""
 
 
 def _pairs(name: str, layers: Sequence[Effective], tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return of all pairs: addresses of A, B, dA and dB ``[L * R, 4]``, addresses of ``started``, ranks, scales."""
+    """Return for all pairs: addresses of A, B, dA and dB ``[L * R, 4]``, addresses of ``started``, ranks, scales."""
     pairs = [pair for layer in layers for pair in layer.pairs]
     return (
         tables.pointers(f"{name}.pairs", [x for pair in pairs for x in (pair.A, pair.B, pair.dA, pair.dB)]),
-        tables.pointers(f"{name}.started", [pair.started for pair in pairs]),
+        tables.pointers(f"{name}.started", [pair.b_is_nonzero for pair in pairs]),
         tables.numbers(f"{name}.ranks", tuple(pair.A.shape[0] for pair in pairs), torch.int32),
         tables.numbers(f"{name}.scales", tuple(pair.scale for pair in pairs), torch.float32),
     )
@@ -251,11 +259,11 @@ def _aligned(layers: Sequence[Effective]) -> bool:
 
 
 def _moments(
-    name: str, layers: Sequence[Effective], packed: Sequence[Packed], tables: Tables
+    name: str, layers: Sequence[Effective], quantized: Sequence[Quantized], tables: Tables
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return addresses: of gradients, of moments ``[L, 2]`` and of their block maxima; only the moments' if they are float32."""
-    if packed:
-        return pointers(name, packed, tables)
-    pairs = [layer.moments for layer in layers if not isinstance(layer.moments, Packed)]
+    """Return addresses: of gradients, of moments ``[L, 2]`` and of block maxima; only the moments' if float32."""
+    if quantized:
+        return pointers(name, quantized, tables)
+    pairs = [layer.moments for layer in layers if not isinstance(layer.moments, Quantized)]
     moments = tables.pointers(f"{name}.moments", [x for pair in pairs for x in pair])
     return moments, moments, moments

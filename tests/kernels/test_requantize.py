@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from molf.kernels.moments import Scalars
-from molf.kernels.settle import PackedStep, settle_packed_
+from molf.kernels.requantize import QuantizedStep, requantize_
 from molf.numerics.bf16 import join, split
-from molf.numerics.quantization import quantise_
+from molf.numerics.quantization import quantize_
 from packing import BETAS, EPS, SHAPES, drawn, moved, opened
 
 LR, DECAY, T = 0.1, 0.3, 3
@@ -21,10 +21,10 @@ def made(device, how, expert, shape):
     value = torch.randn(shape, generator=torch.Generator().manual_seed(50 + expert))
     high, low = split(value)
     if how == "elsewhere":
-        return PackedStep(packed, None, None, 0, expert, LR, DECAY)
+        return QuantizedStep(packed, None, None, 0, expert, LR, DECAY)
     param, low = (value, None) if how == "float" else (high, low if how == "split" else None)
     low = None if low is None else low.clone().to(device)
-    return PackedStep(packed, param.clone().to(device), low, 0, expert, LR, DECAY)
+    return QuantizedStep(packed, param.clone().to(device), low, 0, expert, LR, DECAY)
 
 
 def value(step):
@@ -34,7 +34,7 @@ def value(step):
 def settle(steps, chosen, tables, scalars):
     chosen = torch.tensor(chosen, dtype=torch.int8, device=tables.device)
     seed = torch.full((), 3, device=tables.device)
-    settle_packed_(steps, chosen, corrections(tables.device), BETAS, EPS, scalars, tables, seed)
+    requantize_(steps, chosen, corrections(tables.device), BETAS, EPS, scalars, tables, seed)
 
 
 @pytest.mark.parametrize("how", ["float", "split", "stochastic", "elsewhere"])
@@ -65,7 +65,7 @@ def assert_written(packed, m, v):
         (v, False, packed.exp_avg_sq, packed.exp_avg_sq_absmax),
     ):
         expected, most = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(absmax)
-        quantise_(x.clone(), expected, most, signed)
+        quantize_(x.clone(), expected, most, signed)
         torch.testing.assert_close(absmax, most, rtol=1e-6, atol=0)
         apart = (codes.view(expected.shape).int() - expected.int()).abs()
         assert apart.numel() == 0 or (apart.max() <= 1 and (apart > 0).double().mean() < 0.01)
