@@ -14,7 +14,7 @@ from molf.tasks.sources import HubData, Source, SourceTask
 from molf.tasks.sql_ast import is_ordered, schema_of
 from molf.tasks.sql_metrics import corpus_bleu, exact_match, extract_sql, logic_match, same_rows
 from molf.tasks.sql_rows import filled_context, has_rows
-from molf.tasks.sql_sandbox import Execution, SqlSandbox
+from molf.tasks.sql_sandbox import SqlSandbox
 
 MAX_NEW_TOKENS = 256
 
@@ -85,10 +85,7 @@ class Sql(SourceTask):
         """
         if self._judged is None or self._judged[:2] != (rows, answers):
             written = [extract_sql(cast(str, text)) for (text,) in answers]
-            outcomes = [_read(row, sql) for row, sql in zip(rows, written, strict=True)]
-            with SqlSandbox() as sandbox:
-                _execute(sandbox, rows, outcomes)
-            self._judged = (list(rows), [list(given) for given in answers], outcomes)
+            self._judged = (list(rows), [list(own) for own in answers], _judge(rows, written))
         return self._judged[2]
 
 
@@ -102,34 +99,26 @@ def reference(row: Row) -> str:
     return str(row["sql"]).strip().rstrip("; \t\r\n")
 
 
-def _read(row: Row, sql: str) -> Outcome:
-    """Return the outcome of a query as far as it is known without running it."""
-    return {
-        "sql": sql,
-        "exact_match": exact_match(sql, reference(row)),
-        "logic_match": logic_match(sql, reference(row), schema_of(row["sql_context"])),
-    }
-
-
-def _execute(sandbox: SqlSandbox, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
-    """Run the references, then the answers to those that run, and add the results to the outcomes."""
+def _judge(rows: Sequence[Row], written: Sequence[str]) -> list[Outcome]:
+    """Run the references, then the queries whose reference runs, and return the outcomes."""
     contexts = [filled_context(row["sql_context"], reference(row)) for row in rows]
-    golds = sandbox.execute_many([(context, reference(row)) for context, row in zip(contexts, rows, strict=True)])
-    usable = [number for number, gold in enumerate(golds) if gold.ok]
-    found = iter(sandbox.execute_many([(contexts[number], outcomes[number]["sql"]) for number in usable]))
-    for row, gold, outcome in zip(rows, golds, outcomes, strict=True):
-        if not gold.ok:
+    with SqlSandbox() as sandbox:
+        golds = sandbox.execute_many(zip(contexts, map(reference, rows), strict=True))
+        usable = [number for number, gold in enumerate(golds) if gold.ok]
+        found = iter(sandbox.execute_many((contexts[number], written[number]) for number in usable))
+    outcomes = []
+    for row, sql, gold in zip(rows, written, golds, strict=True):
+        schema, right = schema_of(row["sql_context"]), reference(row)
+        outcome = {"sql": sql, "exact_match": exact_match(sql, right), "logic_match": logic_match(sql, right, schema)}
+        outcomes.append(outcome)
+        if gold.rows is None:
             outcome["unusable_gold"] = gold.error
             continue
         execution = next(found)
+        ordered = is_ordered(right, schema)
         name = "execution_accuracy" if has_rows(row["sql_context"]) else "execution_accuracy_filled"
-        outcome |= {"valid_sql": execution.ok, name: _same_result(execution, gold, row)}
+        outcome["valid_sql"] = execution.ok
+        outcome[name] = execution.rows is not None and same_rows(execution.rows, gold.rows, ordered=ordered)
         if not execution.ok:
             outcome["error"] = execution.error
-
-
-def _same_result(found: Execution, gold: Execution, row: Row) -> bool:
-    if found.rows is None or gold.rows is None:
-        return False
-    ordered = is_ordered(reference(row), schema_of(row["sql_context"]))
-    return same_rows(found.rows, gold.rows, ordered=ordered)
+    return outcomes

@@ -205,7 +205,7 @@ def _compared_columns(node: exp.Expr) -> list[exp.Column]:
         return []
     sides = [side.unnest() for side in sides]
     sides = [side.selects[0] if isinstance(side, exp.Query) and side.selects else side for side in sides]
-    columns = [column for side in sides if (column := side if isinstance(side, exp.Column) else side.find(exp.Column))]
+    columns = [column for side in sides if (column := side.find(exp.Column))]
     return columns if len(columns) == len(sides) else []
 
 

@@ -46,7 +46,10 @@ def tokenize_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Map
         return [ExampleIds(ids[text], (True,) * len(ids[text])) for text in texts]
     requests = [Likelihood(example["prompt"], _with_end(tokenizer, example["completion"])) for example in examples]
     encoded = encode(tokenizer, requests)
-    return [_completion(encoded[request]) for request in requests]
+    return [
+        ExampleIds(one.ids, tuple(position >= one.start for position in range(len(one.ids))))
+        for one in (encoded[request] for request in requests)
+    ]
 
 
 def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -54,10 +57,6 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     if end is None:
         raise MolfError("the tokenizer has no end-of-text token, so training could not teach the model where to stop")
     return text if text.endswith(end) else f"{text}{end}"
-
-
-def _completion(target: EncodedTarget) -> ExampleIds:
-    return ExampleIds(target.ids, tuple(position >= target.start for position in range(len(target.ids))))
 
 
 def _conversation(

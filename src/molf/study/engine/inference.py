@@ -76,16 +76,17 @@ def answer(
 
 def _targets(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> dict[Request, list[EncodedTarget]]:
     """Return the targets to score for every request that does not generate."""
-    likelihoods: dict[Request, list[Likelihood]] = {}
-    for request in requests:
-        if isinstance(request, Likelihood):
-            likelihoods[request] = [request]
-        elif isinstance(request, NextToken):
-            likelihoods[request] = [Likelihood(request.prompt, option) for option in request.options]
+    likelihoods = {
+        request: [Likelihood(request.prompt, option) for option in request.options]
+        if isinstance(request, NextToken)
+        else [request]
+        for request in requests
+        if isinstance(request, Likelihood | NextToken)
+    }
     encoded = encode(tokenizer, list(chain.from_iterable(likelihoods.values())))
-    for request, own in likelihoods.items():
+    for request, options in likelihoods.items():
         if isinstance(request, NextToken):
-            for option in own:
+            for option in options:
                 check_option(option, encoded[option])
     examples = [request for request in requests if isinstance(request, ExampleTokens)]
     tokenized = tokenize_examples(tokenizer, [request.example for request in examples])
