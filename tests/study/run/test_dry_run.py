@@ -68,7 +68,7 @@ def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
     plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
     contradicting, seen, cut = plan.warnings
     assert contradicting.startswith("1 prompts occur with different completions")
-    assert seen.startswith("1 of the rows to evaluate on are trained on too")
+    assert seen == "1 evaluation rows are also training rows"
     assert cut.startswith("1 examples have no completion within max_length=20")
     assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == [contradicting, seen]
 
