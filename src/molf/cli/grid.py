@@ -75,7 +75,7 @@ class GridOptions(SlurmSettings):
             with stop_request():
                 yield
         except (KeyboardInterrupt, Preempted):
-            runs = "the runs have saved" if self.engine == "local" else "the jobs stay in the queue"
+            runs = "the runs have saved what they could" if self.engine == "local" else "the jobs stay in the queue"
             raise Preempted(f"interrupted; {runs}, and the same command continues") from None
 
 

@@ -102,12 +102,13 @@ def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
     assert "finish.lock (No locks available): nothing keeps a second run out" in caplog.text
 
 
-def test_one_that_waits_can_be_stopped(tmp_path):
+def test_one_that_waits_says_so_and_can_be_stopped(tmp_path, caplog):
     spec = fake_run(tmp_path, "hold")
     running, waiting = Attempt(spec), Attempt(spec)
     first = in_thread(running)
     until(spec.starts)
     second = in_thread(waiting)
+    until(lambda: f"another attempt at {spec.folder} has not ended yet; waiting for it" in caplog.text)
     waiting.stop()
     assert second() == PREEMPTED
     running.stop()
