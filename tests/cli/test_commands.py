@@ -10,6 +10,7 @@ import torch
 
 import molf
 from conftest import TOLERANCE
+from fake_runs import RESULT
 from molf.cli import COMMANDS, main
 from molf.cli import commands as command_functions
 from molf.study.config.run_config import DEMO
@@ -126,6 +127,37 @@ def test_mistakes_are_one_message(line, status, message, model_folder, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("line", ["report nothing --traceback", "--traceback report nothing"])
+def test_the_traceback_of_a_mistake_is_shown_on_request(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(line) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "in read_result" in error and "no finished run" in error
+    monkeypatch.setenv("MOLF_TRACEBACK", "1")
+    assert call("report nothing") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_with_a_cause_says_how_to_see_it(tmp_path, capsys):
+    (tmp_path / "result.json").write_text("{")
+    assert call(f"report {tmp_path}") == 1
+    assert capsys.readouterr().err.endswith("(--traceback shows the cause)\n")
+    assert call(f"--traceback report {tmp_path}") == 1
+    assert "JSONDecodeError" in capsys.readouterr().err
+
+
+def test_names_of_users_are_no_markup(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("[bold]mine :smile:").mkdir()
+    Path("[bold]mine :smile:", "result.json").write_text(json.dumps(RESULT | {"config": {"run_name": "[red]my run"}}))
+    assert call("results '[bold]mine :smile:'") == 0
+    assert "[bold]mine :smile:" in capsys.readouterr().out
+    assert call("report '[bold]mine :smile:'") == 0
+    assert "[red]my run" in capsys.readouterr().out
+    assert call("report '[/nowhere]'") == 1
+    assert "[/nowhere] holds no finished run" in capsys.readouterr().err
+
+
 def test_a_failure_of_other_code_keeps_its_traceback(monkeypatch):
     def fail(argv):
         raise ValueError("out of cheese")
@@ -137,7 +169,7 @@ def test_a_failure_of_other_code_keeps_its_traceback(monkeypatch):
 
 def test_a_missing_library_gives_the_command(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "molf.cli.commands")
-    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.setitem(sys.modules, "rich.text", None)
     assert call("train") == 1
     assert "pip install 'molf[train]'" in capsys.readouterr().err
 
@@ -175,7 +207,7 @@ def torchrun(program, line):
 
 
 def test_two_processes_leave_one_run_and_equal_one_process(model_folder):
-    """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
+    """Under torchrun every process trains and evaluates, and the first alone writes and prints."""
     # So large an epsilon keeps Adam from making sums that are rounded otherwise into steps of another sign.
     line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --learning_rate 1e-2 --adam_epsilon 1e-3"
     done = torchrun("-m molf", f"{line} --output_dir two")

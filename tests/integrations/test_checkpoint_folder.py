@@ -35,7 +35,7 @@ def write(folder, content=CONTENT):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with the whole checkpoints 2, 4 and 10, and what must be left alone."""
+    """The folder of a run with the complete checkpoints 2, 4 and 10, and files that must not be touched."""
     for step in (4, 10, 2):
         write_manifest(write(tmp_path / f"checkpoint-{step}"))
     write(tmp_path / "checkpoint-best")
@@ -81,14 +81,14 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage, problem, 
     assert last_complete(run) == run / "checkpoint-4"
 
 
-def test_a_whole_one_has_no_fault(run):
+def test_a_complete_checkpoint_passes(run):
     assert verify(run / "checkpoint-4") is None
     assert last_complete(run) == run / "checkpoint-10"
     assert json.loads((run / "checkpoint-4" / MANIFEST).read_text())["files"].keys() == CONTENT.keys()
 
 
 def test_large_files_are_not_hashed(tmp_path):
-    """Neither when a checkpoint is written nor when it is checked; what is missing of one is found all the same."""
+    """A truncated one is found by its size."""
     folder = write(tmp_path / "checkpoint-1", CONTENT | {"model.safetensors": bytes(2**20 + 1)})
     write_manifest(folder)
     entries = json.loads((folder / MANIFEST).read_text())["files"]
@@ -99,7 +99,7 @@ def test_large_files_are_not_hashed(tmp_path):
 
 
 def test_a_manifest_of_an_earlier_version_is_accepted(run):
-    """It has the digests of all files."""
+    """It has digests of large files too."""
     manifest = run / "checkpoint-4" / MANIFEST
     large = run / "checkpoint-4" / "model.safetensors"
     large.write_bytes(bytes(2**20 + 1))
@@ -120,7 +120,7 @@ def test_all_damaged(run):
     ("state", "problem"),
     [(None, "trainer_state.json is missing"), (b'{"global_st', "trainer_state.json is not JSON"), (b"{}", None)],
 )
-def test_of_a_plain_trainer_the_file_that_it_writes_last_decides(tmp_path, state, problem):
+def test_a_plain_trainers_checkpoint_is_judged_by_its_last_file(tmp_path, state, problem):
     folder = write(
         tmp_path / "checkpoint-3", {"model.safetensors": b""} | ({"trainer_state.json": state} if state else {})
     )
@@ -136,8 +136,8 @@ def test_unfinished_ones_are_removed(run):
 
 
 @pytest.mark.parametrize("step", [10, 12], ids=["in place of another", "new"])
-def test_one_that_was_written_but_not_in_place_is_put_there(run, step):
-    """Killed between sealing it and giving it its name, or while removing what has the name."""
+def test_a_complete_one_that_was_not_renamed_yet_is_recovered(run, step):
+    """Killed after writing the manifest, or while removing an older checkpoint of the same step."""
     write_manifest(write(run / UNFINISHED / f"checkpoint-{step}", CONTENT | {"new": b"!"}))
     if step == 10:
         (run / "checkpoint-10" / "optimizer.pt").unlink()
@@ -146,7 +146,7 @@ def test_one_that_was_written_but_not_in_place_is_put_there(run, step):
     assert not (run / UNFINISHED).exists()
 
 
-def test_one_that_was_being_removed_does_not_come_back(run):
+def test_a_partly_removed_one_is_removed(run):
     (run / UNFINISHED).mkdir()
     (run / "checkpoint-2").rename(run / UNFINISHED / "removing-checkpoint-2")
     recover(run)
@@ -154,7 +154,7 @@ def test_one_that_was_being_removed_does_not_come_back(run):
     assert not (run / UNFINISHED).exists()
 
 
-def test_publishing_takes_the_name_over(run):
+def test_a_commit_replaces_an_older_checkpoint(run):
     write_manifest(write(run / "new", CONTENT | {"more": b"1"}))
     commit(run / "new", run / "checkpoint-4")
     assert (run / "checkpoint-4" / "more").exists() and not (run / "new").exists()
@@ -173,7 +173,7 @@ def test_publishing_takes_the_name_over(run):
         (1, 10, [10]),
     ],
 )
-def test_the_oldest_go_but_never_the_latest_nor_the_best(run, limit, best, left):
+def test_rotation_keeps_the_latest_and_the_best(run, limit, best, left):
     rotate(run, limit, best and str(run / f"checkpoint-{best}"))
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in left]
     assert (run / "checkpoint-best").is_dir()

@@ -1,4 +1,4 @@
-"""The mixin on the stock Trainer: failing writes, damaged checkpoints, rotation, and going on either way round."""
+"""The mixin on the stock Trainer: failing writes, damaged checkpoints, rotation, and resuming each other's checkpoints."""
 
 import errno
 import logging
@@ -132,7 +132,7 @@ def test_a_given_one_that_is_not_whole_is_refused(tmp_path):
 
 
 def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(whole, tmp_path):
-    """Else the next resumption would go on from a future that did not happen, and the limit would keep it."""
+    """Otherwise the next start would resume from steps of another continuation."""
     make(tmp_path).train()
     trainer = make(tmp_path, max_steps=4, save_total_limit=2)
     checkpoint = trainer.find_checkpoint(str(tmp_path / "checkpoint-2"))
@@ -146,7 +146,7 @@ def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(whole, tmp_path)
 
 
 def failing(original, at):
-    """Let a function fail as on a full disk when it is called for the ``at``-th time."""
+    """Make the ``at``-th call of a function fail as on a full disk."""
     calls = iter(range(at))
 
     def write(*given, **options):
@@ -179,7 +179,7 @@ def test_an_error_of_another_kind_stays_what_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kilobytes", [300, 360, 460])
 def test_a_disk_that_is_full(kilobytes, whole, tmp_path):
-    """A real one, which holds two checkpoints and a part of the third: torch and safetensors each fail in their own way."""
+    """A real full disk: torch and safetensors raise different errors."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]

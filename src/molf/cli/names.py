@@ -1,8 +1,9 @@
-"""The names that settings go by: fields of the configuration, and the published flags as aliases of them."""
+"""The names of settings: fields of the configuration, and the published flags as aliases of them."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from molf.errors import UsageError
 from molf.study.config.run_config import suggestion
 
 PUBLISHED_NAMES: dict[str, str] = {
@@ -25,16 +26,16 @@ PUBLISHED_VALUES: dict[str, dict[str, str]] = {"score": {"true_projected": "epd"
 
 
 def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where: str) -> dict[str, Any]:
-    """Bring settings under the names of the configuration's fields.
+    """Return settings by the names of the configuration's fields.
 
     Args:
-        settings: Name and value pairs; a name may use hyphens and may be a published alias. Of one name given
-            twice the later value counts, as on any command line.
+        settings: Name and value pairs. A name may have hyphens and may be a published alias; if it is given twice, the later
+            value counts.
         known: The names of all fields.
-        where: Where the settings come from, for errors.
+        where: Where the settings come from, for error messages.
 
     Raises:
-        ValueError: A name is unknown, or a field is given different values under two names.
+        UsageError: A name is unknown, or a field has different values under two names.
     """
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -42,11 +43,11 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
         spelled = given.replace("-", "_")
         name = PUBLISHED_NAMES.get(spelled, spelled)
         if name not in known:
-            raise ValueError(f"unknown setting {given!r} in {where}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
+            raise UsageError(f"unknown setting {given!r} in {where}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
         value = _own_value(name, value)
         if name in values and given_as[name] != spelled and values[name] != value:
-            raise ValueError(
-                f"{given_as[name]} and {spelled} in {where} are two names of one setting and have different values, "
+            raise UsageError(
+                f"{given_as[name]} and {spelled} in {where} are two names of one setting, but have different values, "
                 f"{values[name]!r} and {value!r}; keep one of them"
             )
         values[name], given_as[name] = value, spelled

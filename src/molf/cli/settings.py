@@ -1,4 +1,4 @@
-"""Which settings a run has, and of which types: the fields of the configuration's dataclasses and of the trainer's."""
+"""The settings of a run and their types: the fields of the configuration's dataclasses and of the trainer's."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -27,12 +27,12 @@ def setting_types() -> Mapping[str, Any]:
 
 
 def allows(declared: Any, kind: type) -> bool:
-    """Say whether a declared type, or one alternative of it, is a plain type such as bool, dict or list."""
+    """Return whether a declared type, or one alternative of it, is a plain type such as bool, dict or list."""
     return any(option is kind or get_origin(option) is kind for option in _alternatives(declared))
 
 
 def is_list(declared: Any) -> bool:
-    """Say whether a declared type is a list, or a list or None."""
+    """Return whether a declared type is a list, or a list or None."""
     return all(get_origin(option) is list for option in _alternatives(declared) if option is not NoneType)
 
 

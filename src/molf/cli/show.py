@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -40,28 +39,16 @@ def show_result(result: "Result") -> None:
 
 def show_plan(plan: "Plan") -> None:
     """Print the settings of a dry run, its first example, its size, and what looks wrong."""
+    from molf.study.sizing.report import memory_table, parameters_table
+
     out = console()
     out.rule("settings")
     out.print(yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True).strip())
     out.rule("first example (green: in the loss)")
     out.print(Text.assemble(*((text, "bold green" if in_loss else "dim") for text, in_loss in plan.example)))
     out.rule("size")
-    out.print(_sizes_table(plan))
+    out.print(parameters_table(plan.needs))
+    out.print(memory_table(plan.needs))
     for warning in plan.warnings:
         out.print(f"warning: {warning}", style="yellow")
     out.print(f"dry run: nothing was trained; {plan.rows[0]} training rows, {plan.rows[1]} evaluation rows")
-
-
-def _sizes_table(plan: "Plan") -> Table:
-    sizes, table = plan.sizes, Table()
-    for column in ("", "parameters", "memory (MiB)"):
-        table.add_column(column, justify="right" if column else "left")
-    for label, count, size in (
-        ("model weights", sizes.parameters, sizes.weights_bytes),
-        ("trained, with gradients", sizes.trainable, sizes.gradients_bytes),
-        ("optimizer moments", None, sizes.optimizer_bytes),
-        ("LoRA pairs", sizes.lora, sizes.lora_pairs_bytes),
-        ("total between steps, without activations", None, sizes.total_bytes),
-    ):
-        table.add_row(label, "" if count is None else f"{count:,}", f"{size / 2**20:,.1f}")
-    return table

@@ -23,7 +23,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(work, tmp_path):
     first = work()
     assert in_use(tmp_path / "run")
     config = RunConfig.from_dict({"output_dir": str(tmp_path / "run"), "overwrite": True})
-    with pytest.raises(ValueError, match=r"another run works in .*run and has not ended yet; wait for it"):
+    with pytest.raises(ValueError, match=r"another run is working in .*run; wait until it ends"):
         run(config)
     first.kill()
     first.wait()
@@ -37,7 +37,7 @@ def test_the_processes_of_a_run_work_together_and_each_keeps_others_out(work, tm
     first.communicate("")
     assert in_use(tmp_path / "run"), "one is left"
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="another run works in"), run_lock(tmp_path / "run"):
+    with pytest.raises(ValueError, match="another run is working in"), run_lock(tmp_path / "run"):
         pass
     second.communicate("")
     assert not in_use(tmp_path / "run")
@@ -57,7 +57,7 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with caplog.at_level(logging.WARNING), run_lock(tmp_path / "run"):
         assert not in_use(tmp_path / "run")
-    assert ".run.running cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+    assert ".run.running (No locks available): nothing keeps a second run out" in caplog.text
 
 
 def test_where_no_file_can_be_made_a_run_goes_on_and_says_so(tmp_path, caplog):

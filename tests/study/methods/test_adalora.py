@@ -13,7 +13,7 @@ START, TARGET = 6, 4
 
 @pytest.fixture
 def make(saved_model, tmp_path):
-    """Makes the trainer of an AdaLoRA run of eight steps."""
+    """Makes the trainer of an AdaLoRA run with eight steps."""
 
     def trainer(**changes):
         settings = {
@@ -39,7 +39,7 @@ def make(saved_model, tmp_path):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the ranks after every step, and the gradients that the first one took."""
+    """Records the ranks after every step and the gradients of the first."""
 
     def __init__(self):
         self.ranks, self.gradients = [], None
@@ -89,7 +89,7 @@ def test_without_the_callback_they_do_not(make):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_orthogonality_is_in_the_gradient_once(make, accumulation):
-    """However many batches a step has, and although the trainer's loss does not have the term."""
+    """With any number of batches per step, although TRL's loss lacks the term."""
     gradients = {}
     for weight in (0.0, 0.5):
         trainer = make(gradient_accumulation_steps=accumulation, max_steps=2, max_grad_norm=0.0)

@@ -18,7 +18,7 @@ def adapted(config, rank=3, seed=0):
 
 
 def train(model, steps):
-    """Plain descent, with what AdaLoRA does at every step."""
+    """Take gradient descent steps and allocate ranks after each."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for step in steps:
         ids = torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(step))

@@ -11,7 +11,7 @@ DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 
 def made(data=DATA, sharded=False, processes=1, **changes):
-    """What a run on so many processes writes into its checkpoints."""
+    """The settings that a run on this number of processes saves with its checkpoints."""
     config = RunConfig.from_dict({"method": "lora", "lora_rank": 4, "learning_rate": 1e-3, **changes})
     args = build_train_config(config.train | {"output_dir": "here"})
     args.__dict__["distributed_state"] = SimpleNamespace(num_processes=processes)
@@ -65,7 +65,7 @@ def test_an_earlier_checkpoint_is_asked_about_what_it_has(tmp_path):
 
 
 def test_shards_are_no_whole_checkpoint(tmp_path):
-    """And a checkpoint from before anything could be sharded is a whole one."""
+    """A checkpoint of a version without sharding counts as unsharded."""
     made().save(None, tmp_path)
     with pytest.raises(ValueError, match=r"sharded=False \(here True\)"):
         made(sharded=True).check(tmp_path)

@@ -3,7 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from molf.errors import MolfError
 from molf.study.config.run_config import ModelConfig
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 
@@ -31,9 +33,38 @@ def test_a_tokenizer_that_cannot_pad_is_refused(saved_model):
         load_model_and_tokenizer(ModelConfig(saved_model))
 
 
-def test_an_unreachable_hub_id_says_what_else_there_is():
-    with pytest.raises(OSError, match=r"'no-such-org/no-such-model'.*bundled:smollm2-135m"):
-        load_model_and_tokenizer(ModelConfig("no-such-org/no-such-model"))
+def test_offline_a_hub_id_says_what_else_there_is():
+    with pytest.raises(OSError, match=r"'no-such/model': it is not in the local cache.*bundled:smollm2-135m") as raised:
+        load_model_and_tokenizer(ModelConfig("no-such/model"))
+    assert isinstance(raised.value, MolfError) and raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (GatedRepoError, r"access is restricted. Accept the terms on https://huggingface.co/org/model, then log in"),
+        (RepositoryNotFoundError, "the Hub has no model of that name, or it is private .*bundled:"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(kind, words, monkeypatch):
+    def refuse(*given, **more):
+        raise OSError("we cannot") from kind.__new__(kind)
+
+    monkeypatch.setattr("molf.study.run.models.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(MolfError, match=words):
+        load_model_and_tokenizer(ModelConfig("org/model"))
+
+
+def test_a_folder_without_weights_is_not_said_to_be_missing(saved_model):
+    Path(saved_model, "model.safetensors").unlink()
+    with pytest.raises(MolfError, match=f"cannot load the model '{saved_model}': .*no file named model.safetensors"):
+        load_model_and_tokenizer(ModelConfig(saved_model))
+
+
+def test_damaged_weights_are_told(saved_model):
+    Path(saved_model, "model.safetensors").write_bytes(b"damaged!")
+    with pytest.raises(MolfError, match="cannot load the model"):
+        load_model_and_tokenizer(ModelConfig(saved_model))
 
 
 def test_a_chat_template_comes_from_a_file_or_from_another_tokenizer(tiny_tokenizer, tmp_path):

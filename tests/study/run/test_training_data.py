@@ -1,7 +1,10 @@
 import pytest
 
+from forked import on_two_ranks
 from molf.study.config.trainer_config import build_train_config
-from molf.study.run.training_data import CutTargets, cut_targets
+from molf.study.engine.examples import tokenize_examples
+from molf.study.run import training_data
+from molf.study.run.training_data import CutTargets, cut_targets, tokenize_training_data
 
 EXAMPLES = [
     {"prompt": "The capital of Italy is", "completion": " Rome"},
@@ -28,7 +31,29 @@ EXAMPLES = [
 )
 def test_targets_that_max_length_cuts_are_counted(tiny_tokenizer, tmp_path, settings, dropped, truncated):
     args = build_train_config({"output_dir": str(tmp_path), **settings})
-    assert cut_targets(tiny_tokenizer, EXAMPLES, args) == CutTargets(settings["max_length"], dropped, truncated)
+    tokens = tokenize_examples(tiny_tokenizer, EXAMPLES)
+    assert cut_targets(tokens, args) == CutTargets(settings["max_length"], dropped, truncated)
+
+
+@pytest.mark.parametrize(("completion_only", "first"), [(None, -100), (True, -100), (False, "itself")])
+def test_the_loss_is_on_what_the_settings_say(tiny_tokenizer, tmp_path, completion_only, first):
+    args = build_train_config({"output_dir": str(tmp_path), "completion_only_loss": completion_only})
+    rows, _ = tokenize_training_data(tiny_tokenizer, EXAMPLES, args)
+    for row in rows:
+        assert row["labels"][0] == (row["input_ids"][0] if first == "itself" else first)
+        assert row["labels"][-1] == row["input_ids"][-1] == tiny_tokenizer.eos_token_id
+
+
+def test_only_the_first_rank_tokenises(tiny_tokenizer, tmp_path, monkeypatch):
+    args = build_train_config({"output_dir": str(tmp_path)})
+
+    def rank_of_two(rank):
+        monkeypatch.setattr(training_data, "tokenize_examples", tokenize_examples if rank == 0 else None)
+        rows, cut = tokenize_training_data(tiny_tokenizer, EXAMPLES, args)
+        return rows.to_list(), cut
+
+    first, second = on_two_ranks(rank_of_two, tmp_path)
+    assert first == second and len(first[0]) == len(EXAMPLES)
 
 
 def test_only_losses_are_warned_of():

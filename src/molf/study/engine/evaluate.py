@@ -51,8 +51,7 @@ def evaluate(
             with the same rows and hold the whole model. Rank 0 computes the metrics; every rank returns the same result.
 
     Raises:
-        MolfError: There are no rows.
-        FloatingPointError: The model's logits contain NaN.
+        MolfError: There are no rows, or the model's logits contain NaN.
     """
     if not rows:
         raise MolfError(f"no rows to evaluate the task {task.name!r} on")

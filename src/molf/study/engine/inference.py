@@ -8,7 +8,6 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molf.errors import MolfError
 from molf.study.engine.examples import runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts
 from molf.study.engine.likelihood import EncodedTarget, check_option, encode, score_targets
@@ -56,11 +55,9 @@ def answer(
         a ``Generate``.
 
     Raises:
-        MolfError: A target has no tokens, an option is not exactly one token, or no token precedes what is asked for.
-        FloatingPointError: The model's logits contain NaN.
+        MolfError: A target has no tokens, an option is not exactly one token, no token precedes a target, or the model's
+            logits contain NaN.
     """
-    if batch_tokens < 1:
-        raise MolfError(f"batch_tokens={batch_tokens} must be at least 1")
     distinct = list(dict.fromkeys(requests))
     generations = [request for request in distinct if isinstance(request, Generate)]
     targets = _targets(tokenizer, distinct)

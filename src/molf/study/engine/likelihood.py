@@ -110,7 +110,7 @@ def score_targets(
     The model does not read an input that another one starts with, and reads what all inputs start with only once.
 
     Raises:
-        FloatingPointError: The model's logits contain NaN.
+        MolfError: The model's logits contain NaN.
     """
     distinct = dict.fromkeys(targets)
     longest = longest_inputs(target.input for target in distinct)
@@ -164,9 +164,7 @@ def _read_scores(
         logprobs += (-cross_entropy(found, tokens, reduction="none")).tolist()
         greedy += (found.gather(-1, tokens[:, None])[:, 0] >= found.amax(-1)).tolist()
     if any(map(math.isnan, logprobs)):
-        raise FloatingPointError(
-            "the model's logits contain NaN: its weights are broken, most likely training diverged"
-        )
+        raise MolfError("the model's logits contain NaN: training probably diverged; try a smaller learning rate")
     values, flags = iter(logprobs), iter(greedy)
     return {
         target: TargetScores(

@@ -10,7 +10,7 @@ from typing import Any
 from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
 from molf.tasks.base import HasRowResults
-from molf.tasks.records import read_records
+from molf.tasks.records import check_fields, records_of
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
@@ -61,9 +61,12 @@ def rescored(path: Path, task: Task) -> dict[str, Metric]:
     Raises:
         MolfError: The file cannot be read or contains something else.
     """
-    predictions = read_records(path, _FIELDS)
-    answers = [[_answer(record) for record in prediction["answers"]] for prediction in predictions]
-    return task.score([prediction["record"] for prediction in predictions], answers)
+    rows, answers = [], []
+    for where, prediction in records_of(path):
+        check_fields(prediction, _FIELDS, where)
+        rows.append(prediction["record"])
+        answers.append([_answer(record) for record in prediction["answers"]])
+    return task.score(rows, answers)
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None:

@@ -46,9 +46,8 @@ class VllmGenerator:
         """Generate the greedy continuation of every request.
 
         Raises:
-            MolfError: vLLM is not installed, or a prompt has no tokens.
+            MolfError: A prompt has no tokens.
         """
-        require_vllm()
         from vllm import LLM, SamplingParams
 
         ids = prompt_ids(self.tokenizer, requests)

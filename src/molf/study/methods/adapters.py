@@ -9,6 +9,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from molf.errors import MolfError
 from molf.files import atomic_folder
 from molf.integrations.lora_experts import add_lora_experts
 from molf.integrations.trainer import MoLFFactory
@@ -32,6 +33,19 @@ def add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
     Raises:
         MolfError: The model cannot have such adapters.
     """
+    try:
+        return _add_adapters(model, recipe, freeze_rest)
+    except ValueError as error:
+        if isinstance(error, MolfError):
+            raise
+        given = recipe.experts or recipe.adalora or recipe.lora or {}
+        raise MolfError(
+            f"PEFT cannot add adapters with target_modules={given['target_modules']!r} and "
+            f"exclude_modules={given['exclude_modules']!r} to this model: {error}"
+        ) from error
+
+
+def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
     if recipe.experts is not None:
         return _add_experts(model, recipe.experts, freeze_rest)
     if recipe.adalora is not None:

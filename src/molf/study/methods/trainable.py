@@ -38,3 +38,9 @@ def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
     routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in routed)
+
+
+def lora_pairs(model: nn.Module, method: MethodConfig) -> int:
+    """Return the elements of the LoRA pairs in MoLF's optimizer: the sum of ``r (in + out)`` over layers and ranks."""
+    widths = [layer.in_features + layer.out_features for layer in routed_layers(model, method).values()]
+    return sum(widths) * sum(method.ranks or ())

@@ -1,4 +1,4 @@
-"""One CSV file that many runs add their rows to, at the same time if it must be."""
+"""A CSV file that many runs append to, even at the same time."""
 
 import csv
 import os
@@ -13,16 +13,15 @@ from molf.files import atomic_write
 
 
 def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> None:
-    """Add a row to a CSV file that several runs may share; columns it does not have yet come last, empty in older rows.
+    """Append a row to a CSV file that several runs may share; new columns come last, empty in older rows.
 
-    The next version of the file is written beside it and takes its place, under a lock: a writer that is killed loses
-    its own row at most, and a reader never sees half a row. The old rows are copied, and parsed only where columns are new or
-    a row is replaced.
+    Under a lock, the new version of the file is written beside the old one and replaces it: a writer that is killed loses at most
+    its own row, and a reader never sees half a row. Old rows are parsed only if there are new columns or a row is replaced.
 
     Args:
-        path: The file; made with its parents where missing.
+        path: The file; created with its parents if missing.
         row: Values by column.
-        key: Column whose value, a text like no other in the file, is that of one row only: a row that has it is replaced.
+        key: A column with a unique value per row: a row with the same value is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), atomic_write(path) as partial:
@@ -56,7 +55,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def _rewrite(path: Path, target: Path, columns: list[str], left_out: tuple[str, str] | None) -> None:
-    """Copy a file with new columns, and without the rows that have a certain value in a column."""
+    """Copy a file with new columns, without the rows that have ``left_out[1]`` in the column ``left_out[0]``."""
     with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

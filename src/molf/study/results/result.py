@@ -1,4 +1,4 @@
-"""The record of a run: one typed value, kept as ``result.json`` and as a row of a CSV file."""
+"""The result of a run: one typed value, saved as ``result.json`` and as a row of a CSV file."""
 
 import json
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ RESULT_FILE = "result.json"
 
 @dataclass(frozen=True)
 class Training:
-    """What the training of a run took.
+    """Measurements of the training of a run.
 
     Attributes:
-        steps: Optimizer steps, those before a resumption included.
-        seconds: Wall time of this session's training.
-        loss: Mean training loss of this session.
-        tokens: Tokens trained on in this session, or None where the trainer did not count them.
+        steps: Optimizer steps, including those before the run resumed.
+        seconds: Wall time of training since the last start.
+        loss: Mean training loss since the last start.
+        tokens: Tokens trained on since the last start, or None if no step was taken.
         tokens_per_second: Tokens per second of wall time.
-        parameters: Elements of the model's own weights.
-        trainable_parameters: Those that are trained.
-        lora_parameters: Elements of all LoRA pairs, whether inside the model or in the optimizer.
-        dropped_examples: Examples left out because ``max_length`` leaves nothing of them in the loss.
-        truncated_examples: Other examples whose target lost its end to ``max_length``.
-        processes: How many processes trained together, each on batches of its own.
+        parameters: Number of the base model's parameters.
+        trainable_parameters: Number of those that are trained.
+        lora_parameters: Number of LoRA parameters, in the model or in the optimizer.
+        dropped_examples: Examples left out because ``max_length`` cuts off all of their targets.
+        truncated_examples: Other examples that lose the end of their target to ``max_length``.
+        processes: Number of processes that trained together, each on its own batches.
     """
 
     steps: int
@@ -51,18 +51,18 @@ class Result:
 
     Attributes:
         config: The resolved settings, flat (``RunConfig.to_dict``).
-        headline: Name of the metric that sums the task up.
+        headline: Name of the task's main metric.
         metrics: Metrics of the evaluated model, by name.
-        metrics_before: The same before training, where that was measured.
-        data_origin: Where the rows came from.
-        device: What it ran on, in words.
+        metrics_before: The same before training, if measured.
+        data_origin: Source of the rows.
+        device: Name of the device.
         versions: Versions of the libraries, by name.
-        commit: Git commit of this package's source, or None for an installed release.
+        commit: Git commit of this package's source at the start, or None for an installed release.
         seconds: Wall time of the whole run.
-        peak_memory_bytes: Largest memory of the accelerator, or of the process on a CPU; None where it is not known.
-        training: What training took, or None for an evaluation.
+        peak_memory_bytes: Peak memory of the accelerator, or of the process on a CPU; None if unknown.
+        training: Measurements of the training, or None for an evaluation.
         routing: Share of layers and steps that each expert won, or None without routing.
-        run_id: What tells this run from all others; a run that is interrupted keeps it. None in results of older versions.
+        run_id: Unique id of the run, kept over interruptions; None in results of older versions.
     """
 
     config: dict[str, Any]
@@ -80,12 +80,12 @@ class Result:
     run_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the result as plain JSON values."""
+        """Return the result as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
-        """Take back what ``to_dict`` gave.
+        """Build a result from the values of ``to_dict``.
 
         Raises:
             TypeError: Fields are missing or unknown.
@@ -99,7 +99,7 @@ class Result:
         return cls(**{**values, **typed})
 
     def row(self) -> dict[str, Any]:
-        """Give the result as one flat row: settings, then measurements under ``group/name``."""
+        """Return the result as one flat row: settings, then measurements as ``group/name``."""
         row = {
             name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in self.config.items()
         }
@@ -117,12 +117,12 @@ class Result:
 
 
 def as_metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
-    """Take back metrics by name that were given as plain JSON values."""
+    """Build metrics by name from plain JSON values."""
     return {name: Metric(**metric) for name, metric in values.items()}
 
 
 def write_result(folder: Path, result: Result) -> Path:
-    """Write ``result.json`` into a folder, whole or not at all, and return its path."""
+    """Write ``result.json`` into a folder and return its path."""
     path = folder / RESULT_FILE
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -144,7 +144,7 @@ def read_result(folder: Path) -> Result:
     try:
         return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise MolfError(f"{path} is not a result of this version of molf: {error}") from error
+        raise MolfError(f"{path} is not a result of this version of molf: {error!r}") from error
 
 
 def check_predictions(folder: Path, result: Result) -> None:

@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from molf.study.config.run_config import RunConfig
-from molf.study.methods.trainable import routed_layers
 from molf.study.run.job import Job, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
-from molf.study.sizing.sizes import Sizes, measure
+from molf.study.sizing.blueprint import Blueprint
+from molf.study.sizing.memory import Needs, available_memory, estimate
 from molf.tasks import Split
 
 
@@ -23,14 +23,14 @@ class Plan:
         config: The resolved settings.
         example: The first training example as the model reads it: pieces of text, and whether they count in the loss.
         rows: Number of training rows and of evaluation rows.
-        sizes: Parameter counts and memory.
+        needs: Parameter counts and memory.
         warnings: What looks wrong with the data.
     """
 
     config: dict[str, Any]
     example: list[tuple[str, bool]]
     rows: tuple[int, int]
-    sizes: Sizes
+    needs: Needs
     warnings: list[str]
 
 
@@ -45,21 +45,13 @@ def make_plan(config: RunConfig) -> Plan:
     """
     config = config.resolved()
     job = load_job(config)
-    recipe = job_recipe(job)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
-        trainer = make_trainer(job, recipe, output_dir=scratch)
-    routed = routed_layers(trainer.model, config.method).values() if recipe.merged else ()
+        trainer = make_trainer(job, job_recipe(job), output_dir=scratch)
     return Plan(
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),
         rows=(len(job.split.train), len(job.eval_rows)),
-        sizes=measure(
-            trainer.model,
-            routed,
-            config.method.ranks or (),
-            config.method.optim_bits,
-            config.method.optimizer_in_backward,
-        ),
+        needs=estimate(Blueprint(config), accelerator=available_memory() is not None),
         warnings=_warnings(job, trainer),
     )
 

@@ -73,6 +73,7 @@ def load_job(config: RunConfig) -> Job:
     """
     if not config.output.only_eval:
         check_processes(build_train_config(config.train))
+    locate(config.model.model_name_or_path)  # fails before any data is fetched
     task = _task(config.task)
     seed = int(config.train["seed"])
     split = load_split(task, config.task, seed=seed)

@@ -56,19 +56,16 @@ def use_chat_template(tokenizer: Any, path: str) -> None:
 
     Args:
         tokenizer: The tokenizer.
-        path: A Jinja file, or a folder or Hub id of a tokenizer with the template.
+        path: A Jinja file (``.jinja``, ``.j2``), or a folder or Hub id of a tokenizer with the template.
 
     Raises:
         MolfError: The file or tokenizer cannot be read.
     """
-    if not path.endswith((".jinja", ".j2")):
-        with _explained(f"chat_template_path={path} is not a Jinja file, and cannot be loaded as a tokenizer", path):
+    with _explained(f"chat_template_path={path} is neither a Jinja file nor a tokenizer", path):
+        if path.endswith((".jinja", ".j2")):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
-        return
-    try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelNotLoaded(f"chat_template_path={path} cannot be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -83,7 +80,7 @@ def _explained(failure: str, source: str) -> Iterator[None]:
 def _reason(error: BaseException, source: str) -> str:
     causes = list(_chain(error))
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).exists() or not isinstance(error, OSError):
+    if Path(source).exists() or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
         return first_line
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (

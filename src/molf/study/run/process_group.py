@@ -1,13 +1,14 @@
 """The process group of a distributed run: waiting for rank 0, agreeing, and leaving together."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
-from accelerate.utils import gather_object
 from torch import distributed
 
+T = TypeVar("T")
 _LONG = timedelta(days=30)
 
 
@@ -29,7 +30,21 @@ def all_wait() -> Iterator[None]:
 
 def true_on_all_ranks(flag: bool) -> bool:
     """Return whether a flag is true on every rank; all must make this call."""
-    return all(gather_object([flag])) if _initialized() else flag
+    if not _initialized():
+        return flag
+    flags: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(flags, flag)
+    return all(flags)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank."""
+    if not _initialized():
+        return make()
+    made: list[Any] = [make() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(made)
+    result: T = made[0]
+    return result
 
 
 def leave_process_group() -> None:

@@ -33,7 +33,7 @@ class Start:
     """
 
     time: float = field(default_factory=time.perf_counter)
-    commit: str | None = field(default_factory=source_commit)
+    commit: str | None = field(default_factory=lambda: source_commit())
 
 
 def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained | None = None) -> Result:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from molf.integrations.checkpoint_folder import remove_checkpoints, step_of
+from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
 from molf.study.engine.evaluate import Evaluation, evaluate
@@ -18,7 +19,7 @@ from molf.study.faults.run_lock import run_lock
 from molf.study.faults.trained import Trained, find_trained, forget_trained, note_trained
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
-from molf.study.methods.trainable import routed_layers, trained_base
+from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.result import Result, Training
 from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
@@ -26,7 +27,7 @@ from molf.study.run.process_group import all_wait, leave_process_group, true_on_
 from molf.study.run.record import Start, make_result, write_record
 from molf.study.run.run_folder import check_folder, clear_folder, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
-from molf.study.sizing.sizes import measure
+from molf.study.sizing.parameters import base_count, count_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -119,14 +120,14 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     if stop.received is not None and training.steps < trainer.state.max_steps:
         return _Outcome(main, device, done, None, None)
     trained = Trained(training, before.metrics if before else None)
-    model = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     with all_wait():
         if model is not None:
             if main and recipe.experts is not None and not trained_base(model):
                 save_adapters(
                     model, config.output_dir / ADAPTERS_FOLDER
                 )  # while they can still be exported as one adapter
-            model = model.merge_and_unload() if recipe.adapted else model
+            model = merge(model)
             model.config.use_cache = use_cache
         if main:
             save_checkpoint(model, job.tokenizer, config.output_dir)
@@ -146,9 +147,8 @@ def _load_saved(config: RunConfig) -> Any:
 
 
 def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
-    method = job.config.method
-    layers = routed_layers(trainer.model, method).values() if recipe.merged else ()
-    sizes = measure(trainer.model, layers, method.ranks or (), method.optim_bits, method.optimizer_in_backward)
+    parameters = count_parameters(trainer.model, lora_pairs(trainer.model, job.config.method) if recipe.merged else 0)
+    base = base_count(parameters)
     if trainer.is_world_process_zero():
         for warning in trainer.cut.warnings():
             _log.warning(warning)
@@ -161,9 +161,9 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
         loss=outcome.training_loss,
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
-        parameters=sizes.parameters,
-        trainable_parameters=sizes.trainable,
-        lora_parameters=sizes.lora,
+        parameters=base.total,
+        trainable_parameters=base.trainable,
+        lora_parameters=parameters["LoRA"].trainable,
         dropped_examples=trainer.cut.dropped,
         truncated_examples=trainer.cut.truncated,
         processes=trainer.args.world_size,

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from molf.study.config.trainer_config import TrainConfig
 from molf.study.engine.examples import ExampleIds, tokenize_examples, training_template
+from molf.study.run.process_group import from_rank_0
 
 _log = logging.getLogger(__name__)
 _NO_LOSS = -100  # the label that the loss ignores
@@ -46,7 +46,7 @@ class CutTargets:
 def tokenize_training_data(
     tokenizer: Any, examples: Sequence[Mapping[str, Any]], args: TrainConfig
 ) -> tuple[Dataset, CutTargets]:
-    """Tokenise training examples on the first process and send them to the others.
+    """Tokenise training examples on rank 0 and send them to the others.
 
     Args:
         tokenizer: The tokenizer.
@@ -59,14 +59,13 @@ def tokenize_training_data(
     Raises:
         MolfError: An example has no target even in full, or the chat template does not fit.
     """
-    found: list[Any] = [None]
-    if args.process_index == 0:
+
+    def tokenize() -> tuple[Dataset, CutTargets]:
         tokens = tokenize_examples(tokenizer, examples)
         _warn_of_untrained_stop(tokenizer, examples)
-        found[0] = _rows(tokens, all_in_loss=_all_in_loss(examples[0], args)), cut_targets(tokens, args)
-    broadcast_object_list(found)
-    rows, cut = found[0]
-    return rows, cut
+        return _rows(tokens, all_in_loss=_all_in_loss(examples[0], args)), cut_targets(tokens, args)
+
+    return from_rank_0(tokenize)
 
 
 def cut_targets(examples: Sequence[ExampleIds], args: TrainConfig) -> CutTargets:
