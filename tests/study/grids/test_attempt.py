@@ -5,26 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_run, working_in
+from fake_runs import fake_run, until, working_in
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
 
 TESTS = Path(__file__).parents[2]
-
-
-def until(condition):
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("still not true after a minute")
 
 
 def in_thread(attempt):
