@@ -165,11 +165,7 @@ def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]
     """
     for values in product(*axes.values()):
         point = {**settings, **dict(zip(axes, values, strict=True))}
-        try:
-            known = canonical(point.items(), setting_types(), f"the settings of {name}")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        yield parse_run([], preset=known)
+        yield parse_run([], preset=canonical(point.items(), setting_types(), f"the settings of {name}"))
 
 
 def is_axis(field: str, value: Any) -> bool:
