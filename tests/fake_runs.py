@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ def fake_run(parent, behaviour, name=None):
     return FakeRun(
         name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour=behaviour
     )
+
+
+def until(condition, seconds=120):
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not true after {seconds} s"
+        time.sleep(0.05)
 
 
 HOLDER = """

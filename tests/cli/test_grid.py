@@ -32,7 +32,7 @@ def test_methods_of_files_and_flags(methods_of):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("--engine local", "the runs have saved"), ("--engine slurm", "the jobs stay in the queue")],
+    [("--engine local", "the runs have saved what they could"), ("--engine slurm", "the jobs stay in the queue")],
 )
 def test_an_interruption_says_what_becomes_of_the_runs(line, words):
     _, options = read_grid(shlex.split(line), GridOptions)

@@ -74,7 +74,7 @@ class GridOptions(SlurmSettings):
             with stop_request():
                 yield
         except (KeyboardInterrupt, Preempted):
-            runs = "the runs have saved" if self.engine == "local" else "the jobs stay in the queue"
+            runs = "the runs have saved what they could" if self.engine == "local" else "the jobs stay in the queue"
             raise Preempted(f"interrupted; {runs}, and the same command continues") from None
 
 
@@ -164,11 +164,7 @@ def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]
     """
     for values in product(*axes.values()):
         point = {**settings, **dict(zip(axes, values, strict=True))}
-        try:
-            known = canonical(point.items(), setting_types(), f"the settings of {name}")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        yield parse_run([], preset=known)
+        yield parse_run([], preset=canonical(point.items(), setting_types(), f"the settings of {name}"))
 
 
 def is_axis(field: str, value: Any) -> bool:

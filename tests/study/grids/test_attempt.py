@@ -5,26 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_run, working_in
+from fake_runs import fake_run, until, working_in
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
 
 TESTS = Path(__file__).parents[2]
-
-
-def until(condition):
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("still not true after a minute")
 
 
 def in_thread(attempt):
@@ -102,12 +93,13 @@ def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
     assert "finish.lock (No locks available): nothing keeps a second run out" in caplog.text
 
 
-def test_one_that_waits_can_be_stopped(tmp_path):
+def test_one_that_waits_says_so_and_can_be_stopped(tmp_path, caplog):
     spec = fake_run(tmp_path, "hold")
     running, waiting = Attempt(spec), Attempt(spec)
     first = in_thread(running)
     until(spec.starts)
     second = in_thread(waiting)
+    until(lambda: f"another attempt at {spec.folder} has not ended yet; waiting for it" in caplog.text)
     waiting.stop()
     assert second() == PREEMPTED
     running.stop()

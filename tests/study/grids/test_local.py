@@ -2,13 +2,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_run
+from fake_runs import fake_run, until
 from molf.errors import MolfError
 from molf.study.grids.local import LocalEngine, visible_devices
 
@@ -43,10 +42,7 @@ def test_runs_save_when_what_started_them_is_stopped_or_killed(number, tmp_path)
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
     )
     first, second, third = (fake_run(tmp_path, "hold", name) for name in ("a", "b", "c"))
-    for _ in range(1200):
-        if first.starts() and second.starts():
-            break
-        time.sleep(0.05)
+    until(lambda: first.starts() and second.starts())
     starter.send_signal(number)
     said = starter.communicate(timeout=60)[1]
     assert starter.returncode != 0 and (number != signal.SIGINT or said.rstrip().endswith("KeyboardInterrupt"))

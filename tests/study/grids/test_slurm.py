@@ -1,13 +1,12 @@
 import os
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from submitit.helpers import DelayedSubmission
 
-from fake_runs import fake_run
+from fake_runs import fake_run, until
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.grids.runner import run_grid
@@ -33,14 +32,6 @@ def submit(cluster, tmp_path, monkeypatch):
 
 def slurm(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def until(condition):
-    for _ in range(480):
-        if condition():
-            return
-        time.sleep(0.25)
-    raise AssertionError("still not true after two minutes")
 
 
 def test_an_array_of_runs(submit, tmp_path):
@@ -110,10 +101,11 @@ def test_what_slurm_refuses(submit, tmp_path):
     assert job_of(spec) is None and not spec.starts()
 
 
-def test_fewer_gpus_than_processes(tmp_path):
-    spec = replace(fake_run(tmp_path, "finish"), processes=4)
-    engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=1))
-    with pytest.raises(MolfError, match="--gpus_per_node 1 gives a job fewer GPUs than --nproc_per_node 4 needs"):
+@pytest.mark.parametrize(("gpus", "processes"), [(1, 4), (4, 1)])
+def test_another_number_of_gpus_than_processes(gpus, processes, tmp_path):
+    spec = replace(fake_run(tmp_path, "finish"), processes=processes)
+    engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=gpus))
+    with pytest.raises(MolfError, match=f"--gpus_per_node {gpus}, and --nproc_per_node {processes} needs one GPU per"):
         next(engine.run([spec]))
 
 

@@ -97,10 +97,14 @@ class Attempt:
         Processes started by torchrun do not inherit this lock and may outlive it, so wait for the run's own lock as well.
         """
         with self.spec.beside(LOCK).open("a") as file:
+            waits = False
             while not _lock(file) or in_use(self.spec.folder):
                 if self._stopped:
                     yield None
                     return
+                if not waits:
+                    _log.warning("another attempt at %s has not ended yet; waiting for it", self.spec.folder)
+                waits = True
                 time.sleep(_PAUSE)
             yield file.fileno()
 

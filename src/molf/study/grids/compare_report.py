@@ -78,9 +78,12 @@ def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str,
 
 
 def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | None:
-    means = {c.name: c.mean(outcome.metric) for c in outcome.contenders if c.method in methods}
-    known = [(name, value) for name, value in means.items() if value is not None]
-    return max(known, key=lambda pair: pair[1], default=None)
+    means = [
+        (c.name, mean)
+        for c in outcome.contenders
+        if c.method in methods and (mean := c.mean(outcome.metric)) is not None
+    ]
+    return max(means, key=lambda pair: pair[1], default=None)
 
 
 def comparison_table(outcome: Outcome) -> Table:

@@ -99,7 +99,7 @@ class SlurmEngine:
         Interrupting this leaves the jobs alone; the next call finds them in the queue.
 
         Raises:
-            MolfError: There is no SLURM here, it refuses the jobs, or a job would have fewer GPUs than processes.
+            MolfError: There is no SLURM here, it refuses the jobs, or a job would not have one GPU per process.
         """
         self._check_gpus(specs)
         for program in ("sbatch", "squeue", "srun", "scontrol"):
@@ -117,12 +117,13 @@ class SlurmEngine:
             yield from self._ended(specs)
 
     def _check_gpus(self, specs: Sequence[RunSpec]) -> None:
-        gpus, processes = self.settings.gpus_per_node, max((spec.processes for spec in specs), default=0)
-        if gpus and processes > gpus:
-            raise MolfError(
-                f"--gpus_per_node {gpus} gives a job fewer GPUs than --nproc_per_node {processes} needs: use "
-                f"--gpus_per_node {processes}, or fewer processes"
-            )
+        gpus = self.settings.gpus_per_node
+        for processes in {spec.processes for spec in specs}:
+            if gpus not in (None, 0, processes):
+                raise MolfError(
+                    f"a job gets --gpus_per_node {gpus}, and --nproc_per_node {processes} needs one GPU per process: "
+                    "give both the same number"
+                )
 
     def _submit(self, specs: Sequence[RunSpec]) -> None:
         """Submit runs as one array."""
