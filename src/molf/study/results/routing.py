@@ -1,7 +1,7 @@
 """Summary of the routing log of a MoLF run: which experts won."""
 
 import json
-from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +63,12 @@ def read_routing(path: Path) -> RoutingSummary:
 
 
 def _summary(winners: dict[int, dict[str, list[str]]], names: list[str]) -> RoutingSummary:
-    by_step = {name: [0.0] * len(winners) for name in names}
-    wins: dict[str, Counter[str]] = defaultdict(Counter)
-    logged: Counter[str] = Counter()
-    for position, selections in enumerate(winners.values()):
-        for module, experts in selections.items():
-            logged[module] += 1
-            wins[module].update(experts)
-            for expert in experts:
-                by_step[expert][position] += 1 / len(selections)
+    def shares(decisions: Collection[list[str]]) -> dict[str, float]:
+        return {name: sum(name in won for won in decisions) / len(decisions) for name in names}
+
+    steps = [shares(layers.values()) for layers in winners.values()]
+    modules = dict.fromkeys(module for layers in winners.values() for module in layers)
     by_module = {
-        module: {expert: count / logged[module] for expert, count in counts.items()} for module, counts in wins.items()
+        module: shares([layers[module] for layers in winners.values() if module in layers]) for module in modules
     }
-    return RoutingSummary(list(winners), by_step, by_module)
+    return RoutingSummary(list(winners), {name: [step[name] for step in steps] for name in names}, by_module)
