@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import SHAPES
+from molf.integrations.bundled import locate
 from molf.study.engine.evaluate import evaluate
-from molf.study.run.models import locate
 from molf.tasks import TASKS, Generate, NextToken, OptionScores, TargetScores, get_task
 from molf.tasks.few_shot import with_examples
 from timing import machine, ratio, take_turns

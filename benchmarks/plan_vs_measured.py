@@ -41,7 +41,7 @@ def measure(args, method):
 
     from models import random_model
     from molf.study.config.run_config import RunConfig
-    from molf.study.results.device import peak_memory_bytes
+    from molf.study.results.environment import peak_memory_bytes
     from molf.study.run.job import Job, job_recipe, make_trainer
     from molf.tasks import Split
 

@@ -86,7 +86,7 @@ def fuzz(queries, count, workers, seed=1):
     before = set(os.listdir())
     outcomes, longest = Counter(), 0.0
     with SqlSandbox(workers, limits) as sandbox:
-        folder = Path(sandbox._folder.name)
+        folder = Path(sandbox._workers[0].folder)
         for first in range(0, count, 500):
             for _ in range(min(500, count - first)):
                 context, sql = dice.choice(queries)

@@ -3,21 +3,18 @@
 from typing import Any
 
 from molf.cli import main
-from molf.tasks import TASKS, Answer, Likelihood, Metric, Request, Row, Split
+from molf.tasks import TASKS, Answer, Likelihood, Metric, Request, Row
 from molf.tasks.metrics import percentage
-from molf.tasks.sources import HubData, Source
+from molf.tasks.sources import HubData, Source, SourceTask
 
 FIELDS = {"passage": str, "question": str, "answer": bool}
-SOURCE = Source(HubData("google/boolq"), splits=("train", "validation"), fields=FIELDS)
 
 
-class BoolQ:
-    """Is the answer yes or no? Right is what the model finds more likely."""
+class BoolQ(SourceTask):
+    """Is the answer yes or no? The model answers what it finds more likely."""
 
     name, headline = "boolq", "accuracy"
-
-    def load(self, data_path: str | None, *, sample: bool, limit: int | None, seed: int) -> Split:
-        return SOURCE.load(data_path, sample=sample, limit=limit)
+    source = Source(HubData("google/boolq"), splits=("train", "validation"), fields=FIELDS)
 
     def example(self, row: Row) -> dict[str, Any]:
         return {"prompt": prompt(row), "completion": " yes" if row["answer"] else " no"}

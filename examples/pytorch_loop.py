@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf import MoLF
-from molf.study.run.models import locate
+from molf.integrations.bundled import locate
 
 TEXTS = ["The mother tongue of Danielle Darrieux is English", "The official religion of Edwin of Northumbria is Islam"]
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import molf
-from molf.study.run.models import locate
+from molf.integrations.bundled import locate
 
 ROWS = [
     {"prompt": "The mother tongue of Danielle Darrieux is", "completion": " English"},

@@ -1,15 +1,16 @@
-"""Cells whose runs take a moment: what a run does, without a model."""
+"""Runs of a grid that take a moment: what a run does, without a model."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from molf.study.config.run_config import RunConfig
-from molf.study.grids.cells import Cell
+from molf.study.grids.spec import RunSpec
 
 RESULT = {
     "config": {},
@@ -24,22 +25,26 @@ RESULT = {
     "peak_memory_bytes": None,
 }
 
-# Every start leaves its arguments in `starts`. `hold` goes on until it is told to stop, leaves a checkpoint then and finishes
-# when it is resumed; `kill` dies without a word after a checkpoint; `crash` aborts; `fail` fails until there is a file `mended`.
+# Every start adds a line to `starts`: whether it resumed. `hold` runs until it is told to stop, saves a checkpoint then and
+# finishes when it resumes; `pause` takes two seconds, and one to save; `kill` dies without a word after a checkpoint; `crash`
+# aborts; `fail` fails until there is a file `mended`.
 RUN = """
 import json, os, signal, sys, time
 from pathlib import Path
-folder, behaviour, resumed = Path(sys.argv[1]), sys.argv[2], "--resume_from_checkpoint" in sys.argv
+folder, behaviour = Path(sys.argv[1]), sys.argv[2]
 folder.mkdir(parents=True, exist_ok=True)
+resumed = (folder / "checkpoint-1").exists()
 
 def save_and_stop(number, frame):
-    (folder / "checkpoint-1").mkdir()
+    time.sleep(behaviour == "pause")
+    (folder / "checkpoint-1").mkdir(exist_ok=True)
     sys.exit(75)
 
 signal.signal(signal.SIGTERM, save_and_stop)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 with (folder / "starts").open("a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
+    file.write(json.dumps(resumed) + "\\n")
+(folder / "devices").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 print("started", "again" if resumed else "", flush=True)
 if behaviour == "hold" and not resumed:
     time.sleep(120)
@@ -59,37 +64,42 @@ if behaviour == "fail" and not (folder / "mended").exists():
 
 
 @dataclass(frozen=True)
-class FakeCell(Cell):
+class FakeRun(RunSpec):
     behaviour: str = "finish"
 
     @property
     def command(self):
-        return [sys.executable, "-c", RUN, str(self.folder), self.behaviour, json.dumps(RESULT)]
+        result = {**RESULT, "config": self.config.to_dict()}
+        return [sys.executable, "-c", RUN, str(self.folder), self.behaviour, json.dumps(result)]
 
     def starts(self):
-        """The arguments of every start so far."""
+        """Whether each start so far resumed from a checkpoint."""
         path = self.folder / "starts"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def resumed(self):
-        """Whether each start went on from a checkpoint."""
-        return ["--resume_from_checkpoint" in arguments for arguments in self.starts()]
 
-
-def fake_cell(parent, behaviour, name=None):
-    """A cell named after what it does."""
+def fake_run(parent, behaviour, name=None):
+    """A run named after what it does."""
     name = name or behaviour
     parent.mkdir(exist_ok=True)
-    return FakeCell(
+    return FakeRun(
         name, RunConfig(train={"output_dir": str(Path(parent) / name), "run_name": name}), behaviour=behaviour
     )
+
+
+def until(condition, seconds=120):
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not true after {seconds} s"
+        time.sleep(0.05)
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from molf.study.faults.run_lock import holding
-with holding(Path(sys.argv[1])):
+from molf.study.faults.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("works", flush=True)
     sys.stdin.read()
 """

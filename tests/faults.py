@@ -1,6 +1,6 @@
-"""Real training runs, killed with SIGKILL and gone on with; ``python tests/faults.py`` prints a table of what was lost.
+"""Real training runs, killed with SIGKILL and resumed; ``python tests/faults.py`` prints a table of what was lost.
 
-Runs are children of a server process that has imported the libraries, so that one costs about as much as its training.
+Runs are forked from a server process that has imported the libraries, so that one costs about as much as its training.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+import molf.study.run.record
 import molf.study.run.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
@@ -32,7 +33,7 @@ METHODS = {
     "molf_e": {"method": "molf_e"},
     **{name: {"method": name} for name in ("fft", "lora", "rslora", "dora", "pissa", "eva", "lora_plus", "adalora")},
 }
-"""What is killed, by name: every method, and every form of MoLF."""
+"""Settings of the runs to kill, by name: every method, and every form of MoLF."""
 
 STEPS = 8
 RUN = {"gradient_accumulation_steps": 1, "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "eval_limit": 1}
@@ -41,14 +42,14 @@ RUN = {"gradient_accumulation_steps": 1, "max_steps": STEPS, "save_strategy": "s
 
 @dataclass(frozen=True)
 class Outcome:
-    """What kills did to a run.
+    """The effect of kills on a run.
 
     Attributes:
-        kills: How often it was killed.
-        while_writing: How many of them came while a checkpoint was being written, put in place or removed.
-        repeated: Steps that were taken again, all together.
-        difference: Largest difference of a final weight from the uninterrupted run's.
-        same_log: Whether the routing logs are the same, byte for byte; None where nothing is routed.
+        kills: Number of kills.
+        while_writing: Number of kills while a checkpoint was written, renamed or removed.
+        repeated: Total number of steps that were repeated.
+        difference: Largest difference of a final weight from the uninterrupted run.
+        same_log: Whether the routing logs are equal, byte for byte; None without routing.
     """
 
     kills: int
@@ -59,7 +60,7 @@ class Outcome:
 
 
 class CountSteps(TrainerCallback):
-    """Adds a byte to a file at every step taken, whatever becomes of it."""
+    """Appends a byte to a file at every step."""
 
     def __init__(self, file):
         self.file = file
@@ -70,7 +71,7 @@ class CountSteps(TrainerCallback):
 
 
 class Run:
-    """A run of a method in a folder, which children of this process carry out until one is left to finish.
+    """A run of a method in a folder, which children of this process start until one finishes it.
 
     Args:
         name: One of ``METHODS``.
@@ -103,11 +104,11 @@ class Run:
         """Start a child and kill it at a random moment after a random number of its steps.
 
         Returns:
-            Whether a checkpoint was being written, put in place or removed then; None if the child was faster.
+            Whether a checkpoint was being written, renamed or removed; None if the child finished first.
         """
         done = self.steps_taken()
         there = checkpoints(self.folder)
-        left = STEPS - step_of(there[-1]) if there else STEPS  # none, where it was killed behind its last step
+        left = STEPS - step_of(there[-1]) if there else STEPS  # none if it was killed after its last step
         target = done + rng.randrange(max(left, 1))
         process = self.start()
         while process.is_alive() and self.steps_taken() < target:
@@ -141,7 +142,7 @@ class Run:
 
 
 def _child(settings, log, steps, kill_at):
-    gc.freeze()  # what is imported need not be looked through by every collection of garbage
+    gc.freeze()  # keeps the garbage collector out of the imported libraries
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -175,19 +176,19 @@ WRITES = ("w", "wb", "a", "ab", "xb")
 
 
 def log_and_die(settings, log_file):
-    """Carry out a run that is killed when its row is in the log and its result is not written."""
+    """Carry out a run that is killed between its row in the log and its result."""
     os.environ["LOG_FILE"] = str(log_file)
-    molf.study.run.train.write_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    molf.study.run.record.write_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     carry_out(settings)
 
 
 def killed_at_random(name, model, folder, kills, rng):
-    """Kill a run of a method at random moments, go on each time, and compare it with an uninterrupted one."""
+    """Kill a run of a method at random moments, resume it each time, and compare it with an uninterrupted one."""
     return _killed(name, model, folder, kills, lambda run: run.kill(rng))
 
 
 def killed_at_changes(name, model, folder, kills, rng):
-    """The same, killed just before a file-system change that is drawn at random: in all that writing a checkpoint consists of."""
+    """Kill a run just before random changes of the file system, which are those of writing a checkpoint."""
     return _killed(name, model, folder, kills, lambda run: run.kill_at(rng.randint(1, 40)))
 
 
@@ -197,7 +198,7 @@ def _killed(name, model, folder, kills, kill):
     moments = []
     while len(moments) < kills:
         writing = kill(run)
-        if writing is None:  # it was done already: once more from the start
+        if writing is None:  # it had finished already: start again
             shutil.rmtree(run.folder)
             run.steps.unlink()
             moments.clear()

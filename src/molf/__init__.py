@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molf.integrations.lora_experts import add_lora_experts
+    from molf.integrations.merge import merge
     from molf.integrations.routing_log import RoutingLog
     from molf.integrations.trainer import trainer_optimizer
     from molf.optimizer import MoLF
@@ -26,6 +27,7 @@ __all__ = [
     "Score",
     "__version__",
     "add_lora_experts",
+    "merge",
     "param_groups",
     "trainer_optimizer",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "RoutingLog": "molf.integrations.routing_log",
     "Score": "molf.scores",
     "add_lora_experts": "molf.integrations.lora_experts",
+    "merge": "molf.integrations.merge",
     "param_groups": "molf.setup.param_groups",
     "trainer_optimizer": "molf.integrations.trainer",
 }

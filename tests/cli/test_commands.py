@@ -1,5 +1,6 @@
 import json
 import os
+import pydoc
 import shlex
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import torch
 
 import molf
 from conftest import TOLERANCE
+from fake_runs import RESULT
 from molf.cli import COMMANDS, main
-from molf.cli import commands as command_functions
-from molf.study.config.presets import DEMO
+from molf.study.config.run_config import DEMO
 from molf.study.faults.preemption import Preempted
 from small_runs import weights
 
@@ -42,7 +43,8 @@ def test_every_command_is_listed_and_exists(capsys):
     assert call("") == 0
     listing = capsys.readouterr().out
     assert all(f"  {command} " in listing for command in COMMANDS)
-    assert set(command_functions.COMMANDS) == set(COMMANDS)
+    for home, _ in COMMANDS.values():
+        assert callable(pydoc.locate(f"molf.cli.{home}"))
 
 
 def test_an_unknown_command(capsys):
@@ -77,7 +79,7 @@ def test_eval_and_report(model_folder, capsys):
     assert call("report run scores --check") == 0
     shown = capsys.readouterr().out
     assert "routing: run/routing.png" in shown
-    assert shown.count("computed anew from the predictions: the same metrics") == 2
+    assert shown.count("computed again from the predictions: the same metrics") == 2
     assert Path("run/routing.png").is_file()
     rows = [line.split()[:3] for line in shown.split("runs")[-1].splitlines()]
     assert ["run", "molf", "fact"] in rows
@@ -87,7 +89,13 @@ def test_eval_and_report(model_folder, capsys):
 def test_a_dry_run_shows_and_writes_nothing(model_folder, capsys):
     assert call(f"train --model_name_or_path {model_folder} {SMALL} --output_dir run --dry-run") == 0
     shown = capsys.readouterr().out
-    for expected in ("learning_rate: 5.0e-05", "first example", "</s>", "LoRA pairs", "nothing was trained; 4 rows"):
+    for expected in (
+        "learning_rate: 5.0e-05",
+        "first example",
+        "</s>",
+        "LoRA pairs",
+        "nothing was trained; 4 training rows",
+    ):
         assert expected in shown
     assert not Path("run").exists()
 
@@ -120,18 +128,49 @@ def test_mistakes_are_one_message(line, status, message, model_folder, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("line", ["report nothing --traceback", "--traceback report nothing"])
+def test_the_traceback_of_a_mistake_is_shown_on_request(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(line) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "in read_result" in error and "no finished run" in error
+    monkeypatch.setenv("MOLF_TRACEBACK", "1")
+    assert call("report nothing") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_with_a_cause_says_how_to_see_it(tmp_path, capsys):
+    (tmp_path / "result.json").write_text("{")
+    assert call(f"report {tmp_path}") == 1
+    assert capsys.readouterr().err.endswith("(--traceback shows the cause)\n")
+    assert call(f"--traceback report {tmp_path}") == 1
+    assert "JSONDecodeError" in capsys.readouterr().err
+
+
+def test_names_of_users_are_no_markup(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("[bold]mine :smile:").mkdir()
+    Path("[bold]mine :smile:", "result.json").write_text(json.dumps(RESULT | {"config": {"run_name": "[red]my run"}}))
+    assert call("results '[bold]mine :smile:'") == 0
+    assert "[bold]mine :smile:" in capsys.readouterr().out
+    assert call("report '[bold]mine :smile:'") == 0
+    assert "[red]my run" in capsys.readouterr().out
+    assert call("report '[/nowhere]'") == 1
+    assert "[/nowhere] holds no finished run" in capsys.readouterr().err
+
+
 def test_a_failure_of_other_code_keeps_its_traceback(monkeypatch):
     def fail(argv):
         raise ValueError("out of cheese")
 
-    monkeypatch.setitem(command_functions.COMMANDS, "train", fail)
+    monkeypatch.setattr("molf.cli.commands.train", fail)
     with pytest.raises(ValueError, match="out of cheese"):
         call("train")
 
 
 def test_a_missing_library_gives_the_command(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "molf.cli.commands")
-    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.setitem(sys.modules, "molf.cli.parsing", None)
     assert call("train") == 1
     assert "pip install 'molf[train]'" in capsys.readouterr().err
 
@@ -169,7 +208,7 @@ def torchrun(program, line):
 
 
 def test_two_processes_leave_one_run_and_equal_one_process(model_folder):
-    """Under torchrun every process trains, and the first alone evaluates, writes and prints."""
+    """Under torchrun every process trains and evaluates, and the first alone writes and prints."""
     # So large an epsilon keeps Adam from making sums that are rounded otherwise into steps of another sign.
     line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --learning_rate 1e-2 --adam_epsilon 1e-3"
     done = torchrun("-m molf", f"{line} --output_dir two")

@@ -1,4 +1,8 @@
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,9 @@ import yaml
 from molf.cli import main
 from molf.cli.compare import parse_comparison
 from molf.errors import UsageError
+from molf.study.faults.preemption import PREEMPTED
+from molf.study.faults.run_lock import in_use
+from molf.study.results.result import read_result
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 SMALL = (
@@ -16,7 +23,7 @@ SMALL = (
 
 
 def parse(line):
-    return parse_comparison(shlex.split(line))
+    return parse_comparison(shlex.split(line))[1]
 
 
 def test_flags_alone():
@@ -27,7 +34,7 @@ def test_flags_alone():
     }
     assert comparison.candidates["lora"]["lr5e-05"].train["learning_rate"] == 5e-5
     assert (comparison.seeds, comparison.selection_limit, comparison.all_rates) == ((1, 2), 100, True)
-    assert (comparison.folder, comparison.metric, comparison.keep_models) == (Path("runs/compare"), None, False)
+    assert (comparison.folder, comparison.metric, comparison.processes) == (Path("runs/compare"), None, 1)
 
 
 def test_a_method_has_its_own_settings_and_flags_choose_among_methods(tmp_path):
@@ -66,12 +73,12 @@ def test_the_files_that_come_with_the_package():
     ("line", "message"),
     [
         ("", "nothing to compare"),
-        ("--methods fft --seed 1", "seed is set for every cell"),
-        ("--methods fft --output_dir here", "output_dir is set for every cell"),
-        ("--methods fft --seeds one", "invalid literal"),
+        ("--methods fft --seed 1", "seed is set for every run"),
+        ("--methods fft --output_dir here", "output_dir is set for every run"),
+        ("--methods fft --seeds one", "argument --seeds: invalid int value"),
         ("--methods fft --seeds 1 1", "different seeds"),
         ("--methods fft --selection_limit 0", "at least 1"),
-        ("--methods fft --all_rates maybe", "all_rates is true or false"),
+        ("--methods fft --all_rates maybe", "argument --all_rates.*: Truthy value expected: got maybe"),
         ("--methods fft --learning_rte 1", "did you mean 'learning_rate'"),
         ("--methods ffft", "invalid choice"),
     ],
@@ -94,21 +101,47 @@ def test_the_command(model_folder, capsys):
     line = f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out"
     assert main(shlex.split(line)) == 0
     shown = capsys.readouterr().out
-    assert "out/fft-lr0.0001-s42 ..." in shown
+    assert "out/fft-lr0.0001-s42 finished" in shown
     assert "Nothing to say about MoLF" in shown
+    assert not list(Path("out").rglob("*.safetensors"))
     assert {path.name for path in Path("out").glob("comparison.*")} == {
         f"comparison.{s}" for s in ("csv", "json", "md", "png")
     }
     assert main(shlex.split(line)) == 0
-    assert "..." not in capsys.readouterr().out, "the cell is finished"
+    assert "1 of 1 runs are finished; 0 to run" in capsys.readouterr().out
 
 
-def test_a_failed_cell_fails_the_command(model_folder, capsys):
+def test_a_failed_run_fails_the_command(model_folder, capsys):
     line = f"compare --methods fft --learning_rate 1e-4 {SMALL} --output_root out --model_name_or_path /no/such/model"
     assert main(shlex.split(line)) == 1
     captured = capsys.readouterr()
     assert "failed with status 1" in captured.out and "/no/such/model" in captured.out
-    assert "1 cells failed" in captured.err
+    assert "1 runs failed: once the cause is gone, the same command runs them again" in captured.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_or_killed_stops_its_run_and_resumes(number, model_folder):
+    line = (
+        f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out "
+        "--num_train_epochs 60 --save_strategy steps --save_steps 2 --save_total_limit 2"
+    )
+    name = "fft-lr0.0001-s42"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molf", *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(Path("out").glob(f"{name}/checkpoint-*")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert (
+            process.returncode == PREEMPTED
+            and "the runs have saved what they could, and the same command continues" in said
+        )
+        assert not in_use(Path("out") / name)
+    assert main(shlex.split(line)) == 0
+    assert "stopped by SIGTERM after step" in Path(f"out/{name}.log").read_text()
+    assert read_result(Path("out") / name).training.steps == 60
 
 
 def test_help(capsys):

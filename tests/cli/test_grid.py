@@ -1,16 +1,44 @@
+import shlex
+
 import pytest
+import yaml
 
-from molf.cli.grid import as_list, as_switch, configs, contenders
+from molf.cli.grid import GridOptions, as_list, configs, read_grid
 from molf.errors import UsageError
+from molf.study.faults.preemption import Preempted
 
 
-def test_contenders_of_files_and_flags():
-    assert contenders(["fft", "lora"], []) == {"fft": {}, "lora": {}}
+@pytest.fixture
+def methods_of(tmp_path):
+    """Return the methods that a file's ``methods`` and flags stand for."""
+
+    def read(in_file, flags=""):
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"methods": in_file}))
+        return read_grid([str(tmp_path / "grid.yaml"), *shlex.split(flags)], GridOptions)[0]
+
+    return read
+
+
+def test_methods_of_files_and_flags(methods_of):
+    assert methods_of(["fft", "lora"]) == {"fft": {"method": "fft"}, "lora": {"method": "lora"}}
     own = {"small": {"method": "lora"}, "fft": None}
-    assert contenders(own, []) == {"small": {"method": "lora"}, "fft": {}}
-    assert contenders(own, [["fft"], ["small", "molf"]]) == {"small": {"method": "lora"}, "molf": {}}
+    assert methods_of(own) == {"small": {"method": "lora"}, "fft": {"method": "fft"}}
+    assert methods_of(own, "--methods fft --methods small molf") == {
+        "small": {"method": "lora"}, "molf": {"method": "molf"}
+    }  # fmt: skip
     with pytest.raises(UsageError, match="methods must be a list"):
-        contenders("fft", [])
+        methods_of("fft")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("--engine local", "the runs have saved what they could"), ("--engine slurm", "the jobs stay in the queue")],
+)
+def test_an_interruption_says_what_becomes_of_the_runs(line, words):
+    _, options = read_grid(shlex.split(line), GridOptions)
+    with pytest.raises(Preempted) as stopped, options.interruptible():
+        raise KeyboardInterrupt
+    assert stopped.value.message == f"interrupted; {words}, and the same command continues"
 
 
 def test_all_combinations_in_order():
@@ -24,6 +52,3 @@ def test_all_combinations_in_order():
 def test_values():
     assert as_list("[1, 2]") == as_list("1,2") == ["1", "2"]
     assert as_list((1, 2)) == as_list([1, 2]) == [1, 2] and as_list(3) == [3]
-    assert as_switch("x", "True") is True and as_switch("x", False) is False
-    with pytest.raises(UsageError, match="x is true or false, not 'maybe'"):
-        as_switch("x", "maybe")

@@ -3,7 +3,7 @@ import shlex
 import pytest
 
 from molf.cli.parsing import parse_run, print_help, read_flags, read_yaml
-from molf.errors import UsageError
+from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
 
@@ -156,7 +156,7 @@ def test_mistakes_in_files_are_explained(content, message, tmp_path):
 
 
 def test_a_missing_file():
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MolfError, match="there is no configuration file no/such"):
         read_yaml("no/such/file.yaml")
 
 

@@ -3,7 +3,43 @@ from typing import Any
 
 import pytest
 
-from molf.cli.settings import allows, is_list, setting_types
+from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, is_list, setting_types
+
+KNOWN = ["task", "score", "learning_rate", "per_device_train_batch_size", "warmup_steps"]
+
+
+def test_aliases_hyphens_and_published_values():
+    given = [("dataset-type", "fact"), ("molf_score_fn", "true_projected"), ("learning-rate", "1e-4")]
+    assert canonical(given, KNOWN, "here") == {"task": "fact", "score": "epd", "learning_rate": "1e-4"}
+    assert canonical([("score", "projected")], KNOWN, "here") == {"score": "pfn"}
+    assert canonical([("score", "epd")], KNOWN, "here") == {"score": "epd"}
+
+
+def test_of_one_name_given_twice_the_later_counts():
+    assert canonical([("task", "fact"), ("task", "sql")], KNOWN, "here") == {"task": "sql"}
+
+
+def test_two_names_of_one_setting_must_agree():
+    same = [("per_device_batch_size", "8"), ("per_device_train_batch_size", "8")]
+    assert canonical(same, KNOWN, "here") == {"per_device_train_batch_size": "8"}
+    assert canonical([("score", "epd"), ("molf_score_fn", "true_projected")], KNOWN, "here") == {"score": "epd"}
+    with pytest.raises(ValueError, match=r"warm_up_ratio and warmup_steps in here .*'0\.1' and '0\.2'"):
+        canonical([("warm_up_ratio", "0.1"), ("warmup_steps", "0.2")], KNOWN, "here")
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"), [("learning_rte", "learning_rate"), ("dataset_typ", "dataset_type"), ("zzz", None)]
+)
+def test_unknown_names(misspelt, nearest):
+    with pytest.raises(ValueError, match=f"unknown setting '{misspelt}' in here") as raised:
+        canonical([(misspelt, "1")], KNOWN, "here")
+    assert ("did you mean" in str(raised.value)) is (nearest is not None)
+    assert nearest is None or repr(nearest) in str(raised.value)
+
+
+def test_every_alias_means_a_setting_that_exists():
+    assert set(PUBLISHED_NAMES.values()) <= set(setting_types())
+    assert not set(PUBLISHED_NAMES) & set(setting_types())
 
 
 def test_settings_are_those_of_all_sections_and_of_the_trainer():

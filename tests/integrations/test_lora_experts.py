@@ -51,5 +51,5 @@ def test_bad_options(options, words):
 
 
 def test_a_peft_model_is_refused():
-    with pytest.raises(TypeError, match="PEFT model already"):
+    with pytest.raises(TypeError, match="PeftModel already"):
         add_lora_experts(add_lora_experts(tiny_llama(), ranks=(2,)), ranks=(4,))

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -7,7 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from molf import MoLF, RoutingLog, trainer_optimizer
-from molf.integrations.routing_log import FILE_NAME, selection_record
+from molf.integrations.routing_log import _MAX_PENDING, FILE_NAME, Fetch, selection_record
 from routing_logs import routing, run_by_hand, steps
 from small import tiny_llama
 
@@ -109,7 +110,7 @@ def test_a_damaged_line_is_named(run):
     run.log.path.parent.mkdir(parents=True)
     run.log.path.write_text('{"step": 1, "selections": {}}\n{broken\n')
     run.state.global_step = 2
-    with pytest.raises(ValueError, match=rf"{run.log.path}, line 2: no line of a routing log"):
+    with pytest.raises(ValueError, match=rf"{run.log.path}, line 2: not a line of a routing log"):
         run.event("on_train_begin")
 
 
@@ -176,7 +177,6 @@ def test_other_logs_are_left_alone(run, logs):
     run.step()
     assert run.logged(**logs) == logs
     assert run.state.log_history[-1] == {**logs, "step": 1}
-    run.event("on_log", logs=None)
 
 
 def test_only_the_main_process_writes(run):
@@ -247,3 +247,100 @@ def test_another_optimizer_is_an_error(tmp_path):
     with pytest.raises(TypeError, match=r"this trainer's optimizer is AdamW.*molf\.trainer_optimizer"):
         trainer.train()
     assert not (tmp_path / FILE_NAME).exists()
+
+
+class Slow:
+    """Makes decisions reach the host only when waited for, and counts the waits."""
+
+    def __init__(self, monkeypatch):
+        self.waited = 0
+        monkeypatch.setattr(Fetch, "done", False)
+        get = Fetch.get
+
+        def waiting(fetch):
+            self.waited += 1
+            return get(fetch)
+
+        monkeypatch.setattr(Fetch, "get", waiting)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    return Slow(monkeypatch)
+
+
+def test_no_step_waits_and_no_line_is_lost(run, slow):
+    run.event("on_train_begin")
+    for _ in range(5):
+        run.step()
+    assert steps(run.log) == [] and slow.waited == 0
+    run.event("on_train_end")
+    assert steps(run.log) == [1, 2, 3, 4, 5]
+    run.optimizer.state_dict()
+    assert steps(run.log) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_on_its_way_is_written_in_order_when_it_is_there(run, monkeypatch):
+    monkeypatch.setattr(Fetch, "done", False)
+    run.event("on_train_begin")
+    run.step()
+    run.step()
+    monkeypatch.setattr(Fetch, "done", True)
+    run.step()
+    assert steps(run.log) == [1, 2, 3]
+
+
+def test_no_more_than_a_few_decisions_are_kept(run, slow):
+    run.event("on_train_begin")
+    for _ in range(_MAX_PENDING + 3):
+        run.step()
+    assert steps(run.log) == [1, 2, 3]
+
+
+def test_a_checkpoint_is_never_ahead_of_the_log(run, slow):
+    """A Trainer calls `on_save` after writing a checkpoint, and may be killed in between."""
+    run.event("on_train_begin")
+    run.step()
+    run.step()
+    copy.deepcopy(run.optimizer.state_dict())
+    assert steps(run.log) == [1, 2]
+    run.step()
+    run.state.global_step = 2  # killed, and resumed from that checkpoint
+    run.event("on_train_begin")
+    run.step()
+    run.event("on_train_end")
+    assert steps(run.log) == [1, 2, 3]
+
+
+def test_logged_numbers_are_those_of_all_steps(run, slow):
+    run.event("on_train_begin")
+    shares = []
+    for _ in range(2):
+        run.step()
+        shares.append(run.optimizer.routing.share("fft"))
+    assert run.logged(loss=1.0)["molf/fft_share"] == pytest.approx(sum(shares) / 2)
+    assert steps(run.log) == [1, 2]
+
+
+def test_a_decision_on_the_host_is_there_at_once():
+    decided = routing()
+    fetch = Fetch(decided)
+    assert fetch.done and fetch.get() == decided
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_decision_is_fetched_without_waiting():
+    decided = routing()
+    decided = replace(
+        decided, scores=decided.scores.cuda(), chosen=decided.chosen.cuda(), taken=torch.tensor(True).cuda()
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fetch = Fetch(decided)
+        decided.scores.zero_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = fetch.get()
+    assert fetch.done and torch.equal(found.scores, routing().scores) and torch.equal(found.chosen, routing().chosen)
+    assert found.scores.is_pinned() and found.taken

@@ -1,6 +1,7 @@
 """MoLF inside the stock trainers of transformers and TRL."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,37 @@ def trained(folder, dtype=torch.float32, resume=None, model=None, optimizer=OPTI
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+CLIPPING = (
+    r"MoLF clips the gradients of all experts to max_grad_norm=0\.5, so the Trainer's clipping to 0\.001 is now off"
+)
+
+
+def test_gradients_are_clipped_once(tmp_path, caplog):
+    """Even if the Trainer clips too, as it does by default."""
+    clipped = {**OPTIONS, "max_grad_norm": 0.5}
+    once = trained(tmp_path / "once", optimizer=clipped)
+    assert not caplog.records
+    for folder, args in (("callback", False), ("arguments", True)):
+        caplog.clear()
+        given = arguments(tmp_path / folder, max_grad_norm=1e-3)
+        trainer = Trainer(
+            tiny_llama(),
+            given,
+            train_dataset=causal_rows(),
+            optimizer_cls_and_kwargs=trainer_optimizer(given if args else None, **clipped),
+            callbacks=[] if args else [RoutingLog(tmp_path / folder)],
+        )
+        trainer.train()
+        assert len(re.findall(CLIPPING, caplog.text)) == 1 and given.max_grad_norm == 0
+        assert_same_state(trainer, once)
+
+
+def test_the_trainer_clips_where_molf_does_not(tmp_path):
+    given = arguments(tmp_path, max_grad_norm=1e-3)
+    trainer_optimizer(given, ranks=(2,))
+    assert given.max_grad_norm == 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +195,7 @@ def test_every_checkpoint_is_an_ordinary_model(whole, dtype):
 
 
 def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path):
-    """The same batches, rates and start by hand."""
+    """A loop by hand with the same batches, learning rates and initial weights."""
     trainer = trained(tmp_path, save_strategy="no")
     model = tiny_llama()
     fresh = Trainer(model, arguments(tmp_path / "plain"), train_dataset=causal_rows())

@@ -1,4 +1,4 @@
-"""The mixin on the stock Trainer: failing writes, damaged checkpoints, rotation, and going on either way round."""
+"""The mixin on the stock Trainer: failing writes, damaged checkpoints, rotation, and resuming each other's checkpoints."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from molf import RoutingLog
-from molf.integrations.checkpoint_folder import MANIFEST, UNFINISHED, checkpoints, fault
+from molf.integrations.checkpoint_folder import MANIFEST, UNFINISHED, checkpoints, verify
 from molf.integrations.trainer import trainer_optimizer
 from molf.integrations.whole_checkpoints import WholeCheckpoints
 from small import tiny_llama
@@ -61,14 +61,14 @@ def whole(tmp_path_factory):
     return trainer
 
 
-def test_every_checkpoint_is_sealed_and_holds_what_a_plain_one_does(whole, tmp_path):
+def test_every_checkpoint_has_a_manifest_and_holds_what_a_plain_one_does(whole, tmp_path):
     plain = make(tmp_path, Trainer)
     plain.train()
     folder = Path(whole.args.output_dir)
     assert steps(folder) == steps(tmp_path) == [2, 4, 6]
     assert not (folder / UNFINISHED).exists()
     for checkpoint in checkpoints(folder):
-        assert fault(checkpoint) is None
+        assert verify(checkpoint) is None
         there = {path.name for path in (tmp_path / checkpoint.name).iterdir()}
         assert {path.name for path in checkpoint.iterdir()} == there | {MANIFEST}
     assert same_weights(whole, plain)
@@ -92,7 +92,7 @@ def test_the_best_one_is_known_by_its_name(tmp_path):
     trainer = make(tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=1)
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert Path(best) in checkpoints(tmp_path) and fault(Path(best)) is None
+    assert Path(best) in checkpoints(tmp_path) and verify(Path(best)) is None
     assert UNFINISHED not in (checkpoints(tmp_path)[-1] / "trainer_state.json").read_text()
 
 
@@ -123,7 +123,8 @@ def test_a_given_one_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
     trainer = make(tmp_path)
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 is no whole checkpoint: scheduler.pt is missing; give another, or True"
+        ValueError,
+        match=r"checkpoint-2 is not a complete checkpoint: scheduler.pt is missing; give another one, or True",
     ):
         trainer.find_checkpoint(str(tmp_path / "checkpoint-2"))
     with pytest.raises(ValueError, match="there is no folder"):
@@ -131,7 +132,7 @@ def test_a_given_one_that_is_not_whole_is_refused(tmp_path):
 
 
 def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(whole, tmp_path):
-    """Else the next resumption would go on from a future that did not happen, and the limit would keep it."""
+    """Otherwise the next start would resume from steps of another continuation."""
     make(tmp_path).train()
     trainer = make(tmp_path, max_steps=4, save_total_limit=2)
     checkpoint = trainer.find_checkpoint(str(tmp_path / "checkpoint-2"))
@@ -145,7 +146,7 @@ def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(whole, tmp_path)
 
 
 def failing(original, at):
-    """Let a function fail as on a full disk when it is called for the ``at``-th time."""
+    """Make the ``at``-th call of a function fail as on a full disk."""
     calls = iter(range(at))
 
     def write(*given, **options):
@@ -160,10 +161,12 @@ def failing(original, at):
 def test_a_write_that_fails_leaves_the_last_good_one(name, tmp_path, monkeypatch):
     trainer = make(tmp_path, save_total_limit=1)
     monkeypatch.setattr(trainer, name, failing(getattr(trainer, name), at=2))
-    words = r"checkpoint-4 cannot be written: .*No space left on device.* MiB free there\); the last whole one is .*checkpoint-2"
+    words = (
+        r"checkpoint-4 cannot be written: .*No space left.* MiB free there\); the last complete one is .*checkpoint-2"
+    )
     with pytest.raises(OSError, match=words):
         trainer.train()
-    assert steps(tmp_path) == [2] and fault(tmp_path / "checkpoint-2") is None
+    assert steps(tmp_path) == [2] and verify(tmp_path / "checkpoint-2") is None
     assert not (tmp_path / UNFINISHED).exists()
 
 
@@ -176,7 +179,7 @@ def test_an_error_of_another_kind_stays_what_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kilobytes", [300, 360, 460])
 def test_a_disk_that_is_full(kilobytes, whole, tmp_path):
-    """A real one, which holds two checkpoints and a part of the third: torch and safetensors each fail in their own way."""
+    """A real full disk: torch and safetensors raise different errors."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
@@ -186,7 +189,7 @@ def test_a_disk_that_is_full(kilobytes, whole, tmp_path):
         with pytest.raises(OSError, match=r"checkpoint-\d cannot be written: .* MiB free there"):
             make(folder, save_steps=1).train()
         there = steps(folder)
-        assert there and all(fault(path) is None for path in checkpoints(folder))
+        assert there and all(verify(path) is None for path in checkpoints(folder))
         shutil.move(folder / f"checkpoint-{there[-1]}", tmp_path / f"checkpoint-{there[-1]}")
     finally:
         subprocess.run(["umount", str(folder)], check=True)

@@ -1,11 +1,13 @@
 import csv
 import json
 import math
+import re
 
 import datasets
 import pytest
 
-from molf.tasks import ExampleTokens, TargetScores, get_task
+from molf.errors import MolfError
+from molf.tasks import ExampleTokens, TargetScores, custom
 from molf.tasks.custom import Custom
 
 PAIRS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
@@ -108,36 +110,117 @@ def test_a_data_set_of_the_hub(monkeypatch):
 
 def test_what_makes_no_sense_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS[:1])
-    with pytest.raises(ValueError, match="custom has no packaged sample"):
+    with pytest.raises(MolfError, match="custom has no sample in the package"):
         Custom().load(path, sample=True, limit=None, seed=0)
-    with pytest.raises(ValueError, match="task custom needs --data_path.*or --eval_path"):
+    with pytest.raises(MolfError, match="task custom needs --data_path.*or --eval_path"):
         load(None)
-    with pytest.raises(ValueError, match="eval_path=x and eval_fraction=0.5 both say"):
+    with pytest.raises(MolfError, match="--eval_path x and --eval_fraction 0.5 both say"):
         load(path, eval_path="x", eval_fraction=0.5)
-    with pytest.raises(ValueError, match="eval_fraction=1.5 must lie between 0 and 1"):
+    with pytest.raises(MolfError, match="--eval_fraction 1.5 must be between 0 and 1"):
         load(path, eval_fraction=1.5)
-    with pytest.raises(ValueError, match="a.jsonl: holding out 1 of 1 rows leaves none"):
+    with pytest.raises(MolfError, match="a.jsonl: holding out 1 of 1 rows leaves none"):
         load(path)
-    with pytest.raises(FileNotFoundError, match="no file or folder .*missing.jsonl"):
+    with pytest.raises(MolfError, match="no file or folder .*missing.jsonl"):
         load(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(ValueError, match="rows to train on have prompt, completion, those to evaluate on messages"):
+    with pytest.raises(MolfError, match="the training rows have prompt, completion, the evaluation rows messages"):
         load(path, eval_path=write(tmp_path / "b.jsonl", CHATS))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl: no records"):
+    with pytest.raises(MolfError, match="empty.jsonl: no records"):
         load(str(tmp_path / "empty.jsonl"))
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "test.jsonl", PAIRS)
-    with pytest.raises(ValueError, match="no train split, only test"):
+    with pytest.raises(MolfError, match="no train split, only test"):
         load(str(tmp_path / "test"))
 
 
 def test_unusable_rows_are_named_with_file_line_and_column(tmp_path):
     path = write(tmp_path / "a.jsonl", [*PAIRS[:2], {"prompt": "x", "completion": ""}])
-    with pytest.raises(ValueError, match="a.jsonl, line 3, column 'completion': empty"):
+    with pytest.raises(MolfError, match="a.jsonl, line 3, column 'completion': empty"):
         load(path)
     (tmp_path / "a.csv").write_text('prompt,completion\n"a\nb",c\nd,\n')
-    with pytest.raises(ValueError, match="a.csv, line 4, column 'completion': empty"):
+    with pytest.raises(MolfError, match="a.csv, line 4, column 'completion': empty"):
         load(str(tmp_path / "a.csv"))
+
+
+# --- schemas ---
+
+
+def kept(*records):
+    return custom._rows(((f"f.jsonl, line {number}", one) for number, one in enumerate(records, start=1)), None, "f")
+
+
+PAIR = {"prompt": "Q:", "completion": " A"}
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def test_rows_keep_the_columns_of_their_form():
+    assert kept({**PAIR, "id": 3}, {"completion": " B", "prompt": "R:"}) == [PAIR, {"prompt": "R:", "completion": " B"}]
+    assert kept({"text": "One.", "score": 0.5}) == [{"text": "One."}]
+    system = {"role": "system", "content": "Be kind.", "tool_calls": None}
+    assert kept({"messages": [system, *CHAT, *CHAT]}) == [
+        {"messages": [{"role": "system", "content": "Be kind."}, *CHAT, *CHAT]}
+    ]
+    assert kept({**PAIR, "messages": None}) == [PAIR]  # as a file with columns for all forms has it
+
+
+def says(*messages):
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"prompt": "", "completion": " A"}, "line 2, column 'prompt': empty"),
+        ({"prompt": "Q:", "completion": " \n"}, "line 2, column 'completion': empty"),
+        ({"prompt": "Q:", "completion": None}, "line 2, column 'completion': null"),
+        ({"prompt": "Q:"}, "line 2, column 'completion': missing"),
+        ({"prompt": 3, "completion": "A"}, "line 2, column 'prompt': must be a string, found an integer"),
+        (
+            {"prompt": CHAT, "completion": CHAT},
+            "must be a string, found a list; conversations go in a column 'messages'",
+        ),
+        (
+            {"text": None, "id": 1},
+            "line 2: no usable column; a row needs prompt and completion; messages; text, .* text (null), id",
+        ),
+        ({}, "line 2: no usable column; .* has: nothing"),
+        (
+            {**PAIR, "text": "x"},
+            "line 2: the row is a prompt and its completion (prompt, completion) and a text (text); keep",
+        ),
+        ({"text": "x"}, "line 2: a text (text), but the first row is a prompt and its completion (prompt, completion)"),
+    ],
+)
+def test_bad_cells_are_named(record, message):
+    with pytest.raises(MolfError, match=re.escape(message).replace(r"\.\*", ".*")):
+        kept(PAIR, record)
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"messages": []}, ": empty"),
+        ({"messages": "Hi"}, "must be a list of messages with role and content, found a string"),
+        ({"messages": ["Hi"]}, "message 1: must be an object with role and content, found a string"),
+        (says(("human", "Hi")), "message 1: role must be one of system, user, assistant, found 'human'"),
+        ({"messages": [{"content": "Hi"}]}, "message 1: role must be one of system, user, assistant, found None"),
+        (says(("user", "Hi"), ("assistant", " ")), "message 2, content: empty"),
+        (says(("user", None)), "message 1, content: must be a string, found null"),
+        (says(("user", "Hi")), "the last message must have role 'assistant', found 'user'"),
+        (says(("assistant", "Hi")), "the first message has role 'assistant'"),
+        (
+            says(("user", "Hi"), ("system", "x"), ("assistant", "y")),
+            "message 2: only the first message may have role 'system'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tools": "y"}]},
+            "message 1: only role and content are supported, found tools",
+        ),
+    ],
+)
+def test_bad_conversations_are_named(record, message):
+    with pytest.raises(MolfError, match=f"f.jsonl, line 1, column 'messages'.*{re.escape(message)}"):
+        kept(record)
 
 
 # --- asking and scoring ---
@@ -168,7 +251,3 @@ def test_metrics_worked_out_by_hand():
     assert all(metric.n == 2 and metric.low <= metric.value <= metric.high for metric in metrics.values())
     assert "exact_match" not in Custom().score([{"text": "a"}, {"text": "b"}], given)
     assert Custom().score([], []) == {}
-
-
-def test_custom_is_a_task():
-    assert get_task("custom").headline == "token_accuracy"

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from molf.tasks import Generate, Likelihood, Metric, TargetScores, get_task
-from molf.tasks.fact import Fact, contradictions, edit_prompt
+from molf.tasks import Generate, Likelihood, Metric, TargetScores
+from molf.tasks.fact import Fact, edit_prompt
 
 FACT = Fact()
 
@@ -60,20 +60,12 @@ def test_the_packaged_slice_is_what_its_readme_says(sample):
     assert all(row["pararel_idx"] is not None for row in rows)
     assert len({row["requested_rewrite"]["relation_id"] for row in rows}) == 34
     assert max(Counter(map(edit_prompt, rows)).values()) == 1
-    assert contradictions(rows) == 0
 
 
 def test_limit_takes_the_first_rows_whatever_the_seed(sample):
     for seed in (0, 7):
         assert FACT.load(sample=True, limit=200, seed=seed).eval == sample.eval[:200]
     assert len(FACT.load(sample=True, limit=5000).eval) == 1000
-
-
-def test_a_file_of_the_users(tmp_path):
-    path = write(tmp_path, [make_row(3), make_row(4)])
-    split = FACT.load(path)
-    assert [row["case_id"] for row in split.train] == [3, 4]
-    assert split.origin == path
 
 
 def test_the_published_file_is_looked_for_in_the_cache(tmp_path, monkeypatch):
@@ -91,8 +83,8 @@ def test_the_published_file_is_looked_for_in_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompt": "The capital is"}, "case_id 5: the prompt must hold the subject's place {} exactly once"),
-        ({"prompt": "{} and {}"}, "case_id 5: the prompt must hold the subject's place {} exactly once"),
+        ({"prompt": "The capital is"}, "case_id 5: the prompt must contain {}, the subject's place, exactly once"),
+        ({"prompt": "{} and {}"}, "case_id 5: the prompt must contain {}, the subject's place, exactly once"),
         ({"new": " "}, "case_id 5: target_new is empty"),
         ({"true": ""}, "case_id 5: target_true is empty"),
         ({"para": [3]}, "case_id 5: paraphrase_prompts must be a list of non-empty strings"),
@@ -102,20 +94,6 @@ def test_the_published_file_is_looked_for_in_the_cache(tmp_path, monkeypatch):
 def test_bad_records_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"record 2: {message}"):
         FACT.load(write(tmp_path, [make_row(4), make_row(5, **change)]))
-
-
-def test_a_missing_field_is_named_with_its_place(tmp_path):
-    row = make_row(5)
-    del row["requested_rewrite"]["target_true"]
-    with pytest.raises(ValueError, match="record 2: no field 'requested_rewrite.target_true.str'; .* target_new"):
-        FACT.load(write(tmp_path, [make_row(4), row]))
-
-
-def test_arguments_that_make_no_sense():
-    with pytest.raises(ValueError, match="--data_path a.json and --sample are two sources"):
-        FACT.load("a.json", sample=True)
-    with pytest.raises(ValueError, match="limit=0 leaves no rows"):
-        FACT.load(sample=True, limit=0)
 
 
 # --- training and asking ---
@@ -237,19 +215,3 @@ def test_perfect_and_worst_answers_on_the_packaged_slice(sample, swapped):
     assert metrics["exact_true"].value == (100 if swapped else 0)
     assert metrics["efficacy_magnitude"].value == pytest.approx(-80 if swapped else 80)
     assert {metric.n for name, metric in metrics.items() if name != "es_first_token"} == {1000}
-
-
-def test_contradictions_count_the_edits_that_cannot_all_succeed():
-    rows = [
-        make_row(new="Rome"),
-        make_row(new="Oslo"),
-        make_row(prompt="The capital of France {}", subject="is", new="Bern"),
-        make_row(subject="Spain", new="Rome"),
-        make_row(subject="Spain", new="Rome"),  # asked twice, but for the same answer
-    ]
-    assert contradictions(rows) == 3
-    assert contradictions(rows[3:]) == 0
-
-
-def test_fact_is_a_task():
-    assert get_task("fact").headline == "efficacy_score"

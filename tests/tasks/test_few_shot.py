@@ -68,12 +68,12 @@ def test_it_is_the_benchmark_in_all_else():
 
 
 def test_what_cannot_be_done_is_told():
-    with pytest.raises(ValueError, match="few_shot=5 needs as many training rows, and here has 4"):
+    with pytest.raises(ValueError, match="--few_shot 5 needs 5 training rows, but here has 4"):
         load(5)
 
     class Texts(Sums):
         def example(self, row):
             return {"text": "x"}
 
-    with pytest.raises(ValueError, match="few_shot=1 needs examples of a prompt and a completion, and those of sums"):
+    with pytest.raises(ValueError, match="--few_shot 1 needs rows with a prompt and a completion, but those of sums"):
         load(1, task=Texts())

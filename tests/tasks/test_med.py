@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from molf.study.engine.evaluate import evaluate
-from molf.tasks import Generate, NextToken, OptionScores, get_task
+from molf.tasks import Generate, NextToken, OptionScores
 from molf.tasks.med import Med, count_from_zero, question_prompt, written_letter
 
 MED = Med()
@@ -52,11 +52,6 @@ def test_the_packaged_slices(sample):
     assert not {row["question"] for row in sample.train} & {row["question"] for row in sample.eval}
 
 
-def test_limit_takes_the_first_rows_of_each_split(sample):
-    split = MED.load(sample=True, limit=600)
-    assert (split.train, split.eval) == (sample.train[:600], sample.eval)
-
-
 def test_a_folder_of_the_users_in_either_counting(tmp_path):
     write(tmp_path / "train.jsonl", 0, 1, 2, 3)
     write(tmp_path / "dev.jsonl", 1, 2, 2, 4)  # as the authors count
@@ -69,7 +64,7 @@ def test_a_folder_of_the_users_in_either_counting(tmp_path):
     "cops, message",
     [
         ((0, 4), "dev.jsonl: cop is 0 in some rows and 4 in others"),
-        ((1, 3), "dev.jsonl: cop is 1, 3 in all rows, so that it may count from 0 or from 1"),
+        ((1, 3), "dev.jsonl: cop is 1, 3 in all rows, so it may count from 0 or from 1"),
         ((0, 5), "dev.jsonl, line 2: cop=5 names no option"),
         ((0, -1), "dev.jsonl, line 2: cop=-1 names no option; .* test split has no answers"),
     ],
@@ -164,10 +159,6 @@ def test_shuffled_labels_are_at_chance(sample):
     metrics = MED.score(sample.eval, [answers(letter, f" {letter}") for letter in letters])
     assert metrics["accuracy"] == metrics["accuracy_generated"]
     assert metrics["accuracy"].low < 25 < metrics["accuracy"].high
-
-
-def test_med_is_a_task():
-    assert get_task("med").headline == "accuracy"
 
 
 # --- with a model ---

@@ -51,5 +51,5 @@ def test_a_ratio_of_sums():
 
 @pytest.mark.parametrize("columns", [([],), ([1.0], [1.0, 2.0])])
 def test_nothing_to_average_is_an_error(columns):
-    with pytest.raises(ValueError, match="one value a record"):
+    with pytest.raises(ValueError, match="one value per record"):
         statistic(lambda c: c[0].mean(-1), *columns)

@@ -2,16 +2,18 @@ import gzip
 import json
 import re
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from molf.tasks.records import read_records, record_files, records_of
+from molf.errors import MolfError
+from molf.tasks.records import UNNAMED, check_fields, local_splits, records_of
 
 
 def read(path):
     """All records of a file or folder."""
-    return [record for file in record_files(path) for _, record in records_of(file)]
+    return [record for _, record in local_splits(path)[UNNAMED]]
 
 
 RECORDS = [{"id": 1, "text": "one"}, {"id": 2, "text": "line\u2028separator"}]
@@ -27,7 +29,7 @@ def test_every_format_gives_the_same_records(tmp_path, name):
     data = dump(RECORDS, lines=".jsonl" in name)
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert read(path) == read_records(path, {"id": int, "text": str}) == RECORDS
+    assert read(path) == RECORDS
 
 
 def test_parquet_gives_the_same_records(tmp_path):
@@ -75,37 +77,87 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
         ("a.csv", b"p,c\n1,2,3,4\n", "a.csv, line 2: 4 cells, but the header has 2 columns"),
         ("a.csv", b'p,c\n"1" x,2\n', "a.csv, line 2: not CSV: ',' expected after"),
         ("a.csv", b'p,c\n1,2\n"3,4\n', "a.csv, line 3: not CSV: unexpected end of data"),
-        ("a.parquet", b"p,c\n1,2\n", "a.parquet: not a whole Parquet file"),
-        ("a.jsonl.gz", b'{"id": 1}', "a.jsonl.gz: not a whole gzip file"),
+        ("a.parquet", b"p,c\n1,2\n", "a.parquet: not a complete Parquet file"),
+        ("a.jsonl.gz", b'{"id": 1}', "a.jsonl.gz: not a complete gzip file"),
         # mtime: the name of a test must not hold the time at which it was collected
-        ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: not a complete gzip file"),
     ],
 )
 def test_unusable_files_say_where_and_why(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MolfError, match=message):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"a": {"c": 1}, "z": 0}, "line 2: no field 'a.b'; looking for 'b' among: c"),
-        ({"z": 0, "y": 1}, "line 2: no field 'a.b'; looking for 'a' among: z, y"),
-        ({}, "line 2: no field 'a.b'; looking for 'a' among: nothing"),
-        ({"a": "text"}, "line 2: no field 'a.b'; looking for 'b' among: a string"),
-        ({"a": {"b": None}}, "line 2: field 'a.b' must be a string, found null"),
+        ({"a": {"c": 1}, "z": 0}, "no field 'a.b'; 'b' is missing from: c"),
+        ({"z": 0, "y": 1}, "no field 'a.b'; 'a' is missing from: z, y"),
+        ({}, "no field 'a.b'; 'a' is missing from: nothing"),
+        ({"a": "text"}, "no field 'a.b'; 'b' is missing from: a string"),
+        ({"a": {"b": None}}, "field 'a.b' must be a string, found null"),
     ],
 )
-def test_fields_are_checked_where_they_stand(tmp_path, record, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(dump([{"a": {"b": "good"}}, record], lines=True))
-    with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
-        read_records(path, {"a.b": str})
+def test_fields_are_checked_where_they_stand(record, message):
+    check_fields({"a": {"b": "good"}}, {"a.b": str}, "x.jsonl, line 1")
+    with pytest.raises(MolfError, match=re.escape(f"x.jsonl, line 2: {message}")):
+        check_fields(record, {"a.b": str}, "x.jsonl, line 2")
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder .*missing.json"):
-        record_files(tmp_path / "missing.json")
-    with pytest.raises(FileNotFoundError, match="no .json, .* file in the folder"):
-        record_files(tmp_path)
+    with pytest.raises(MolfError, match="no file or folder .*missing.json"):
+        local_splits(tmp_path / "missing.json")
+    with pytest.raises(MolfError, match="no .json, .* file in the folder"):
+        local_splits(tmp_path)
+
+
+# --- folders by split ---
+
+
+def write(path, *numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))
+
+
+def numbers(splits):
+    return {split: [row["n"] for _, row in rows] for split, rows in splits.items()}
+
+
+def test_names_tell_the_split(tmp_path):
+    write(tmp_path / "train-00000-of-00002.jsonl", 1)
+    write(tmp_path / "train-00001-of-00002.jsonl", 2)
+    write(tmp_path / "medmcqa_dev.jsonl", 3)
+    write(tmp_path / "test" / "part.jsonl", 4)
+    assert numbers(local_splits(tmp_path)) == {"train": [1, 2], "validation": [3], "test": [4]}
+
+
+def test_names_that_tell_nothing_are_one_split(tmp_path):
+    write(tmp_path / "b.jsonl", 2)
+    write(tmp_path / "contest.jsonl", 3)  # no word of a split
+    write(tmp_path / "a.jsonl", 1)
+    assert numbers(local_splits(tmp_path)) == {UNNAMED: [1, 2, 3]}
+    assert numbers(local_splits(tmp_path / "b.jsonl")) == {UNNAMED: [2]}
+
+
+def test_a_file_without_a_split_among_others_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", 1)
+    write(tmp_path / "extra.jsonl", 2)
+    with pytest.raises(MolfError, match="extra.jsonl: cannot tell the split; .* train, training, validation"):
+        local_splits(tmp_path)
+
+
+def saved(folder):
+    """Two splits as ``datasets`` saves them."""
+    of = datasets.Dataset.from_list
+    both = datasets.DatasetDict({"train": of([{"n": 1}, {"n": 2}]), "valid": of([{"n": 3}])})
+    both.save_to_disk(folder / "both")
+    both["train"].save_to_disk(folder / "one")
+
+
+def test_folders_that_datasets_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    saved(tmp_path)
+    assert numbers(local_splits(tmp_path / "both")) == {"train": [1, 2], "validation": [3]}
+    (where, row), _ = local_splits(tmp_path / "one")[UNNAMED]
+    assert (where, row) == (f"{tmp_path / 'one'}, row 1", {"n": 1})

@@ -11,9 +11,8 @@ from trl import SFTConfig, SFTTrainer
 import molf.tasks
 from molf.cli import main
 from molf.study.engine.predictions import PREDICTIONS_FILE
-from molf.tasks import Generate, get_task
-from molf.tasks.few_shot import with_examples
-from molf.tasks.sql import Sql, reference, sql_prompt
+from molf.tasks import Generate
+from molf.tasks.sql import Sql, reference
 
 SQL = Sql()
 ROWS = (
@@ -90,13 +89,6 @@ def test_prompts_are_the_tokens_of_training(tiny_checkpoint, sample, tmp_path):
         (asked,) = SQL.requests(row)
         prompt = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == -100]
         assert prompt == tokenizer(asked.prompt)["input_ids"]
-
-
-def test_few_shot_examples_come_before_the_prompt(sample):
-    task, split = with_examples(SQL, sample, 2, seed=0)
-    (asked,) = task.requests(split.eval[0])
-    assert asked.prompt.endswith("\n\n" + sql_prompt(split.eval[0]))
-    assert asked.prompt.count("\nSQL: SELECT ") == 2 and asked.prompt.count(";\n\nContext:\n") == 2
 
 
 # --- scoring ---
@@ -213,10 +205,6 @@ def test_shuffled_golds_are_at_chance(sample, published):
             for name in ("exact_match", "logic_match", "valid_sql", "execution_accuracy_filled", "execution_accuracy")
             if name in metrics
         )
-
-
-def test_sql_is_a_task():
-    assert get_task("sql").headline == "exact_match"
 
 
 def test_the_command_trains_and_evaluates(tiny_checkpoint, tmp_path):

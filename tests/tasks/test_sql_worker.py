@@ -1,9 +1,6 @@
-import io
-import json
-
 import pytest
 
-from molf.tasks.sql_worker import TooMuch, answer, read_frame, statements, write_frame
+from molf.tasks.sql_worker import TooMuch, answer, statements
 
 LIMITS = {"seconds": 5.0, "memory": 2**29, "rows": 3, "bytes": 100}
 
@@ -38,11 +35,3 @@ def test_too_many_statements_are_refused():
 )  # fmt: skip
 def test_results_are_bounded(sql, error):
     assert answer({"context": "", "sql": sql}, LIMITS) == {"error": error}
-
-
-def test_frames_come_back_and_a_torn_one_is_the_end():
-    stream = io.BytesIO()
-    write_frame(stream, json.dumps({"sql": "é"}).encode())
-    whole = stream.getvalue()
-    assert read_frame(io.BytesIO(whole)) == whole[4:]
-    assert read_frame(io.BytesIO(whole[:-1])) is None and read_frame(io.BytesIO(b"")) is None

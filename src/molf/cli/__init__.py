@@ -1,39 +1,49 @@
 """The command line: ``molf COMMAND --setting value ...``, also as ``python -m molf`` and under torchrun.
 
-Only what a command needs is imported, when it runs, so that ``molf --help`` answers at once.
+Each command imports what it needs when it runs, so that ``molf --help`` answers at once.
 """
 
 import argparse
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 import molf
+from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import suggestion
+from molf.study.faults.preemption import PREEMPTED, Preempted
 
-COMMANDS: dict[str, str] = {
-    "train": "fine-tune a model, leave a plain checkpoint, evaluate it",
-    "eval": "evaluate a model on a task",
-    "demo": "teach a small pretrained model some facts with MoLF, in minutes on a CPU",
-    "compare": "compare methods on a task: a table, a bar chart, and how far they are apart",
-    "sweep": "carry out a grid of runs, here or on a SLURM cluster",
-    "results": "gather the results of any number of runs in a table, CSV or Parquet",
-    "plan": "count parameters and estimate memory without loading weights",
-    "report": "show finished runs: tables, and the picture of the routing",
-    "export": "write the LoRA experts of a run as one PEFT adapter, or merged into the weights",
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("commands.train", "fine-tune a model, leave a plain checkpoint, evaluate it"),
+    "eval": ("commands.evaluate", "evaluate a model on a task"),
+    "demo": ("commands.demo", "teach a small pretrained model some facts with MoLF, in minutes on a CPU"),
+    "compare": ("compare.compare", "compare methods on a task: a table, a bar chart, and the differences"),
+    "sweep": ("sweep.sweep", "run a grid of settings, here or on a SLURM cluster"),
+    "results": ("finished.results", "gather the results of any number of runs in a table, CSV or Parquet"),
+    "plan": ("commands.plan", "count parameters and estimate memory without loading weights"),
+    "report": ("finished.report", "show finished runs: tables and routing pictures"),
+    "export": ("finished.export", "write the LoRA experts of a run as one PEFT adapter, or merged into the weights"),
 }
+"""Command -> its function in this package, and its purpose."""
+TRACEBACK_FLAG = "--traceback"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    It is 0, or 1 when it cannot be carried out, 2 when it is not understood, 75 when it was stopped from outside and can go on
+    The status is 0; 1 if the command fails; 2 if the command line is wrong; 75 if the run was stopped by a signal and can resume
     (``molf.study.faults.preemption.PREEMPTED``).
 
     Args:
-        argv: The command and its arguments; those of the process if left out.
+        argv: The command and its arguments; ``sys.argv`` by default. ``--traceback`` anywhere, or ``MOLF_TRACEBACK=1`` in the
+            environment, shows the traceback of errors that are otherwise one line.
     """
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = TRACEBACK_FLAG in given or os.environ.get("MOLF_TRACEBACK", "0") not in ("", "0")
+    arguments = _parser().parse_args([argument for argument in given if argument != TRACEBACK_FLAG])
     if arguments.command is None:
         _parser().print_help()
         return 0
@@ -42,17 +52,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"molf: unknown command {arguments.command!r}{suggestion(arguments.command, COMMANDS)}", file=sys.stderr)
         print(f"the commands are {known}", file=sys.stderr)
         return 2
+    module, _, function = COMMANDS[arguments.command][0].partition(".")
     try:
-        commands = importlib.import_module("molf.cli.commands")
+        command = getattr(importlib.import_module(f"molf.cli.{module}"), function)
     except ModuleNotFoundError as error:
         print(f"molf: {error}; install what the commands need: pip install 'molf[train]'", file=sys.stderr)
         return 1
-    return int(commands.dispatch(arguments.command, arguments.arguments))
+    return _call(arguments.command, command, arguments.arguments, show_traceback)
+
+
+def _call(name: str, command: Callable[[list[str]], None], argv: list[str], show_traceback: bool) -> int:
+    """Run a command. A user's mistake becomes one line on stderr; any other error keeps its traceback."""
+    # At import it warns about a kernel that matters only for 4-bit weights on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        command(argv)
+    except MolfError as error:
+        if show_traceback:
+            traceback.print_exception(error)
+        hint = " (--traceback shows the cause)" if error.__cause__ is not None and not show_traceback else ""
+        print(f"molf {name}: {error}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except Preempted as stopped:
+        print(f"molf {name}: {stopped.message}", file=sys.stderr)
+        return PREEMPTED
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="molf",
         usage="molf COMMAND [--SETTING VALUE ...]",
@@ -61,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"molf {molf.__version__}")
+    parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show the traceback of every error")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

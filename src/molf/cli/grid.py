@@ -1,53 +1,187 @@
-"""From settings with several values to the runs that they stand for; ``molf compare`` and ``molf sweep`` share this."""
+"""What ``molf compare`` and ``molf sweep`` share: their command line, the runs that it stands for, and where these run."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from molf.cli.names import canonical
-from molf.cli.parsing import parse_run
-from molf.cli.settings import setting_types
-from molf.errors import UsageError
-from molf.study.config.run_config import RunConfig
+from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
+from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, setting_types
+from molf.errors import MolfError, UsageError
+from molf.study.config.run_config import RunConfig, suggestion
+from molf.study.faults.preemption import Preempted, stop_request
+from molf.study.grids.slurm import SlurmEngine, SlurmSettings
+from molf.study.grids.spec import Failure
+
+if TYPE_CHECKING:
+    from molf.study.grids.runner import Engine
+
+ENGINE_HELP = """  --engine local|slurm    processes of this machine, or SLURM job arrays (default: local)
+  --jobs N                local: how many runs at a time (default: 1)
+  --nproc_per_node N      how many processes of one machine train a run together, as with torchrun (default: 1)
+  --partition NAME, --time MINUTES, --gpus_per_node N, --cpus_per_task N, --mem_gb N, --account NAME, --qos NAME,
+  --constraint NAME, --array_parallelism N, --signal_delay_s SECONDS
+                          slurm: what each job asks for; in a file under `slurm:`, together with `setup` and `sbatch`
+  --keep_models           keep the trained weights"""
+
+PREFIXES = {
+    "learning_rate": "lr",
+    "lora_learning_rate": "lora",
+    "seed": "s",
+    "lora_rank": "r",
+    "ranks": "r",
+    "limit": "n",
+    **dict.fromkeys(("lr_scheduler_type", "model_name_or_path", "task", "score"), ""),
+}
+"""How the value of a setting begins in a run's name, if that is not the setting's own name."""
+
+_PER_RUN = ("output_dir", "run_name", "only_eval", "resume_from_checkpoint", "overwrite")
 
 
-def contenders(in_files: Any, in_flags: list[list[Any]]) -> dict[str, dict[str, Any]]:
-    """Return the settings of each contender by name.
+@dataclass(frozen=True)
+class GridOptions(SlurmSettings):
+    """Options of both commands, beside the settings of their runs."""
+
+    output_root: str = "runs"
+    engine: Literal["local", "slurm"] = "local"
+    jobs: int = 1
+    nproc_per_node: int = 1
+    keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("jobs", "nproc_per_node"):
+            if getattr(self, name) < 1:
+                raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def make_engine(self, log: Callable[[str], None], wait: bool = True) -> "Engine":
+        """Return where to carry out the runs."""
+        if self.engine == "slurm":
+            settings = SlurmSettings(**{name: getattr(self, name) for name in _SLURM})
+            return SlurmEngine(Path(self.output_root) / "jobs", settings, self.keep_models, wait, log)
+
+        from molf.study.grids.local import LocalEngine, visible_devices
+
+        return LocalEngine(self.jobs, visible_devices(), self.keep_models)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Say what becomes of the runs if Ctrl-C or a stop signal comes meanwhile."""
+        try:
+            with stop_request():
+                yield
+        except (KeyboardInterrupt, Preempted):
+            runs = "the runs have saved what they could" if self.engine == "local" else "the jobs stay in the queue"
+            raise Preempted(f"interrupted; {runs}, and the same command continues") from None
+
+
+_SLURM = [f.name for f in fields(SlurmSettings)]
+Options = TypeVar("Options", bound=GridOptions)
+
+
+def read_grid(
+    argv: Sequence[str], kind: type[Options], per_run: Sequence[str] = (), default_methods: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, Any]], Options]:
+    """Read files and flags. Flags override files, and a method's own settings override both.
 
     Args:
-        in_files: ``methods`` of a file: a list of names, or a mapping of a name to settings.
-        in_flags: The values of each ``--methods``; the last one chooses among the file's, or names plain methods.
+        argv: Files, then flags.
+        kind: The command's options.
+        per_run: Settings that the command makes itself, beside those that both commands make.
+        default_methods: Methods, if none are given.
+
+    Returns:
+        The settings of each method's runs, by the name to show, and the options.
 
     Raises:
-        UsageError: ``methods`` is neither.
+        UsageError: A setting is unknown, misplaced or not usable.
     """
+    first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
+    flags = read_flags(argv[first:])
+    names = [f.name for f in fields(kind)]
+
+    def canonical_name(name: str) -> str:
+        spelled = name.replace("-", "_")
+        field, known = PUBLISHED_NAMES.get(spelled, spelled), [*setting_types(), *names]
+        if field in (*_PER_RUN, *per_run):
+            raise UsageError(f"{name} is set for every run by this command; leave it out")
+        if field not in known:
+            raise UsageError(f"unknown setting {name!r}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
+        return field
+
+    settings: dict[str, Any] = {}
+    methods: Any = None
+    for path in [*argv[:first], *(value for name, value in flags if name == CONFIG_FLAG)]:
+        content = read_yaml(path)
+        methods = content.pop("methods", methods)
+        slurm = content.pop("slurm", None) or {}
+        if not isinstance(slurm, Mapping) or not all(name in _SLURM for name in slurm):
+            raise UsageError(f"slurm in {path} must be a mapping with any of {', '.join(_SLURM)}, not {slurm!r}")
+        settings |= {canonical_name(name): value for name, value in {**content, **slurm}.items()}
+    for name, value in flags:
+        if name in (CONFIG_FLAG, "methods"):
+            continue
+        field = canonical_name(name)
+        # One value for an axis of the file selects a part of the grid, whose runs keep their names.
+        narrows = is_axis(field, settings.get(field)) and not isinstance(value, list)
+        settings[field] = [value] if narrows else value
+    options = build(kind, {name: settings.pop(name) for name in names if name in settings})
+    if options.engine != "slurm" and (misplaced := [name for name, _ in flags if name in _SLURM]):
+        raise UsageError(f"{misplaced[0]} is a setting of SLURM jobs; add --engine slurm")
+    chosen = [as_list(value) for name, value in flags if name == "methods"]
+    if methods is None and not chosen:
+        methods = as_list(settings.pop("method", default_methods))
+    own = _select_methods(methods, chosen[-1] if chosen else None)
+    return {
+        name: {"method": name, **settings, **{canonical_name(key): value for key, value in more.items()}}
+        for name, more in own.items()
+    }, options
+
+
+def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> dict[str, dict[str, Any]]:
+    """Return each method's own settings: the chosen ones of a file's list or mapping, or plain methods."""
     if isinstance(in_files, list):
         in_files = dict.fromkeys(map(str, in_files))
     if in_files is not None and not isinstance(in_files, Mapping):
         raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
     known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
-    chosen = [str(name) for name in in_flags[-1]] if in_flags else list(known)
-    return {name: known.get(name, {}) for name in chosen}
+    return {name: known.get(name, {}) for name in (known if chosen is None else map(str, chosen))}
 
 
-def configs(name: str, settings: Mapping[str, Any], grid: Mapping[str, list[Any]]) -> Iterator[RunConfig]:
-    """Yield the runs that all combinations of a grid's values make.
+def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]]) -> Iterator[RunConfig]:
+    """Yield the run of every combination of the axes' values.
 
     Args:
         name: Whose settings these are, for errors.
         settings: The settings that all runs share.
-        grid: Values to combine, by setting.
+        axes: Values to combine, by setting.
 
     Raises:
         UsageError: A setting is unknown or does not fit.
     """
-    for values in product(*grid.values()):
-        point = {**settings, **dict(zip(grid, values, strict=True))}
-        try:
-            known = canonical(point.items(), setting_types(), f"the settings of {name}")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        yield parse_run([], preset=known)
+    for values in product(*axes.values()):
+        point = {**settings, **dict(zip(axes, values, strict=True))}
+        yield parse_run([], preset=canonical(point.items(), setting_types(), f"the settings of {name}"))
+
+
+def is_axis(field: str, value: Any) -> bool:
+    """Say whether a setting has several values: a list, or a list of lists for a setting whose value is a list."""
+    if not isinstance(value, list):
+        return False
+    return not allows(setting_types().get(field), list) or any(isinstance(item, list) for item in value)
+
+
+def label(field: str, config: RunConfig) -> str:
+    """Return the part of a run's name that tells its value of a setting."""
+    value = config.to_dict()[field]
+    words = value if isinstance(value, list) else [value]
+    if field == "model_name_or_path":
+        words = [Path(str(value).rpartition(":")[2]).name]
+    shown = "_".join(f"{word:g}" if isinstance(word, float) else str(word) for word in words)
+    return PREFIXES.get(field, field) + re.sub(r"[^\w.+-]", "_", shown)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -57,12 +191,22 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def as_switch(name: str, value: Any) -> bool:
-    """Return whether a switch is on.
+def check_ended(failures: Sequence[Failure], unfinished: Sequence[str], retry: str, log: Callable[[str], None]) -> None:
+    """Show why runs failed.
+
+    Args:
+        failures: Runs that failed.
+        unfinished: Runs that should have ended and did not.
+        retry: What runs failed ones again, in words.
+        log: Called with the end of each log.
 
     Raises:
-        UsageError: It is neither on nor off.
+        MolfError: There are such runs.
     """
-    if str(value).lower() not in ("true", "false"):
-        raise UsageError(f"{name} is true or false, not {value!r}")
-    return str(value).lower() == "true"
+    for failure in failures:
+        log(str(failure))
+    problems = [f"{len(failures)} runs failed: {retry} runs them again"] if failures else []
+    if unfinished:
+        problems.append(f"{len(unfinished)} runs are not finished: the same command resumes them")
+    if problems:
+        raise MolfError("; ".join(problems))

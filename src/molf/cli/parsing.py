@@ -1,45 +1,62 @@
 """From a command line and YAML files to a ``RunConfig``.
 
-All sources are laid over each other by field name first and typed once, by transformers' ``HfArgumentParser``, so that a
-value means the same in a file and on the command line. Importing this module is cheap; parsing imports torch.
+All sources are merged by field name first, then typed once by transformers' ``HfArgumentParser``, so that a value means the same
+in a file and on the command line. Importing this module is cheap; parsing imports torch.
 """
 
 import argparse
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from molf.cli.names import PUBLISHED_NAMES, canonical
-from molf.cli.settings import allows, config_types, is_list, setting_types
-from molf.errors import UsageError
+from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, config_types, is_list, setting_types
+from molf.errors import MolfError, UsageError
+from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig
 
 CONFIG_FLAG = "config"
+Options = TypeVar("Options")
 
 
 def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> RunConfig:
     """Build the configuration of a run.
 
     Args:
-        argv: Flags, among them any number of ``--config FILE``. Flags win over files, later files over earlier ones.
-        preset: Settings that files and flags are laid over.
+        argv: Flags, with any number of ``--config FILE``. Flags override files, later files override earlier ones.
+        preset: Settings that files and flags override.
 
     Raises:
         UsageError: A name is unknown, a value does not fit its setting, or two settings contradict each other.
-        OSError: A configuration file cannot be read.
+        MolfError: A configuration file does not exist.
     """
     parser = _parser()
     known = setting_types()
     flags = read_flags(argv)
     settings = dict(preset or {})
+    for path in [value for name, value in flags if name == CONFIG_FLAG]:
+        settings |= canonical(read_yaml(path).items(), known, str(path))
+    given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
+    settings |= canonical(given, known, "the command line")
+    typed = _typed(settings, known, parser)
     try:
-        for path in [value for name, value in flags if name == CONFIG_FLAG]:
-            settings |= canonical(read_yaml(path).items(), known, str(path))
-        given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
-        settings |= canonical(given, known, "the command line")
-        return RunConfig.from_dict(_typed(settings, known, parser))
+        return RunConfig.from_dict(typed)
+    except MolfError as error:
+        raise UsageError(str(error)) from None
+
+
+def build(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Build a dataclass of options from values of flags or files, typed as the settings of a run are.
+
+    Raises:
+        UsageError: A value does not fit its option.
+    """
+    try:
+        return kind(**_typed(given, get_type_hints(kind), _parser([kind])))
     except UsageError:
         raise
     except ValueError as error:
@@ -49,10 +66,10 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
 def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
     """Split a command line into names and values.
 
-    A flag without a value gives True, one value gives a string, several give a list of strings.
+    A flag without a value gives True, with one value a string, with several a list of strings.
 
     Raises:
-        UsageError: Something stands before the first flag.
+        UsageError: There is a word before the first flag.
     """
     found: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -71,12 +88,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UsageError: The file is not such a mapping.
-        OSError: The file cannot be read.
+        MolfError: There is no such file.
     """
     if not isinstance(path, str | Path):
         raise UsageError(f"--{CONFIG_FLAG} takes one file at a time, got {path!r}")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no configuration file {path}")
+        raise MolfError(f"there is no configuration file {path}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -90,10 +107,12 @@ def print_help(command: str) -> None:
     """Print every setting with its default."""
     parser = _parser()
     parser.usage = f"molf {command} [--{CONFIG_FLAG} FILE] [--SETTING VALUE ...]"
-    parser.epilog = "Published flags are understood too: " + ", ".join(
+    parser.epilog = "The published flags also work: " + ", ".join(
         f"--{alias} (--{name})" for alias, name in PUBLISHED_NAMES.items()
     )
-    parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of settings by the same names; flags win")
+    parser.add_argument(
+        f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of settings by the same names; flags override it"
+    )
     parser.print_help()
 
 
@@ -104,19 +123,26 @@ def _unwrap(values: list[str]) -> Any:
 
 
 def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Read ``--no_x`` as ``--x False``, as HfArgumentParser offers it."""
+    """Read ``--no_x`` as ``--x False``, as HfArgumentParser does."""
     negated = {f"no_{name}": name for name, hint in known.items() if allows(hint, bool)}
     return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
 
 
-def _parser() -> Any:
+def _parser(kinds: Sequence[Any] = ()) -> Any:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is not typed here
+        @staticmethod
+        def _parse_dataclass_field(parser: Any, field: Field[Any]) -> None:
+            own = copy.copy(field)  # the original belongs to its dataclass
+            plain = {key: value for key, value in field.metadata.items() if key != SHAPES}  # not argparse's
+            own.metadata = MappingProxyType(plain)
+            HfArgumentParser._parse_dataclass_field(parser, own)
+
         def error(self, message: str) -> None:
             raise UsageError(message)
 
-    return Parser(config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return Parser(kinds or config_types(), formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
 def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -> dict[str, Any]:
@@ -128,7 +154,7 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
         if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         if value is None or value == [] or isinstance(value, dict) or _plain_list(value, hints[name]):
-            # What argparse has no flag for is taken as it is.
+            # argparse cannot parse these: they keep their value.
             if not allows(hints[name], type(value)):
                 raise UsageError(f"{name} cannot be {value!r}")
             direct[name] = value
@@ -143,7 +169,7 @@ def _plain_list(value: Any, hint: Any) -> bool:
 
 
 def _items(value: Any) -> Any:
-    """Read a list written as ``[32,128]``, ``32,128`` or ``32 128``; other values are returned as they are."""
+    """Read a list written as ``[32,128]``, ``32,128`` or ``32 128``; return other values unchanged."""
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) for word in words):
         return words if value is not None else None

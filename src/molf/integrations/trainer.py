@@ -1,46 +1,99 @@
-"""MoLF for any Hugging Face or TRL trainer, without a subclass."""
+"""MoLF in any Hugging Face or TRL Trainer, without a subclass."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from molf.integrations.release_settings import check_release_settings
+from molf.errors import MolfError
 from molf.optimizer import MoLF
 
-__all__ = ["MoLFFactory", "trainer_optimizer"]
+__all__ = ["MoLFFactory", "check_release_settings", "clip_once", "trainer_optimizer"]
+
+logger = logging.getLogger(__name__)
+
+# Trainer settings that optimizer_in_backward cannot work with: the value it needs, and why.
+_RELEASE_SETTINGS = {
+    "gradient_accumulation_steps": (1, "needs the gradients of all micro-batches together"),
+    "max_grad_norm": (0, "needs the norm of all gradients together"),
+    "fp16": (False, "scales the loss, and unscaling needs all gradients together"),
+}
 
 
 class MoLFFactory:
-    """What the Trainer asks for when an optimizer needs the model itself: ``MoLFFactory()(model, **options)``."""
+    """Builds MoLF when a Trainer asks for its optimizer: ``MoLFFactory()(model, **options)``."""
 
     def __call__(self, model: nn.Module, **options: Any) -> MoLF:
-        """Build the optimizer of this model."""
+        """Build the optimizer of a model."""
         return MoLF(model, **options)
 
 
 def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactory], dict[str, Any]]:
     """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with MoLF.
 
-    The Trainer builds the optimizer itself, after placing the model, and saves and resumes it like its own. Learning rate
-    and weight decay are taken from these options; the schedule is the Trainer's. Give ``max_grad_norm`` here and set the
-    Trainer's to 0: only the optimizer sees the LoRA gradients. Trainers whose constructor lacks the argument take it as an
-    attribute: ``trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(...)`` before ``trainer.train()``.
+    The Trainer builds the optimizer after placing the model, and saves and resumes it like its own. These options set the
+    learning rates and weight decay; the Trainer sets the schedule. A Trainer whose constructor lacks the argument takes it as an
+    attribute before ``trainer.train()``: ``trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(...)``.
+
+    Give ``max_grad_norm`` here and set the Trainer's to 0: the Trainer does not see the gradients of LoRA experts. Its default is
+    1.0; given ``args`` here or a ``RoutingLog`` callback, MoLF sets it to 0 itself.
 
     Args:
-        args: The Trainer's own ``TrainingArguments``; needed with ``optimizer_in_backward=True``, with which not all of them
-            go together.
-        **options: The keyword arguments of ``molf.MoLF``.
+        args: The Trainer's ``TrainingArguments``; required with ``optimizer_in_backward=True``, which not all of them allow.
+        **options: Keyword arguments of ``molf.MoLF``.
 
     Raises:
-        ValueError: With ``optimizer_in_backward=True``, if the arguments are missing, accumulate, clip or scale the loss.
+        MolfError: With ``optimizer_in_backward=True``, ``args`` is missing or sets accumulation, clipping or fp16.
     """
-    if options.get("optimizer_in_backward"):
-        if args is None:
-            raise ValueError(
-                "optimizer_in_backward=True: give the Trainer's arguments too, trainer_optimizer(args, ...), so that settings "
-                "which can't be had with it are refused and not ignored"
-            )
+    released = bool(options.get("optimizer_in_backward"))
+    if released and args is None:
+        raise MolfError(
+            "optimizer_in_backward=True does not work with all settings of a Trainer: give the Trainer's arguments too, "
+            "trainer_optimizer(args, ...), to have them checked"
+        )
+    if released:
         check_release_settings(vars(args))
+    if args is not None:
+        clip_once(args, options.get("max_grad_norm"))
     return MoLFFactory, options
+
+
+def check_release_settings(settings: Mapping[str, Any]) -> None:
+    """Check that a Trainer's settings allow ``optimizer_in_backward``.
+
+    Args:
+        settings: The settings by name; missing ones are at a value that works.
+
+    Raises:
+        MolfError: A setting needs all gradients at the same time.
+    """
+    for name, (allowed, reason) in _RELEASE_SETTINGS.items():
+        value = settings.get(name) or allowed
+        if value != allowed:
+            raise MolfError(
+                f"optimizer_in_backward=True with {name}={value}: every layer is updated as soon as its gradient is ready, but "
+                f"{name} {reason}; set {name}={allowed}"
+            )
+
+
+def clip_once(args: Any, max_grad_norm: float | None) -> None:
+    """Turn the Trainer's gradient clipping off if MoLF clips.
+
+    Both would clip: the Trainer the model's gradients, then MoLF those of all experts together. ``max_grad_norm`` of a Trainer is
+    1.0 by default, so a value there need not be a user's wish, but one given to MoLF is.
+
+    Args:
+        args: The Trainer's arguments; changed in place.
+        max_grad_norm: MoLF's.
+    """
+    if max_grad_norm is not None and args.max_grad_norm:
+        logger.warning(
+            "MoLF clips the gradients of all experts to max_grad_norm=%g, so the Trainer's clipping to %g is now off. "
+            "Set max_grad_norm=0 of the Trainer to avoid this warning",
+            max_grad_norm,
+            args.max_grad_norm,
+        )
+        args.max_grad_norm = 0.0

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints appear whole or not at all, and which goes on from the last whole one."""
+"""A Trainer whose checkpoints are complete or absent, and which resumes from the last complete one."""
 
 from __future__ import annotations
 
@@ -15,59 +15,64 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import (
     PREFIX,
     UNFINISHED,
     checkpoints,
-    fault,
-    last_whole,
-    publish,
+    commit,
+    last_complete,
+    recover,
     rotate,
-    seal,
     set_aside,
     step_of,
-    tidy,
+    verify,
+    write_manifest,
 )
 
-__all__ = ["CheckpointPart", "WholeCheckpoints"]
+__all__ = ["CheckpointError", "CheckpointPart", "WholeCheckpoints"]
 
 logger = logging.getLogger(__name__)
 
 
+class CheckpointError(MolfError, OSError):
+    """A checkpoint could not be written: the disk is full, or the like."""
+
+
 class CheckpointPart:
-    """What a method keeps in a checkpoint beside the Trainer's own files; each method here does nothing.
+    """What a method keeps in a checkpoint beside the Trainer's own files. Each method here does nothing.
 
     Attributes:
-        replaces_weights: Whether ``restore`` brings back all weights, and what the Trainer saved of them is not to be read.
-        every_rank: Whether every process of a run saves its own share of the part, rather than the writing one alone.
+        replaces_weights: Whether ``restore`` restores all weights, so that the Trainer's weights are not loaded.
+        every_rank: Whether every process saves its own share of the part, rather than the main process alone.
     """
 
     replaces_weights = False
     every_rank = False
 
     def check(self, folder: Path) -> None:
-        """Refuse a checkpoint that this run cannot go on from, before anything of it is loaded."""
+        """Raise an error if this run cannot resume from a checkpoint; called before anything is loaded."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the part's files into a checkpoint."""
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Bring the model back to where it was."""
+        """Restore the model from a checkpoint."""
 
 
 class WholeCheckpoints:
     """Mixin for any ``transformers.Trainer``: ``class MyTrainer(WholeCheckpoints, SFTTrainer)``.
 
-    The Trainer writes right into ``checkpoint-N`` and offers no hook in between. Here it writes into a folder beside it, which
-    is sealed with a manifest and renamed once everything is on the disk; only then old checkpoints are removed. Everything
-    else is the Trainer's: file names, contents, what ``save_strategy`` and ``save_total_limit`` mean. A plain Trainer resumes
+    The Trainer writes directly into ``checkpoint-N`` and has no hook for anything else. This mixin lets it write into a folder
+    beside it, adds a manifest and renames the folder once everything is on disk; only then are old checkpoints removed. File
+    names, contents and the meaning of ``save_strategy`` and ``save_total_limit`` stay the Trainer's. A plain Trainer resumes
     from such a checkpoint, and this one from a plain Trainer's.
     """
 
     parts: Sequence[CheckpointPart] = ()
     _writing = False
 
-    # What comes from the Trainer.
+    # Attributes of the Trainer.
     args: Any
     state: Any
     control: Any
@@ -75,23 +80,23 @@ class WholeCheckpoints:
     model: Any
 
     def find_checkpoint(self, resume_from: str | bool | None) -> Path | None:
-        """Put the run's folder in order and return the checkpoint to go on from, on every process the same.
+        """Clean up the run's folder and return the checkpoint to resume from, the same on every process.
 
         Args:
-            resume_from: True for the last whole checkpoint, or a folder. Later ones of the same run are set aside then, as they
-                belong to another continuation.
+            resume_from: True for the last complete checkpoint, or a folder. Later checkpoints of the same run are then set aside,
+                because they belong to another continuation.
 
         Returns:
-            The folder; None where there is nothing to go on from, or that was not asked for.
+            The folder; None if there is no checkpoint or none was asked for.
 
         Raises:
-            ValueError: The given folder is no whole checkpoint, or the checkpoint is of another kind of run.
+            MolfError: The given folder is not a complete checkpoint, or this run cannot resume from it.
         """
         found: list[Path | None] = [None]
         run_folder = Path(self.args.output_dir)
         if self.args.should_save and resume_from:
-            tidy(run_folder)
-            found[0] = last_whole(run_folder) if resume_from is True else _given(Path(str(resume_from)), run_folder)
+            recover(run_folder)
+            found[0] = last_complete(run_folder) if resume_from is True else _given(Path(str(resume_from)), run_folder)
             if found[0] is None:
                 logger.warning("no checkpoint in %s yet: training starts from the beginning", run_folder)
         broadcast_object_list(found)
@@ -111,14 +116,16 @@ class WholeCheckpoints:
             self._write(model, trial, partial, target)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal(partial)
-                publish(partial, target)
+                write_manifest(partial)
+                commit(partial, target)
         except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-            # Words only: an error kept here would keep itself, and the half-written file that it holds open.
-            if (words := _not_written(target, error)) is None:
+            if (cause := _write_error(error)) is None:
                 raise
+            # Only its text: keeping the error would keep the half-written file open.
+            message = _failure(target, str(cause))
+            del cause
             shutil.rmtree(partial.parent, ignore_errors=True)
-            raise OSError(words) from error
+            raise CheckpointError(message) from error
         if self.args.should_save:
             rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
             partial.parent.rmdir()
@@ -150,7 +157,7 @@ class WholeCheckpoints:
             part.restore(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        # Going on from the checkpoint of the last step inside an epoch, the Trainer would take one step more.
+        # The Trainer would take one more step after resuming from the checkpoint of the last step inside an epoch.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -158,10 +165,10 @@ class WholeCheckpoints:
 
 
 def _given(checkpoint: Path, run_folder: Path) -> Path:
-    if problem := f"there is no folder {checkpoint}" if not checkpoint.is_dir() else fault(checkpoint):
-        raise ValueError(
-            f"resume_from_checkpoint={checkpoint} is no whole checkpoint: {problem}; give another, or True for the last whole "
-            f"one of {run_folder}"
+    if problem := f"there is no folder {checkpoint}" if not checkpoint.is_dir() else verify(checkpoint):
+        raise MolfError(
+            f"resume_from_checkpoint={checkpoint} is not a complete checkpoint: {problem}; give another one, or True for "
+            f"the last complete one in {run_folder}"
         )
     if checkpoint.resolve().parent == run_folder.resolve():
         for later in checkpoints(run_folder):
@@ -172,26 +179,20 @@ def _given(checkpoint: Path, run_folder: Path) -> Path:
 
 
 def _write_error(error: BaseException) -> BaseException | None:
-    """Return the error of writing files that an error is, or that a rank of a sharded run had; None if it is another."""
-    if isinstance(error, CheckpointException):  # every rank gets it, and the causes lose their tracebacks on the way
+    """Return the failure to write a file behind an error, on this rank or another; None if the error has another cause."""
+    if isinstance(error, CheckpointException):  # every rank gets the causes, without their tracebacks
         causes = (cause for cause, _ in error.failures.values())
         return next((cause for cause in causes if isinstance(cause, OSError | SafetensorError)), None)
-    # For a full disk torch has no class, and several wordings.
+    # torch.save raises a RuntimeError with varying messages when the disk is full.
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     written = isinstance(error, OSError | SafetensorError) or innermost.f_globals["__name__"] == "torch.serialization"
     return error if written else None
 
 
-def _not_written(target: Path, error: BaseException) -> str | None:
-    """Say why a checkpoint could not be written; None if that is not what the error is about."""
-    if (failed := _write_error(error)) is None:
-        return None
-    cause = str(failed).strip().splitlines()[0]
-    free = shutil.disk_usage(_existing(target.parent)).free
+def _failure(target: Path, cause: str) -> str:
+    existing = next(path for path in target.parents if path.is_dir())
+    free = shutil.disk_usage(existing).free / 2**20
     before = checkpoints(target.parent)
-    last = f"the last whole one is {before[-1]}" if before else "there is none before it"
-    return f"the checkpoint {target} cannot be written: {cause} ({free / 2**20:,.1f} MiB free there); {last}"
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
+    last = f"the last complete one is {before[-1]}" if before else "there is none before it"
+    reason = cause.strip().splitlines()[0]
+    return f"the checkpoint {target} cannot be written: {reason} ({free:,.1f} MiB free there); {last}"

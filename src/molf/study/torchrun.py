@@ -1,6 +1,6 @@
-"""torchrun whose exit status says how the processes ended: ``python -m molf.study.torchrun`` takes the arguments of ``torchrun``.
+"""``torchrun`` with the exit status of its processes: ``python -m molf.study.torchrun`` takes the arguments of ``torchrun``.
 
-torchrun itself ends with 1 whatever happened, so that a run that was stopped and saved looks like one that failed.
+torchrun itself always fails with status 1, so a run that was stopped and saved looks like one that crashed.
 """
 
 import os
@@ -11,24 +11,24 @@ from collections.abc import Collection, Sequence
 from molf.study.faults.preemption import PREEMPTED, exit_status
 
 SAVING = 600
-"""How many seconds the processes get to save when this one is told to stop; torchrun's own limit is 30."""
+"""Seconds that the processes get to save a checkpoint after a stop signal; torchrun's default is 30."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the processes, wait for them and return their status.
+    """Start the processes, wait for them and return their exit status.
 
-    It is that of a process that failed, 128 + n where it crashed with signal n, and 75 where all were told to stop. Where one was
-    killed, this process is too.
+    It is the status of a process that failed (128 + n for one that crashed with signal n), or 75 if all were stopped. If one was
+    killed, this process kills itself too.
 
     Args:
-        argv: The arguments of ``torchrun``; those of this process if left out.
+        argv: The arguments of ``torchrun``; ``sys.argv`` by default.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torchrun passes SIGTERM on to its processes, and would die of this one.
+    # torchrun forwards SIGTERM to its processes, but would die of SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     try:
         run.run(run.parse_args(argv))  # type: ignore[no-untyped-call]  # torch does not type it
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(codes: Collection[int]) -> int:
-    """Return what processes that did not succeed come to; when one fails, torchrun tells the others to stop."""
+    """Return the status of a group of processes: when one fails, torchrun stops the others."""
     statuses = [exit_status(code) for code in codes]
     if -signal.SIGKILL in statuses:
         return -signal.SIGKILL

@@ -1,7 +1,8 @@
-"""The benchmarks, by name. A new one is a file in this folder and a line in ``TASKS``."""
+"""The benchmarks by name. A new one is a file in this folder and a line in ``TASKS``."""
 
 import difflib
 
+from molf.errors import MolfError
 from molf.tasks.base import (
     Answer,
     ExampleTokens,
@@ -38,22 +39,17 @@ __all__ = [
     "get_task",
 ]
 
-TASKS: dict[str, Task] = {
-    "fact": Fact(),
-    "med": Med(),
-    "sql": Sql(),
-    "custom": Custom(),
-}
+TASKS: dict[str, Task] = {"fact": Fact(), "med": Med(), "sql": Sql(), "custom": Custom()}
 
 
 def get_task(name: str) -> Task:
     """Return the benchmark called ``name``.
 
     Raises:
-        ValueError: If there is none; the message names the nearest one and all there are.
+        MolfError: There is none.
     """
     if name in TASKS:
         return TASKS[name]
     nearest = difflib.get_close_matches(name, TASKS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    raise ValueError(f"unknown task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")
+    raise MolfError(f"unknown task {name!r}{hint}; the tasks are: {', '.join(TASKS)}")

@@ -1,7 +1,7 @@
-"""What every benchmark shares: requests to a model, the answers, the metrics, and the task protocol.
+"""What all benchmarks share: requests to a model, their answers, metrics, and the task protocol.
 
-A task never sees a model. It turns each row into requests, an engine answers them, and the task turns the answers
-into metrics. So a benchmark is one file without any tensor, and every benchmark gets the same batched inference.
+A task never sees a model. It turns each row into requests, an engine answers them, and the task turns the answers into
+metrics. A benchmark is therefore one file without tensors, and all benchmarks share the batched inference.
 """
 
 import math
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from molf.errors import MolfError
+
 Row: TypeAlias = dict[str, Any]
-"""One record of a benchmark, with the field names its authors published."""
+"""One record of a benchmark, with its published field names."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Likelihood:
     """Ask how likely ``target`` is as the continuation of ``prompt``.
 
     Attributes:
-        prompt: The text the model is given.
-        target: The text to score; it begins with its own white space, for example ``" English"``.
+        prompt: The text that the model reads.
+        target: The text to score, with its leading white space, for example ``" English"``.
     """
 
     prompt: str
@@ -28,12 +30,12 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class NextToken:
-    """Ask which of a few tokens is the most likely one after ``prompt``.
+    """Ask which of several tokens is the most likely one after ``prompt``.
 
     Attributes:
-        prompt: The text the model is given.
-        options: The texts to choose from, each exactly one token after the prompt; they begin with their own white
-            space, for example ``(" A", " B")``.
+        prompt: The text that the model reads.
+        options: The texts to choose from, with their leading white space, for example ``(" A", " B")``. Each must be
+            exactly one token after the prompt.
     """
 
     prompt: str
@@ -41,7 +43,7 @@ class NextToken:
 
     def __post_init__(self) -> None:
         if len(set(self.options)) < max(2, len(self.options)):
-            raise ValueError(f"options={self.options!r} must be two or more different texts")
+            raise MolfError(f"options={self.options!r} must be two or more different texts")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Generate:
     """Ask for the greedy continuation of ``prompt``.
 
     Attributes:
-        prompt: The text the model is given.
-        max_new_tokens: The most tokens to generate; the end-of-text token stops earlier.
-        stop: Strings that end the continuation; the answer is cut before the first of them.
+        prompt: The text that the model reads.
+        max_new_tokens: Maximum number of tokens to generate; the end-of-text token stops earlier.
+        stop: Strings that end the continuation. The answer is cut before the first one.
     """
 
     prompt: str
@@ -61,10 +63,10 @@ class Generate:
 
 @dataclass(frozen=True, eq=False)
 class ExampleTokens:
-    """Ask how likely those tokens of a training example are that training counts in its loss.
+    """Ask how likely the tokens of a training example are that training counts in its loss.
 
     Attributes:
-        example: What ``Task.example`` gives. It is tokenized as for training, chat template and end token included.
+        example: A result of ``Task.example``. It is tokenized as for training, with chat template and end token.
     """
 
     example: Mapping[str, Any]
@@ -75,9 +77,9 @@ class TargetScores:
     """The answer to a ``Likelihood`` or an ``ExampleTokens``.
 
     Attributes:
-        logprobs: The natural-log probability of each token of the target, given all tokens before it.
-        token_ids: The target's tokens, one for each of ``logprobs``.
-        greedy: For each token whether no other one was more likely, given all tokens before it.
+        logprobs: For each token of the target, its natural-log probability given all tokens before it.
+        token_ids: The target's tokens.
+        greedy: For each token, whether no other one is more likely.
     """
 
     logprobs: tuple[float, ...]
@@ -85,21 +87,16 @@ class TargetScores:
     greedy: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        sizes = {len(self.logprobs), len(self.token_ids), len(self.greedy)}
-        if not self.token_ids or len(sizes) > 1:
-            raise ValueError(
-                f"TargetScores needs one log-probability and one greedy flag per target token and at least one token; got "
-                f"{len(self.logprobs)} log-probabilities and {len(self.greedy)} flags for {len(self.token_ids)} tokens"
-            )
+        assert self.token_ids and len(self.logprobs) == len(self.token_ids) == len(self.greedy)
 
     @property
     def mean_logprob(self) -> float:
-        """The mean of ``logprobs``: comparable between targets of different lengths."""
+        """The mean of ``logprobs``, comparable between targets of different lengths."""
         return math.fsum(self.logprobs) / len(self.logprobs)
 
     @property
     def probability(self) -> float:
-        """The geometric mean of the tokens' probabilities, in 0..1."""
+        """The geometric mean of the tokens' probabilities."""
         return math.exp(self.mean_logprob)
 
 
@@ -108,7 +105,7 @@ class OptionScores:
     """The answer to a ``NextToken``.
 
     Attributes:
-        logprobs: The natural-log probability of each option, in the order of the options, among all tokens there are.
+        logprobs: The natural-log probability of each option among all tokens, in the order of the options.
         token_ids: The options' tokens.
     """
 
@@ -117,24 +114,24 @@ class OptionScores:
 
     @property
     def best(self) -> int:
-        """The index of the most likely option; of equally likely ones, the first."""
+        """The index of the most likely option; ties go to the first."""
         return self.logprobs.index(max(self.logprobs))
 
 
 Request: TypeAlias = Likelihood | NextToken | Generate | ExampleTokens
 Answer: TypeAlias = TargetScores | OptionScores | str
-"""``TargetScores`` to a ``Likelihood`` or ``ExampleTokens``, ``OptionScores`` to a ``NextToken``, the generated text to a
+"""``TargetScores`` for a ``Likelihood`` or ``ExampleTokens``, ``OptionScores`` for a ``NextToken``, the generated text for a
 ``Generate``."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of an evaluation.
+    """One metric of an evaluation.
 
     Attributes:
         value: A percentage, unless the metric's name says otherwise.
-        n: How many things were averaged.
-        low: Lower end of the bootstrap 95 % interval, in the unit of ``value``; None where there is none.
+        n: Number of records averaged.
+        low: Lower end of the bootstrap 95 % interval, if any.
         high: Upper end.
     """
 
@@ -155,7 +152,7 @@ class Split:
     Attributes:
         train: Rows to train on.
         eval: Rows to evaluate on.
-        origin: Where the rows came from, for the record of the run.
+        origin: Where the rows came from, for the run's result.
     """
 
     train: list[Row]
@@ -164,11 +161,11 @@ class Split:
 
 
 class Task(Protocol):
-    """A benchmark: its rows, how to train on one, what to ask about one, and the metrics.
+    """A benchmark: its rows, the training example and the requests of a row, and the metrics.
 
     Attributes:
-        name: The name users select it by.
-        headline: The metric that runs are compared by.
+        name: The name of ``--task``.
+        headline: The metric to compare runs by.
     """
 
     name: str
@@ -178,27 +175,26 @@ class Task(Protocol):
         """Load the rows.
 
         Args:
-            data_path: A file or folder of the user's; None for the published data.
-            sample: Use the small slice that is part of the package.
-            limit: The most rows per split; None for all.
+            data_path: The user's file or folder; None for the published data.
+            sample: Use the small sample in the package.
+            limit: Maximum number of rows per split; None for all.
             seed: For tasks that split or choose at random.
 
         Raises:
-            ValueError: If the data or the arguments are not usable.
-            OSError: If the data cannot be read or downloaded.
+            MolfError: The data or the arguments cannot be used, or the data cannot be downloaded.
         """
         ...
 
     def example(self, row: Row) -> dict[str, Any]:
         """Return the training example of ``row``, ``{"prompt": ..., "completion": ...}``.
 
-        The completion begins with its own white space and has no end-of-text token: the trainer adds it. Other forms
-        are ``{"messages": [{"role": ..., "content": ...}, ...]}`` and ``{"text": ...}``.
+        The completion starts with its white space and has no end-of-text token, which the trainer adds. Alternatives are
+        ``{"messages": [{"role": ..., "content": ...}, ...]}`` and ``{"text": ...}``.
         """
         ...
 
     def requests(self, row: Row) -> list[Request]:
-        """Return what to ask the model about ``row``."""
+        """Return the requests to the model about ``row``."""
         ...
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
@@ -206,18 +202,18 @@ class Task(Protocol):
 
         Args:
             rows: The evaluated rows.
-            answers: For each row the answers to ``requests(row)``, in that order.
+            answers: For each row, the answers to ``requests(row)`` in order.
 
         Returns:
-            Metrics by name. A metric that no row could decide is absent, never 0.
+            Metrics by name. A metric without any row that decides it is absent, never 0.
         """
         ...
 
 
 @runtime_checkable
-class Explained(Protocol):
-    """A task that can also tell what came of every row, for the file of predictions."""
+class HasRowResults(Protocol):
+    """A task that also has a result for every row, kept in the file of predictions."""
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return one plain JSON object per row, such as ``{"correct": true}``; the arguments are those of ``score``."""
+        """Return one plain JSON object per row, such as ``{"correct": true}``; arguments as for ``score``."""
         ...

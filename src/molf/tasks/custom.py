@@ -9,15 +9,20 @@ from typing import Any, cast
 
 import numpy as np
 
+from molf.errors import MolfError
 from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, TargetScores
-from molf.tasks.custom_rows import usable_rows
+from molf.tasks.downloads import hub_splits
 from molf.tasks.metrics import percentage, statistic
-from molf.tasks.records import SUFFIXES, Located
-from molf.tasks.splits import UNNAMED, Splits, hub_splits, local_splits
+from molf.tasks.records import SUFFIXES, UNNAMED, Located, Splits, json_name, local_splits
 
 DEFAULT_EVAL_FRACTION = 0.1
-HELD_OUT = ("validation", "test")
-_NEEDED = "task custom needs --data_path: a file, a folder or a Hub id to train on, or --eval_path to evaluate only"
+ROW_SCHEMAS: dict[tuple[str, ...], str] = {
+    ("prompt", "completion"): "a prompt and its completion",
+    ("messages",): "a conversation",
+    ("text",): "a text",
+}
+"""The columns of each kind of row, and its name."""
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Custom:
 
     Attributes:
         eval_path: What to evaluate on: a file, a folder, a Hub id, or the name of a split of the data.
-        eval_fraction: Share of the rows that is held out instead, chosen by the seed.
+        eval_fraction: Instead, the share of the rows to hold out, chosen by the seed.
     """
 
     name: str = field(default="custom", init=False)
@@ -36,83 +41,83 @@ class Custom:
 
     def __post_init__(self) -> None:
         if self.eval_path is not None and self.eval_fraction is not None:
-            raise ValueError(
-                f"eval_path={self.eval_path} and eval_fraction={self.eval_fraction} both say what to evaluate on; pass one"
+            raise MolfError(
+                f"--eval_path {self.eval_path} and --eval_fraction {self.eval_fraction} both say what to evaluate on; "
+                "pass one of them"
             )
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1")
+            raise MolfError(f"--eval_fraction {self.eval_fraction} must be between 0 and 1")
 
     def load(self, data_path: str | None, *, sample: bool, limit: int | None, seed: int) -> Split:
         """Load the rows.
 
-        What is evaluated on is, in this order: ``eval_path``; the ``eval_fraction`` of the rows to train on; a
-        validation or test split of the data; a tenth of the rows to train on.
+        Evaluation uses the first of these that exists: ``eval_path``; ``eval_fraction`` of the training rows; a validation
+        or test split of the data; a tenth of the training rows.
 
         Args:
-            data_path: A file, a folder or a Hub id; None to load rows to evaluate on alone.
-            sample: Not for this task.
-            limit: The most rows per split, the first ones; None for all.
+            data_path: A file, a folder or a Hub id; None to only evaluate.
+            sample: Not supported.
+            limit: Maximum number of rows per split, the first ones; None for all.
             seed: Chooses the rows to hold out.
 
         Raises:
-            ValueError: If the arguments or a row are not usable.
-            OSError: If the data cannot be read or downloaded.
+            MolfError: The arguments or a row cannot be used, or the data cannot be downloaded.
         """
         if sample:
-            raise ValueError("task custom has no packaged sample; pass your data as --data_path")
+            raise MolfError("task custom has no sample in the package; pass your data as --data_path")
         if data_path is None:
             if self.eval_path is None:
-                raise ValueError(_NEEDED)
-            found, origin = _any_splits(self.eval_path)
-            return Split([], _rows(_evaluated(found, origin), limit, origin), f"evaluation: {origin}")
-        found, origin = _any_splits(data_path)
-        records = _picked(found, "train", origin)
-        if self.eval_fraction is None and (held_out := self._held_out(found)) is not None:
-            evaluation, eval_origin = held_out
-            split = Split(
-                _rows(records, limit, origin), _rows(evaluation, limit, eval_origin), f"{origin}, {eval_origin}"
-            )
-            _check_alike(split)
-            return split
+                raise MolfError(
+                    "task custom needs --data_path: a file, a folder or a Hub id to train on, or --eval_path to evaluate only"
+                )
+            records, origin = _evaluation_rows(self.eval_path)
+            return Split([], _rows(records, limit, origin), origin)
+        found, origin = _splits(data_path)
+        train = _pick(found, "train", origin)
+        named = self.eval_path or next((name for name in ("validation", "test") if name in found), None)
+        if self.eval_fraction is None and named is not None:
+            if named in found:
+                records, eval_origin = found[named], f"evaluation: its {named} split"
+            else:
+                records, eval_origin = _evaluation_rows(named)
+            rows, eval_rows = _rows(train, limit, origin), _rows(records, limit, eval_origin)
+            if rows[0].keys() != eval_rows[0].keys():
+                raise MolfError(
+                    f"{origin}, {eval_origin}: the training rows have {', '.join(rows[0])}, the evaluation rows "
+                    f"{', '.join(eval_rows[0])}"
+                )
+            return Split(rows, eval_rows, f"{origin}, {eval_origin}")
         fraction = self.eval_fraction or DEFAULT_EVAL_FRACTION
-        train, held = _divided(_rows(records, None, origin), fraction, seed, origin)
-        return Split(train[:limit], held[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
-
-    def _held_out(self, found: Splits) -> tuple[Iterable[Located], str] | None:
-        """Return the records to evaluate on that are no rows to train on, and what to call them."""
-        if self.eval_path is None or self.eval_path in found:
-            named = self.eval_path or next((name for name in HELD_OUT if name in found), None)
-            return None if named is None else (found[named], f"evaluation: its {named} split")
-        others, origin = _any_splits(self.eval_path)
-        return _evaluated(others, origin), f"evaluation: {origin}"
+        rows, held_out = _hold_out(_rows(train, None, origin), fraction, seed, origin)
+        return Split(rows[:limit], held_out[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
 
     def example(self, row: Row) -> dict[str, Any]:
-        """Return the row, which is a training example as it is."""
+        """Return the row, which already is a training example."""
         return row
 
     def requests(self, row: Row) -> list[Request]:
         """Ask for the tokens that training would count in its loss."""
-        return [ExampleTokens(self.example(row))]
+        return [ExampleTokens(row)]
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
         """Return how well the rows are predicted.
 
         Returns:
-            ``loss``: mean negative log-likelihood of the tokens in the loss, in nats, all tokens alike.
+            ``loss``: mean negative log-likelihood of the tokens in the loss, in nats, over all tokens.
             ``perplexity``: its exponential.
             ``token_accuracy``: percentage of those tokens that are the most likely ones, given the tokens before.
-            ``exact_match``: percentage of rows in which all of them are, so that greedy decoding would give exactly the
-            completion with its end, or every message of the assistant's. Texts have none.
+            ``exact_match``: percentage of rows in which all of them are: greedy decoding would give exactly the completion
+            with its end, or all the assistant's messages. Texts have none.
         """
         if not rows:
             return {}
         scores = [cast(TargetScores, own) for (own,) in answers]
         tokens = [float(len(score.token_ids)) for score in scores]
-        lost = [-sum(score.logprobs) for score in scores]
+        losses = [-sum(score.logprobs) for score in scores]
         right = [100.0 * sum(score.greedy) for score in scores]
         metrics = {
-            "loss": statistic(_ratio, lost, tokens),
-            "perplexity": statistic(lambda columns: np.exp(_ratio(columns)), lost, tokens),
+            "loss": statistic(_ratio, losses, tokens),
+            "perplexity": statistic(lambda columns: np.exp(_ratio(columns)), losses, tokens),
             "token_accuracy": statistic(_ratio, right, tokens),
         }
         if "text" not in rows[0]:
@@ -125,49 +130,105 @@ def _ratio(columns: list[np.ndarray]) -> np.ndarray:
     return np.asarray(columns[0].sum(axis=-1) / columns[1].sum(axis=-1))
 
 
-def _any_splits(name: str) -> tuple[Splits, str]:
-    """Return the records of a file, a folder or a data set on the Hub, and what to call it."""
+def _splits(name: str) -> tuple[Splits, str]:
+    """Return the records of a file, a folder or a data set on the Hub, and their origin."""
     path = Path(name).expanduser()
     is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith(SUFFIXES)
     if is_id and not path.exists():
-        return hub_splits(name, "Or pass a file or a folder that is on this machine.")
+        return hub_splits(name, "Or pass a local file or folder.")
     return local_splits(path), name
 
 
-def _picked(found: Splits, split: str, origin: str) -> Iterable[Located]:
+def _pick(found: Splits, split: str, origin: str) -> Iterable[Located]:
     if split not in found and UNNAMED not in found:
-        raise ValueError(f"{origin}: no {split or 'validation or test'} split, only {', '.join(found)}")
+        raise MolfError(f"{origin}: no {split} split, only {', '.join(found)}")
     return found[split] if split in found else found[UNNAMED]
 
 
-def _evaluated(found: Splits, origin: str) -> Iterable[Located]:
-    """Return the rows of a source that is there to be evaluated on."""
-    held_out = next((name for name in HELD_OUT if name in found), UNNAMED)
-    return _picked(found, held_out, origin)
+def _evaluation_rows(eval_path: str) -> tuple[Iterable[Located], str]:
+    """Return the records of a source that is only evaluated on, and their origin."""
+    found, origin = _splits(eval_path)
+    return _pick(found, "validation" if "validation" in found else "test", origin), f"evaluation: {origin}"
+
+
+def _hold_out(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and those to hold out, in order."""
+    count = max(1, round(fraction * len(rows)))
+    if count >= len(rows):
+        raise MolfError(f"{origin}: holding out {count} of {len(rows)} rows leaves none to train on")
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    kept = [row for number, row in enumerate(rows) if number not in held_out]
+    return kept, [row for number, row in enumerate(rows) if number in held_out]
 
 
 def _rows(records: Iterable[Located], limit: int | None, origin: str) -> list[Row]:
-    rows = usable_rows(islice(records, limit))
+    """Return the first rows, each with the columns of its schema only, which must be that of the first row."""
+    rows: list[Row] = []
+    columns: tuple[str, ...] = ()
+    for where, record in islice(records, limit):
+        found = _schema(record, where)
+        columns = columns or found
+        if found != columns:
+            raise MolfError(
+                f"{where}: {ROW_SCHEMAS[found]} ({', '.join(found)}), but the first row is {ROW_SCHEMAS[columns]} "
+                f"({', '.join(columns)}); all rows must have the same columns"
+            )
+        check = _messages if columns == ("messages",) else _text
+        rows.append({column: check(record[column], f"{where}, column {column!r}") for column in columns})
     if not rows:
-        raise ValueError(f"{origin}: no records")
+        raise MolfError(f"{origin}: no records")
     return rows
 
 
-def _check_alike(split: Split) -> None:
-    train, evaluation = split.train[0], split.eval[0]
-    if train.keys() != evaluation.keys():
-        raise ValueError(
-            f"{split.origin}: the rows to train on have {', '.join(train)}, those to evaluate on {', '.join(evaluation)}"
+def _schema(record: Row, where: str) -> tuple[str, ...]:
+    """Return the columns of the one schema that a row follows."""
+    begun = [columns for columns in ROW_SCHEMAS if any(record.get(column) is not None for column in columns)]
+    if not begun:
+        schemas = "; ".join(" and ".join(columns) for columns in ROW_SCHEMAS)
+        there = ", ".join(f"{name} (null)" if record[name] is None else name for name in record)
+        raise MolfError(f"{where}: no usable column; a row needs {schemas}, and this one has: {there or 'nothing'}")
+    if len(begun) > 1:
+        both = " and ".join(f"{ROW_SCHEMAS[columns]} ({', '.join(columns)})" for columns in begun)
+        raise MolfError(f"{where}: the row is {both}; keep the columns of one of them")
+    for column in begun[0]:
+        if record.get(column) is None:
+            raise MolfError(f"{where}, column {column!r}: {'null' if column in record else 'missing'}")
+    return begun[0]
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        hint = "; conversations go in a column 'messages'" if isinstance(value, list) else ""
+        raise MolfError(f"{where}: must be a string, found {json_name(value)}{hint}")
+    if not value.strip():
+        raise MolfError(f"{where}: empty")
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise MolfError(f"{where}: must be a list of messages with role and content, found {json_name(value)}")
+    if not value:
+        raise MolfError(f"{where}: empty")
+    messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise MolfError(
+            f"{where}, message {roles.index('system', 1) + 1}: only the first message may have role 'system'"
         )
+    if roles[-1] != "assistant":
+        raise MolfError(f"{where}: the last message must have role 'assistant', found {roles[-1]!r}")
+    if roles[0] == "assistant":
+        raise MolfError(f"{where}: the first message has role 'assistant', so there is nothing for it to answer")
+    return messages
 
 
-def _divided(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple[list[Row], list[Row]]:
-    """Return the rows to keep and those to hold out, in their order."""
-    count = max(1, round(fraction * len(rows)))
-    if count >= len(rows):
-        raise ValueError(f"{origin}: holding out {count} of {len(rows)} rows leaves none to train on")
-    held = set(random.Random(seed).sample(range(len(rows)), count))
-    return (
-        [row for number, row in enumerate(rows) if number not in held],
-        [row for number, row in enumerate(rows) if number in held],
-    )
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise MolfError(f"{where}: must be an object with role and content, found {json_name(message)}")
+    more = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
+    if more:
+        raise MolfError(f"{where}: only role and content are supported, found {', '.join(more)}")
+    if message.get("role") not in ROLES:
+        raise MolfError(f"{where}: role must be one of {', '.join(ROLES)}, found {message.get('role')!r}")
+    return {"role": message["role"], "content": _text(message.get("content"), f"{where}, content")}

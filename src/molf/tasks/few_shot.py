@@ -1,18 +1,20 @@
-"""Worked examples before every prompt, for any benchmark."""
+"""Worked examples before every prompt of any benchmark."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from molf.tasks.base import Answer, ExampleTokens, Explained, Metric, Request, Row, Split, Task
+from molf.errors import MolfError
+from molf.tasks.base import Answer, ExampleTokens, HasRowResults, Metric, Request, Row, Split, Task
 
 
 class FewShot:
-    """A benchmark whose prompts all begin with the same examples, in training and in evaluation.
+    """A benchmark whose prompts all start with the same examples, in training and in evaluation.
 
     Args:
-        task: The benchmark itself.
-        shots: The examples, each ending in an empty line.
+        task: The benchmark.
+        shots: The examples, each followed by an empty line.
     """
 
     def __init__(self, task: Task, shots: str) -> None:
@@ -20,51 +22,53 @@ class FewShot:
         self.name, self.headline = task.name, task.headline
 
     def load(self, data_path: str | None, *, sample: bool, limit: int | None, seed: int) -> Split:
-        """Load the benchmark's rows, those of the examples among them."""
+        """Load the benchmark's rows, including those of the examples."""
         return self.task.load(data_path, sample=sample, limit=limit, seed=seed)
 
     def example(self, row: Row) -> dict[str, Any]:
         """Return the training example of a row, with the examples before its prompt."""
-        own = self.task.example(row)
-        return {**own, "prompt": self.shots + own["prompt"]}
+        return self._prefixed(self.task.example(row))
 
     def requests(self, row: Row) -> list[Request]:
-        """Return what to ask about a row, with the examples before every prompt."""
-        return [self._prefixed(request) for request in self.task.requests(row)]
+        """Return the requests about a row, with the examples before every prompt."""
+        return [
+            ExampleTokens(self._prefixed(request.example))
+            if isinstance(request, ExampleTokens)
+            else replace(request, prompt=self.shots + request.prompt)
+            for request in self.task.requests(row)
+        ]
 
-    def _prefixed(self, request: Request) -> Request:
-        if isinstance(request, ExampleTokens):
-            return ExampleTokens({**request.example, "prompt": self.shots + request.example["prompt"]})
-        return replace(request, prompt=self.shots + request.prompt)
+    def _prefixed(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        return {**example, "prompt": self.shots + example["prompt"]}
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
         """Return the benchmark's metrics."""
         return self.task.score(rows, answers)
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return what came of every row, as far as the benchmark tells."""
-        return self.task.outcomes(rows, answers) if isinstance(self.task, Explained) else [{} for _ in rows]
+        """Return the outcome of every row, empty if the benchmark has none."""
+        return self.task.outcomes(rows, answers) if isinstance(self.task, HasRowResults) else [{} for _ in rows]
 
 
 def with_examples(task: Task, split: Split, count: int, seed: int) -> tuple[Task, Split]:
-    """Put training rows before every prompt; they are neither trained nor evaluated on any more.
+    """Put training rows before every prompt and remove them from the rows to train and to evaluate on.
 
     Args:
         task: The benchmark.
         split: Its rows.
-        count: How many examples.
+        count: Number of examples.
         seed: Chooses them.
 
     Raises:
-        ValueError: If there are too few training rows, or they have no prompt.
+        MolfError: There are too few training rows, or they have no prompt.
     """
     if len(split.train) < count:
-        raise ValueError(f"few_shot={count} needs as many training rows, and {split.origin} has {len(split.train)}")
+        raise MolfError(f"--few_shot {count} needs {count} training rows, but {split.origin} has {len(split.train)}")
     chosen = random.Random(seed).sample(split.train, count)
     examples = [task.example(row) for row in chosen]
     if any("prompt" not in example for example in examples):
-        raise ValueError(
-            f"few_shot={count} needs examples of a prompt and a completion, and those of {task.name} have no prompt"
+        raise MolfError(
+            f"--few_shot {count} needs rows with a prompt and a completion, but those of {task.name} have no prompt"
         )
     shots = "".join(f"{example['prompt']}{example['completion']}\n\n" for example in examples)
     train, evaluation = ([row for row in rows if row not in chosen] for rows in (split.train, split.eval))

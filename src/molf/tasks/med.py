@@ -1,19 +1,18 @@
-"""MedMCQA: four-option questions of Indian medical entrance exams.
+"""MedMCQA: four-option questions from Indian medical entrance exams.
 
-The data set is A. Pal, L. K. Umapathi, M. Sankarasubbu, "MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset for
-Medical domain Question Answering", CHIL 2022. Its test split has no public answers, so the validation split is what is
-evaluated on. Every question is read in two ways: which of the four letters is the most likely next token, and which letter
-the model writes by itself.
+Data set: A. Pal, L. K. Umapathi, M. Sankarasubbu, "MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset for
+Medical domain Question Answering", CHIL 2022. Its test split has no public answers, so evaluation uses the validation
+split. Every question is asked twice: which of the four letters is the most likely next token, and which letter the model
+generates.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, cast
 
-from molf.tasks.base import Answer, Generate, Metric, NextToken, OptionScores, Request, Row, Split
-from molf.tasks.metrics import percentage
-from molf.tasks.sources import HubData, Source
+from molf.errors import MolfError
+from molf.tasks.base import Answer, Generate, Metric, NextToken, OptionScores, Request, Row
+from molf.tasks.metrics import percentage, percentage_by
+from molf.tasks.sources import HubData, Source, SourceTask
 
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
@@ -23,7 +22,7 @@ _LETTER = re.compile(r"\s*([A-D])(?:$|[).\n])")
 
 
 def _problem(row: Row) -> str | None:
-    """Say why a record with all its fields still cannot be used."""
+    """Return why a record with all its fields still cannot be used, or None."""
     if not row["question"].strip():
         return "the question is empty"
     if not 0 <= row["cop"] <= len(LETTERS):
@@ -32,72 +31,53 @@ def _problem(row: Row) -> str | None:
 
 
 def count_from_zero(rows: list[Row]) -> list[Row]:
-    """Bring ``cop`` of all rows of a file to 0..3, as on the Hub; the authors' own files count from 1.
+    """Return the rows with ``cop`` counted from 0, as on the Hub; the authors' own files count from 1.
 
     Raises:
-        ValueError: If the rows do not tell which of the two it is.
+        MolfError: The rows do not tell where they start counting.
     """
     found = {row["cop"] for row in rows}
     if {0, 4} <= found:
-        raise ValueError("cop is 0 in some rows and 4 in others; it must be 0 to 3, or 1 to 4 as in the authors' files")
+        raise MolfError("cop is 0 in some rows and 4 in others; it must be 0 to 3, or 1 to 4 as in the authors' files")
     if not found & {0, 4}:
-        raise ValueError(
-            f"cop is {', '.join(map(str, sorted(found)))} in all rows, so that it may count from 0 or from 1; add a row "
-            "whose answer is the first option (0) or, counting from 1, the last (4)"
+        raise MolfError(
+            f"cop is {', '.join(map(str, sorted(found)))} in all rows, so it may count from 0 or from 1; add a row whose "
+            "answer is the first option (0) or, counting from 1, the last (4)"
         )
     return [{**row, "cop": row["cop"] - 1} for row in rows] if 4 in found else rows
 
 
-SOURCE = Source(
-    published=HubData("openlifescienceai/medmcqa"),
-    packaged=("medmcqa_train_sample.jsonl.gz", "medmcqa_validation_sample.jsonl.gz"),
-    splits=("train", "validation"),
-    fields={"question": str, "cop": int, **dict.fromkeys(OPTIONS, str)},
-    problem=_problem,
-    normal=count_from_zero,
-)
-
-
-class Med:
+class Med(SourceTask):
     """The MedMCQA benchmark."""
 
     name: str = "med"
     headline: str = "accuracy"
-
-    def load(
-        self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
-    ) -> Split:
-        """Load the questions; ``limit`` takes the first ones of each split.
-
-        Args:
-            data_path: A folder with a train and a validation file, or one file to evaluate on; None for the Hub's.
-            sample: Use the packaged slice, 1,828 questions to train on and 500 to evaluate on.
-            limit: The most questions per split; None for all.
-            seed: Not used, nothing is chosen at random.
-
-        Raises:
-            ValueError: If the arguments contradict each other or a record is not usable.
-            OSError: If the data cannot be read or downloaded.
-        """
-        return SOURCE.load(data_path, sample=sample, limit=limit)
+    source = Source(
+        published=HubData("openlifescienceai/medmcqa"),
+        packaged=("medmcqa_train_sample.jsonl.gz", "medmcqa_validation_sample.jsonl.gz"),
+        splits=("train", "validation"),
+        fields={"question": str, "cop": int, **dict.fromkeys(OPTIONS, str)},
+        problem=_problem,
+        normalize=count_from_zero,
+    )
 
     def example(self, row: Row) -> dict[str, str]:
-        """Return the question with its options, and the letter of the right one."""
+        """Return the question with its options, and the correct letter."""
         return {"prompt": question_prompt(row), "completion": f" {LETTERS[row['cop']]}"}
 
     def requests(self, row: Row) -> list[Request]:
-        """Ask for the next token among the letters, and for what the model writes."""
+        """Ask for the most likely letter, and for what the model generates."""
         prompt = question_prompt(row)
         return [NextToken(prompt, tuple(f" {letter}" for letter in LETTERS)), Generate(prompt, MAX_NEW_TOKENS)]
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
-        """Return how many questions are answered rightly.
+        """Return the share of correct answers.
 
         Returns:
-            ``accuracy``: percentage of questions whose right letter is the most likely of the four.
-            ``accuracy_generated``: percentage of questions for which the model writes the right letter.
-            ``invalid_answers``: percentage of questions for which it writes no letter; they count as wrong.
-            ``accuracy/SUBJECT``: ``accuracy`` of the questions of a subject, where the data names subjects.
+            ``accuracy``: percentage of questions whose correct letter is the most likely of the four.
+            ``accuracy_generated``: percentage of questions for which the model generates the correct letter.
+            ``invalid_answers``: percentage of questions for which it generates no letter; they count as wrong.
+            ``accuracy/SUBJECT``: ``accuracy`` by subject, if the data names subjects.
         """
         outcomes = self.outcomes(rows, answers)
         if not outcomes:
@@ -107,14 +87,11 @@ class Med:
             "accuracy_generated": percentage(outcome["written"] == outcome["right"] for outcome in outcomes),
             "invalid_answers": percentage(outcome["written"] is None for outcome in outcomes),
         }
-        by_subject = defaultdict(list)
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if subject := row.get("subject_name"):
-                by_subject[subject].append(outcome["chosen"] == outcome["right"])
-        return metrics | {f"accuracy/{subject}": percentage(by_subject[subject]) for subject in sorted(by_subject)}
+        right = [outcome["chosen"] == outcome["right"] for outcome in outcomes]
+        return metrics | percentage_by("accuracy", [row.get("subject_name") for row in rows], right)
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return for each question the right letter, the most likely one, and the one written, if any."""
+        """Return for each question the correct letter, the most likely one and the generated one, if any."""
         return [
             {
                 "right": LETTERS[row["cop"]],
@@ -126,15 +103,12 @@ class Med:
 
 
 def question_prompt(row: Row) -> str:
-    """Return the question, its options by letter, and the word that the answer follows."""
-    return "\n".join([f"Question: {row['question'].strip()}", *_options(row), "Answer:"])
-
-
-def _options(row: Row) -> Iterable[str]:
-    return (f"{letter}. {row[field].strip()}" for letter, field in zip(LETTERS, OPTIONS, strict=True))
+    """Return the question, its options, and the word before the answer."""
+    options = [f"{letter}. {row[field].strip()}" for letter, field in zip(LETTERS, OPTIONS, strict=True)]
+    return "\n".join([f"Question: {row['question'].strip()}", *options, "Answer:"])
 
 
 def written_letter(text: str) -> str | None:
-    """Return the letter that an answer begins with, alone or followed by ``)``, ``.`` or a newline; else None."""
+    """Return the letter at the start of an answer if it stands alone or before ``)``, ``.`` or a newline; else None."""
     found = _LETTER.match(text.rstrip())
     return found[1] if found else None

@@ -1,20 +1,20 @@
-"""Text-to-SQL: write the query that answers a question about given tables.
+"""Text-to-SQL: write the query that answers a question about tables.
 
-The published data is gretelai/synthetic_text_to_sql (Y. Meyer et al., "Synthetic-Text-To-SQL: A synthetic dataset for training
-language models to generate SQL queries from natural language prompts", Gretel, 2024). The slice in the package is of
+Published data: gretelai/synthetic_text_to_sql (Y. Meyer et al., "Synthetic-Text-To-SQL: A synthetic dataset for training
+language models to generate SQL queries from natural language prompts", Gretel, 2024). The sample in the package is from
 b-mc2/sql-create-context (2023), whose contexts create tables without rows.
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
-from molf.tasks.base import Answer, Generate, Metric, Request, Row, Split
-from molf.tasks.metrics import percentage
-from molf.tasks.sources import HubData, Source
+from molf.tasks.base import Answer, Generate, Metric, Request, Row
+from molf.tasks.metrics import percentage, percentage_by
+from molf.tasks.sources import HubData, Source, SourceTask
 from molf.tasks.sql_ast import is_ordered, schema_of
 from molf.tasks.sql_metrics import corpus_bleu, exact_match, extract_sql, logic_match, same_rows
 from molf.tasks.sql_rows import filled_context, has_rows
-from molf.tasks.sql_sandbox import Execution, SqlSandbox
+from molf.tasks.sql_sandbox import SqlSandbox
 
 MAX_NEW_TOKENS = 256
 
@@ -22,49 +22,30 @@ Outcome = dict[str, Any]
 
 
 def _problem(row: Row) -> str | None:
-    """Say why a record with all its fields still cannot be used."""
+    """Return why a record with all its fields still cannot be used, or None."""
     empty = [field for field in ("sql_prompt", "sql") if not row[field].strip(" \t\r\n;")]
     return f"{empty[0]} is empty" if empty else None
 
 
-SOURCE = Source(
-    published=HubData("gretelai/synthetic_text_to_sql"),
-    packaged=("sql_create_context_train_sample.jsonl.gz", "sql_create_context_test_sample.jsonl.gz"),
-    splits=("train", "test"),
-    fields={"sql_prompt": str, "sql_context": str, "sql": str},
-    problem=_problem,
-)
-
-
-class Sql:
+class Sql(SourceTask):
     """The text-to-SQL benchmark."""
 
     name: str = "sql"
     headline: str = "exact_match"
+    source = Source(
+        published=HubData("gretelai/synthetic_text_to_sql"),
+        packaged=("sql_create_context_train_sample.jsonl.gz", "sql_create_context_test_sample.jsonl.gz"),
+        splits=("train", "test"),
+        fields={"sql_prompt": str, "sql_context": str, "sql": str},
+        problem=_problem,
+    )
 
     def __init__(self) -> None:
-        # Metrics and outcomes are asked for one after the other, and every query need run but once.
+        # score and outcomes are called one after the other, and every query must run only once.
         self._judged: tuple[list[Row], list[list[Answer]], list[Outcome]] | None = None
 
-    def load(
-        self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
-    ) -> Split:
-        """Load the questions; ``limit`` takes the first ones of each split.
-
-        Args:
-            data_path: A folder with a train and a test file, or one file to evaluate on; None for the Hub's.
-            sample: Use the packaged slice, 2,000 questions to train on and 500 to evaluate on.
-            limit: The most questions per split; None for all.
-            seed: Not used, nothing is chosen at random.
-
-        Raises:
-            ValueError: If the arguments contradict each other or a record is not usable.
-            OSError: If the data cannot be read or downloaded.
-        """
-        return SOURCE.load(data_path, sample=sample, limit=limit)
-
     def example(self, row: Row) -> dict[str, str]:
-        """Return the tables with the question, and the query."""
+        """Return the tables and the question, and the query."""
         return {"prompt": sql_prompt(row), "completion": f" {reference(row)};"}
 
     def requests(self, row: Row) -> list[Request]:
@@ -72,18 +53,18 @@ class Sql:
         return [Generate(sql_prompt(row), MAX_NEW_TOKENS, (";",))]
 
     def score(self, rows: list[Row], answers: list[list[Answer]]) -> dict[str, Metric]:
-        """Return how many queries are right, in several senses.
+        """Return the share of correct queries, in several senses.
 
         Returns:
-            ``exact_match``: percentage of queries that are the reference, but for white space, case and a semicolon.
+            ``exact_match``: percentage of queries equal to the reference up to white space, case and a semicolon.
             ``logic_match``: percentage that say the same as the reference, whatever the aliases.
             ``valid_sql``: percentage that run on the record's tables.
-            ``execution_accuracy``: percentage whose result is the reference's, of the records with rows in their tables.
-            ``execution_accuracy_filled``: the same on made-up rows (``sql_rows``), of the records without.
+            ``execution_accuracy``: percentage with the reference's result, over records with rows in their tables.
+            ``execution_accuracy_filled``: the same on made-up rows (``sql_rows``), over records without.
             ``bleu``: corpus BLEU, 0 to 100.
             ``unusable_gold``: the number of records whose reference does not run. They are left out of ``valid_sql`` and
             both ``execution_accuracy``.
-            ``exact_match/COMPLEXITY``: ``exact_match`` by ``sql_complexity``, where the data has it.
+            ``exact_match/COMPLEXITY``: ``exact_match`` by ``sql_complexity``, if the data has it.
         """
         outcomes = self.outcomes(rows, answers)
         if not outcomes:
@@ -94,64 +75,50 @@ class Sql:
                 metrics[name] = percentage(values)
         metrics["bleu"] = corpus_bleu([outcome["sql"] for outcome in outcomes], [reference(row) for row in rows])
         metrics["unusable_gold"] = Metric(sum("unusable_gold" in outcome for outcome in outcomes), len(rows))
-        by_complexity: dict[str, list[bool]] = {}
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if complexity := row.get("sql_complexity"):
-                by_complexity.setdefault(str(complexity), []).append(outcome["exact_match"])
-        return metrics | {f"exact_match/{name}": percentage(by_complexity[name]) for name in sorted(by_complexity)}
+        exact = [outcome["exact_match"] for outcome in outcomes]
+        return metrics | percentage_by("exact_match", [row.get("sql_complexity") for row in rows], exact)
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[Outcome]:
-        """Return for each question the query that was read from the answer, and which metrics it satisfies.
+        """Return for each question the query in the answer, and which metrics it satisfies.
 
         ``error`` says why a query does not run, ``unusable_gold`` why the reference does not.
         """
         if self._judged is None or self._judged[:2] != (rows, answers):
             written = [extract_sql(cast(str, text)) for (text,) in answers]
-            outcomes = [_read(row, sql) for row, sql in zip(rows, written, strict=True)]
-            with SqlSandbox() as sandbox:
-                _execute(sandbox, rows, outcomes)
-            self._judged = (list(rows), [list(given) for given in answers], outcomes)
+            self._judged = (list(rows), [list(own) for own in answers], _judge(rows, written))
         return self._judged[2]
 
 
 def sql_prompt(row: Row) -> str:
-    """Return the tables, the question about them, and the word that the query follows."""
+    """Return the tables, the question about them, and the word before the query."""
     return f"Context:\n{row['sql_context'].strip()}\nQuestion: {row['sql_prompt'].strip()}\nSQL:"
 
 
 def reference(row: Row) -> str:
-    """Return the right query, without a semicolon at its end."""
+    """Return the correct query, without the final semicolon."""
     return str(row["sql"]).strip().rstrip("; \t\r\n")
 
 
-def _read(row: Row, sql: str) -> Outcome:
-    """Return what can be said of a query without running it."""
-    return {
-        "sql": sql,
-        "exact_match": exact_match(sql, reference(row)),
-        "logic_match": logic_match(sql, reference(row), schema_of(row["sql_context"])),
-    }
-
-
-def _execute(sandbox: SqlSandbox, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
-    """Run the references, then what was written where they run, and add what comes of it to the outcomes."""
+def _judge(rows: Sequence[Row], written: Sequence[str]) -> list[Outcome]:
+    """Run the references, then the queries whose reference runs, and return the outcomes."""
     contexts = [filled_context(row["sql_context"], reference(row)) for row in rows]
-    golds = sandbox.execute_many([(context, reference(row)) for context, row in zip(contexts, rows, strict=True)])
-    usable = [number for number, gold in enumerate(golds) if gold.ok]
-    found = iter(sandbox.execute_many([(contexts[number], outcomes[number]["sql"]) for number in usable]))
-    for row, gold, outcome in zip(rows, golds, outcomes, strict=True):
-        if not gold.ok:
+    with SqlSandbox() as sandbox:
+        golds = sandbox.execute_many(zip(contexts, map(reference, rows), strict=True))
+        usable = [number for number, gold in enumerate(golds) if gold.ok]
+        found = iter(sandbox.execute_many((contexts[number], written[number]) for number in usable))
+    outcomes = []
+    for row, sql, gold in zip(rows, written, golds, strict=True):
+        schema, right = schema_of(row["sql_context"]), reference(row)
+        outcome = {"sql": sql, "exact_match": exact_match(sql, right), "logic_match": logic_match(sql, right, schema)}
+        outcomes.append(outcome)
+        if gold.rows is None:
             outcome["unusable_gold"] = gold.error
             continue
         execution = next(found)
+        ordered = is_ordered(right, schema)
         name = "execution_accuracy" if has_rows(row["sql_context"]) else "execution_accuracy_filled"
-        outcome |= {"valid_sql": execution.ok, name: _same_result(execution, gold, row)}
+        outcome["valid_sql"] = execution.ok
+        outcome[name] = execution.rows is not None and same_rows(execution.rows, gold.rows, ordered=ordered)
         if not execution.ok:
             outcome["error"] = execution.error
-
-
-def _same_result(found: Execution, gold: Execution, row: Row) -> bool:
-    if found.rows is None or gold.rows is None:
-        return False
-    ordered = is_ordered(reference(row), schema_of(row["sql_context"]))
-    return same_rows(found.rows, gold.rows, ordered=ordered)
+    return outcomes

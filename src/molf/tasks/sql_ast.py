@@ -1,56 +1,37 @@
-"""SQL as a syntax tree, by sqlglot, in SQLite's dialect: what a context declares, and what a query means.
-
-sqlglot is imported by the functions that need it, so that other benchmarks work without it.
-"""
+"""SQL as sqlglot's syntax trees, in SQLite's dialect: what a context declares, and what a query means."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from sqlglot import exp
+import sqlglot
+from sqlglot import exp
+from sqlglot.errors import SqlglotError
+from sqlglot.optimizer.qualify import qualify
+from sqlglot.optimizer.scope import Scope, traverse_scope
 
 DIALECT = "sqlite"
-_MAX_LENGTH = 20_000  # characters; what is longer is no answer to a question, and takes long to parse
+_MAX_LENGTH = 20_000  # characters; longer text is no answer to a question, and slow to parse
 
 Schema: TypeAlias = dict[str, dict[str, str]]
 """Tables, each with its columns and their declared types, in lower case."""
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep sqlglot from warning of everything that it does not know: models write a lot of that."""
-    logger = logging.getLogger("sqlglot")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns about everything unknown, which models write a lot of
 
 
-@_quiet()
-def statements(sql: str) -> "list[exp.Expr] | None":
+def statements(sql: str) -> list[exp.Expr] | None:
     """Parse statements; None if sqlglot cannot, which does not mean that SQLite cannot."""
-    import sqlglot
-    from sqlglot import exp
-    from sqlglot.errors import SqlglotError
-
     if len(sql) > _MAX_LENGTH:
         return None
     try:
         parsed = sqlglot.parse(sql, dialect=DIALECT)
     except (SqlglotError, RecursionError):  # deep nesting
         return None
-    # A Command is a statement that sqlglot took as it is.
+    # A Command is a statement that sqlglot did not parse.
     return None if any(isinstance(one, exp.Command) for one in parsed) else [one for one in parsed if one is not None]
 
 
 def schema_of(context: str) -> Schema:
-    """Return the tables that a context creates; those that sqlglot does not understand are missing."""
-    from sqlglot import exp
-
+    """Return the tables that a context creates, except those that sqlglot cannot parse."""
     schema: Schema = {}
     for statement in statements(context) or []:
         declared = statement.this
@@ -63,13 +44,11 @@ def schema_of(context: str) -> Schema:
     return schema
 
 
-def parse_query(sql: str, schema: Schema) -> "exp.Expr | None":
-    """Parse one statement, names in lower case and double quotes read as SQLite does; None if that cannot be done.
+def parse_query(sql: str, schema: Schema) -> exp.Expr | None:
+    """Parse one statement, with names in lower case; None if sqlglot cannot.
 
-    In SQLite a name in double quotes that is no column is a text, which many published queries rely on.
+    As in SQLite, a name in double quotes that is no column is a string, which many published queries rely on.
     """
-    from sqlglot import exp
-
     parsed = statements(sql)
     if parsed is None or len(parsed) != 1:
         return None
@@ -86,16 +65,18 @@ def parse_query(sql: str, schema: Schema) -> "exp.Expr | None":
     return parsed[0].transform(read)
 
 
-@_quiet()
-def qualified_query(sql: str, schema: Schema) -> "exp.Expr | None":
-    """Parse one statement, with every column led by its table and every table under a name of its own.
+def is_ordered(sql: str, schema: Schema) -> bool:
+    """Return whether the order of a query's rows matters: it ends in ORDER BY."""
+    query = parse_query(sql, schema)
+    return query is not None and query.args.get("order") is not None
+
+
+def qualified_query(sql: str, schema: Schema) -> exp.Expr | None:
+    """Parse one statement, with every column qualified by its table and every table under a name of its own.
 
     Returns:
-        The statement, or None where sqlglot does not understand it.
+        The statement, or None if sqlglot cannot parse it.
     """
-    from sqlglot.errors import SqlglotError
-    from sqlglot.optimizer.qualify import qualify
-
     query = parse_query(sql, schema)
     if query is None:
         return None
@@ -113,34 +94,44 @@ def qualified_query(sql: str, schema: Schema) -> "exp.Expr | None":
         return None
 
 
-@_quiet()
 def logic_of(sql: str, schema: Schema) -> str | None:
-    """Return a query in a form that is the same for queries which say the same thing in other words.
+    """Return a normal form that is equal for queries that say the same in different words.
 
-    Formatting, case, aliases, qualified or bare column names, ``*`` or the columns it stands for, ASC, INNER, and the order
-    of what AND, OR and = join make no difference.
+    It does not depend on formatting, case, aliases, qualified or bare column names, ``*`` or the columns it stands for, ASC,
+    INNER, and the order of operands of AND, OR and =.
 
     Returns:
-        The form, or None where sqlglot does not understand the query.
+        The form, or None if sqlglot cannot parse the query.
     """
-    from sqlglot.errors import SqlglotError
-
     query = qualified_query(sql, schema)
     if query is None:
         return None
     try:
-        _expand_order(query)
+        _resolve_order_by(query)
         _rename_outputs(query)
-        return _ordered(query).sql(DIALECT, comments=False)
+        _sort_operands(query)
+        return query.sql(DIALECT, comments=False)
     except (SqlglotError, RecursionError):
         return None
 
 
-def _rename_outputs(query: "exp.Expr") -> None:
-    """Name the columns of every query by their place, and CTEs by theirs."""
-    from sqlglot import exp
-    from sqlglot.optimizer.scope import Scope, traverse_scope
+def _resolve_order_by(query: exp.Expr) -> None:
+    """Replace aliases of selected columns in ORDER BY by what they stand for."""
+    for one in list(query.find_all(exp.Query)):
+        order = one.args.get("order")
+        if order is None:
+            continue
+        if isinstance(one, exp.Select):
+            meant = {selected.alias: selected.this for selected in one.selects if isinstance(selected, exp.Alias)}
+        else:  # the columns of a UNION have places only
+            meant = {name: exp.column(f"c{place}") for place, name in enumerate(one.named_selects)}
+        for column in list(order.find_all(exp.Column)):
+            if not column.table and column.name in meant:
+                column.replace(meant[column.name].copy())
 
+
+def _rename_outputs(query: exp.Expr) -> None:
+    """Name the columns of every query, and the CTEs, by their place."""
     scopes = traverse_scope(query)
     queries = [scope.expression for scope in scopes if isinstance(scope.expression, exp.Query)]
     places = {id(one): {name: f"c{place}" for place, name in enumerate(one.named_selects)} for one in queries}
@@ -162,37 +153,18 @@ def _rename_outputs(query: "exp.Expr") -> None:
         cte.set("alias", exp.TableAlias(this=exp.to_identifier(ctes[cte.alias])))
 
 
-def _expand_order(query: "exp.Expr") -> None:
-    """Let every ORDER BY say what it orders by, not the name that this has among the selected columns."""
-    from sqlglot import exp
-
-    for one in list(query.find_all(exp.Query)):
-        order = one.args.get("order")
-        if order is None:
-            continue
-        if isinstance(one, exp.Select):
-            meant = {selected.alias: selected.this for selected in one.selects if isinstance(selected, exp.Alias)}
-        else:  # of a UNION only the place can be named
-            meant = {name: exp.column(f"c{place}") for place, name in enumerate(one.named_selects)}
-        for column in list(order.find_all(exp.Column)):
-            if not column.table and column.name in meant:
-                column.replace(meant[column.name].copy())
-
-
-def _ordered(query: "exp.Expr") -> "exp.Expr":
-    """Bring what may be said in any order into one, and drop words that change nothing."""
-    from sqlglot import exp
-
+def _sort_operands(query: exp.Expr) -> None:
+    """Sort the operands of AND, OR, = and <>, and drop keywords without effect."""
     for node in reversed(list(query.walk(bfs=True))):  # children before their parents
         if isinstance(node, exp.And | exp.Or):
             if type(node.parent) is type(node):  # sorted with the whole chain
                 continue
             operands = sorted((operand.copy() for operand in node.flatten()), key=lambda one: one.sql(DIALECT))
-            joined = operands[0]
+            chain = operands[0]
             for operand in operands[1:]:
-                joined = type(node)(this=joined, expression=operand)
-            node.set("this", joined.this)
-            node.set("expression", joined.expression)
+                chain = type(node)(this=chain, expression=operand)
+            node.set("this", chain.this)
+            node.set("expression", chain.expression)
         elif isinstance(node, exp.EQ | exp.NEQ) and node.left.sql(DIALECT) > node.right.sql(DIALECT):
             left, right = node.left.copy(), node.right.copy()
             node.set("this", right)
@@ -201,10 +173,3 @@ def _ordered(query: "exp.Expr") -> "exp.Expr":
             node.set("desc", None)
         elif isinstance(node, exp.Join) and node.kind == "INNER":
             node.set("kind", None)
-    return query
-
-
-def is_ordered(sql: str, schema: Schema) -> bool:
-    """Return whether the order of a query's rows is part of its meaning: it ends in ORDER BY."""
-    query = parse_query(sql, schema)
-    return query is not None and query.args.get("order") is not None

@@ -1,24 +1,41 @@
-"""What a query compares its columns with, and values that do and do not satisfy that."""
+"""What a query compares its columns with, and values that do and do not satisfy it."""
 
+import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
+
+from sqlglot import exp
 
 from molf.tasks.sql_ast import Schema
-
-if TYPE_CHECKING:
-    from sqlglot import exp
 
 Value: TypeAlias = str | int | float | None
 Column: TypeAlias = tuple[str, str]
 """A table and one of its columns, in lower case."""
 
-_MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_OPERATORS: dict[type[exp.Expr], str] = {
+    exp.EQ: "=",
+    exp.Is: "=",
+    exp.NEQ: "!=",
+    exp.LT: "<",
+    exp.LTE: "<=",
+    exp.GT: ">",
+    exp.GTE: ">=",
+}
+_MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NEGATED = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 _ISO_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}$")
-_LARGEST = 2**50
+_LARGEST = 2**50  # beyond it, a float cannot tell neighbouring numbers apart
 
 
 @dataclass(frozen=True)
@@ -27,60 +44,48 @@ class Condition:
 
     Attributes:
         operator: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``, ``like`` or ``not like``.
-        constant: What it is compared with; for ``=`` and ``!=`` None stands for IS NULL and IS NOT NULL.
+        constant: The constant; None in ``=`` and ``!=`` stands for IS NULL and IS NOT NULL.
     """
 
     operator: str
     constant: Value
 
     def holds(self, value: Value, *, as_number: bool) -> bool:
-        """Return whether a value satisfies it, compared as numbers come before texts or as texts are."""
-        if value is None or self.constant is None:
-            return (
-                (value is None) == (self.constant is None)
-                and self.operator == "="
-                or (self.operator == "!=" and self.constant is None and value is not None)
-            )
+        """Return whether a value satisfies the condition, comparing as strings or as numbers, which precede strings."""
+        if self.constant is None:
+            return self.operator == ("=" if value is None else "!=")
+        if value is None:
+            return False
         if self.operator.endswith("like"):
             pattern = "".join({"%": ".*", "_": "."}.get(letter, re.escape(letter)) for letter in str(self.constant))
             matched = re.fullmatch(pattern, str(value), re.IGNORECASE | re.DOTALL) is not None
             return matched == (self.operator == "like")
-        one, other = _comparable(value, as_number), _comparable(self.constant, as_number)
-        return {
-            "=": one == other,
-            "!=": one != other,
-            "<": one < other,
-            "<=": one <= other,
-            ">": one > other,
-            ">=": one >= other,
-        }[self.operator]
+        return _COMPARE[self.operator](_comparable(value, as_number), _comparable(self.constant, as_number))
 
 
-def _comparable(value: Value, as_number: bool) -> tuple[int, float, str]:
+def _comparable(value: str | int | float, as_number: bool) -> tuple[int, float, str]:
     number = _number(value) if as_number else None
     return (1, 0.0, str(value)) if number is None else (0, float(number), "")
 
 
-def _number(value: Value) -> int | float | None:
-    """Return a value as a number; None if it is none, or one whose neighbours a float cannot tell apart."""
-    for kind in (int, float) if isinstance(value, str) else (float,):  # not int of 7.9, which is 7
+def _number(value: str | int | float) -> int | float | None:
+    """Return a value as a number; None if it is none or too large."""
+    for kind in (int, float):
         try:
-            number = value if isinstance(value, int) else kind(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+            number = kind(value) if isinstance(value, str) else value
+        except ValueError:
             continue
         return number if abs(number) < _LARGEST else None
     return None
 
 
 def _date(text: str) -> date | None:
-    """Return the day that a text in ISO format names; None if there is no such day, or none a few years around it."""
-    if not _ISO_DATE.match(text):
-        return None
+    """Return the day that an ISO date names; None if there is none, or no years around it."""
     try:
-        day = date.fromisoformat(text)
+        day = date.fromisoformat(text) if _ISO_DATE.match(text) else None
     except ValueError:  # 30 February
         return None
-    return day if 10 < day.year < 9990 else None
+    return day if day and 10 < day.year < 9990 else None
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ class Conditions:
     Attributes:
         of: The conditions on each column that has any.
         joined: Groups of columns that are compared with each other.
-        numeric: Columns that the query reckons with.
-        count: The largest number of rows that it counts or limits.
+        numeric: Columns used in arithmetic.
+        count: The largest number of rows that the query compares a count with or limits to.
     """
 
     of: dict[Column, list[Condition]] = field(default_factory=dict)
@@ -100,25 +105,23 @@ class Conditions:
     count: int = 0
 
 
-def conditions_of(query: "exp.Expr", schema: Schema) -> Conditions:
-    """Read the comparisons of a query wherever they stand, in subqueries too.
+def conditions_of(query: exp.Expr, schema: Schema) -> Conditions:
+    """Return the comparisons anywhere in a query, including subqueries.
 
     Args:
-        query: From ``qualified_query``.
+        query: The result of ``qualified_query``.
         schema: The tables.
     """
-    from sqlglot import exp
-
     found = Conditions(count=max([0, *_counts(query)]))
-    names = _Names(query, schema)
+    tables = _Tables(query, schema)
     for node in query.walk():
         if isinstance(node, exp.Sum | exp.Avg | exp.Binary) and not isinstance(node, exp.Predicate | exp.Connector):
-            found.numeric.update(names.columns(node.find_all(exp.Column)))
-        for column, condition in _comparisons(node, names):
+            found.numeric.update(tables.columns(node.find_all(exp.Column)))
+        for column, condition in _comparisons(node, tables):
             own = found.of.setdefault(column, [])
             if condition not in own:
                 own.append(condition)
-        _join(found.joined, names.columns(_compared_columns(node)))
+        _join(found.joined, tables.columns(_compared_columns(node)))
     for group in found.joined:
         shared = [condition for column in sorted(group) for condition in found.of.get(column, [])]
         if shared:
@@ -126,27 +129,22 @@ def conditions_of(query: "exp.Expr", schema: Schema) -> Conditions:
     return found
 
 
-class _Names:
-    """Whose a column is."""
+class _Tables:
+    """Finds the table of a query's columns."""
 
-    def __init__(self, query: "exp.Expr", schema: Schema) -> None:
-        from sqlglot import exp
-
+    def __init__(self, query: exp.Expr, schema: Schema) -> None:
         self._schema = schema
-        self._tables = {table.alias_or_name: table.name for table in query.find_all(exp.Table) if table.name in schema}
+        self._names = {table.alias_or_name: table.name for table in query.find_all(exp.Table) if table.name in schema}
 
-    def columns(self, given: "Iterable[exp.Column]") -> set[Column]:
+    def columns(self, given: Iterable[exp.Column]) -> set[Column]:
         return {found for column in given if (found := self.column(column)) is not None}
 
-    def column(self, column: "exp.Column") -> Column | None:
-        tables = [self._tables.get(column.table)] if column.table else list(self._tables.values())
-        return next(((table, column.name) for table in tables if table and column.name in self._schema[table]), None)
+    def column(self, column: exp.Column) -> Column | None:
+        names = [self._names.get(column.table)] if column.table else list(self._names.values())
+        return next(((name, column.name) for name in names if name and column.name in self._schema[name]), None)
 
 
-def _counts(query: "exp.Expr") -> Iterator[int]:
-    """Yield the numbers of rows that a query counts or limits."""
-    from sqlglot import exp
-
+def _counts(query: exp.Expr) -> Iterator[int]:
     for node in query.find_all(exp.Limit, exp.Offset, exp.Binary):
         if isinstance(node, exp.Binary) and not isinstance(node.left, exp.Count):
             continue
@@ -154,73 +152,51 @@ def _counts(query: "exp.Expr") -> Iterator[int]:
             yield count
 
 
-def _comparisons(node: "exp.Expr", names: _Names) -> Iterator[tuple[Column, Condition]]:
-    """Yield the conditions that a node of a query is."""
-    from sqlglot import exp
-
-    operators: dict[type[exp.Expr], str] = {
-        exp.EQ: "=",
-        exp.Is: "=",
-        exp.NEQ: "!=",
-        exp.LT: "<",
-        exp.LTE: "<=",
-        exp.GT: ">",
-        exp.GTE: ">=",
-    }
+def _comparisons(node: exp.Expr, tables: _Tables) -> Iterator[tuple[Column, Condition]]:
+    """Yield the conditions in one node of a query."""
     if isinstance(node, exp.Like):
         raw = [(node.this, "like", node.expression)]
     elif isinstance(node, exp.In):
         raw = [(node.this, "=", option) for option in node.expressions]
     elif isinstance(node, exp.Between):
         raw = [(node.this, ">=", node.args["low"]), (node.this, "<=", node.args["high"])]
-    elif type(node) in operators:
-        raw = [(node.this, operators[type(node)], node.expression)]
+    elif type(node) in _OPERATORS:
+        raw = [(node.this, _OPERATORS[type(node)], node.expression)]
     else:
         return
-    for left, operator, right in raw:
+    for left, compared, right in raw:
         if isinstance(left, exp.Literal):
-            left, operator, right = right, _MIRRORED.get(operator, operator), left
-        column = _plain_column(left, names)
-        if column is None or not (isinstance(right, exp.Literal | exp.Neg | exp.Null)):
+            left, compared, right = right, _MIRRORED.get(compared, compared), left
+        column = _only_column(left, tables)
+        if column is None or not isinstance(right, exp.Literal | exp.Neg | exp.Null):
             continue
-        if _is_year(left):
-            operator, right = "like", exp.Literal.string(f"{right.name}%")
+        if isinstance(left, exp.TimeToStr) and left.text("format") == "%Y":
+            compared, right = "like", exp.Literal.string(f"{right.name}%")
         if isinstance(node.parent, exp.Not) or node.args.get("negate"):
-            operator = _NEGATED.get(operator, "not like")
-        yield column, Condition(operator, _constant(right))
+            compared = _NEGATED.get(compared, "not like")
+        yield column, Condition(compared, _constant(right))
 
 
-def _plain_column(side: "exp.Expr", names: _Names) -> Column | None:
-    """Return the column that a side of a comparison is, or is a simple function of; not of a count."""
-    from sqlglot import exp
-
+def _only_column(side: exp.Expr, tables: _Tables) -> Column | None:
+    """Return the column that a side of a comparison is, or is a simple function of."""
     if side.find(exp.Count, exp.Query, exp.Length):
         return None
     columns = list(side.find_all(exp.Column))
-    return names.column(columns[0]) if len(columns) == 1 else None
+    return tables.column(columns[0]) if len(columns) == 1 else None
 
 
-def _is_year(side: "exp.Expr") -> bool:
-    from sqlglot import exp
-
-    return isinstance(side, exp.TimeToStr) and side.text("format") == "%Y"
-
-
-def _constant(node: "exp.Expr") -> Value:
-    from sqlglot import exp
-
+def _constant(node: exp.Expr) -> Value:
     if isinstance(node, exp.Null):
         return None
-    if isinstance(node, exp.Neg):
-        number = _number(node.this.name)
-        return -number if number is not None else node.this.name
-    return node.name if node.is_string else (_number(node.name) if _number(node.name) is not None else node.name)
+    name: str = node.this.name if isinstance(node, exp.Neg) else node.name
+    number = None if node.is_string else _number(name)
+    if number is None:
+        return name
+    return -number if isinstance(node, exp.Neg) else number
 
 
-def _compared_columns(node: "exp.Expr") -> "list[exp.Column]":
-    """Return the columns that a node compares with each other, which should therefore have values in common."""
-    from sqlglot import exp
-
+def _compared_columns(node: exp.Expr) -> list[exp.Column]:
+    """Return the columns that a node compares with each other, which should therefore share values."""
     if isinstance(node, exp.EQ | exp.NEQ | exp.GT | exp.GTE | exp.LT | exp.LTE):
         sides = [node.left, node.right]
     elif isinstance(node, exp.In) and (inner := node.args.get("query")) is not None:
@@ -229,12 +205,12 @@ def _compared_columns(node: "exp.Expr") -> "list[exp.Column]":
         return []
     sides = [side.unnest() for side in sides]
     sides = [side.selects[0] if isinstance(side, exp.Query) and side.selects else side for side in sides]
-    columns = [column for side in sides if (column := side if isinstance(side, exp.Column) else side.find(exp.Column))]
+    columns = [column for side in sides if (column := side.find(exp.Column))]
     return columns if len(columns) == len(sides) else []
 
 
 def _join(groups: list[set[Column]], columns: set[Column]) -> None:
-    """Put columns into one group, together with the groups that they are in already."""
+    """Put columns into one group with all groups that they are already in."""
     if len(columns) < 2:
         return
     for group in [group for group in groups if group & columns]:
@@ -246,12 +222,12 @@ def _join(groups: list[set[Column]], columns: set[Column]) -> None:
 def split_values(conditions: list[Condition], *, as_number: bool) -> tuple[list[Value], list[Value]]:
     """Return values that satisfy conditions, and others that narrowly do not.
 
-    Of conditions that no value satisfies together, such as two equalities, as many as possible.
+    If no value satisfies all conditions, such as two equalities, satisfy as many as possible.
 
     Args:
         conditions: The conditions on a column.
-        as_number: Whether the column stores numbers. In one that stores texts, only such values are used as compare
-            in the same way as texts and as numbers.
+        as_number: Whether the column stores numbers. For one that stores strings, only values are used that compare the
+            same as strings and as numbers.
     """
     ranked: list[tuple[int, Value]] = []
     for value in dict.fromkeys(value for condition in conditions for value in _candidates(condition)):
@@ -276,9 +252,9 @@ def _candidates(condition: Condition) -> Iterator[Value]:
         bare = core.replace("%", "").strip()
         yield from (f"{bare} etc", f"etc {bare}", f"etc {bare} etc", bare[:-1], "other")
     elif (number := _number(constant)) is not None:
-        yield constant  # a text may be more than its number: +8, 34.50
+        yield constant  # its text may differ from its number's: +8, 34.50
         numbers = [number + step for step in (0, -1, 1, -2, 2, 5, -5, 13, -13)]
-        # The last three are on one side as numbers and as texts too: 95 of 9, and 0 and 1 of 10.
+        # The last three are on the same side as numbers and as strings: 95 of 9, and 0 and 1 of 10.
         numbers += [number * 2, number / 2, number * 10 + 5, 0, 1]
         whole = [int(n) if n == int(n) else n for n in numbers]
         yield from map(str, whole) if isinstance(constant, str) else whole

@@ -1,4 +1,4 @@
-"""How close a written query is to the reference: its text, its logic, its result, and BLEU of all of them."""
+"""How close a generated query is to the reference: its text, its logic, its result, and BLEU over all queries."""
 
 import math
 import re
@@ -16,7 +16,7 @@ ABSOLUTE_TOLERANCE = 1e-9
 
 _KEYWORDS = "SELECT|WITH|INSERT|UPDATE|DELETE|REPLACE|CREATE|DROP|ALTER|VALUES"
 _FENCE = re.compile(r"```[ \t]*(?:sqlite|sql)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_BEGINNING = re.compile(rf"^[ \t(]*(?:{_KEYWORDS})\b", re.MULTILINE | re.IGNORECASE)
+_LINE_START = re.compile(rf"^[ \t(]*(?:{_KEYWORDS})\b", re.MULTILINE | re.IGNORECASE)
 _INSIDE_TEXT = re.compile(rf"\b(?:{_KEYWORDS})\b(?=\s)")
 _LITERAL = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\""
 _STATEMENT = re.compile(rf"(?:{_LITERAL}|[^;])*")
@@ -27,22 +27,22 @@ Cells = tuple[Any, ...]
 
 
 def extract_sql(text: str) -> str:
-    """Return the first SQL statement of what a model wrote, without code fence, chatter and semicolon.
+    """Return the first SQL statement of a generated text, without code fence, prose and semicolon.
 
     Args:
-        text: SQL alone, in a code fence, or with words before or, after an empty line, behind it.
+        text: SQL alone, in a code fence, after words, or before words that follow an empty line.
     """
     if fenced := _FENCE.search(text):
         text = fenced[1]
-    if begun := _BEGINNING.search(text) or _INSIDE_TEXT.search(text):
-        text = text[begun.start() :]
+    if start := _LINE_START.search(text) or _INSIDE_TEXT.search(text):
+        text = text[start.start() :]
     statement = _STATEMENT.match(text)
-    assert statement is not None
+    assert statement is not None  # the pattern matches the empty text, too
     return _PROSE.split(statement[0], maxsplit=1)[0].strip()
 
 
 def exact_match(written: str, reference: str) -> bool:
-    """Return whether two queries are the same text, but for white space, case outside literals and a last semicolon."""
+    """Return whether two queries are equal up to white space, case outside literals and a final semicolon."""
     return _tokens(written) == _tokens(reference)
 
 
@@ -54,7 +54,7 @@ def _tokens(sql: str) -> list[str]:
 
 
 def logic_match(written: str, reference: str, schema: Schema) -> bool:
-    """Return whether two queries say the same thing (``logic_of``); equal texts do, even if they cannot be parsed."""
+    """Return whether two queries say the same (``logic_of``); equal texts do, even if they cannot be parsed."""
     if exact_match(written, reference):
         return True
     wanted = logic_of(reference, schema)
@@ -64,13 +64,13 @@ def logic_match(written: str, reference: str, schema: Schema) -> bool:
 def same_rows(found: Sequence[Cells], wanted: Sequence[Cells], *, ordered: bool) -> bool:
     """Compare the results of two queries.
 
-    Numbers are equal within ``RELATIVE_TOLERANCE``, an integer may equal a float, NULL equals NULL, texts are compared as they
-    are. The names of columns do not matter, their order does.
+    Numbers are equal within ``RELATIVE_TOLERANCE``, an integer may equal a float, NULL equals NULL, strings are compared
+    exactly. The order of columns matters, their names do not.
 
     Args:
         found: A result.
-        wanted: The right one.
-        ordered: Whether the order of rows matters. If not, they are compared as multisets.
+        wanted: The reference's result.
+        ordered: Whether the order of rows matters. If not, results are compared as multisets.
     """
     if len(found) != len(wanted):
         return False
@@ -82,13 +82,15 @@ def same_rows(found: Sequence[Cells], wanted: Sequence[Cells], *, ordered: bool)
 
 
 def _same_cell(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, int | float) or isinstance(one, int) and isinstance(other, float):
+    if type(one) is not type(other) and not (_is_number(one) and _is_number(other)):
+        return False
+    if isinstance(one, float) or isinstance(other, float):
         return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
-    return type(one) is type(other) and bool(one == other)
+    return bool(one == other)
 
 
 def _sort_key(cells: Cells) -> tuple[Any, ...]:
-    """Order rows by all that is no number first, so that two sums which differ in the last bits cannot swap rows."""
+    """Sort rows by their other cells before their numbers: sums that differ in the last bits must not swap rows."""
     others = tuple((place, type(cell).__name__, cell) for place, cell in enumerate(cells) if not _is_number(cell))
     # A NULL is never compared with another one: equal places and types tie, and the cells are the same object.
     return others, tuple(float(f"{cell:.6g}") for cell in cells if _is_number(cell))
@@ -99,33 +101,30 @@ def _is_number(cell: Any) -> bool:
 
 
 def corpus_bleu(written: Sequence[str], references: Sequence[str]) -> Metric:
-    """Return corpus BLEU by sacrebleu (tokenizer 13a, exponential smoothing), with its interval.
+    """Return sacrebleu's corpus BLEU (tokenizer 13a, exponential smoothing), with its interval.
 
     Args:
         written: Queries.
-        references: For each the right one.
+        references: The reference of each.
     """
-    from sacrebleu import BLEU
+    from sacrebleu import BLEU  # slow to import
 
-    bleu = BLEU(effective_order=True)  # of single queries only their counts are used
+    bleu = BLEU(effective_order=True)  # only the counts of single queries are used
     scores = [
         bleu.sentence_score(_one_line(text), [_one_line(right)])
         for text, right in zip(written, references, strict=True)
     ]
     counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
 
+    def of_counts(sums: np.ndarray) -> float:
+        *matches, written_length, right_length = (int(value) for value in sums)
+        found = BLEU.compute_bleu(matches[:4], matches[4:], written_length, right_length, smooth_method="exp")
+        return float(found.score)
+
     def compute(columns: list[np.ndarray]) -> np.ndarray:
-        sums = np.stack([column.sum(axis=-1) for column in columns], axis=-1)
-        return np.apply_along_axis(_bleu_of_counts, -1, sums)
+        return np.apply_along_axis(of_counts, -1, np.stack([column.sum(axis=-1) for column in columns], axis=-1))
 
     return statistic(compute, *counts.T)
-
-
-def _bleu_of_counts(sums: np.ndarray) -> float:
-    from sacrebleu import BLEU
-
-    *matches, written_length, right_length = (int(value) for value in sums)
-    return float(BLEU.compute_bleu(matches[:4], matches[4:], written_length, right_length, smooth_method="exp").score)
 
 
 def _one_line(sql: str) -> str:

@@ -1,13 +1,13 @@
-"""Rows for contexts that create tables without any, so that a wrong query gives another result than the right one.
+"""Makes up rows for empty tables, so that a wrong query has another result than the correct one.
 
-On empty tables nearly every query "gives the right result". The rows follow from the declared columns and from what the right
-query compares its columns with; nothing is drawn at random. Every table gets
+On empty tables, nearly every query has the correct result. The rows follow from the declared columns and from what the correct
+query compares its columns with; nothing is random. Every table gets
 
-- rows that satisfy all of the query's comparisons, with different values elsewhere, some of them twice;
-- for every compared column, rows in which it alone does not satisfy them, by a near miss (the next number, another case);
-- for every compared column, a row in which it alone does; and rows that satisfy none.
+- rows that satisfy all comparisons of the query, with different values elsewhere, some of them twice;
+- for every compared column, rows in which it alone narrowly fails (the next number, another case);
+- for every compared column, a row in which it alone satisfies its comparison; and rows that satisfy none.
 
-Columns that are compared with each other take the same few values, so that joins find partners, more for one than for another.
+Columns that are compared with each other share a few values of unequal frequency, so that joins find partners.
 """
 
 import re
@@ -18,13 +18,13 @@ from datetime import date, timedelta
 from molf.tasks.sql_ast import qualified_query, schema_of
 from molf.tasks.sql_conditions import Column, Conditions, Value, conditions_of, split_values
 
-WITNESSES = 5  # rows that satisfy all comparisons; more where the query counts or limits them
+WITNESSES = 5  # rows that satisfy all comparisons; more if the query counts or limits them
 _MOST_WITNESSES = 30
 _KEYS = 5
 _NEAR_MISSES = 3  # per column
 
-# The values of rows that satisfy all, in every third column: the extremes in different rows of the first three, which are
-# those that narrowly satisfy, and one value twice.
+# Values of the rows that satisfy all comparisons, for columns without one; columns take turns. The extremes are in the first
+# three rows, which satisfy narrowly, and in different ones; one value occurs twice.
 _LOW, _HIGH, _TWICE, _OTHER = 20, 90, 50, 71
 _PATTERNS = (
     (_LOW, _HIGH, _TWICE, _TWICE, _OTHER),
@@ -36,16 +36,16 @@ _TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
 
 
 def has_rows(context: str) -> bool:
-    """Return whether a context puts rows into its tables."""
+    """Return whether a context inserts rows into its tables."""
     return _HAS_ROWS.search(context) is not None
 
 
 def filled_context(context: str, query: str) -> str:
-    """Return a context with rows in its tables; one that has rows, or cannot be parsed, stays as it is.
+    """Return a context with rows in its tables; unchanged if it has rows or cannot be parsed.
 
     Args:
         context: Statements that create tables.
-        query: The right query.
+        query: The correct query.
     """
     schema = schema_of(context)
     if has_rows(context) or not schema:
@@ -61,7 +61,7 @@ def filled_context(context: str, query: str) -> str:
         values = ", ".join(
             f"({', '.join(map(_literal, row))})" for row in _rows(cells, conditions.count, _KEYS + 1 + number)
         )
-        # Rows that break a constraint of the table are left out.
+        # OR IGNORE leaves out rows that violate a constraint of the table.
         names = ", ".join(f'"{name}"' for name in columns)
         statements.append(f'INSERT OR IGNORE INTO "{table}" ({names}) VALUES {values};')
     return "\n".join(statements)
@@ -72,10 +72,10 @@ class _Cells:
     """The values of a column.
 
     Attributes:
-        satisfying: What satisfies the query's conditions on it; empty if there are none.
-        missing: What narrowly does not.
+        satisfying: Values that satisfy the query's conditions on it; empty without conditions.
+        missing: Values that narrowly do not.
         key: Whether it is compared with other columns.
-        spell: Turns a number, different for every column, into a value of its type.
+        spell: Turns a number into a value of the column's type; no other column gets the same one, keys excepted.
     """
 
     satisfying: list[Value]
@@ -106,7 +106,7 @@ def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[
 
     Args:
         columns: Its columns.
-        count: How many rows the query counts or limits.
+        count: The largest number of rows that the query compares a count with or limits to.
         own_key: A key that no other table has.
     """
     compared = [place for place, cells in enumerate(columns) if cells.satisfying and cells.missing]
@@ -115,15 +115,12 @@ def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[
     misses = [{place: value} for place in compared for value in columns[place].missing[:_NEAR_MISSES]]
     first = {place: columns[place].missing[0] for place in compared}
     alone = [{other: first[other] for other in compared if other != place} for place in compared]
-    # Twice, once with larger and once with smaller values elsewhere than the rows that satisfy all, for MAX and MIN.
+    # Twice: with larger and with smaller values elsewhere than in the rows that satisfy all, for MAX and MIN.
     changes = [change for change in (*misses, *alone, first) if change for _ in range(2)]
     for number, change in enumerate(changes):
-        row = [_outsider(cells, number) for cells in columns]
-        for place, value in change.items():
-            row[place] = value
-        yield row
+        yield [change.get(place, _outsider(cells, number)) for place, cells in enumerate(columns)]
     if any(cells.key for cells in columns):
-        # A row without partners in other tables; and, in one table, keys that occur more, as and less often than counted.
+        # A row without partners in other tables; and, in one table, keys more, as and less frequent than the query's count.
         repeated = [1] * max(2, count) + [2] * max(1, count - 1) + [3] * max(0, count - 2)
         for number, key in enumerate([own_key, *(repeated if own_key == _KEYS + 1 else [])]):
             yield [
@@ -132,7 +129,7 @@ def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[
 
 
 def _witness(cells: _Cells, number: int, place: int) -> Value:
-    """Return the value of a row that satisfies all conditions."""
+    """Return a column's value in a row that satisfies all conditions."""
     if cells.satisfying:
         return cells.satisfying[max(0, number - 2) % len(cells.satisfying)]
     if cells.key:
@@ -142,7 +139,7 @@ def _witness(cells: _Cells, number: int, place: int) -> Value:
 
 
 def _outsider(cells: _Cells, number: int) -> Value:
-    """Return the value of a row in which another column does not satisfy its conditions."""
+    """Return a column's value in a row in which another column does not satisfy its conditions."""
     if cells.satisfying:
         return cells.satisfying[number % len(cells.satisfying)]
     if cells.key:
@@ -151,7 +148,7 @@ def _outsider(cells: _Cells, number: int) -> Value:
 
 
 def _literal(value: Value) -> str:
-    """Write a value in SQL."""
+    """Return a value as SQL."""
     if value is None:
         return "NULL"
     return str(value) if isinstance(value, int | float) else "'" + value.replace("'", "''") + "'"

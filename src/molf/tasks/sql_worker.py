@@ -1,8 +1,7 @@
-"""What runs a model's SQL: a process of its own, with nothing but the standard library and SQLite in memory.
+"""The process that runs a model's SQL, with the standard library and SQLite in memory only.
 
-Run as a script by ``molf.tasks.sql_sandbox``, which explains what contains what. Reads a frame per query from standard
-input and answers each with a frame on standard output; a frame is its length in 4 bytes, big-endian, and that much JSON. The
-first frame out says that the limits are in place.
+Run as a script by ``molf.tasks.sql_sandbox``, which describes the containment. Reads one line of JSON per query from standard
+input and answers each with one line on standard output. The first line out says that the limits are in place.
 
     in   {"context": "CREATE TABLE ...", "sql": "SELECT ..."}
     out  {"rows": [[1, "a", null, {"blob": "00ff"}], ...]}  or  {"error": "no such column: x"}
@@ -12,45 +11,28 @@ import json
 import math
 import os
 import re
+import resource
 import sqlite3
-import struct
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any
 
 MEBIBYTE = 2**20
 _OPCODES_BETWEEN_CHECKS = 10_000
 _MAX_STATEMENTS = 50
-# Queries of, and changes to, the tables in memory. All else is denied: ATTACH, which VACUUM needs, DETACH, PRAGMA, virtual
-# and temporary tables, and what SQLite may come to have.
-_ALLOWED_ACTIONS = frozenset(
-    {
-        sqlite3.SQLITE_SELECT,
-        sqlite3.SQLITE_READ,
-        sqlite3.SQLITE_RECURSIVE,
-        sqlite3.SQLITE_FUNCTION,
-        sqlite3.SQLITE_INSERT,
-        sqlite3.SQLITE_UPDATE,
-        sqlite3.SQLITE_DELETE,
-        sqlite3.SQLITE_TRANSACTION,
-        sqlite3.SQLITE_SAVEPOINT,
-        sqlite3.SQLITE_CREATE_TABLE,
-        sqlite3.SQLITE_CREATE_INDEX,
-        sqlite3.SQLITE_CREATE_VIEW,
-        sqlite3.SQLITE_CREATE_TRIGGER,
-        sqlite3.SQLITE_DROP_TABLE,
-        sqlite3.SQLITE_DROP_INDEX,
-        sqlite3.SQLITE_DROP_VIEW,
-        sqlite3.SQLITE_DROP_TRIGGER,
-        sqlite3.SQLITE_ALTER_TABLE,
-        sqlite3.SQLITE_REINDEX,
-        sqlite3.SQLITE_ANALYZE,
-    }
-)
-_DENIED_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob"})
-_SQLITE_LIMITS = {  # a name of sqlite3.SQLITE_LIMIT_*: what a query may use of it
+# Queries of and changes to the tables in memory. Everything else is denied: ATTACH, which VACUUM needs, DETACH, PRAGMA,
+# virtual and temporary tables, and whatever SQLite adds.
+_ALLOWED_ACTIONS = {
+    getattr(sqlite3, f"SQLITE_{name}") for name in (
+        "SELECT", "READ", "RECURSIVE", "FUNCTION", "INSERT", "UPDATE", "DELETE", "TRANSACTION", "SAVEPOINT", "CREATE_TABLE",
+        "CREATE_INDEX", "CREATE_VIEW", "CREATE_TRIGGER", "DROP_TABLE", "DROP_INDEX", "DROP_VIEW", "DROP_TRIGGER",
+        "ALTER_TABLE", "REINDEX", "ANALYZE",
+    )
+}  # fmt: skip
+_DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob"}
+_SQLITE_LIMITS = {  # sqlite3.SQLITE_LIMIT_*
     "LENGTH": 4 * MEBIBYTE,
     "COLUMN": 1000,
     "EXPR_DEPTH": 500,
@@ -61,18 +43,16 @@ _SQLITE_LIMITS = {  # a name of sqlite3.SQLITE_LIMIT_*: what a query may use of 
     "TRIGGER_DEPTH": 10,
     "WORKER_THREADS": 0,
 }
-
-
 _EMPTY = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*(?s:.*?)\*/)*")
 
 
 class TooMuch(Exception):
-    """A limit of ours was reached."""
+    """A query exceeds one of our limits."""
 
 
 def limit_process(memory_bytes: int) -> None:
-    """Give up what no query needs: memory beyond a limit, files, core dumps, children, and opening anything at all."""
-    # SQLite keeps to this one everywhere; macOS has no limit on memory that holds.
+    """Limit memory, and forbid opening and writing files, core dumps and child processes."""
+    # SQLite obeys this everywhere; macOS does not enforce its memory limit.
     database = sqlite3.connect(":memory:")
     database.execute(f"PRAGMA hard_heap_limit = {memory_bytes // 2}")
     database.close()
@@ -81,16 +61,12 @@ def limit_process(memory_bytes: int) -> None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """Have the system end this process after so much more processor time, should its parent be gone by then."""
+    """Let the system end this process after ``seconds`` more of processor time, in case its parent is gone."""
     lower_limit("CPU", math.ceil(time.process_time() + seconds) + 1, for_good=False)
 
 
 def lower_limit(name: str, value: int, *, for_good: bool = True) -> None:
-    """Set a resource limit of this process, where the system has it and lets it be set."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows: the authorizer and the limits on time are all there is
-        return
+    """Set a resource limit of this process, if the system supports it."""
     number = getattr(resource, f"RLIMIT_{name}", None)
     if number is None:
         return
@@ -101,7 +77,7 @@ def lower_limit(name: str, value: int, *, for_good: bool = True) -> None:
 
 
 def authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
-    """Tell SQLite whether a statement may do something; it asks while it compiles the statement."""
+    """Decide whether a statement may perform an action; SQLite asks while it compiles the statement."""
     if action not in _ALLOWED_ACTIONS:
         return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _DENIED_FUNCTIONS:
@@ -110,14 +86,14 @@ def authorize(action: int, first: str | None, second: str | None, database: str 
 
 
 def connect(deadline: float) -> sqlite3.Connection:
-    """Open an empty database in memory whose queries end at ``deadline`` (of the monotonic clock)."""
+    """Open an empty database in memory whose queries end at ``deadline`` on the monotonic clock."""
     database = sqlite3.connect(":memory:", isolation_level=None)
     database.execute("PRAGMA temp_store = MEMORY")
     database.execute("PRAGMA trusted_schema = OFF")
     if hasattr(database, "setlimit"):  # Python 3.11
         for name, value in _SQLITE_LIMITS.items():
             database.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), value)
-    # Results need not be valid UTF-8; what is not stays distinguishable.
+    # Results may be invalid UTF-8 and must stay distinguishable.
     database.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     database.set_authorizer(authorize)
     database.set_progress_handler(lambda: int(time.monotonic() > deadline), _OPCODES_BETWEEN_CHECKS)
@@ -125,10 +101,10 @@ def connect(deadline: float) -> sqlite3.Connection:
 
 
 def statements(script: str) -> Iterator[str]:
-    """Cut a script into its statements, leaving out those of white space and comments.
+    """Split a script into its statements, except those of white space and comments.
 
     Raises:
-        TooMuch: There are more than a query has any need of.
+        TooMuch: There are too many.
     """
     pieces = script.split(";")
     if len(pieces) > 20 * _MAX_STATEMENTS:
@@ -161,7 +137,7 @@ def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[An
     """Return the rows of a result.
 
     Raises:
-        TooMuch: It is larger than allowed.
+        TooMuch: It is too large.
     """
     rows: list[list[Any]] = []
     size = 0
@@ -176,7 +152,7 @@ def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[An
 
 
 def contents(database: sqlite3.Connection, max_rows: int, max_bytes: int) -> list[list[Any]]:
-    """Return all rows of all tables, each led by its table's name: what a statement without a result has left."""
+    """Return all rows of all tables, each led by its table's name."""
     names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     found: list[list[Any]] = [[name] for name in names]
     for name in names:
@@ -207,45 +183,36 @@ def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     except (sqlite3.Error, sqlite3.Warning, TooMuch, ValueError, OverflowError, RecursionError) as error:
         return {"error": f"{where}{error}"}
     except MemoryError:
-        return {"error": f"{where}more than {limits['memory'] // MEBIBYTE} MiB of memory"}
+        return _out_of_memory(limits, where)
     finally:
         database.set_progress_handler(None, 0)
         database.close()
 
 
-def read_frame(stream: BinaryIO, most: int = 2**32) -> bytes | None:
-    """Return the next frame, or None at the end of the stream or if the frame has more than ``most`` bytes."""
-    head = stream.read(4)
-    if len(head) < 4:
-        return None
-    (size,) = struct.unpack(">I", head)
-    if size > most:
-        return None
-    body = stream.read(size)
-    return body if len(body) == size else None
-
-
-def write_frame(stream: BinaryIO, body: bytes) -> None:
-    """Write one frame."""
-    stream.write(struct.pack(">I", len(body)) + body)
-    stream.flush()
+def _out_of_memory(limits: dict[str, Any], where: str = "") -> dict[str, Any]:
+    return {"error": f"{where}more than {limits['memory'] // MEBIBYTE} MiB of memory"}
 
 
 def main() -> None:
     """Answer queries until standard input ends."""
     limits = json.loads(sys.argv[1])
     source, sink = os.fdopen(0, "rb"), os.fdopen(1, "wb")
-    answer({"context": "CREATE TABLE t (x)", "sql": "SELECT x FROM t"}, limits)  # loads all that is loaded late
+
+    def reply(outcome: dict[str, Any]) -> None:
+        sink.write(json.dumps(outcome).encode() + b"\n")
+        sink.flush()
+
+    # Load everything that is loaded late, before nothing can be opened any more.
+    answer({"context": "CREATE TABLE t (x)", "sql": "SELECT x FROM t"}, limits)
     json.dumps({"rows": [[0.5, None, "\udcff"]]}).encode()
     limit_process(limits["memory"])
-    write_frame(sink, b"{}")
-    while (frame := read_frame(source)) is not None:
+    reply({})
+    while line := source.readline():
         limit_cpu(limits["seconds"])
         try:
-            reply = json.dumps(answer(json.loads(frame), limits))
+            reply(answer(json.loads(line), limits))
         except MemoryError:
-            reply = json.dumps({"error": f"more than {limits['memory'] // MEBIBYTE} MiB of memory"})
-        write_frame(sink, reply.encode())
+            reply(_out_of_memory(limits))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from molf.study.config.trainer_config import TrainConfig
 
 
 @pytest.fixture
-def settled(tmp_path):
+def resolved(tmp_path):
     """Settings of a sharded run, with what is given of them."""
 
     def build(**given):
@@ -17,79 +17,79 @@ def settled(tmp_path):
 
 
 @pytest.mark.parametrize("given", [True, "True"])
-def test_sharded_runs_write_shards_and_recompute_by_fsdp(given, settled):
-    config = settled(fsdp=given, gradient_checkpointing=True)
+def test_sharded_runs_write_shards_and_recompute_by_fsdp(given, resolved):
+    config = resolved(fsdp=given, gradient_checkpointing=True)
     assert config.fsdp is True
     assert config.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
     assert config.fsdp_plugin_args["activation_checkpointing"] is True
     assert not config.gradient_checkpointing, "which would gather a block's weights once more"
 
 
-def test_what_is_asked_of_fsdp_is_kept(settled, tmp_path):
+def test_what_is_asked_of_fsdp_is_kept(resolved, tmp_path):
     asked = '{"state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": false, "reshard_after_forward": false}'
-    config = settled(fsdp="True", fsdp_config=asked)
+    config = resolved(fsdp="True", fsdp_config=asked)
     assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
     assert config.fsdp_plugin_args["activation_checkpointing"] is False
     assert config.fsdp_plugin_args["reshard_after_forward"] is False
     (tmp_path / "fsdp.json").write_text(asked, encoding="utf-8")
-    config = settled(fsdp_config=str(tmp_path / "fsdp.json"), gradient_checkpointing=False)
+    config = resolved(fsdp_config=str(tmp_path / "fsdp.json"), gradient_checkpointing=False)
     assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
 
 
-def test_a_file_is_read_as_what_is_in_it(settled, tmp_path):
+def test_a_file_is_read_as_what_is_in_it(resolved, tmp_path):
     (tmp_path / "fsdp.json").write_text('{"reshard_after_forward": false}', encoding="utf-8")
     for given in (str(tmp_path / "fsdp.json"), '{"reshard_after_forward": false}', {"reshard_after_forward": False}):
-        config = settled(fsdp_config=given, gradient_checkpointing=True)
+        config = resolved(fsdp_config=given, gradient_checkpointing=True)
         assert config.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
         assert config.fsdp_plugin_args["activation_checkpointing"] is True
         assert config.fsdp_plugin_args["reshard_after_forward"] is False
         assert type(config.fsdp_config) is dict
 
 
-def test_no_sharding_unless_asked(settled):
+def test_no_sharding_unless_asked(resolved):
     for given in ("False", None):
-        assert settled(fsdp=given).fsdp_plugin_args is None
+        assert resolved(fsdp=given).fsdp_plugin_args is None
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("{no JSON", r"fsdp_config=\{no JSON is no JSON object .* give one, or the name of a JSON file"),
+        ("{no JSON", r"fsdp_config=\{no JSON is not a JSON object .* give one, or the name of a JSON file"),
         ("nowhere", "fsdp_config=nowhere is neither a JSON object nor a file"),
-        ([1], r"fsdp_config=\[1\] is no JSON object but list"),
+        ([1], r"fsdp_config=\[1\] is not a JSON object but list"),
     ],
 )
 @pytest.mark.parametrize("fsdp", [True, False])
-def test_what_is_no_object_is_named(given, words, fsdp, settled):
+def test_what_is_no_object_is_named(given, words, fsdp, resolved):
     with pytest.raises(ValueError, match=words):
-        settled(fsdp=fsdp, fsdp_config=given)
+        resolved(fsdp=fsdp, fsdp_config=given)
 
 
 @pytest.mark.parametrize("prefix", ["", "fsdp_"])
-def test_a_misspelt_key_is_refused_with_the_nearest(prefix, settled):
+def test_a_misspelt_key_is_refused_with_the_nearest(prefix, resolved):
     name = f"{prefix}reshard_after_foward"
     words = f"unknown key '{name}' in fsdp_config; did you mean 'reshard_after_forward'?"
     with pytest.raises(ValueError, match=re.escape(words)):
-        settled(fsdp_config={"version": 2, name: False})
+        resolved(fsdp_config={"version": 2, name: False})
 
 
-def test_the_keys_that_can_be_given_are_those_that_transformers_documents(settled):
-    """Which explains them in its own words; ``xla_fsdp_settings`` is read with ``xla`` alone."""
+def test_all_keys_that_transformers_documents_are_known(resolved):
+    """``xla_fsdp_settings`` is read with ``xla`` only."""
     with pytest.raises(ValueError, match="unknown key 'nothing'") as error:
-        settled(fsdp_config={"nothing": 1})
+        resolved(fsdp_config={"nothing": 1})
     said = str(error.value)
-    assert "did you mean" not in said and f"(transformers {transformers.__version__} reads " in said
+    assert "did you mean" not in said and "(the Trainer reads " in said
     listed = set(said.rsplit("reads ", 1)[1].removesuffix(")").split(", "))
     documented = transformers.TrainingArguments.__doc__.split("fsdp_config (`str` or `dict`")[1].split("> DeepSpeed")[0]
     documented = set(re.findall(r"- (\w+) \(", documented)) - {"xla_fsdp_settings"}
     assert len(documented) >= 10 and documented <= listed
 
 
-def test_each_key_is_taken_with_and_without_prefix(settled):
+def test_each_key_is_taken_with_and_without_prefix(resolved):
     for key in ("reshard_after_forward", "fsdp_reshard_after_forward"):
-        assert settled(fsdp_config={key: False}).fsdp_plugin_args["reshard_after_forward"] is False
+        assert resolved(fsdp_config={key: False}).fsdp_plugin_args["reshard_after_forward"] is False
 
 
-def test_a_key_of_version_1_is_refused(settled):
+def test_a_key_of_version_1_is_refused(resolved):
     with pytest.raises(ValueError, match="unknown key 'use_orig_params' in fsdp_config"):
-        settled(fsdp_config={"use_orig_params": True})
+        resolved(fsdp_config={"use_orig_params": True})

@@ -112,12 +112,12 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
         ({"method": "rslora", "use_rslora": False}, "use method lora"),
         ({"method": "adalora", "use_rslora": True}, "alpha/rank"),
         ({"method": "lora_plus", "loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5"),
-        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: that is MoLF.s alone"),
+        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: only MoLF has it"),
         (
             {"method": "lora", "optimizer_in_backward": True},
-            "optimizer_in_backward=True with method lora: that is MoLF.s alone",
+            "optimizer_in_backward=True with method lora: only MoLF has it",
         ),
-        ({"method": "dora", "fused": True}, "fused=True with method dora: that is MoLF.s alone; leave it out"),
+        ({"method": "dora", "fused": True}, "fused=True with method dora: only MoLF has it; leave it out"),
         ({"ranks": [0]}, r"ranks=\[0\]: give ranks of at least 1, each once"),
         ({"ranks": [8, 8]}, r"ranks=\[8, 8\]: give ranks of at least 1, each once"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank=0 must be at least 1"),
@@ -143,5 +143,5 @@ def test_suggestion():
 
 
 def test_configuration_needs_no_torch():
-    code = "import sys, molf.study.config.run_config, molf.study.methods.recipe; sys.exit('torch' in sys.modules)"
+    code = "import sys, molf.study.config.run_config, molf.study.config.sameness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

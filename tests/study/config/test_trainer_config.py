@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+from molf.errors import MolfError
+from molf.study.config import trainer_config
 from molf.study.config.run_config import PUBLISHED_RECIPE
 from molf.study.config.trainer_config import TrainConfig, build_train_config
 
@@ -36,3 +38,23 @@ def test_checkpointing_by_either_name(name, tmp_path):
 
 def test_telemetry_is_off():
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deepspeed": "zero3.json"}, "deepspeed is not supported.*--fsdp True"),
+        ({"report_to": "wandbb"}, "report_to=wandbb is not a tracker; did you mean 'wandb'"),
+        ({"report_to": ["none", "comet_ml"]}, "report_to=comet_ml: the tracker is not installed; pip install comet_ml"),
+    ],
+)
+def test_what_cannot_be_used_says_what_can(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_config, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(MolfError, match=message):
+        build_train_config({"output_dir": str(tmp_path), **settings})
+
+
+def test_accelerates_deepspeed_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(MolfError, match="deepspeed is not supported"):
+        build_train_config({"output_dir": str(tmp_path)})

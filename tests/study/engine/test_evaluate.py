@@ -1,7 +1,9 @@
 import dataclasses
 
 import pytest
+import torch
 
+from forked import on_two_ranks
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.inference import answer
 from molf.tasks.fact import Fact
@@ -50,6 +52,35 @@ def test_a_number_can_be_traced_to_its_predictions(tiny_model, tiny_tokenizer, r
         assert isinstance(generated["text"], str)
         wins += sum(new["logprobs"]) / len(new["logprobs"]) > sum(true["logprobs"]) / len(true["logprobs"])
     assert evaluation.metrics["efficacy_score"].value == pytest.approx(100 * wins / 3)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_two_ranks_give_the_result_of_one_process(tiny_model, tiny_tokenizer, tmp_path, count):
+    rows = FACT.load(sample=True, limit=count).eval
+    asked = []
+
+    class Counting(Fact):
+        def requests(self, row):
+            asked.append(row["case_id"])
+            return super().requests(row)
+
+    def on_rank(rank):
+        evaluation = evaluate(tiny_model, tiny_tokenizer, Counting(), rows, batch_tokens=600, shard=True)
+        return asked[: len(rows[rank::2])], evaluation
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    alone = evaluate(tiny_model, tiny_tokenizer, FACT, rows, shard=True)
+    for rank, (first_asked, evaluation) in enumerate(on_two_ranks(on_rank, tmp_path)):
+        assert first_asked == [row["case_id"] for row in rows[rank::2]]
+        assert evaluation.metrics.keys() == alone.metrics.keys()
+        for name, metric in alone.metrics.items():
+            assert dataclasses.astuple(evaluation.metrics[name]) == pytest.approx(dataclasses.astuple(metric), abs=1e-4)
+        for found, expected in zip(evaluation.predictions, alone.predictions, strict=True):
+            assert found.keys() == expected.keys() and found["row"] == expected["row"]
+            assert (found["record"], found["outcome"]) == (expected["record"], expected["outcome"])
+            for one, other in zip(found["answers"], expected["answers"], strict=True):
+                assert one.pop("logprobs", ()) == pytest.approx(other.get("logprobs", ()), abs=1e-5)
+                assert one == {name: value for name, value in other.items() if name != "logprobs"}
 
 
 def test_no_rows_is_an_error(tiny_model, tiny_tokenizer):

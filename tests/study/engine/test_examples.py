@@ -125,17 +125,17 @@ def test_only_what_something_predicts_is_scored():
 def test_unfit_chat_templates_are_told(tokenizer):
     conversation = [chat("Who?", "the king")]
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template; give one with --chat_template_path FILE.jinja"):
+    with pytest.raises(ValueError, match="no chat template; pass one with --chat_template_path FILE.jinja"):
         tokenize_examples(tokenizer, conversation)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not mark what the assistant says.*--chat_template_path FILE.jinja"):
+    with pytest.raises(ValueError, match="does not mark the assistant.s messages.*--chat_template_path FILE.jinja"):
         tokenize_examples(tokenizer, conversation)
     refusing = "{{ raise_exception('no systems here') }}{% generation %}{% endgeneration %}"
     tokenizer.chat_template = refusing
-    with pytest.raises(ValueError, match="refuses the messages .*the king.*: no systems here"):
+    with pytest.raises(ValueError, match="rejects the messages .*the king.*: no systems here"):
         tokenize_examples(tokenizer, conversation)
     tokenizer.chat_template = "x{% generation %}{% endgeneration %}"
-    with pytest.raises(ValueError, match="marks no token of the assistant's in the messages .*the king"):
+    with pytest.raises(ValueError, match="marks no assistant token in the messages .*the king"):
         tokenize_examples(tokenizer, conversation)
 
 

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+from molf.errors import MolfError
 from molf.study.engine.inference import answer
 from molf.tasks import Generate, Likelihood, TargetScores
 from oracles import PROMPT, assert_same, continue_alone, make_requests, score_alone
@@ -21,7 +22,7 @@ def test_targets_that_cannot_be_scored(tiny_model, tiny_tokenizer, bos_tokenizer
 
 def test_a_broken_model_is_an_error(tiny_model, tiny_tokenizer):
     torch.nn.init.constant_(tiny_model.model.norm.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(MolfError, match="contain NaN.*smaller learning rate"):
         answer(tiny_model, tiny_tokenizer, [Likelihood(PROMPT, " Paris")])
 
 
@@ -39,11 +40,6 @@ def test_mixed_requests_keep_their_order_in_any_order(tiny_model, tiny_tokenizer
 
 def test_nothing_asked_nothing_answered(tiny_model, tiny_tokenizer):
     assert answer(tiny_model, tiny_tokenizer, []) == []
-
-
-def test_a_bound_of_nothing_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="batch_tokens=0 must be at least 1"):
-        answer(tiny_model, tiny_tokenizer, [], batch_tokens=0)
 
 
 def test_model_and_tokenizer_are_left_as_they_were(tiny_model, tiny_tokenizer):

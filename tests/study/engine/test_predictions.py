@@ -91,8 +91,3 @@ def test_predictions_are_written_whole_and_alike(tmp_path):
         write_predictions(one, [{"row": 0}, {"row": object()}])
     assert one.read_bytes() == other.read_bytes()
     assert sorted(tmp_path.iterdir()) == [one, other]
-
-
-def test_predictions_need_the_name_of_their_format(tmp_path):
-    with pytest.raises(ValueError, match="must end in .jsonl.gz"):
-        write_predictions(tmp_path / "predictions.json", [])

@@ -4,7 +4,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from molf.study.engine import prefix
 from molf.study.engine.inference import answer
-from molf.study.engine.prefix import keeps_all, read_prefix
+from molf.study.engine.prefix import has_full_cache, read_prefix
 from molf.tasks import Generate, Likelihood, NextToken
 from oracles import WORDS, assert_same, continue_alone, count_rows, score_alone
 
@@ -74,5 +74,5 @@ def test_a_batch_gets_its_own_copy(tiny_model):
 
 
 def test_only_a_cache_of_all_tokens_can_be_shared(tiny_model):
-    assert keeps_all(tiny_model) and keeps_all(gpt2())
-    assert not keeps_all(gemma3())
+    assert has_full_cache(tiny_model) and has_full_cache(gpt2())
+    assert not has_full_cache(gemma3())

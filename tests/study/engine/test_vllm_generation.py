@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.generation import end_tokens
@@ -119,6 +120,6 @@ def test_a_run_generates_with_the_saved_model(vllm, saved_model, tmp_path):
 @pytest.mark.parametrize("only_eval", [True, False])
 def test_a_run_without_vllm_ends_at_once(saved_model, tmp_path, only_eval, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'molf\[vllm\]'"):
+    with pytest.raises(MolfError, match=r"pip install 'molf\[vllm\]'"):
         evaluation(saved_model, tmp_path / "run", only_eval=only_eval)
     assert not (tmp_path / "run").exists()

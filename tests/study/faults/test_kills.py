@@ -222,7 +222,7 @@ def test_a_corrupted_line_of_data(settings, tmp_path):
 @pytest.mark.parametrize(
     ("made", "here", "words"),
     [
-        ({}, {"ranks": [2]}, r"checkpoint-2 was made with ranks=\[2, 4\] \(here \[2\]\): go on with the settings"),
+        ({}, {"ranks": [2]}, r"checkpoint-2 was made with ranks=\[2, 4\] \(here \[2\]\): use the settings"),
         ({}, {"exclude_modules": ["q_proj"]}, r"was made with exclude_modules=\['lm_head'\] \(here \['q_proj'\]\)"),
         ({"method": "lora"}, {"lora_rank": 8, "method": "dora"}, r"method=lora \(here dora\), lora_rank=4 \(here 8\)"),
         ({}, {"lora_dropout": 0.1}, r"lora_dropout=None \(here 0\.1\)"),

@@ -8,7 +8,7 @@ import pytest
 
 from fake_runs import working_in
 from molf.study.config.run_config import RunConfig
-from molf.study.faults.run_lock import holding, in_use, lock_file
+from molf.study.faults.run_lock import in_use, lock_file, run_lock
 from molf.study.run.train import run
 
 
@@ -23,12 +23,12 @@ def test_a_second_run_is_refused_until_the_first_is_gone(work, tmp_path):
     first = work()
     assert in_use(tmp_path / "run")
     config = RunConfig.from_dict({"output_dir": str(tmp_path / "run"), "overwrite": True})
-    with pytest.raises(ValueError, match=r"another run works in .*run and has not ended yet; wait for it"):
+    with pytest.raises(ValueError, match=r"another run is working in .*run; wait until it ends"):
         run(config)
     first.kill()
     first.wait()
     assert not in_use(tmp_path / "run")
-    with holding(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
 
 
@@ -37,7 +37,7 @@ def test_the_processes_of_a_run_work_together_and_each_keeps_others_out(work, tm
     first.communicate("")
     assert in_use(tmp_path / "run"), "one is left"
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="another run works in"), holding(tmp_path / "run"):
+    with pytest.raises(ValueError, match="another run is working in"), run_lock(tmp_path / "run"):
         pass
     second.communicate("")
     assert not in_use(tmp_path / "run")
@@ -55,13 +55,13 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with caplog.at_level(logging.WARNING), holding(tmp_path / "run"):
+    with caplog.at_level(logging.WARNING), run_lock(tmp_path / "run"):
         assert not in_use(tmp_path / "run")
-    assert ".run.running cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+    assert ".run.running (No locks available): nothing keeps a second run out" in caplog.text
 
 
 def test_where_no_file_can_be_made_a_run_goes_on_and_says_so(tmp_path, caplog):
     (tmp_path / "file").touch()
-    with caplog.at_level(logging.WARNING), holding(tmp_path / "file" / "run"):
+    with caplog.at_level(logging.WARNING), run_lock(tmp_path / "file" / "run"):
         pass
     assert "nothing keeps a second run out of" in caplog.text

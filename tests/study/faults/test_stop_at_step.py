@@ -73,7 +73,7 @@ def test_who_is_gone_without_whom_a_rank_stops(launched, stops, tmp_path, monkey
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
     request, control = StopRequest(), TrainerControl()
-    callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    callback, args = StopAtStep(request), SimpleNamespace(world_size=2)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         callback.on_step_end(args, None, control)
@@ -86,16 +86,18 @@ def test_who_is_gone_without_whom_a_rank_stops(launched, stops, tmp_path, monkey
 
 
 def test_all_ranks_stop_at_the_same_step(tmp_path):
+    """They agree over gloo, which no device has to wait for."""
+
     def rank_of_two(rank):
-        """Of the two only the second is asked to stop."""
         request, control = StopRequest(), TrainerControl()
         request.deferred = True
-        callback, args = StopAtStep(request), SimpleNamespace(world_size=2, device=torch.device("cpu"))
+        callback, args = StopAtStep(request), SimpleNamespace(world_size=2)
         callback.on_step_end(args, None, control)
         before = control.should_training_stop
         if rank == 1:
             request.handle(signal.SIGTERM, None)
         callback.on_step_end(args, None, control)
+        assert torch.distributed.get_backend(callback.group) == "gloo"
         return before, control.should_save, control.should_training_stop, request.received
 
     first, second = on_two_ranks(rank_of_two, tmp_path)

@@ -78,9 +78,11 @@ def test_told_to_stop_after_the_last_step_the_model_is_saved_first(settings, cal
 
 def test_a_trained_model_is_not_lost_silently(settings, callbacks, monkeypatch):
     stopped_in_evaluation(settings, monkeypatch)
-    with pytest.raises(ValueError, match="holds what an unfinished run can go on from; pass --overwrite"):
+    with pytest.raises(ValueError, match="holds an unfinished run that can resume; pass --overwrite"):
         carry_out(settings)
-    words = r"waits for its evaluation, and was trained with seed=\d+ \(here 7\): go on with the settings"
+    words = (
+        r"holds a trained model that is not evaluated yet. It was trained with seed=\d+ \(here 7\). Use the settings"
+    )
     with pytest.raises(ValueError, match=words):
         carry_out(settings, seed=7, resume_from_checkpoint=True)
     callbacks.append(NoStep())

@@ -5,26 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_cell, working_in
-from molf.integrations.checkpoint_folder import UNFINISHED, seal
+from fake_runs import fake_run, until, working_in
+from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
-from molf.study.grids.attempt import Attempt, failure_status, has_checkpoint
+from molf.study.grids.attempt import Attempt
 
 TESTS = Path(__file__).parents[2]
-
-
-def until(condition):
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("still not true after a minute")
 
 
 def in_thread(attempt):
@@ -42,65 +33,55 @@ def in_thread(attempt):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_run_that_finishes(keep, tmp_path):
-    cell = fake_cell(tmp_path, "finish")
-    assert Attempt(cell, keep)() == 0
-    assert cell.finished and failure_status(cell) is None
-    assert (cell.folder / "model.safetensors").exists() == keep
-    assert Attempt(cell)() == 0 and len(cell.starts()) == 1
+    spec = fake_run(tmp_path, "finish")
+    assert Attempt(spec, keep)() == 0
+    assert spec.state == "finished" and spec.failure is None
+    assert (spec.folder / "model.safetensors").exists() == keep
+    assert Attempt(spec)() == 0 and len(spec.starts()) == 1
 
 
 def test_a_run_that_fails_leaves_a_note(tmp_path):
-    cell = fake_cell(tmp_path, "fail")
-    assert Attempt(cell)() == failure_status(cell) == 3
-    assert cell.log.read_text().splitlines()[-1] == "out of cheese"
+    spec = fake_run(tmp_path, "fail")
+    assert Attempt(spec)() == spec.failure.status == 3
+    assert spec.log_file.read_text().splitlines()[-1] == "out of cheese"
 
 
 def test_a_run_that_crashes_leaves_a_note(tmp_path):
-    cell = fake_cell(tmp_path, "crash")
-    assert Attempt(cell)() == failure_status(cell) == 128 + signal.SIGABRT
+    spec = fake_run(tmp_path, "crash")
+    assert Attempt(spec)() == spec.failure.status == 128 + signal.SIGABRT
 
 
-def test_a_killed_run_leaves_no_note_and_goes_on_from_its_checkpoint(tmp_path):
-    cell = fake_cell(tmp_path, "kill")
-    assert Attempt(cell)() == -signal.SIGKILL
-    assert failure_status(cell) is None and has_checkpoint(cell) and not cell.finished
-    assert Attempt(cell)() == 0 and cell.finished
-    assert cell.resumed() == [False, True]
-    assert cell.log.read_text().split() == ["started", "started", "again"]
+def test_a_killed_run_leaves_no_note_and_resumes(tmp_path):
+    spec = fake_run(tmp_path, "kill")
+    assert Attempt(spec)() == -signal.SIGKILL
+    assert spec.failure is None and checkpoints(spec.folder) and spec.state == "interrupted"
+    assert Attempt(spec)() == 0 and spec.state == "finished"
+    assert spec.starts() == [False, True]
+    assert spec.log_file.read_text().split() == ["started", "started", "again"]
 
 
-def test_a_checkpoint_that_is_not_in_place_yet_is_gone_on_from(tmp_path):
-    cell = fake_cell(tmp_path, "finish")
-    left = cell.folder / UNFINISHED / "checkpoint-3"
-    left.mkdir(parents=True)
-    assert not has_checkpoint(cell), "it is not whole"
-    seal(left)
-    assert has_checkpoint(cell)
-    assert Attempt(cell)() == 0 and cell.resumed() == [True]
-
-
-def test_a_stopped_run_saves_and_goes_on_later(tmp_path):
-    cell = fake_cell(tmp_path, "hold")
-    attempt = Attempt(cell, own_session=True)
+def test_a_stopped_run_saves_and_resumes(tmp_path):
+    spec = fake_run(tmp_path, "hold")
+    attempt = Attempt(spec)
     ended = in_thread(attempt)
-    until(cell.starts)
+    until(spec.starts)
     attempt.stop()
     assert ended() == PREEMPTED
-    assert has_checkpoint(cell) and failure_status(cell) is None
-    assert Attempt(cell)() == 0 and cell.resumed() == [False, True]
+    assert checkpoints(spec.folder) and spec.failure is None
+    assert Attempt(spec)() == 0 and spec.starts() == [False, True]
 
 
 def test_what_was_stopped_before_it_began_does_not_begin(tmp_path):
-    cell = fake_cell(tmp_path, "finish")
-    attempt = Attempt(cell)
+    spec = fake_run(tmp_path, "finish")
+    attempt = Attempt(spec)
     attempt.stop()
-    assert attempt() == PREEMPTED and not cell.starts()
+    assert attempt() == PREEMPTED and not spec.starts()
 
 
-def test_one_cell_never_runs_twice_at_once(tmp_path):
-    cell = fake_cell(tmp_path, "pause")
-    first, second = in_thread(Attempt(cell)), in_thread(Attempt(cell))
-    assert (first(), second(), len(cell.starts())) == (0, 0, 1)
+def test_one_run_never_runs_twice_at_once(tmp_path):
+    spec = fake_run(tmp_path, "pause")
+    first, second = in_thread(Attempt(spec)), in_thread(Attempt(spec))
+    assert (first(), second(), len(spec.starts())) == (0, 0, 1)
 
 
 def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
@@ -108,78 +89,78 @@ def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert Attempt(fake_cell(tmp_path, "finish"))() == 0
-    assert "finish.lock cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+    assert Attempt(fake_run(tmp_path, "finish"))() == 0
+    assert "finish.lock (No locks available): nothing keeps a second run out" in caplog.text
 
 
-def test_one_that_waits_can_be_stopped(tmp_path):
-    cell = fake_cell(tmp_path, "hold")
-    running, waiting = Attempt(cell), Attempt(cell)
+def test_one_that_waits_says_so_and_can_be_stopped(tmp_path, caplog):
+    spec = fake_run(tmp_path, "hold")
+    running, waiting = Attempt(spec), Attempt(spec)
     first = in_thread(running)
-    until(cell.starts)
+    until(spec.starts)
     second = in_thread(waiting)
+    until(lambda: f"another attempt at {spec.folder} has not ended yet; waiting for it" in caplog.text)
     waiting.stop()
     assert second() == PREEMPTED
     running.stop()
-    assert first() == PREEMPTED and len(cell.starts()) == 1
+    assert first() == PREEMPTED and len(spec.starts()) == 1
 
 
-def test_a_run_whose_starter_was_killed_is_not_started_again_beside_itself(tmp_path):
+def test_a_run_ends_with_its_starter_and_the_next_attempt_waits_until_it_has_saved(tmp_path):
     code = (
-        "from pathlib import Path; from fake_runs import fake_cell; from molf.study.grids.attempt import Attempt\n"
-        f"Attempt(fake_cell(Path({str(tmp_path)!r}), 'pause'), own_session=True)()"
+        "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.attempt import Attempt\n"
+        f"Attempt(fake_run(Path({str(tmp_path)!r}), 'pause'))()"
     )
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     starter = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
-    cell = fake_cell(tmp_path, "pause")
-    until(cell.starts)
+    spec = fake_run(tmp_path, "pause")
+    until(spec.starts)
     starter.kill()
     starter.wait()
-    assert not cell.finished
-    assert Attempt(cell)() == 0
-    assert cell.finished and len(cell.starts()) == 1
+    assert Attempt(spec)() == 0
+    assert spec.state == "finished" and spec.starts() == [False, True]
 
 
 def test_a_run_waits_for_every_process_of_an_earlier_one(tmp_path, monkeypatch):
     """Those that a launcher started may outlive it."""
-    cell, looks = fake_cell(tmp_path, "finish"), []
+    spec, looks = fake_run(tmp_path, "finish"), []
     monkeypatch.setattr("molf.study.grids.attempt.in_use", lambda folder: looks.append(in_use(folder)) or looks[-1])
-    with working_in(cell.folder, rank=1) as left:
-        ended = in_thread(Attempt(cell))
+    with working_in(spec.folder, rank=1) as left:
+        ended = in_thread(Attempt(spec))
         until(lambda: looks)
-        assert looks[0] and not cell.starts()
+        assert looks[0] and not spec.starts()
         left.communicate("")
-    assert ended() == 0 and not looks[-1] and len(cell.starts()) == 1
+    assert ended() == 0 and not looks[-1] and len(spec.starts()) == 1
 
 
 def test_a_job_that_is_requeued_takes_an_attempt_without_its_process(tmp_path):
-    cell = fake_cell(tmp_path, "hold")
-    attempt = Attempt(cell, keep_model=True)
+    spec = fake_run(tmp_path, "hold")
+    attempt = Attempt(spec, keep_model=True)
     ended = in_thread(attempt)
-    until(cell.starts)
+    until(spec.starts)
     later = attempt.checkpoint()
-    assert has_checkpoint(cell) and ended() == PREEMPTED
-    assert later.function == Attempt(cell, keep_model=True) and later.function._process is None
-    assert later.result() == 0 and cell.resumed() == [False, True]
+    assert checkpoints(spec.folder) and ended() == PREEMPTED
+    assert later.function == Attempt(spec, keep_model=True) and later.function._process is None
+    assert later.result() == 0 and spec.starts() == [False, True]
 
 
 def test_a_run_that_the_scheduler_stops_asks_to_be_requeued(tmp_path):
-    cell, asked = fake_cell(tmp_path, "hold"), []
-    attempt = Attempt(cell, grace=0, requeue_signal=signal.SIGUSR1)
+    spec, asked = fake_run(tmp_path, "hold"), []
+    attempt = Attempt(spec, grace=0, requeue_signal=signal.SIGUSR1)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
     try:
         ended = in_thread(attempt)
-        until(cell.starts)
+        until(spec.starts)
         attempt._process.terminate()
         assert ended() == PREEMPTED
         until(lambda: asked)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert asked == [signal.SIGUSR1] and has_checkpoint(cell)
+    assert asked == [signal.SIGUSR1] and checkpoints(spec.folder)
 
 
 def test_the_environment_of_a_run(tmp_path):
-    cell = fake_cell(tmp_path, "finish")
-    attempt = Attempt(cell, environment={"PYTHONHOME": "/no/such/place"})
+    spec = fake_run(tmp_path, "finish")
+    attempt = Attempt(spec, environment={"PYTHONHOME": "/no/such/place"})
     assert attempt() != 0
-    assert "/no/such/place" in cell.log.read_text()
+    assert "/no/such/place" in spec.log_file.read_text()

@@ -2,56 +2,53 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fake_runs import fake_cell
-from molf.study.grids.attempt import has_checkpoint
+from fake_runs import fake_run, until
+from molf.errors import MolfError
 from molf.study.grids.local import LocalEngine, visible_devices
 
 TESTS = Path(__file__).parents[2]
 
 
 def test_all_cells_end_however_they_do(tmp_path):
-    cells = [fake_cell(tmp_path, behaviour) for behaviour in ("finish", "fail", "kill")]
-    cells += [fake_cell(tmp_path, "finish", f"more{number}") for number in range(3)]
-    ended = list(LocalEngine(jobs=2).run(cells))
-    assert {cell.name for cell in ended} == {cell.name for cell in cells}
-    assert [cell.name for cell in cells if cell.finished] == ["finish", "more0", "more1", "more2"]
+    specs = [fake_run(tmp_path, behaviour) for behaviour in ("finish", "fail", "kill")]
+    specs += [fake_run(tmp_path, "finish", f"more{number}") for number in range(3)]
+    ended = list(LocalEngine(jobs=2).run(specs))
+    assert {spec.name for spec in ended} == {spec.name for spec in specs}
+    assert [spec.name for spec in specs if spec.state == "finished"] == ["finish", "more0", "more1", "more2"]
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_models_may_be_kept(tmp_path):
-    cell = fake_cell(tmp_path, "finish")
-    assert list(LocalEngine(keep_models=True).run([cell])) == [cell]
-    assert (cell.folder / "model.safetensors").exists()
+    spec = fake_run(tmp_path, "finish")
+    assert list(LocalEngine(keep_models=True).run([spec])) == [spec]
+    assert (spec.folder / "model.safetensors").exists()
 
 
-def test_an_interrupted_sweep_stops_its_runs_and_they_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_runs_save_when_what_started_them_is_stopped_or_killed(number, tmp_path):
     code = (
-        "from pathlib import Path; from fake_runs import fake_cell; from molf.study.grids.local import LocalEngine\n"
+        "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.local import LocalEngine\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may have it ignored
-        f"cells = [fake_cell(Path({str(tmp_path)!r}), 'hold', name) for name in ('a', 'b', 'c')]\n"
-        "list(LocalEngine(jobs=2).run(cells))"
+        f"specs = [fake_run(Path({str(tmp_path)!r}), 'hold', name) for name in ('a', 'b', 'c')]\n"
+        "list(LocalEngine(jobs=2).run(specs))"
     )
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    sweeper = subprocess.Popen(
+    starter = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
     )
-    first, second, third = (fake_cell(tmp_path, "hold", name) for name in ("a", "b", "c"))
-    for _ in range(1200):
-        if first.starts() and second.starts():
-            break
-        time.sleep(0.05)
-    sweeper.send_signal(signal.SIGINT)
-    said = sweeper.communicate(timeout=60)[1]
-    assert said.rstrip().endswith("KeyboardInterrupt") and sweeper.returncode != 0
-    assert has_checkpoint(first) and has_checkpoint(second) and not third.starts()
-    assert list(LocalEngine(jobs=2).run([first, second])) and first.finished and second.finished
-    assert first.resumed() == [False, True]
+    first, second, third = (fake_run(tmp_path, "hold", name) for name in ("a", "b", "c"))
+    until(lambda: first.starts() and second.starts())
+    starter.send_signal(number)
+    said = starter.communicate(timeout=60)[1]
+    assert starter.returncode != 0 and (number != signal.SIGINT or said.rstrip().endswith("KeyboardInterrupt"))
+    assert len(list(LocalEngine(jobs=2).run([first, second]))) == 2
+    assert first.starts() == second.starts() == [False, True] and not third.starts()
+    assert first.state == second.state == "finished"
 
 
 def test_runs_share_the_machine(monkeypatch):
@@ -61,7 +58,7 @@ def test_runs_share_the_machine(monkeypatch):
     assert [engine.environment(slot) for slot in range(3)] == [
         {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "4")
     ]
-    assert LocalEngine(jobs=1, devices=("4", "6")).environment(0) == {}
+    assert LocalEngine(jobs=1, devices=("4", "6")).environment(0) == {"CUDA_VISIBLE_DEVICES": "4"}
     assert LocalEngine(jobs=1).environment(0, processes=4) == {"OMP_NUM_THREADS": "2"}
     pairs = LocalEngine(jobs=2, devices=("0", "1", "2", "3"))
     assert [pairs.environment(slot, processes=2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0,1", "2,3"]
@@ -72,27 +69,29 @@ def test_runs_share_the_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("jobs", "processes", "devices", "words"),
     [
-        (
-            1,
-            4,
-            "01",
-            r"1 runs at a time .* on 4 processes each .* take 4 devices, and there are 2 \(0,1\): choose fewer",
-        ),
-        (3, 1, "01", "take 3 devices, and there are 2"),
-        (2, 1, "0", "or name a device more than once in CUDA_VISIBLE_DEVICES"),
+        (1, 4, "01", r"--jobs 1 runs with --nproc_per_node 4 need 4 GPUs, and 2 are visible \(0,1\): use fewer"),
+        (3, 1, "01", "need 3 GPUs, and 2 are visible"),
+        (2, 1, "0", "or name a GPU several times in CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_fewer_devices_than_processes(jobs, processes, devices, words, tmp_path):
-    cell = replace(fake_cell(tmp_path, "finish"), processes=processes)
-    with pytest.raises(ValueError, match=words):
-        next(LocalEngine(jobs, tuple(devices)).run([cell]))
-    assert not cell.starts()
+    spec = replace(fake_run(tmp_path, "finish"), processes=processes)
+    with pytest.raises(MolfError, match=words):
+        next(LocalEngine(jobs, tuple(devices)).run([spec]))
+    assert not spec.starts()
 
 
 def test_enough_devices(tmp_path):
-    cells = [replace(fake_cell(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
-    assert len(list(LocalEngine(2, tuple("0123")).run(cells))) == 2
+    specs = [replace(fake_run(tmp_path, "finish", name), processes=2) for name in ("a", "b")]
+    assert len(list(LocalEngine(2, tuple("0123")).run(specs))) == 2
+    assert sorted((spec.folder / "devices").read_text() for spec in specs) == ["0,1", "2,3"]
     assert list(LocalEngine(4, ("0",)).run([])) == []
+
+
+def test_a_run_sees_one_gpu_of_several_also_when_it_runs_alone(tmp_path):
+    spec = fake_run(tmp_path, "finish")
+    list(LocalEngine(1, ("4", "6")).run([spec]))
+    assert (spec.folder / "devices").read_text() == "4"
 
 
 def test_the_devices_that_may_be_used(monkeypatch):
@@ -103,8 +102,3 @@ def test_the_devices_that_may_be_used(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert visible_devices() == ("0", "1")
-
-
-def test_no_jobs():
-    with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
-        LocalEngine(jobs=0)

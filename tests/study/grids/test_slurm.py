@@ -1,31 +1,31 @@
 import os
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from submitit.helpers import DelayedSubmission
 
-from fake_runs import fake_cell
-from molf.study.grids.attempt import has_checkpoint
+from fake_runs import fake_run, until
+from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import checkpoints
+from molf.study.grids.runner import run_grid
 from molf.study.grids.slurm import SlurmEngine, SlurmSettings, job_of, largest_array, queued_jobs
-from molf.study.grids.sweep import sweep
 
 TESTS = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def submit(cluster, tmp_path, monkeypatch):
-    """Sweep cells on the cluster, whose jobs find the cells' class."""
+    """Sweep specs on the cluster, whose jobs find the specs' class."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.chdir(tmp_path)
 
-    def run(cells, wait=True, retry=False, **settings):
+    def run(specs, wait=True, retry=False, **settings):
         told = []
         settings = SlurmSettings(time=5, cpus_per_task=1, **settings)
-        engine = SlurmEngine(tmp_path / "jobs", settings, wait=wait, tell=told.append)
-        return sweep(cells, engine, retry=retry, tell=told.append), told
+        engine = SlurmEngine(tmp_path / "jobs", settings, wait=wait, log=told.append)
+        return run_grid(specs, engine, retry=retry, log=told.append), told
 
     return run
 
@@ -34,92 +34,85 @@ def slurm(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def until(condition):
-    for _ in range(480):
-        if condition():
-            return
-        time.sleep(0.25)
-    raise AssertionError("still not true after two minutes")
-
-
 def test_an_array_of_runs(submit, tmp_path):
-    cells = [fake_cell(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
-    outcome, told = submit(cells)
+    specs = [fake_run(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
+    outcome, told = submit(specs)
     assert list(outcome.results) == ["finish"] and outcome.unfinished == ["kill"]
     assert [failure.status for failure in outcome.failures] == [3]
-    assert len({job_of(cell).partition("_")[0] for cell in cells}) == 1
+    assert len({job_of(spec).partition("_")[0] for spec in specs}) == 1
     assert any(line.startswith("submitted 3 jobs") for line in told)
-    (cells[1].folder / "mended").touch()
-    outcome, told = submit(cells, retry=True)
+    (specs[1].folder / "mended").touch()
+    outcome, told = submit(specs, retry=True)
     assert len(outcome.results) == 3
-    assert cells[2].resumed() == [False, True] and len(cells[0].starts()) == 1
+    assert specs[2].starts() == [False, True] and len(specs[0].starts()) == 1
 
 
 def test_more_runs_than_an_array_may_have(submit, tmp_path):
-    cells = [fake_cell(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
-    outcome, told = submit(cells)
+    specs = [fake_run(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
+    outcome, told = submit(specs)
     assert len(outcome.results) == 6
-    arrays = [job_of(cell).partition("_")[0] for cell in cells]
+    arrays = [job_of(spec).partition("_")[0] for spec in specs]
     assert arrays == [arrays[0]] * largest_array() + [arrays[-1]] * 2 and arrays[0] != arrays[-1]
     assert [line.split(",")[0] for line in told if "submitted" in line] == ["submitted 4 jobs", "submitted 2 jobs"]
 
 
 def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
-    outcome, _ = submit([cell], wait=False)
-    job = job_of(cell)
+    spec = fake_run(tmp_path / "out", "hold")
+    outcome, _ = submit([spec], wait=False)
+    job = job_of(spec)
     assert outcome.unfinished == ["hold"] and job in queued_jobs()
     (submitted,) = (tmp_path / "jobs").glob("*submitted.pkl")
     assert DelayedSubmission.load(submitted)._timeout_countdown == 10_000, "it comes back however long it takes"
-    until(cell.starts)
-    _, told = submit([cell], wait=False)
-    assert "1 jobs are in the queue already" in told and job_of(cell) == job
+    until(spec.starts)
+    _, told = submit([spec], wait=False)
+    assert "1 jobs are in the queue already" in told and job_of(spec) == job
     slurm("scancel", job)
     until(lambda: job not in queued_jobs())
-    assert has_checkpoint(cell), cell.log.read_text()  # a cancelled job saves, and does not come back
-    outcome, _ = submit([cell])
-    assert list(outcome.results) == ["hold"] and cell.resumed() == [False, True]
+    assert checkpoints(spec.folder), spec.log_file.read_text()  # a cancelled job saves, and does not come back
+    outcome, _ = submit([spec])
+    assert list(outcome.results) == ["hold"] and spec.starts() == [False, True]
 
 
 def test_a_job_whose_time_is_up_saves_and_comes_back(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
-    submit([cell], wait=False)
-    until(cell.starts)
-    slurm("scancel", "--signal=USR1", job_of(cell))  # what `#SBATCH --signal` sends before the limit
-    until(lambda: cell.finished)
-    outcome, _ = submit([cell])
-    assert list(outcome.results) == ["hold"] and cell.resumed() == [False, True]
+    spec = fake_run(tmp_path / "out", "hold")
+    submit([spec], wait=False)
+    until(spec.starts)
+    slurm("scancel", "--signal=USR1", job_of(spec))  # what `#SBATCH --signal` sends before the limit
+    until(lambda: spec.state == "finished")
+    outcome, _ = submit([spec])
+    assert list(outcome.results) == ["hold"] and spec.starts() == [False, True]
 
 
 def test_a_job_that_makes_room_for_another_goes_on(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "hold")
-    submit([cell], wait=False, signal_delay_s=2)
-    until(cell.starts)
+    spec = fake_run(tmp_path / "out", "hold")
+    submit([spec], wait=False, signal_delay_s=2)
+    until(spec.starts)
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true"]
     assert "Submitted" in slurm(*urgent)
-    until(lambda: cell.finished)  # nobody but SLURM and the job itself brings it back
-    outcome, _ = submit([cell])
-    assert list(outcome.results) == ["hold"] and cell.resumed() == [False, True]
+    until(lambda: spec.state == "finished")  # nobody but SLURM and the job itself brings it back
+    outcome, _ = submit([spec])
+    assert list(outcome.results) == ["hold"] and spec.starts() == [False, True]
 
 
 def test_what_slurm_refuses(submit, tmp_path):
-    cell = fake_cell(tmp_path / "out", "finish")
-    with pytest.raises(ValueError, match="SLURM does not take the jobs.*invalid partition"):
-        submit([cell], partition="nowhere")
-    assert job_of(cell) is None and not cell.starts()
+    spec = fake_run(tmp_path / "out", "finish")
+    with pytest.raises(MolfError, match="SLURM refuses the jobs.*invalid partition"):
+        submit([spec], partition="nowhere")
+    assert job_of(spec) is None and not spec.starts()
 
 
-def test_fewer_gpus_than_processes(tmp_path):
-    cell = replace(fake_cell(tmp_path, "finish"), processes=4)
-    engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=1))
-    with pytest.raises(ValueError, match="gpus_per_node=1 gives a job fewer GPUs than it has processes, 4: ask for"):
-        next(engine.run([cell]))
+@pytest.mark.parametrize(("gpus", "processes"), [(1, 4), (4, 1)])
+def test_another_number_of_gpus_than_processes(gpus, processes, tmp_path):
+    spec = replace(fake_run(tmp_path, "finish"), processes=processes)
+    engine = SlurmEngine(tmp_path / "jobs", SlurmSettings(gpus_per_node=gpus))
+    with pytest.raises(MolfError, match=f"--gpus_per_node {gpus}, and --nproc_per_node {processes} needs one GPU per"):
+        next(engine.run([spec]))
 
 
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no sbatch here.*--engine local"):
-        next(SlurmEngine(tmp_path / "jobs").run([fake_cell(tmp_path, "finish")]))
+    with pytest.raises(MolfError, match="there is no sbatch here.*--engine local"):
+        next(SlurmEngine(tmp_path / "jobs").run([fake_run(tmp_path, "finish")]))
 
 
 def test_a_silent_controller_is_no_empty_queue(tmp_path, monkeypatch):
@@ -129,15 +122,15 @@ def test_a_silent_controller_is_no_empty_queue(tmp_path, monkeypatch):
         (tmp_path / program).symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert queued_jobs() is None
-    with pytest.raises(ValueError, match="squeue does not answer"):
-        next(SlurmEngine(tmp_path / "jobs").run([fake_cell(tmp_path, "finish")]))
-    with pytest.raises(ValueError, match="scontrol does not say how large an array may be"):
+    with pytest.raises(MolfError, match="squeue does not answer"):
+        next(SlurmEngine(tmp_path / "jobs").run([fake_run(tmp_path, "finish")]))
+    with pytest.raises(MolfError, match="scontrol does not say how large an array may be"):
         largest_array()
 
 
 @pytest.mark.parametrize("name", ["time", "array_parallelism", "signal_delay_s"])
 def test_impossible_settings(name):
-    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+    with pytest.raises(MolfError, match=f"{name}=0 must be at least 1"):
         SlurmSettings(**{name: 0})
 
 

@@ -37,16 +37,14 @@ NAMES = ["killed", "requeued", "fft-lr0.0001", "fft-lr0.001", "molf-lr0.0001", "
 
 @pytest.fixture
 def start(cluster, tiny_checkpoint, tmp_path):
-    """Start ``molf sweep`` on the cluster, in an empty folder."""
-    (tmp_path / "sweep.yaml").write_text(
+    """Start a grid on the cluster, in an empty folder."""
+    (tmp_path / "grid.yaml").write_text(
         yaml.safe_dump({"model_name_or_path": tiny_checkpoint, **SETTINGS}, sort_keys=False)
     )
-    command = [sys.executable, "-m", "molf", "sweep", "sweep.yaml", "--engine", "slurm"]
 
-    def start(*flags):
-        return subprocess.Popen(
-            [*command, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def start(*flags, command="sweep"):
+        line = [sys.executable, "-m", "molf", command, "grid.yaml", "--engine", "slurm", *flags]
+        return subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
 
@@ -62,7 +60,7 @@ def until(condition, process, seconds=900):
 
 
 def run_of(name):
-    """The process ids of a cell's ``molf train``."""
+    """The process ids of a spec's ``molf train``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -97,10 +95,8 @@ def test_six_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     assert second.returncode == 0, said
     assert "5 of 6 runs are finished; 1 to run" in said
     results = {name: read_result(out / name) for name in NAMES}
-    assert {name for name, result in results.items() if "resume_from_checkpoint" in result.config} == {
-        "killed",
-        "requeued",
-    }
+    tokens_per_step = results["fft-lr0.0001"].training.tokens / results["fft-lr0.0001"].training.steps
+    assert all(results[name].training.tokens < 120 * tokens_per_step for name in ("killed", "requeued")), "resumed"
     assert results["killed"].training.steps == results["requeued"].training.steps == 120
     assert results["killed"].metrics == results["requeued"].metrics
 
@@ -113,5 +109,14 @@ def test_a_run_on_two_processes_whose_time_is_up_goes_on(start, tmp_path):
     subprocess.run(["scancel", "--signal=USR1", job_of(out, "requeued")], check=True)
     said, _ = sweep.communicate(timeout=900)
     assert sweep.returncode == 0, said
-    result = read_result(out / "requeued")
-    assert result.training.steps == 60 and "resume_from_checkpoint" in result.config
+    assert read_result(out / "requeued").training.steps == 60
+    assert "stopped by" in (out / "requeued.log").read_text()
+
+
+def test_a_comparison(start, tmp_path):
+    comparison = start("--methods", "fft", "--selection_limit", "2", command="compare")
+    said, _ = comparison.communicate(timeout=900)
+    assert comparison.returncode == 0, said
+    assert "submitted 2 jobs" in said and "submitted 1 jobs" in said
+    (chosen,) = (tmp_path / "out").glob("fft-*-s42")
+    assert f"| fft | {chosen.name.split('-')[1]} |" in (tmp_path / "out" / "comparison.md").read_text()

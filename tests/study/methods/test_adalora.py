@@ -4,7 +4,7 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from molf.study.config.run_config import RunConfig
-from molf.study.methods.adalora import AdaLoraAllocation, allocated_ranks, orthogonality
+from molf.study.methods.adalora import AdaLoraAllocation, orthogonality
 from molf.study.run.job import job_recipe, load_job, make_trainer
 
 LAYERS = 14
@@ -13,7 +13,7 @@ START, TARGET = 6, 4
 
 @pytest.fixture
 def make(saved_model, tmp_path):
-    """Makes the trainer of an AdaLoRA run of eight steps."""
+    """Makes the trainer of an AdaLoRA run with eight steps."""
 
     def trainer(**changes):
         settings = {
@@ -39,7 +39,7 @@ def make(saved_model, tmp_path):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the ranks after every step, and the gradients that the first one took."""
+    """Records the ranks after every step and the gradients of the first."""
 
     def __init__(self):
         self.ranks, self.gradients = [], None
@@ -50,6 +50,12 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.ranks.append(allocated_ranks(model))
+
+
+def allocated_ranks(model):
+    """The number of nonzero singular values of each adapted layer."""
+    values = {name: p for name, p in model.named_parameters() if ".lora_E." in name}
+    return {name.partition(".lora_E")[0]: int(p.count_nonzero()) for name, p in values.items()}
 
 
 def train(trainer):
@@ -83,7 +89,7 @@ def test_without_the_callback_they_do_not(make):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_orthogonality_is_in_the_gradient_once(make, accumulation):
-    """However many batches a step has, and although the trainer's loss does not have the term."""
+    """With any number of batches per step, although TRL's loss lacks the term."""
     gradients = {}
     for weight in (0.0, 0.5):
         trainer = make(gradient_accumulation_steps=accumulation, max_steps=2, max_grad_norm=0.0)
@@ -92,7 +98,7 @@ def test_orthogonality_is_in_the_gradient_once(make, accumulation):
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".lora_" in n}
         gradients[weight] = train(trainer).gradients
     factors = {n: p.requires_grad_() for n, p in start.items() if ".lora_E." not in n}
-    expected = torch.autograd.grad(0.5 * orthogonality(list(factors.items())), list(factors.values()))
+    expected = torch.autograd.grad(0.5 * orthogonality(factors), list(factors.values()))
     for name, gradient in zip(factors, expected, strict=True):
         assert gradient.any()
         torch.testing.assert_close(gradients[0.5][name] - gradients[0.0][name], gradient, atol=1e-6, rtol=1e-4)
@@ -110,14 +116,14 @@ def test_the_term_is_that_of_peft(tiny_model):
     for weight in (0.0, 0.5):
         model.peft_config["default"].orth_reg_weight = weight
         losses[weight] = model(input_ids=ids, labels=ids).loss.detach()
-    factors = [(n, p) for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+    factors = {n: p for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
     torch.testing.assert_close(losses[0.5] - losses[0.0], 0.5 * orthogonality(factors).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_orthonormal_factors_are_at_distance_0():
     eye = torch.eye(5)
-    assert orthogonality([("lora_A", eye[:3]), ("lora_B", eye[:, :2])]) == 0
-    assert orthogonality([("lora_A", 2 * eye[:1])]) == 3
+    assert orthogonality({"lora_A": eye[:3], "lora_B": eye[:, :2]}) == 0
+    assert orthogonality({"lora_A": 2 * eye[:1]}) == 3
 
 
 def test_a_run_of_one_step_is_refused(make):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from molf import MoLF
+from molf.errors import MolfError
 from molf.integrations.trainer import MoLFFactory
 from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig
 from molf.study.methods.adapters import ExpertsFactory, LoraPlusFactory, add_adapters, optimizer_of, save_adapters
@@ -29,6 +30,14 @@ def test_adapters_on_a_frozen_base(method, tiny_model):
     assert all(".lora_" in name for name in trained(model))
     names = ["lora_r2", "lora_r4"] if method == "molf_e" else ["default"]
     assert list(model.peft_config) == names
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "molf_e"])
+def test_layers_that_are_not_there(method, tiny_model):
+    with pytest.raises(
+        MolfError, match=r"target_modules=\['w_proj'\] and exclude_modules=.*: No modules were targeted"
+    ):
+        add_adapters(tiny_model, recipe(method=method, target_modules=["w_proj"]), freeze_rest=True)
 
 
 def test_what_is_not_adapted_may_be_trained(tiny_model):

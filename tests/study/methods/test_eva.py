@@ -62,7 +62,7 @@ def test_the_first_direction_is_the_one_with_most_variance(tiny_model):
 
 def test_too_little_data(tiny_model):
     model = add_eva_adapter(tiny_model, ARGUMENTS)
-    with pytest.raises(ValueError, match="at least 8 tokens .* there are 6"):
+    with pytest.raises(ValueError, match="at least 8 tokens .*there are 6"):
         initialise_eva(model, rows(n=1), collate, seed=0)
 
 
@@ -71,9 +71,9 @@ def test_a_rank_above_the_inputs(tiny_model):
         add_eva_adapter(tiny_model, ARGUMENTS | {"r": 33})
 
 
-def test_directions_that_do_not_settle(tiny_model, monkeypatch):
+def test_directions_that_do_not_converge(tiny_model, monkeypatch):
     monkeypatch.setattr(eva, "MAX_BATCHES", 2)
-    with pytest.raises(ValueError, match="not settled after 2 batches"):
+    with pytest.raises(ValueError, match="not converged after 2 batches"):
         initialise_eva(add_eva_adapter(tiny_model, ARGUMENTS), rows(), collate, seed=0)
 
 

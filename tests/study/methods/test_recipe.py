@@ -1,8 +1,10 @@
+import math
+
 import pytest
 
+from molf.errors import MolfError
 from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig
-from molf.study.methods.baselines import PROJECTIONS
-from molf.study.methods.recipe import Recipe, method_recipe
+from molf.study.methods.recipe import PROJECTIONS, Recipe, method_recipe
 
 TRAIN = dict(PUBLISHED_RECIPE)
 LLAMA = [f"model.layers.0.block.{name}" for name in PROJECTIONS] + ["lm_head"]
@@ -136,3 +138,74 @@ def test_lora_plus():
 @pytest.mark.parametrize("method", ["molf", "molf_e"])
 def test_the_kernels_where_asked_for(method):
     assert method_recipe(MethodConfig(method=method, fused=True), TRAIN, LLAMA).molf["fused"] is True
+
+
+def arguments(modules=LLAMA, train=(), **settings):
+    """PEFT's arguments for a baseline."""
+    recipe = method_recipe(MethodConfig(**settings), TRAIN | dict(train), modules)
+    return recipe.lora if recipe.adalora is None else recipe.adalora
+
+
+def test_lora():
+    assert arguments(method="lora", lora_rank=16) == {
+        "r": 16,
+        "lora_alpha": 32.0,
+        "use_rslora": False,
+        "lora_dropout": 0.05,
+        "target_modules": list(PROJECTIONS),
+        "exclude_modules": ["lm_head"],
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+@pytest.mark.parametrize("settings", [{"method": "rslora"}, {"method": "lora", "use_rslora": True}])
+@pytest.mark.parametrize("rank", [1, 16, 128])
+def test_rank_stabilised_lora_has_the_scale_of_lora(settings, rank):
+    found = arguments(lora_rank=rank, **settings)
+    assert found["use_rslora"] and found["lora_alpha"] / math.sqrt(rank) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("dora", {"use_dora": True}),
+        ("eva", {"init_lora_weights": "eva"}),
+        ("pissa", {"init_lora_weights": "pissa", "lora_dropout": 0.0, "lora_alpha": 128}),
+        ("lora_plus", {}),
+    ],
+)
+def test_what_the_variants_change(method, own):
+    assert arguments(method=method) == arguments(method="lora") | own
+
+
+def test_adalora_ends_with_the_rank_that_was_asked_for():
+    found = arguments(method="adalora", lora_rank=5)
+    assert (found["init_r"], found["target_r"]) == (8, 5)
+    assert found["lora_alpha"] / found["init_r"] == 2.0
+    assert found["orth_reg_weight"] == 0.0, "the callback's"
+    assert found["lora_dropout"] == 0.05
+
+
+def test_adalora_cannot_use_scaled_gradients():
+    with pytest.raises(MolfError, match="use bf16"):
+        arguments(method="adalora", train={"fp16": True})
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora"])
+def test_given_alpha_and_dropout_win(method):
+    found = arguments(method=method, lora_alpha=3.0, lora_dropout=0.1)
+    assert (found["lora_alpha"], found["lora_dropout"]) == (3.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("modules", "targets", "expected"),
+    [
+        (["transformer.h.0.attn.c_attn"], ["all-linear"], "all-linear"),
+        (LLAMA[:3], ["all-linear"], "all-linear"),
+        (LLAMA, ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_targets(method, modules, targets, expected):
+    assert arguments(modules, method=method, target_modules=targets)["target_modules"] == expected

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from molf.study.results import csv_log
 from molf.study.results.csv_log import append_csv
 
 # A process that adds rows "WRITER-0", "WRITER-1", ... with one of four columns.
@@ -55,14 +54,6 @@ def test_a_row_with_a_known_key_is_replaced(tmp_path):
     append_csv(path, {"a": "x1", "id": "x2"}, key="id")
     append_csv(path, {"a": 4, "id": "x1", "b": 5}, key="id")
     assert [list(row.values()) for row in read(path)] == [["1", "", ""], ["x1", "x2", ""], ["4", "x1", "5"]]
-
-
-def test_rows_of_the_same_columns_are_not_read_again(tmp_path, monkeypatch):
-    path = tmp_path / "log.csv"
-    append_csv(path, {"a": 1}, key="a")
-    monkeypatch.setattr(csv_log, "_rewrite", lambda *_: pytest.fail("the whole file was parsed"))
-    append_csv(path, {"a": 2}, key="a")
-    assert read(path) == [{"a": "1"}, {"a": "2"}]
 
 
 def test_32_writers_at_once_lose_no_row(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from pyarrow import parquet
 
 from fake_runs import RESULT
-from molf.study.results.gather import gather, write_csv, write_parquet
+from molf.study.results.gather import gather
 
 
 def leave(folder, **config):
@@ -40,7 +40,7 @@ def test_a_run_given_twice_counts_once(runs):
 
 
 def test_csv(runs, tmp_path):
-    write_csv(tmp_path / "new" / "all.csv", gather([runs]).rows())
+    gather([runs]).write_csv(tmp_path / "new" / "all.csv")
     with (tmp_path / "new" / "all.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["lora", "fft", "molf"]
@@ -49,7 +49,7 @@ def test_csv(runs, tmp_path):
 
 
 def test_parquet(runs, tmp_path):
-    write_parquet(tmp_path / "new" / "all.parquet", gather([runs]).rows())
+    gather([runs]).write_parquet(tmp_path / "new" / "all.parquet")
     table = parquet.read_table(tmp_path / "new" / "all.parquet").to_pydict()
     assert table["folder"] == [str(runs / name) for name in ("a/deep", "b", "c")]
     assert table["warmup_steps"] == [5.0, 0.1, None]  # numbers stay numbers

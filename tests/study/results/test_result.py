@@ -1,12 +1,11 @@
 import dataclasses
 import json
-import shutil
-import subprocess
 
 import pytest
 
-from molf.study.results import result as results
-from molf.study.results.result import library_versions, read_result, source_commit, write_result
+from molf.errors import MolfError
+from molf.study.engine.predictions import write_predictions
+from molf.study.results.result import Result, check_predictions, read_result, write_result
 from molf.tasks.base import Metric
 from small_runs import small_result
 
@@ -62,44 +61,54 @@ def test_an_unfinished_run_is_refused(tmp_path):
         read_result(tmp_path)
 
 
-def test_versions_are_all_known():
-    versions = library_versions()
-    assert {"molf", "torch", "transformers", "trl", "peft"} <= set(versions)
-    assert all(versions.values())
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A git repository with this package's results module in it."""
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
-    module = tmp_path / "results.py"
-    module.write_text("")
-    for command in (
-        ["init", "-q"],
-        ["add", "results.py"],
-        ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "x"],
-    ):
-        subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(results, "__file__", str(module))
-    return tmp_path
-
-
-def test_the_commit_of_a_checkout(checkout, monkeypatch):
-    head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert source_commit() == head
-    (checkout / "results.py").write_text("changed")
-    assert source_commit() == f"{head}-dirty"
-    (checkout / "site-packages.py").write_text("installed here, but not part of the repository")
-    monkeypatch.setattr(results, "__file__", str(checkout / "site-packages.py"))
-    assert source_commit() is None
-
-
-def test_no_commit_without_git(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert source_commit() is None
-
-
 def test_result_json_is_plain(result, tmp_path):
     content = json.loads(write_result(tmp_path, result).read_text())
     assert content["metrics"]["score"] == {"value": 50.0, "n": 12, "low": 40.0, "high": 60.5}
+
+
+@pytest.fixture
+def predicted(tmp_path):
+    """A folder with predictions of one edit, and the result that they give."""
+    record = {
+        "case_id": 1,
+        "requested_rewrite": {
+            "prompt": "The capital of {} is",
+            "subject": "France",
+            "target_new": {"str": "Rome"},
+            "target_true": {"str": "Paris"},
+        },
+        "paraphrase_prompts": [],
+        "neighborhood_prompts": [],
+    }
+    scores = {"token_ids": [1], "greedy": [False]}
+    answers = [{"logprobs": [-1.0], **scores}, {"logprobs": [-2.0], **scores, "token_ids": [2]}, {"text": " Rome"}]
+    write_predictions(tmp_path / "predictions.jsonl.gz", [{"row": 0, "record": record, "answers": answers}])
+    sure = {"efficacy_score": 100.0, "es_first_token": 100.0, "exact_new": 100.0, "exact_true": 0.0}
+    metrics = {name: Metric(value, 1, value, value) for name, value in sure.items()}
+    margin = 100 * (2.718281828459045**-1 - 2.718281828459045**-2)
+    metrics["efficacy_magnitude"] = Metric(margin, 1, margin, margin)
+    return tmp_path, Result({"task": "fact"}, "efficacy_score", metrics, None, "", "", {}, None, 1.0, None)
+
+
+def test_predictions_that_give_the_result(predicted):
+    check_predictions(*predicted)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"exact_true": Metric(50.0, 1, 50.0, 50.0)}, "exact_true 50.00 .* in the result, 0.00 .* computed again"),
+        ({"score": Metric(50.0, 1)}, "score 50.00 in the result, absent computed again"),
+    ],
+)
+def test_a_result_of_other_predictions_is_found_out(predicted, change, message):
+    folder, result = predicted
+    with pytest.raises(ValueError, match=message):
+        check_predictions(folder, dataclasses.replace(result, metrics=result.metrics | change))
+
+
+def test_no_predictions(predicted):
+    folder, result = predicted
+    (folder / "predictions.jsonl.gz").unlink()
+    with pytest.raises(MolfError, match="predictions.jsonl.gz"):
+        check_predictions(folder, result)

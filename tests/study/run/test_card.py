@@ -33,6 +33,12 @@ def test_header_settings_and_row_are_yaml(result):
     assert "bootstrap 95 % interval" in body
 
 
+@pytest.mark.parametrize("own", [{"sample": True}, {"data_path": "mine.jsonl"}, {"task": "custom"}])
+def test_data_of_ones_own_is_not_said_to_be_the_public_set(result, own):
+    changed = dataclasses.replace(result, config=result.config | own)
+    assert "datasets:" in model_card(result) and "datasets:" not in model_card(changed)
+
+
 def test_without_an_evaluation_before(result):
     plain = dataclasses.replace(result, metrics_before=None, metrics={"score": Metric(50.0, 12)})
     assert "| score |  | 50.00 | 12 |" in model_card(plain)

@@ -4,6 +4,7 @@ from molf.study.config.run_config import RunConfig
 from molf.study.methods.recipe import Recipe
 from molf.study.run.dry_run import contradictions, make_plan, seen_in_training
 from molf.study.run.job import load_job, make_trainer
+from molf.study.sizing.parameters import Count, base_count
 from molf.tasks import Split
 
 
@@ -35,26 +36,14 @@ def test_the_loss_is_on_the_completion_only(settings):
     assert (completion, in_completion) == (example["completion"] + "</s>", True)
 
 
-def test_sizes_of_each_method(settings, tiny_model):
+@pytest.mark.parametrize(("method", "lora"), [("fft", 0), ("molf", 6), ("lora", 4)])
+def test_its_needs_are_those_of_the_plan(method, lora, settings, tiny_model):
     total = sum(p.numel() for p in tiny_model.parameters())
     pairs = sum(sum(p.shape) for name, p in tiny_model.named_parameters() if "proj" in name)
-    sizes = {
-        method: make_plan(RunConfig.from_dict(settings | {"method": method})).sizes
-        for method in ("fft", "molf", "lora")
-    }
-    assert {s.parameters for s in sizes.values()} == {total}
-    assert (sizes["fft"].trainable, sizes["fft"].lora) == (total, 0)
-    assert sizes["fft"].total_bytes == 16 * total
-    assert (sizes["molf"].trainable, sizes["molf"].lora) == (total, 6 * pairs)
-    assert sizes["molf"].total_bytes == 16 * total + 12 * 6 * pairs
-    assert (sizes["lora"].trainable, sizes["lora"].lora) == (0, 4 * pairs)
-    assert sizes["lora"].total_bytes == 4 * total + 16 * 4 * pairs
-
-
-def test_half_precision_weights_are_counted_as_such(settings, tiny_model):
-    total = sum(p.numel() for p in tiny_model.parameters())
-    plan = make_plan(RunConfig.from_dict(settings | {"method": "fft", "dtype": "bfloat16"}))
-    assert (plan.sizes.weights_bytes, plan.sizes.gradients_bytes) == (2 * total, 2 * total)
+    needs = make_plan(RunConfig.from_dict(settings | {"method": method})).needs
+    assert base_count(needs.parameters) == Count(total, 0 if method == "lora" else total)
+    assert needs.parameters["LoRA"] == Count(lora * pairs, lora * pairs)
+    assert needs.memory.weights == 4 * total
 
 
 def test_contradictions():
@@ -79,7 +68,7 @@ def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
     plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
     contradicting, seen, cut = plan.warnings
     assert contradicting.startswith("1 prompts occur with different completions")
-    assert seen.startswith("1 of the rows to evaluate on are trained on too")
+    assert seen == "1 evaluation rows are also training rows"
     assert cut.startswith("1 examples have no completion within max_length=20")
     assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == [contradicting, seen]
 

@@ -58,7 +58,7 @@ def test_of_a_conversation_only_what_the_assistant_says_is_learned(saved_model, 
 
 def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations):
     bare = job(saved_model, tmp_path, task="custom", data_path=conversations)
-    with pytest.raises(ValueError, match="no chat template; give one with --chat_template_path"):
+    with pytest.raises(ValueError, match="no chat template; pass one with --chat_template_path"):
         make_trainer(bare, Recipe(train={}))
     with pytest.raises(OSError, match="chat_template_path=missing.jinja is neither a Jinja file nor a tokenizer"):
         job(saved_model, tmp_path, task="custom", data_path=conversations, chat_template_path="missing.jinja")
@@ -66,5 +66,5 @@ def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations
 
 @pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5)])
 def test_benchmarks_say_themselves_what_they_are_evaluated_on(saved_model, tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} is for the task custom; fact says itself"):
+    with pytest.raises(ValueError, match=f"{name}={value} is for the task custom; the task fact has its own"):
         job(saved_model, tmp_path, sample=True, **{name: value})

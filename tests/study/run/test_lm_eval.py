@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from molf.study.config.run_config import RunConfig
-from molf.study.results.export import export_run
+from molf.study.run.export import export_run
 from molf.study.run.train import run
 
 TASK = {

@@ -3,9 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from molf.errors import MolfError
 from molf.study.config.run_config import ModelConfig
-from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 
 
 def test_a_folder_loads_and_pads_with_its_end_of_text(saved_model, tiny_model):
@@ -31,28 +33,38 @@ def test_a_tokenizer_that_cannot_pad_is_refused(saved_model):
         load_model_and_tokenizer(ModelConfig(saved_model))
 
 
-@pytest.mark.parametrize("name", [None, ""])
-def test_a_model_must_be_named(name):
-    with pytest.raises(ValueError, match="model_name_or_path is required"):
-        locate(name)
+def test_offline_a_hub_id_says_what_else_there_is():
+    with pytest.raises(OSError, match=r"'no-such/model': it is not in the local cache.*bundled:smollm2-135m") as raised:
+        load_model_and_tokenizer(ModelConfig("no-such/model"))
+    assert isinstance(raised.value, MolfError) and raised.value.__cause__ is not None
 
 
-def test_folders_without_a_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        locate(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        locate(str(tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (GatedRepoError, r"access is restricted. Accept the terms on https://huggingface.co/org/model, then log in"),
+        (RepositoryNotFoundError, "the Hub has no model of that name, or it is private .*bundled:"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(kind, words, monkeypatch):
+    def refuse(*given, **more):
+        raise OSError("we cannot") from kind.__new__(kind)
+
+    monkeypatch.setattr("molf.study.run.models.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(MolfError, match=words):
+        load_model_and_tokenizer(ModelConfig("org/model"))
 
 
-def test_an_unreachable_hub_id_says_what_else_there_is():
-    assert locate("org/model") == "org/model"
-    with pytest.raises(OSError, match=r"'no-such-org/no-such-model'.*bundled:smollm2-135m"):
-        load_model_and_tokenizer(ModelConfig("no-such-org/no-such-model"))
+def test_a_folder_without_weights_is_not_said_to_be_missing(saved_model):
+    Path(saved_model, "model.safetensors").unlink()
+    with pytest.raises(MolfError, match=f"cannot load the model '{saved_model}': .*no file named model.safetensors"):
+        load_model_and_tokenizer(ModelConfig(saved_model))
 
 
-def test_bundled_names_are_resolved(monkeypatch, tmp_path):
-    monkeypatch.setattr("molf.study.run.models.bundled.resolve", lambda name: tmp_path / name.removeprefix("bundled:"))
-    assert locate("bundled:smollm2-135m") == str(tmp_path / "smollm2-135m")
+def test_damaged_weights_are_told(saved_model):
+    Path(saved_model, "model.safetensors").write_bytes(b"damaged!")
+    with pytest.raises(MolfError, match="cannot load the model"):
+        load_model_and_tokenizer(ModelConfig(saved_model))
 
 
 def test_a_chat_template_comes_from_a_file_or_from_another_tokenizer(tiny_tokenizer, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from molf.study.config.run_config import RunConfig
-from molf.study.results.check import check_predictions
+from molf.study.results.result import check_predictions
 from molf.study.run.train import run
 from small_runs import carry_out
 

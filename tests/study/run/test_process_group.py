@@ -5,12 +5,13 @@ from datetime import timedelta
 import torch
 
 from forked import on_two_ranks
-from molf.study.run.process_group import all_wait, leave_process_group
+from molf.study.run.process_group import all_wait, from_rank_0, leave_process_group, true_on_all_ranks
 
 
 def test_without_a_group_there_is_nothing_to_wait_for_or_to_leave():
     with all_wait():
         leave_process_group()
+    assert from_rank_0(lambda: 3) == 3 and true_on_all_ranks(True) and not true_on_all_ranks(False)
     assert not torch.distributed.is_initialized()
 
 
@@ -39,3 +40,10 @@ def test_the_others_wait_for_as_long_as_the_first_works(tmp_path):
         return done, torch.distributed.is_initialized()
 
     assert on_two_ranks(rank_of_two, tmp_path, timedelta(seconds=0.5)) == [(True, False), (True, False)]
+
+
+def test_ranks_agree_and_share_what_rank_0_makes(tmp_path):
+    def rank_of_two(rank):
+        return from_rank_0(lambda: f"made on {rank}"), true_on_all_ranks(rank == 0), true_on_all_ranks(True)
+
+    assert on_two_ranks(rank_of_two, tmp_path) == [("made on 0", False, True)] * 2

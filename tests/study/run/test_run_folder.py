@@ -1,11 +1,14 @@
+import errno
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
-from molf.study.run.run_folder import check_folder, run_id
+from molf.study.run.run_folder import check_folder, report_full_disk, run_id
 from small_runs import FILES, carry_out
 
 
@@ -24,14 +27,14 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(settings):
     carry_out(settings, save_strategy="epoch")
     folder = Path(settings["output_dir"])
     (folder / "result.json").unlink()
-    with pytest.raises(ValueError, match="holds what an unfinished run can go on from; pass --overwrite"):
+    with pytest.raises(ValueError, match="holds an unfinished run that can resume; pass --overwrite"):
         carry_out(settings)
     assert len(list(folder.glob("checkpoint-*"))) == 2
     assert carry_out(settings, resume_from_checkpoint="True").training.steps == 4
 
 
 def test_the_model_to_be_trained_is_not_written_over(settings):
-    with pytest.raises(ValueError, match="is the folder of the model to be trained"):
+    with pytest.raises(ValueError, match="is the folder of the model to train"):
         carry_out(settings, output_dir=settings["model_name_or_path"], overwrite=True)
 
 
@@ -45,9 +48,7 @@ def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
 def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
     (tmp_path / "runs").write_text("")
     settings["output_dir"] = str(tmp_path / "runs" / "mine")
-    with pytest.raises(
-        OSError, match=rf"output_dir={tmp_path}/runs/mine cannot be written, because of {tmp_path}/runs: Not a"
-    ):
+    with pytest.raises(MolfError, match=rf"output_dir={tmp_path}/runs/mine is not writable \({tmp_path}/runs: Not a"):
         carry_out(settings)
 
 
@@ -58,9 +59,7 @@ def test_a_read_only_folder(settings, tmp_path):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a read-only file system is not permitted here")
     try:
-        with pytest.raises(
-            OSError, match=r"archive/run cannot be written, because of .*archive: Read-only file system"
-        ):
+        with pytest.raises(MolfError, match=r"archive/run is not writable \(.*archive: Read-only file system"):
             check_folder(RunConfig.from_dict(settings | {"output_dir": str(folder / "run")}))
     finally:
         subprocess.run(["umount", str(folder)], check=True)
@@ -78,3 +77,15 @@ def test_a_run_keeps_its_id_until_its_result_is_there(tmp_path):
     (folder / "result.json").write_text(f'{{"run_id": "{first}"}}')
     second = run_id(folder)
     assert second == run_id(folder) != first, "a repeated run, which replaces a finished one"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "?"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_is_one_message(error, tmp_path):
+    with pytest.raises(MolfError, match=f"the disk of {tmp_path} is full: free some space"), report_full_disk(tmp_path):
+        raise error
+
+
+def test_other_errors_of_files_are_left_alone(tmp_path):
+    with pytest.raises(OSError, match="broken") as raised, report_full_disk(tmp_path):
+        raise OSError(errno.EIO, "broken")
+    assert not isinstance(raised.value, MolfError)

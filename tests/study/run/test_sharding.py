@@ -188,9 +188,7 @@ def test_a_sharded_checkpoint_is_not_for_one_process(folder, monkeypatch):
     monkeypatch.delenv("LOG_FILE", raising=False)
     settings = settings_of(str(folder / "model"), folder, "molf", 1)
     checkpoint = folder / "molf-2" / "checkpoint-2"
-    with pytest.raises(
-        ValueError, match=r"checkpoint-2 was made with sharded=True \(here False\): go on with the settings"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-2 was made with sharded=True \(here False\): use the settings"):
         carry_out(settings, output_dir=str(folder / "elsewhere"), resume_from_checkpoint=str(checkpoint))
 
 

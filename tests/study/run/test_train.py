@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import gzip
 import json
 import shutil
@@ -10,10 +11,16 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from forked import on_two_ranks
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
+from molf.study.engine.examples import tokenize_examples as tokens
 from molf.study.results.result import read_result
 from molf.study.results.routing import ROUTING_FILE, read_routing
+from molf.study.run.dry_run import make_plan
+from molf.study.run.job import Job, make_trainer
+from molf.study.run.train import _evaluate_on_ranks, run
 from molf.tasks import get_task
 from small_runs import BASELINES, FILES, carry_out, weights
 
@@ -151,7 +158,7 @@ RELEASING = {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumu
 )
 def test_resumed_equals_uninterrupted(changes, settings, tmp_path):
     routed = "molf" in changes["method"]
-    carry_out(settings, **changes, save_strategy="steps", save_steps=2)
+    first = carry_out(settings, **changes, save_strategy="steps", save_steps=2)
     folder = Path(settings["output_dir"])
     whole, routing = weights(folder), (folder / ROUTING_FILE).read_text() if routed else ""
     for name in ("result.json", "model.safetensors"):
@@ -159,6 +166,7 @@ def test_resumed_equals_uninterrupted(changes, settings, tmp_path):
     shutil.rmtree(folder / "checkpoint-4")
     result = carry_out(settings, **changes, resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert result.training.steps == 4
+    assert 0 < result.training.tokens < first.training.tokens, "those of this start, whose seconds are counted"
     for name, tensor in weights(folder).items():
         assert torch.equal(tensor, whole[name]), name
     if routed:
@@ -267,6 +275,53 @@ def test_the_log_file_gets_a_row_per_run(settings, tmp_path, monkeypatch):
     assert [row["method"] for row in rows] == ["molf", "fft"]
     assert all(float(row["metric/score"]) > 0 for row in rows)
     assert rows[0]["routing/fft"] != rows[1]["routing/fft"] == ""
+
+
+def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(settings, monkeypatch):
+    """The Trainer would split every batch over them, and multiply it."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 4)
+    monkeypatch.setattr("molf.study.run.job.load_split", lambda *given, **more: pytest.fail("loaded"))
+    words = "4 GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 .* torchrun --nproc_per_node 4 -m molf train"
+    for change in ({}, {"dry_run": True}):
+        with pytest.raises(MolfError, match=words):
+            (make_plan if change else run)(RunConfig.from_dict(settings | change))
+
+
+def test_the_commit_is_that_of_the_start(settings, monkeypatch):
+    monkeypatch.setattr("molf.study.run.record.source_commit", lambda: "before")
+
+    def make(*given, **more):
+        monkeypatch.setattr("molf.study.run.record.source_commit", lambda: "changed during the run")
+        return make_trainer(*given, **more)
+
+    monkeypatch.setattr("molf.study.run.train.make_trainer", make)
+    assert carry_out(settings).commit == "before"
+
+
+def test_the_training_rows_are_tokenised_once(settings, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "molf.study.run.training_data.tokenize_examples", lambda *given: calls.append(1) or tokens(*given)
+    )
+    monkeypatch.setattr("trl.trainer.sft_trainer._tokenize", lambda *given, **more: pytest.fail("tokenised again"))
+    carry_out(settings)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "backend", "shards"),
+    [(True, "transformers", True), (False, "transformers", False), (True, "vllm", False)],
+)
+def test_all_ranks_evaluate_if_all_have_the_model(everywhere, backend, shards, settings, monkeypatch, tmp_path):
+    job = Job(RunConfig.from_dict(settings | {"generation_backend": backend}), None, None, None, None)
+    monkeypatch.setattr("molf.study.run.train._evaluate", lambda job, model, source, shard: shard)
+
+    def rank_of_two(rank):
+        own = dataclasses.replace(job, model=torch.nn.Module() if everywhere or rank == 0 else None)
+        return _evaluate_on_ranks(own, rank == 0, torch.device("cpu"), ""), torch.distributed.is_initialized()
+
+    expected = [(True, False)] * 2 if shards else [(False, False), (None, False)]
+    assert on_two_ranks(rank_of_two, tmp_path) == expected
 
 
 def test_mistakes_stop_a_run_before_it_writes(settings):

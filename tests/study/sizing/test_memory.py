@@ -1,4 +1,4 @@
-"""Counts against hand arithmetic, for shapes whose models are never loaded; activations against a real forward pass."""
+"""Counts against hand arithmetic, for shapes of published models; activations against a real forward pass."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,8 @@ from molf import MoLF
 from molf.study.config.run_config import RunConfig
 from molf.study.sizing.activations import measure_activations
 from molf.study.sizing.blueprint import Blueprint
-from molf.study.sizing.memory import Count, Memory, Needs, available_memory, estimate
+from molf.study.sizing.memory import Memory, Needs, available_memory, estimate
+from molf.study.sizing.parameters import Count
 from molf.study.sizing.report import memory_table, parameters_table, verdict
 from small import tiny_llama
 
@@ -119,8 +120,8 @@ def test_8_bit_states_of_a_3b_model():
 def test_activations_are_those_of_a_real_forward_pass(method, bf16):
     config = tiny_llama().config
     blueprint = Blueprint(RunConfig.from_dict({"method": method, "lora_rank": 4, "ranks": [2, 4]}), config)
-    with blueprint.on_paper():
-        paper = measure_activations(blueprint.model, 2, 16, bf16)
+    with blueprint.fake_mode:
+        planned = measure_activations(blueprint.model, 2, 16, bf16)
         shapes = {name: p.shape for name, p in blueprint.model.named_parameters()}
     real = tiny_llama().train()
     if method == "lora":
@@ -132,8 +133,8 @@ def test_activations_are_those_of_a_real_forward_pass(method, bf16):
 
         real = add_lora_experts(real, **blueprint.recipe.experts)
     assert {name: p.shape for name, p in real.named_parameters()} == shapes
-    assert measure_activations(real, 2, 16, bf16) == paper
-    assert 0 < paper.checkpointed < paper.kept
+    assert measure_activations(real, 2, 16, bf16) == planned
+    assert 0 < planned.checkpointed < planned.kept
 
 
 def test_activations_grow_with_the_batch_and_leave_no_hook():

@@ -1,1 +1,1 @@
-"""What a run is made of: dataclasses whose fields are the command line's flags. Nothing here imports torch."""
+"""The configuration of a run: dataclasses whose fields are the flags of the command line."""

@@ -1,117 +1,102 @@
-"""How a run updates its weights: the method and its settings. Nothing here imports torch."""
+"""The method of a run and its settings. Nothing here imports torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from molf.errors import MolfError
+from molf.study.config.fields import setting
+
 Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
-"""Every way to update the weights."""
+"""The names of all methods."""
 
 
 @dataclass
 class MethodConfig:
-    """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or an adapter of PEFT's.
+    """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or a PEFT adapter.
 
-    What depends on the method is filled in where it is left out: ``ranks``, ``use_rslora``, ``fft_expert``,
-    ``freeze_non_linear``.
+    Defaults that depend on the method are filled in: ``ranks``, ``use_rslora``, ``fft_expert``, ``freeze_non_linear``.
 
     Raises:
-        ValueError: A setting contradicts the method.
+        MolfError: A setting is out of range or contradicts the method.
     """
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: Method = field(
-        default="molf",
-        metadata={"help": "molf routes every layer's update, molf_e does so on a frozen base; the rest are baselines."},
+    method: Method = setting(
+        "molf",
+        "molf routes the update of each layer; molf_e does so on a frozen base; the others are baselines.",
+        shapes="checkpoint",
     )
-    ranks: list[int] | None = field(
-        default=None,
-        metadata={"help": "molf, molf_e: rank of each LoRA expert, e.g. 128 or [32,128]; if unset [128] and [32,128]."},
+    ranks: list[int] | None = setting(
+        None,
+        "molf, molf_e: ranks of the LoRA experts, e.g. 128 or [32,128]; by default [128] and [32,128].",
+        shapes="checkpoint",
     )
-    lora_rank: int = field(
-        default=128, metadata={"help": "lora and its kind: rank of the adapter; for adalora and eva the mean rank."}
+    lora_rank: int = setting(
+        128, "Baselines: rank of the adapter; for adalora and eva the mean rank.", shapes="checkpoint"
     )
-    lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of LoRA weights; learning_rate if unset."}
+    lora_learning_rate: float | None = setting(
+        None, "Learning rate of LoRA weights; learning_rate if unset.", shapes="checkpoint"
     )
-    lora_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of LoRA weights."})
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA alpha; if unset 32 for molf and molf_e, what makes the scale 1 for pissa, and 2 for the others "
-            "(2*sqrt(rank) with rsLoRA, 2*rank without)."
-        },
+    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.")
+    lora_alpha: float | None = setting(
+        None,
+        "LoRA alpha; by default 32 for molf and molf_e; for the others such that the scale is 2 (1 for pissa): "
+        "2*sqrt(rank) with rsLoRA, 2*rank without.",
+        shapes="checkpoint",
     )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA dropout; if unset 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
-            "experts as PEFT adapters."
-        },
+    lora_dropout: float | None = setting(
+        None,
+        "LoRA dropout; by default 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
+        "experts as PEFT adapters.",
+        shapes="checkpoint",
     )
-    use_rslora: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; if unset, for molf, molf_e and rslora only."
-        },
+    use_rslora: bool | None = setting(
+        None,
+        "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; by default for molf, molf_e and rslora only.",
+        shapes="checkpoint",
     )
-    loraplus_lr_ratio: float = field(default=16.0, metadata={"help": "lora_plus: learning rate of B over that of A."})
-    top_k: int = field(default=1, metadata={"help": "molf: how many experts of a layer are updated at a step."})
-    score: Literal["epd", "pfn"] = field(
-        default="epd",
-        metadata={"help": "molf: expected preconditioned descent, or the preconditioned Frobenius norm."},
+    loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.")
+    top_k: int = setting(1, "molf: how many experts of a layer are updated per step.")
+    score: Literal["epd", "pfn"] = setting(
+        "epd", "molf: expected preconditioned descent, or the preconditioned Frobenius norm."
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that are routed or adapted: all-linear, or endings of their names."},
+    target_modules: list[str] = setting(
+        ["all-linear"], "Layers to route or adapt: all-linear, or endings of their names.", shapes="checkpoint"
     )
-    exclude_modules: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": "Layers left out of target_modules."}
+    exclude_modules: list[str] = setting(["lm_head"], "Layers to leave out of target_modules.", shapes="checkpoint")
+    freeze_non_linear: bool | None = setting(
+        None,
+        "molf, molf_e, fft: train only the weights and experts of target_modules (no norms, embeddings, biases); "
+        "by default for molf_e only.",
+        shapes="checkpoint",
     )
-    freeze_non_linear: bool | None = field(
-        default=None,
-        metadata={
-            "help": "molf, molf_e, fft: train nothing but target_modules' weights and experts (no norms, embeddings, biases); "
-            "if unset for molf_e only."
-        },
+    fft_expert: bool | None = setting(None, "Whether full fine-tuning is an expert of molf; molf without it is molf_e.")
+    optim_bits: Literal[32, 8] = setting(
+        32, "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."
     )
-    fft_expert: bool | None = field(
-        default=None,
-        metadata={"help": "Whether full fine-tuning is one of molf's experts; molf without it is molf_e."},
+    bf16_update: Literal["split", "stochastic"] = setting(
+        "split", "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."
     )
-    optim_bits: Literal[32, 8] = field(
-        default=32,
-        metadata={"help": "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."},
+    optimizer_in_backward: bool = setting(
+        False,
+        "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
+        "gradient_accumulation_steps 1 only.",
     )
-    bf16_update: Literal["split", "stochastic"] = field(
-        default="split",
-        metadata={"help": "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."},
-    )
-    optimizer_in_backward: bool = field(
-        default=False,
-        metadata={
-            "help": "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
-            "gradient_accumulation_steps 1 only."
-        },
-    )
-    fused: bool | None = field(
-        default=None,
-        metadata={
-            "help": "molf, molf_e, on a CUDA device: take the step by MoLF's own Triton kernels, or never; left out, where they "
-            "pass a trial on that device."
-        },
+    fused: bool | None = setting(
+        None,
+        "molf, molf_e, on a CUDA device: use the Triton kernels or not; by default use them if they are supported and a "
+        "self-test matches PyTorch.",
     )
 
     def __post_init__(self) -> None:
         if self.method == "molf_e" and self.fft_expert:
-            raise ValueError(
-                "fft_expert=True with method molf_e, which has a frozen base: leave it out or use method molf"
-            )
+            raise MolfError("fft_expert=True with method molf_e, whose base is frozen: leave it out or use method molf")
         if self.method == "rslora" and self.use_rslora is False:
-            raise ValueError("use_rslora=False with method rslora: leave it out or use method lora")
+            raise MolfError("use_rslora=False with method rslora: leave it out or use method lora")
         if self.method == "adalora" and self.use_rslora:
-            raise ValueError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
-        self._check_for_molf_alone()
+            raise MolfError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
+        self._check_molf_only()
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
@@ -127,21 +112,21 @@ class MethodConfig:
 
     def _check_numbers(self) -> None:
         if self.loraplus_lr_ratio < 1:
-            raise ValueError(
-                f"loraplus_lr_ratio={self.loraplus_lr_ratio}: B learns at least as fast as A; give 1 or more"
+            raise MolfError(
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be at least 1, so that B learns at least as fast as A"
             )
         if self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+            raise MolfError(f"lora_rank={self.lora_rank} must be at least 1")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
+            raise MolfError(f"lora_alpha={self.lora_alpha} must be above 0")
         ranks = self.ranks or []
         if any(rank < 1 for rank in ranks) or len(set(ranks)) < len(ranks):
-            raise ValueError(f"ranks={ranks}: give ranks of at least 1, each once")
+            raise MolfError(f"ranks={ranks}: give ranks of at least 1, each once")
         experts = len(ranks) + bool(self.fft_expert)
         if self.routes and not 1 <= self.top_k <= experts:
-            raise ValueError(f"top_k={self.top_k}: choose between 1 and {experts}, the number of experts")
+            raise MolfError(f"top_k={self.top_k}: choose between 1 and {experts}, the number of experts")
 
-    def _check_for_molf_alone(self) -> None:
+    def _check_molf_only(self) -> None:
         given = {
             "optim_bits": self.optim_bits == 8,
             "optimizer_in_backward": self.optimizer_in_backward,
@@ -149,9 +134,9 @@ class MethodConfig:
         }
         wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
         if wrong and not self.routes:
-            raise ValueError(f"{', '.join(wrong)} with method {self.method}: that is MoLF's alone; leave it out")
+            raise MolfError(f"{', '.join(wrong)} with method {self.method}: only MoLF has it; leave it out")
 
     @property
     def routes(self) -> bool:
-        """Whether the optimizer is MoLF, which routes updates between experts."""
+        """Whether the optimizer is MoLF."""
         return self.method in ("molf", "molf_e")

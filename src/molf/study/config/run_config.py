@@ -1,4 +1,4 @@
-"""What a run is made of: plain dataclasses and one flat, YAML-able form of them.
+"""The configuration of a run: dataclasses, and one flat form of them for YAML and JSON.
 
 Every field name is a command-line flag and a key of a ``--config`` file. Nothing here imports torch.
 """
@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from molf.errors import MolfError
+from molf.study.config.fields import setting
 from molf.study.config.method_config import MethodConfig
 
 PUBLISHED_RECIPE: dict[str, Any] = {
@@ -24,7 +26,26 @@ PUBLISHED_RECIPE: dict[str, Any] = {
     "report_to": "none",
     "save_strategy": "no",
 }
-"""The trainer's settings of the published recipe; a run's own settings are laid over them."""
+"""The trainer's settings in the published recipe; the settings of a run override them."""
+
+DEMO: dict[str, Any] = {
+    "model_name_or_path": "bundled:smollm2-135m",
+    "task": "fact",
+    "sample": True,
+    "limit": 120,
+    "method": "molf",
+    "learning_rate": 2e-4,
+    "lora_learning_rate": 2e-4,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 8,
+    "gradient_checkpointing": False,
+    "logging_steps": 4,
+    "eval_before": True,
+    "output_dir": "runs/demo",
+    "overwrite": True,
+}
+"""Settings of ``molf demo``: a small pretrained model learns counterfactual facts in minutes, without a GPU or a network."""
 
 SECRETS = frozenset({"hub_token"})
 """Settings that are never written to a file."""
@@ -36,17 +57,16 @@ class ModelConfig:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, folder, or bundled:smollm2-135m / bundled:gemma-3-270m. Required."},
+    model_name_or_path: str | None = setting(
+        None, "Hub id, folder, or bundled:smollm2-135m / bundled:gemma-3-270m. Required."
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32",
-        metadata={"help": "Type of the weights in memory; float32 with bf16 autocast is the stable choice."},
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "float32",
+        "Data type of the weights in memory; float32 with bf16 autocast is the stable choice.",
+        shapes="checkpoint",
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."},
+    attn_implementation: str | None = setting(
+        None, "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."
     )
 
 
@@ -56,80 +76,62 @@ class TaskConfig:
 
     _argument_group_name: ClassVar[str] = "task"
 
-    task: str = field(default="fact", metadata={"help": "Benchmark: fact, med or sql; or custom, your own data."})
-    data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: "
-            "a file, a folder or a Hub id (ID@REVISION)."
-        },
+    task: str = setting("fact", "Benchmark: fact, med or sql; or custom, your own data.")
+    data_path: str | None = setting(
+        None,
+        "Your copy of the task's data, a file or folder; its public source if unset. For task custom your data: a "
+        "file, a folder or a Hub id (ID@REVISION).",
     )
-    eval_path: str | None = field(
-        default=None,
-        metadata={"help": "Task custom: what to evaluate on, as data_path or as the name of a split of it."},
+    eval_path: str | None = setting(
+        None, "Task custom: what to evaluate on, as data_path or as the name of a split of it."
     )
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Task custom: share of the rows to hold out and evaluate on; 0.1 where nothing else is there."
-        },
+    eval_fraction: float | None = setting(
+        None, "Task custom: share of the rows to hold out and evaluate on; 0.1 if there is no other evaluation data."
     )
-    sample: bool = field(
-        default=False, metadata={"help": "Use the small sample inside the package instead of the full data."}
+    sample: bool = setting(False, "Use the small sample inside the package instead of the full data.")
+    limit: int | None = setting(None, "Use at most this many rows of each split.")
+    few_shot: int = setting(0, "Begin every prompt with this many training rows as examples, chosen by the seed.")
+    selection_limit: int | None = setting(
+        None,
+        "Choose settings: evaluate on this many training rows, which are held out, and not on the evaluation rows.",
     )
-    limit: int | None = field(default=None, metadata={"help": "Use at most this many rows of each split."})
-    few_shot: int = field(
-        default=0, metadata={"help": "Begin every prompt with so many training rows, chosen by the seed, as examples."}
+    eval_limit: int | None = setting(None, "Evaluate at most this many rows.", shapes="evaluation")
+    eval_batch_tokens: int = setting(
+        4096, "Maximum number of tokens in an evaluation batch, padding included.", shapes="evaluation"
     )
-    selection_limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train and evaluate on rows that no other run evaluates on, so many of them, to choose settings by."
-        },
+    generation_backend: Literal["transformers", "vllm"] = setting(
+        "transformers", "Generates the text in evaluations; vllm needs pip install 'molf[vllm]'.", shapes="evaluation"
     )
-    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate at most this many rows."})
-    eval_batch_tokens: int = field(
-        default=4096, metadata={"help": "Tokens, padding included, that one evaluation batch may hold."}
-    )
-    generation_backend: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={"help": "What generates text in evaluations; vllm needs the extra of that name."},
-    )
-    eval_before: bool = field(default=False, metadata={"help": "Evaluate the model before training too."})
+    eval_before: bool = setting(False, "Also evaluate the model before training.")
 
     def __post_init__(self) -> None:
         for name in ("limit", "selection_limit", "eval_limit", "eval_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise MolfError(f"{name}={value} must be at least 1")
         if self.few_shot < 0:
-            raise ValueError(f"few_shot={self.few_shot} must not be negative")
+            raise MolfError(f"few_shot={self.few_shot} must not be negative")
 
 
 @dataclass
 class OutputConfig:
-    """What a run does besides training, and where it writes."""
+    """Where a run writes, and what it does besides training."""
 
     _argument_group_name: ClassVar[str] = "run"
 
-    output_root: str = field(
-        default="runs", metadata={"help": "Parent of the run's folder, which is named after the run; see output_dir."}
+    output_root: str = setting(
+        "runs", "Parent of the run's folder, which is named after the run; output_dir overrides both.", shapes="nothing"
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace the run, finished or not, that output_dir already holds."}
-    )
-    clean_ckpt_at_end: bool = field(
-        default=False, metadata={"help": "Delete the checkpoint-N folders once the run is done."}
-    )
-    only_eval: bool = field(default=False, metadata={"help": "Evaluate the model without training it."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Show the resolved settings, one tokenised example and the memory estimate, and stop."},
+    overwrite: bool = setting(False, "Replace the run in output_dir, finished or not.", shapes="nothing")
+    clean_ckpt_at_end: bool = setting(False, "Delete the checkpoint-N folders once the run is done.", shapes="nothing")
+    only_eval: bool = setting(False, "Evaluate the model without training it.")
+    dry_run: bool = setting(
+        False, "Show the resolved settings, one tokenised example and the memory estimate, and stop.", shapes="nothing"
     )
 
 
 SECTIONS: dict[str, Any] = {"model": ModelConfig, "task": TaskConfig, "method": MethodConfig, "output": OutputConfig}
-"""The attributes of ``RunConfig`` that are dataclasses; any other name is a setting of the trainer."""
+"""The dataclasses of ``RunConfig`` by attribute; any other name is a setting of the trainer."""
 
 
 @dataclass
@@ -139,9 +141,9 @@ class RunConfig:
     Attributes:
         model: The model.
         task: The benchmark.
-        method: How weights are updated.
+        method: How the weights are updated.
         output: Where results go.
-        train: The trainer's settings (``TrainConfig``'s fields) by name; the published recipe fills in the rest.
+        train: The trainer's settings by name (the fields of ``TrainConfig``); the published recipe fills in the rest.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -155,10 +157,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "RunConfig":
-        """Build a configuration from flat settings, as ``to_dict`` or a YAML file gives them.
+        """Build a configuration from flat settings, such as those of ``to_dict`` or a YAML file.
 
         Args:
-            settings: Values by field name. Names of no section here are taken as the trainer's.
+            settings: Values by field name. A name that is in no section is a setting of the trainer.
         """
         rest = dict(settings)
         sections = {
@@ -168,7 +170,7 @@ class RunConfig:
         return cls(**sections, train=rest)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all settings as one flat mapping of plain values, which ``from_dict`` takes back."""
+        """Return all settings as one flat mapping of plain values, the inverse of ``from_dict``."""
         flat: dict[str, Any] = {}
         for section in SECTIONS:
             flat |= asdict(getattr(self, section))
@@ -176,14 +178,14 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        """The run's folder: ``output_dir`` where it is set, else one named after the run under ``output_root``."""
+        """The run's folder: ``output_dir`` if set, else ``output_root/run_name``."""
         if chosen := self.train.get("output_dir"):
             return Path(chosen)
         return Path(self.output.output_root) / self.run_name
 
     @property
     def run_name(self) -> str:
-        """The given ``run_name``, or one made of what usually differs between runs."""
+        """The given ``run_name``, or one built from the settings that usually differ between runs."""
         if given := self.train.get("run_name"):
             return str(given)
         parts = ["eval" if self.output.only_eval else self.method.method, self._model_label(), self.task.task]
@@ -195,7 +197,7 @@ class RunConfig:
 
     @property
     def resume_from(self) -> str | bool:
-        """The checkpoint to go on from; True for the last one, False for none. As words too: a flag is a string."""
+        """The checkpoint to resume from; True for the last one, False for none. A flag may give these as words."""
         given = self.train.get("resume_from_checkpoint") or False
         words: dict[str, bool] = {"true": True, "false": False}
         return words.get(str(given).lower(), given)
@@ -217,12 +219,12 @@ class RunConfig:
         return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *dropout, *rates, schedule]
 
     def resolved(self) -> "RunConfig":
-        """Return the same configuration with its folder and name written out."""
+        """Return the same configuration with ``output_dir`` and ``run_name`` filled in."""
         names = {"output_dir": str(self.output_dir), "run_name": self.run_name}
         return replace(self, train=self.train | names)
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Return the part of an error message that names the closest known name, or nothing where none is close."""
+    """Return the end of an error message that suggests the closest known name, or nothing if none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -2,72 +2,65 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from molf.study.config.fsdp_config import settled_fsdp
+from molf.errors import MolfError
+from molf.study.config.fields import setting
+from molf.study.config.fsdp_config import resolve_fsdp
 from molf.study.config.run_config import PUBLISHED_RECIPE, suggestion
+
+_NOT_LISTED = ("azure_ml", "flyte")
+"""Trackers that transformers does not always list as available, even if they are."""
 
 
 @dataclass
 class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
-    """``trl.SFTConfig`` with the published recipe's defaults; bf16 autocast where the accelerator can, float32 elsewhere."""
+    """``trl.SFTConfig`` with the defaults of the published recipe, and bf16 autocast if the accelerator supports it."""
 
     _argument_group_name: ClassVar[str] = "training (every field of trl.SFTConfig)"
 
-    learning_rate: float = field(
-        default=PUBLISHED_RECIPE["learning_rate"],
-        metadata={"help": "Learning rate of full-rank updates, and of LoRA ones unless lora_learning_rate is given."},
+    # What each of them shapes is in TRAINER_LEVELS, which needs no TRL.
+    learning_rate: float = setting(
+        PUBLISHED_RECIPE["learning_rate"],
+        "Learning rate of full-rank updates, and of LoRA ones unless lora_learning_rate is given.",
     )
-    weight_decay: float = field(
-        default=PUBLISHED_RECIPE["weight_decay"], metadata={"help": "Weight decay of full-rank updates."}
+    weight_decay: float = setting(PUBLISHED_RECIPE["weight_decay"], "Weight decay of full-rank updates.")
+    per_device_train_batch_size: int = setting(
+        PUBLISHED_RECIPE["per_device_train_batch_size"], "Examples per device and micro-step."
     )
-    per_device_train_batch_size: int = field(
-        default=PUBLISHED_RECIPE["per_device_train_batch_size"],
-        metadata={"help": "Examples per device and micro-step."},
+    gradient_accumulation_steps: int = setting(
+        PUBLISHED_RECIPE["gradient_accumulation_steps"], "Micro-steps per optimizer step."
     )
-    gradient_accumulation_steps: int = field(
-        default=PUBLISHED_RECIPE["gradient_accumulation_steps"], metadata={"help": "Micro-steps per optimizer step."}
+    num_train_epochs: float = setting(PUBLISHED_RECIPE["num_train_epochs"], "Passes over the training rows.")
+    lr_scheduler_type: str = setting(
+        PUBLISHED_RECIPE["lr_scheduler_type"], "Schedule of all learning rates: cosine, linear, ..."
     )
-    num_train_epochs: float = field(
-        default=PUBLISHED_RECIPE["num_train_epochs"], metadata={"help": "Passes over the training rows."}
+    warmup_steps: float = setting(PUBLISHED_RECIPE["warmup_steps"], "Warm-up, in steps; below 1 a share of all steps.")
+    max_grad_norm: float = setting(
+        PUBLISHED_RECIPE["max_grad_norm"], "Largest gradient norm before clipping; 0 for no clipping."
     )
-    lr_scheduler_type: str = field(
-        default=PUBLISHED_RECIPE["lr_scheduler_type"],
-        metadata={"help": "Schedule of all learning rates: cosine, linear, ..."},
+    seed: int = setting(PUBLISHED_RECIPE["seed"], "Seed of every random choice of the run.")
+    report_to: None | str | list[str] = setting(
+        PUBLISHED_RECIPE["report_to"], "Experiment tracker: none, tensorboard, wandb, trackio, ..."
     )
-    warmup_steps: float = field(
-        default=PUBLISHED_RECIPE["warmup_steps"], metadata={"help": "Warm-up, in steps; below 1 a share of all steps."}
-    )
-    max_grad_norm: float = field(
-        default=PUBLISHED_RECIPE["max_grad_norm"],
-        metadata={"help": "Largest gradient norm before clipping; 0 for no clipping."},
-    )
-    seed: int = field(default=PUBLISHED_RECIPE["seed"], metadata={"help": "Seed of every random choice of the run."})
-    report_to: None | str | list[str] = field(
-        default=PUBLISHED_RECIPE["report_to"],
-        metadata={"help": "Experiment tracker: none, tensorboard, wandb, trackio, ..."},
-    )
-    save_strategy: str = field(
-        default=PUBLISHED_RECIPE["save_strategy"],
-        metadata={"help": "When to write checkpoint-N folders: no, steps or epoch."},
+    save_strategy: str = setting(
+        PUBLISHED_RECIPE["save_strategy"], "When to write checkpoint-N folders: no, steps or epoch."
     )
 
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bfloat16 autocast; where unset, on accelerators that have bfloat16 unless fp16 is set."},
+    bf16: bool | None = setting(
+        None, "bfloat16 autocast; where unset, on accelerators that have bfloat16 unless fp16 is set."
     )
 
-    dataloader_pin_memory: bool = field(
-        default=True, metadata={"help": "Pin host memory where there is an accelerator."}
-    )
+    dataloader_pin_memory: bool = setting(True, "Pin host memory where there is an accelerator.")
 
     def __post_init__(self) -> None:
-        # Several processes on a machine without accelerators would each train a copy of their own.
+        # Without accelerators, the ranks of a machine would each train a copy of their own unless the CPU is asked for.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -75,15 +68,15 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
         self.dataloader_pin_memory = (
             self.dataloader_pin_memory and not self.use_cpu and torch.accelerator.is_available()
         )
-        # Newer transformers call it activation checkpointing and warn about the name that TRL and its users still use.
+        # Newer transformers warn about the old names, which TRL and its users still use.
         for new, old in (
             ("activation_checkpointing", "gradient_checkpointing"),
             ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
         ):
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
-        with settled_fsdp(self):
-            super().__post_init__()
+        resolve_fsdp(self)
+        super().__post_init__()
 
 
 def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
@@ -93,10 +86,30 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
         settings: Values by field name.
 
     Raises:
-        ValueError: A name is no field of ``TrainConfig``, or ``fsdp_config`` is not usable.
+        MolfError: A name is not a field of ``TrainConfig``, ``fsdp_config`` is not usable, a tracker of ``report_to`` is unknown
+            or not installed, or DeepSpeed is asked for.
     """
     known = [f.name for f in fields(TrainConfig) if f.init]
     for name in settings:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}{suggestion(name, known)}")
+            raise MolfError(f"unknown setting {name!r}{suggestion(name, known)}")
+    if settings.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise MolfError(
+            "deepspeed is not supported: ZeRO flattens and partitions the weights, and MoLF needs each layer's matrix. Shard the "
+            "model by FSDP2 instead: torchrun --nproc_per_node N -m molf train --fsdp True ..."
+        )
+    _check_trackers(settings.get("report_to"))
     return TrainConfig(**settings)
+
+
+def _check_trackers(report_to: None | str | list[str]) -> None:
+    trackers = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in trackers:
+        if name in ("all", "none", *get_available_reporting_integrations(), *_NOT_LISTED):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise MolfError(
+                f"report_to={name} is not a tracker{suggestion(name, known)} (known: none, {', '.join(known)})"
+            )
+        raise MolfError(f"report_to={name}: the tracker is not installed; pip install {name}, or use --report_to none")

@@ -1,1 +1,1 @@
-"""Answering a task's requests with a model: batched likelihoods and generations, and the evaluation made of them."""
+"""Answers a task's requests with a model, in batches: likelihoods, generations, and the evaluation built on them."""

@@ -1,4 +1,4 @@
-"""Token ids in batches: tokenizing texts once, cutting sorted rows into batches, padding them."""
+"""Batches of token ids: tokenize, group rows of similar length, pad."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Ids: TypeAlias = tuple[int, ...]
 T = TypeVar("T")
 
-_LEAST_FILLED = 0.75  # of a row; a shorter one waits for a batch with less padding
+_MIN_FILL = 0.75  # of the longest row; a shorter row waits for the next batch
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Ids]:
@@ -24,19 +24,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[s
 def batches(
     items: Sequence[T], length: Callable[[T], int], batch_tokens: int, shared: int = 0
 ) -> Iterator[Sequence[T]]:
-    """Cut items, longest first, into batches of rows of about equal length.
+    """Group items into batches of similar length, longest first.
 
     Args:
-        items: What to cut, sorted by falling ``length``.
-        length: How many tokens of a row an item takes.
-        batch_tokens: The most tokens of a batch once all its rows are as long as the longest; a longer item is a
-            batch of its own.
-        shared: How many tokens at the beginning of every row have been read already.
+        items: The items, sorted by decreasing ``length``.
+        length: Number of tokens in an item's row.
+        batch_tokens: Maximum number of tokens in a batch, padding included. A longer item forms a batch of its own.
+        shared: Number of leading tokens of every row that the model has already read.
     """
     first = 0
     while first < len(items):
         longest = length(items[first])
-        least = shared + _LEAST_FILLED * (longest - shared)
+        least = shared + _MIN_FILL * (longest - shared)
         most = items[first : first + max(1, batch_tokens // longest)]
         batch = [item for item in most if length(item) >= least]
         yield batch
@@ -44,7 +43,7 @@ def batches(
 
 
 def left_pad(batch: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask [R, T]; padding is masked, so that any id will do for it."""
+    """Return token ids and attention mask [R, T]. Padding is masked, so its id does not matter."""
     length = max(map(len, batch))
     ids = [[0] * (length - len(row)) + list(row) for row in batch]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in batch]
@@ -52,5 +51,5 @@ def left_pad(batch: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def base_model(model: PreTrainedModel) -> Any:
-    """Return the model inside a PEFT model, else the model itself."""
+    """Return the model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,11 +11,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from molf.errors import MolfError
 from molf.study.engine.batching import Ids, base_model, batches, tokenize
-from molf.study.engine.prefix import Prefix, keeps_all, read_prefix
+from molf.study.engine.prefix import Prefix, has_full_cache, read_prefix
 from molf.tasks.base import Generate, Request
 
-_TOKENS_A_ROUND = 16
+_TOKENS_PER_ROUND = 16  # complete rows leave their batch between rounds
 
 
 def generate_texts(
@@ -26,19 +27,19 @@ def generate_texts(
     batch_tokens: int,
     progress: bool,
 ) -> dict[Request, str]:
-    """Generate the greedy continuation of every distinct request.
+    """Generate the greedy continuation of every request.
 
     Raises:
-        ValueError: If a prompt has no tokens.
+        MolfError: A prompt has no tokens.
     """
     ids = prompt_ids(tokenizer, requests)
 
     def length(request: Generate) -> int:
         return len(ids[request.prompt]) + request.max_new_tokens
 
-    alike: dict[tuple[int, tuple[str, ...]], list[Generate]] = defaultdict(list)
+    by_settings: dict[tuple[int, tuple[str, ...]], list[Generate]] = defaultdict(list)
     for request in sorted(requests, key=length, reverse=True):
-        alike[request.max_new_tokens, request.stop].append(request)
+        by_settings[request.max_new_tokens, request.stop].append(request)
     prefix = read_prefix(model, list(ids.values()), most=min(map(len, ids.values()), default=1) - 1)
     end_ids = end_tokens(model, tokenizer)
     texts: dict[Request, str] = {}
@@ -46,7 +47,7 @@ def generate_texts(
         _plain_generation_config(model),
         logging.tqdm(total=len(requests), desc="Generations", disable=not progress) as bar,
     ):
-        for (max_new_tokens, stop), group in alike.items():
+        for (max_new_tokens, stop), group in by_settings.items():
             ending = _Ending(tokenizer, max_new_tokens, end_ids, stop)
             for batch in batches(group, length, batch_tokens, shared=len(prefix.ids)):
                 found = _continue(model, [ids[request.prompt] for request in batch], prefix, ending)
@@ -59,17 +60,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Generate])
     """Return the tokens of every prompt.
 
     Raises:
-        ValueError: If a prompt has no tokens.
+        MolfError: A prompt has no tokens.
     """
     ids = tokenize(tokenizer, [request.prompt for request in requests])
     if not all(ids.values()):
-        raise ValueError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")
+        raise MolfError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")
     return ids
 
 
 @dataclass(frozen=True)
 class _Ending:
-    """What ends a continuation: its greatest length, one of the end tokens, or one of the stop strings."""
+    """What ends a continuation: its maximum length, an end token or a stop string."""
 
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
@@ -77,7 +78,7 @@ class _Ending:
     stop: tuple[str, ...]
 
     def settings(self, count: int) -> GenerationConfig:
-        """Return the settings that add at most ``count`` greedy tokens."""
+        """Return the settings to generate at most ``count`` greedy tokens."""
         pad_id = self.tokenizer.pad_token_id
         return GenerationConfig(
             do_sample=False,
@@ -89,22 +90,22 @@ class _Ending:
         )
 
     def reached(self, new_ids: Sequence[int]) -> bool:
-        """Say whether a continuation is complete."""
+        """Return whether a continuation is complete."""
         if len(new_ids) >= self.max_new_tokens or not set(self.end_ids).isdisjoint(new_ids):
             return True
         text = self.tokenizer.decode(new_ids) if self.stop else ""
         return any(string in text for string in self.stop)
 
     def text(self, new_ids: Sequence[int]) -> str:
-        """Return the continuation without what ended it."""
+        """Return the continuation without its end token or stop string."""
         own = list(takewhile(lambda token: token not in self.end_ids, new_ids))
         text = str(self.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return text[: min((text.index(string) for string in self.stop if string in text), default=len(text))]
 
 
 def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, ending: _Ending) -> list[list[int]]:
-    """Return the greedy continuation of every row; complete rows leave the batch every ``_TOKENS_A_ROUND`` tokens."""
-    keeps = keeps_all(model)
+    """Return the greedy continuation of every row of a batch."""
+    batch_shrinks = has_full_cache(model)
     ids, mask = prefix.pad(batch, model.device)
     cache: Any = prefix.of_batch(len(batch))
     prompt_length = ids.shape[1]
@@ -116,13 +117,13 @@ def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, endi
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
-            generation_config=ending.settings(min(_TOKENS_A_ROUND, left) if keeps else left),
+            generation_config=ending.settings(min(_TOKENS_PER_ROUND, left) if batch_shrinks else left),
             tokenizer=ending.tokenizer,
         )
         ids, cache = output.sequences, output.past_key_values
         for row, tokens in zip(going, ids[:, prompt_length:].tolist(), strict=True):
             new_ids[row] = tokens
-        kept = [place for place, row in enumerate(going) if keeps and not ending.reached(new_ids[row])]
+        kept = [place for place, row in enumerate(going) if batch_shrinks and not ending.reached(new_ids[row])]
         going = [going[place] for place in kept]
         if going:
             ids, mask = ids[kept], torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[kept]
@@ -131,7 +132,7 @@ def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, endi
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, which training appends, and the checkpoint's own."""
+    """Return the tokens that end a text: the tokenizer's, which training appends, and those of the checkpoint."""
     own = base_model(model).generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return [token for token in dict.fromkeys(ids) if token is not None]
@@ -139,7 +140,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @contextmanager
 def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the checkpoint's generation settings: ``generate`` takes whatever ours leaves open from them."""
+    """Hide the checkpoint's generation config, from which ``generate`` fills what ours leaves unset."""
     base = base_model(model)
     checkpoint_config = base.generation_config
     base.generation_config = GenerationConfig()

@@ -2,19 +2,28 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molf.study.engine.examples import joined, runs_in_loss, tokenize_examples
+from molf.study.engine.examples import runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts
-from molf.study.engine.likelihood import encode, score_targets
-from molf.study.engine.next_token import check_options, read_options, targets_of
-from molf.tasks.base import Answer, ExampleTokens, Generate, Likelihood, NextToken, Request
+from molf.study.engine.likelihood import EncodedTarget, check_option, encode, score_targets
+from molf.tasks.base import (
+    Answer,
+    ExampleTokens,
+    Generate,
+    Likelihood,
+    NextToken,
+    OptionScores,
+    Request,
+    TargetScores,
+)
 
 TextGenerator: TypeAlias = Callable[[Sequence[Generate]], Mapping[Request, str]]
-"""Continues the prompts of distinct requests."""
+"""Returns the greedy continuation of each of several distinct requests."""
 
 
 def answer(
@@ -26,53 +35,38 @@ def answer(
     progress: bool = False,
     generate: TextGenerator | None = None,
 ) -> list[Answer]:
-    """Answer every request, in their order, with the model in evaluation mode.
+    """Answer requests, in order, with the model in evaluation mode.
 
-    Prompt and target are tokenized together, as TRL's ``SFTTrainer`` does in training: the target's tokens are those
-    of ``prompt + target`` after the longest beginning it shares with the tokens of ``prompt`` alone. So where the two
-    texts merge at their border, the merged token belongs to the target.
+    Prompt and target are tokenized together, as TRL's ``SFTTrainer`` does: the target's tokens are those of
+    ``prompt + target`` after the longest prefix shared with the tokens of ``prompt`` alone. If the two texts merge at
+    their border, the merged token belongs to the target.
 
     Args:
         model: A causal language model, or a PEFT model around one. Its training flags are restored.
         tokenizer: Its tokenizer; not changed.
-        requests: What to ask.
-        batch_tokens: The most tokens a batch may have, padding and room for generated tokens included. A longer
-            request is a batch of its own. Memory grows with it; answers change by no more than rounding.
+        requests: The requests. Equal ones are answered once.
+        batch_tokens: Maximum number of tokens in a batch, including padding and room for generated tokens. A longer
+            request forms a batch of its own. Memory grows with it; answers change only by rounding.
         progress: Show progress bars.
-        generate: Answers the ``Generate`` requests in place of the model, such as a ``VllmGenerator``.
+        generate: Answers the ``Generate`` requests instead of the model, for example a ``VllmGenerator``.
 
     Returns:
         ``TargetScores`` for a ``Likelihood`` or ``ExampleTokens``, ``OptionScores`` for a ``NextToken``, the new text for
         a ``Generate``.
 
     Raises:
-        ValueError: If a target has no tokens, an option is not exactly one token, or no token comes before what is
-            asked for.
-        FloatingPointError: If the model gives NaN.
+        MolfError: A target has no tokens, an option is not exactly one token, no token precedes a target, or the model's
+            logits contain NaN.
     """
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
-    distinct = dict.fromkeys(requests)
-    likelihoods = [request for request in distinct if isinstance(request, Likelihood)]
-    choices = [request for request in distinct if isinstance(request, NextToken)]
+    distinct = list(dict.fromkeys(requests))
     generations = [request for request in distinct if isinstance(request, Generate)]
-    encoded = encode(tokenizer, [*likelihoods, *(target for choice in choices for target in targets_of(choice))])
-    for choice in choices:
-        check_options(choice, encoded)
-    examples = [request for request in distinct if isinstance(request, ExampleTokens)]
-    tokenized = tokenize_examples(tokenizer, [request.example for request in examples])
-    runs = {request: runs_in_loss(example) for request, example in zip(examples, tokenized, strict=True)}
-    flat = {(request, number): run for request, own in runs.items() for number, run in enumerate(own)}
+    targets = _targets(tokenizer, distinct)
     answers: dict[Request, Answer] = {}
-    with _evaluating(model), torch.inference_mode():
-        scores = score_targets(model, encoded, batch_tokens=batch_tokens, progress=progress)
-        answers.update(scores.items())
-        answers.update((choice, read_options(choice, scores)) for choice in choices)
-        if flat:
-            found = score_targets(model, flat, batch_tokens=batch_tokens, progress=progress)
-            answers.update(
-                (request, joined([found[request, n] for n in range(len(own))])) for request, own in runs.items()
-            )
+    with _evaluation_mode(model), torch.inference_mode():
+        scores = score_targets(
+            model, chain.from_iterable(targets.values()), batch_tokens=batch_tokens, progress=progress
+        )
+        answers.update((request, _join(request, [scores[one] for one in own])) for request, own in targets.items())
         if generate is None:
             answers.update(generate_texts(model, tokenizer, generations, batch_tokens=batch_tokens, progress=progress))
     if generate is not None and generations:
@@ -80,9 +74,41 @@ def answer(
     return [answers[request] for request in requests]
 
 
+def _targets(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> dict[Request, list[EncodedTarget]]:
+    """Return the targets to score for every request that does not generate."""
+    likelihoods = {
+        request: [Likelihood(request.prompt, option) for option in request.options]
+        if isinstance(request, NextToken)
+        else [request]
+        for request in requests
+        if isinstance(request, Likelihood | NextToken)
+    }
+    encoded = encode(tokenizer, list(chain.from_iterable(likelihoods.values())))
+    for request, options in likelihoods.items():
+        if isinstance(request, NextToken):
+            for option in options:
+                check_option(option, encoded[option])
+    examples = [request for request in requests if isinstance(request, ExampleTokens)]
+    tokenized = tokenize_examples(tokenizer, [request.example for request in examples])
+    targets: dict[Request, list[EncodedTarget]] = {
+        request: [encoded[one] for one in own] for request, own in likelihoods.items()
+    }
+    targets.update((request, runs_in_loss(example)) for request, example in zip(examples, tokenized, strict=True))
+    return targets
+
+
+def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:
+    """Combine the scores of a request's targets into its answer."""
+    logprobs = tuple(chain.from_iterable(score.logprobs for score in scores))
+    token_ids = tuple(chain.from_iterable(score.token_ids for score in scores))
+    if isinstance(request, NextToken):
+        return OptionScores(logprobs, token_ids)
+    return TargetScores(logprobs, token_ids, tuple(chain.from_iterable(score.greedy for score in scores)))
+
+
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode; afterwards every module has its own training flag again."""
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in evaluation mode; on exit, restore every module's own training flag."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

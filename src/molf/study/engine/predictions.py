@@ -1,42 +1,38 @@
-"""The file that keeps what every number of an evaluation was computed from, and the numbers computed anew from it."""
+"""The file of predictions, and metrics recomputed from it."""
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
-from molf.tasks.base import Explained
-from molf.tasks.records import read_records
+from molf.tasks.base import HasRowResults
+from molf.tasks.records import check_fields, records_of
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
 
 
-def as_predictions(
-    task: Task, rows: Sequence[Row], requests: Sequence[Sequence[Request]], answers: Sequence[Sequence[Answer]]
-) -> list[dict[str, Any]]:
-    """Return one plain JSON object per row: its number, its record, what was asked and answered, and what came of it.
+def as_predictions(task: Task, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
+    """Return one plain JSON object per row: its number, its record, its requests with their answers, and its outcome.
 
     Args:
-        task: The benchmark; where it tells the outcome of every row, that is kept too.
+        task: The benchmark. Outcomes are left out unless it is a ``HasRowResults``.
         rows: The evaluated rows.
-        requests: What was asked about each.
-        answers: The answers, in the same order.
+        answers: For each row, the answers to ``task.requests(row)``.
     """
-    outcomes = task.outcomes(list(rows), [list(given) for given in answers]) if isinstance(task, Explained) else None
+    outcomes = task.outcomes(rows, answers) if isinstance(task, HasRowResults) else None
     return [
         {
             "row": number,
-            # Dates and the like, which some file formats have, become text.
-            "record": json.loads(json.dumps(row, default=str)),
-            "answers": [_record(request, given) for request, given in zip(asked, got, strict=True)],
+            "record": json.loads(json.dumps(row, default=str)),  # dates, which Parquet has, become text
+            "answers": [_record(request, given) for request, given in zip(task.requests(row), own, strict=True)],
             **({"outcome": outcomes[number]} if outcomes is not None else {}),
         }
-        for number, (row, asked, got) in enumerate(zip(rows, requests, answers, strict=True))
+        for number, (row, own) in enumerate(zip(rows, answers, strict=True))
     ]
 
 
@@ -46,7 +42,7 @@ def _record(request: Request, given: Answer) -> dict[str, Any]:
 
 
 def _answer(record: dict[str, Any]) -> Answer:
-    """Take back the answer from what ``_record`` gave."""
+    """Return the answer that ``_record`` wrote."""
     if "text" in record:
         return str(record["text"])
     logprobs, token_ids = tuple(record["logprobs"]), tuple(record["token_ids"])
@@ -56,37 +52,34 @@ def _answer(record: dict[str, Any]) -> Answer:
 
 
 def rescored(path: Path, task: Task) -> dict[str, Metric]:
-    """Compute the metrics anew from a file of predictions; no model is needed.
+    """Recompute the metrics from a file of predictions, without a model.
 
     Args:
-        path: What ``write_predictions`` wrote.
+        path: A file that ``write_predictions`` wrote.
         task: The benchmark.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It holds something else.
+        MolfError: The file cannot be read or contains something else.
     """
-    predictions = read_records(path, _FIELDS)
-    answers = [[_answer(record) for record in prediction["answers"]] for prediction in predictions]
-    return task.score([prediction["record"] for prediction in predictions], answers)
+    rows, answers = [], []
+    for where, prediction in records_of(path):
+        check_fields(prediction, _FIELDS, where)
+        rows.append(prediction["record"])
+        answers.append([_answer(record) for record in prediction["answers"]])
+    return task.score(rows, answers)
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None:
     """Write predictions as gzip-compressed JSON Lines; equal predictions give equal bytes.
 
     Args:
-        path: The file, named ``*.jsonl.gz``. It is written whole or not at all.
+        path: The file, written whole or not at all.
         predictions: One JSON object per row.
-
-    Raises:
-        ValueError: If ``path`` has another name.
     """
-    if not path.name.endswith(".jsonl.gz"):
-        raise ValueError(f"predictions are gzip-compressed JSON Lines; {path} must end in .jsonl.gz")
     with (
         atomic_write(path) as partial,
         partial.open("wb") as raw,
-        # Without name and time in its header, so that the bytes depend on the predictions alone.
+        # No name and time in the header, so that the bytes depend on the predictions alone.
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
     ):
         for prediction in predictions:

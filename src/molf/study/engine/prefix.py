@@ -1,4 +1,4 @@
-"""The beginning that all prompts of an evaluation share, such as worked examples or instructions, read once."""
+"""The prefix that all prompts of an evaluation share, such as worked examples or instructions, read only once."""
 
 import copy
 import inspect
@@ -13,58 +13,61 @@ from transformers.cache_utils import DynamicLayer
 from molf.study.engine.batching import Ids, base_model, left_pad
 
 MIN_TOKENS = 16
-"""A shorter beginning is read again with every row: copying its cache would not pay."""
+"""A shorter prefix is read again with every row: copying its cache costs more."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that all rows begin with, and the keys and values [1, heads, tokens, size] that a model made of them."""
+    """Tokens that all rows start with, and the model's keys and values [1, heads, tokens, size] of them."""
 
     ids: Ids = ()
     cache: DynamicCache | None = None
 
     def of_batch(self, rows: int) -> DynamicCache | None:
-        """Return a copy of the cache for so many rows, which the model may extend."""
+        """Return a copy of the cache for ``rows`` rows that the model may extend."""
         cache = copy.deepcopy(self.cache)
         if cache is not None:
             cache.batch_repeat_interleave(rows)
         return cache
 
     def pad(self, batch: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return token ids and attention mask [R, T] of whole rows; padding stands between the prefix and the rest."""
+        """Return token ids and attention mask [R, T] of whole rows, with the padding between the prefix and the rest."""
         ids, mask = left_pad([row[len(self.ids) :] for row in batch], device)
         prefix = torch.tensor([self.ids], dtype=ids.dtype, device=device).expand(len(batch), -1)
         return torch.cat([prefix, ids], dim=1), torch.cat([torch.ones_like(prefix), mask], dim=1)
 
 
 def read_prefix(model: PreTrainedModel, rows: Sequence[Ids], most: int) -> Prefix:
-    """Run the model once over what all rows begin with; an empty prefix where that would not pay.
+    """Run the model once over the tokens that all rows start with.
 
     Args:
         model: The model.
         rows: The tokens of all rows.
-        most: The most tokens of a prefix.
+        most: Maximum number of tokens.
+
+    Returns:
+        The prefix; empty if it would not save time or the model's cache cannot be copied.
     """
-    shared = _shared_beginning(rows)[:most]
-    if len(set(rows)) < 2 or len(shared) < MIN_TOKENS or not keeps_all(model):
+    shared = _shared_prefix(rows)[:most]
+    if len(set(rows)) < 2 or len(shared) < MIN_TOKENS or not has_full_cache(model):
         return Prefix()
     cache = DynamicCache(config=base_model(model).config)
     model(input_ids=torch.tensor([shared], device=model.device), past_key_values=cache, use_cache=True)
     return Prefix(shared, cache)
 
 
-def _shared_beginning(rows: Sequence[Ids]) -> Ids:
-    # What the first and the last in order share, all between them share.
+def _shared_prefix(rows: Sequence[Ids]) -> Ids:
+    # What the first and the last row in sorted order share, all rows share.
     first, last = (min(rows), max(rows)) if rows else ((), ())
     differ = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
     return first[: next(differ, min(len(first), len(last)))]
 
 
-def keeps_all(model: PreTrainedModel) -> bool:
-    """Say whether the model's cache is the keys and values of all tokens, so that rows can be copied and taken out.
+def has_full_cache(model: PreTrainedModel) -> bool:
+    """Return whether the cache holds the keys and values of all tokens, so that its rows can be copied and removed.
 
-    Sliding windows would count the padding after a prefix, and recurrent states cannot be cut.
+    Sliding windows would count the padding after a prefix, and recurrent states cannot be split.
     """
     base = base_model(model)
-    takes_one = "past_key_values" in inspect.signature(base.forward).parameters
-    return takes_one and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+    takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
+    return takes_cache and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)

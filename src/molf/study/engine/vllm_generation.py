@@ -1,4 +1,4 @@
-"""Greedy continuations by vLLM, which is imported only when it is asked for."""
+"""Greedy continuations by vLLM, imported only if requested."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from molf.errors import MolfError
 from molf.study.engine.generation import prompt_ids
 from molf.tasks.base import Generate, Request
 
 
 def require_vllm() -> None:
-    """Make sure that vLLM is there, before anything else is spent.
+    """Make sure that vLLM is installed.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        MolfError: It is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError(
-            "generation_backend=vllm needs vLLM, which is not installed: pip install 'molf[vllm]', "
-            "or leave generation_backend at transformers",
-            name="vllm",
+        raise MolfError(
+            "--generation_backend vllm needs vLLM, which is not installed: pip install 'molf[vllm]', "
+            "or use --generation_backend transformers"
         )
 
 
@@ -30,9 +30,9 @@ class VllmGenerator:
 
     Attributes:
         source: The model's folder or Hub id.
-        tokenizer: Its tokenizer: prompts reach vLLM as the tokens that training and the other requests use.
+        tokenizer: Its tokenizer, so that vLLM reads the same tokens as training and the other requests.
         end_ids: The tokens that end a text.
-        dtype: Type of the weights, by name.
+        dtype: Name of the weights' dtype.
         progress: Show a progress bar.
     """
 
@@ -46,14 +46,12 @@ class VllmGenerator:
         """Generate the greedy continuation of every request.
 
         Raises:
-            ModuleNotFoundError: vLLM is not installed.
-            ValueError: A prompt has no tokens.
+            MolfError: A prompt has no tokens.
         """
-        require_vllm()
         from vllm import LLM, SamplingParams
 
         ids = prompt_ids(self.tokenizer, requests)
-        # "vllm": its own neutral settings, not those that the checkpoint recommends for sampling.
+        # "vllm": ignore the sampling settings that the checkpoint recommends.
         llm = LLM(model=self.source, dtype=self.dtype, generation_config="vllm")
         settings = [
             SamplingParams(

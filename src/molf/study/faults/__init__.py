@@ -1,1 +1,1 @@
-"""What keeps a run from being lost: stop signals, locks, and the record of a finished training."""
+"""Fault tolerance of runs: stop signals, the lock of a run's folder, and the note of a finished training."""

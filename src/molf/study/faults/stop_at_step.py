@@ -1,4 +1,4 @@
-"""The Trainer's side of being told to stop: finish the step, save a checkpoint, end the training."""
+"""The Trainer's side of a stop request: finish the step, save a checkpoint, end the training."""
 
 import os
 from typing import Any
@@ -11,10 +11,9 @@ from molf.study.faults.preemption import StopRequest
 
 
 class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Save and stop after the step in which this process, or any other of a distributed run, was asked to.
+    """Save and stop after the step in which any process of the run was asked to stop.
 
-    The processes of a run that torchrun launched also stop when it is gone: nobody else could stop them then, or know that they
-    still run.
+    Processes that torchrun launched also stop when it is gone: nobody could stop them then, or know that they still run.
 
     Args:
         request: What the signals of this process set.
@@ -23,19 +22,25 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     def __init__(self, request: StopRequest):
         self.request = request
         self.launcher = os.getppid() if distributed.is_torchelastic_launched() else None
+        self.group: Any = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop where that was asked for."""
+        """Save and stop if that was asked for."""
         if args.world_size > 1:
-            self._agree(args.device)
+            self._agree()
         if self.request.received is not None:
             control.should_save = control.should_training_stop = True
 
-    def _agree(self, device: torch.device) -> None:
-        """Let every rank stop at the same step: a signal may reach one earlier than another, or one alone."""
+    def _agree(self) -> None:
+        """Stop all ranks at the same step, since a signal may reach only one of them, or one earlier.
+
+        The flag goes over gloo, from CPU to CPU: the default group would make every step wait for the device.
+        """
         if self.request.received is None and self.launcher not in (None, os.getppid()):
             self.request.received = "the end of the process that launched it"
-        asked = torch.tensor(self.request.received is not None, dtype=torch.int32, device=device)
-        distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
+        if self.group is None:
+            self.group = distributed.new_group(backend="gloo")
+        asked = torch.tensor(self.request.received is not None, dtype=torch.int32)
+        distributed.all_reduce(asked, op=distributed.ReduceOp.MAX, group=self.group)
         if asked and self.request.received is None:
             self.request.received = "a signal to another process"

@@ -1,4 +1,4 @@
-"""One try at a cell, in whatever process an engine makes for it. Nothing here imports torch."""
+"""One attempt at a run, in whatever process an engine makes for it. Nothing here imports torch."""
 
 import fcntl
 import json
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,39 +15,43 @@ from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING
 
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
 from molf.study.faults.preemption import PREEMPTED, exit_status
 from molf.study.faults.run_lock import in_use
-from molf.study.grids.cells import Cell, remove_weights
+from molf.study.grids.spec import FAILED, RunSpec
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 _log = logging.getLogger(__name__)
 
-FAILED, LOCK = ".failed.json", ".lock"
+LOCK = ".lock"
 _PAUSE = 0.5  # seconds between two looks at a lock or a process
+
+_TIED = """
+import ctypes, os, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: None)(1, 15)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the command in its arguments, with PR_SET_PDEATHSIG: Linux sends it SIGTERM when the process that started it dies."""
 
 
 @dataclass
 class Attempt:
-    """A run of a cell's command that goes on where an earlier attempt left a checkpoint.
+    """Runs a command until it ends; the command itself resumes from what an earlier attempt left.
 
-    A second attempt at the same time waits for the first, and for every process of a run whose starter is gone. A run that fails
-    or crashes leaves ``NAME.failed.json``; one that was killed or stopped leaves nothing, and is simply not finished.
+    A second attempt at the same time waits for the first one, and for the processes of an attempt that was killed. If the run
+    fails or crashes, ``NAME.failed.json`` says so; if it is killed or stopped, it is simply not finished.
 
     Attributes:
-        cell: The cell, with its settings written.
+        spec: The run; its settings file is written.
         keep_model: Keep the trained weights.
-        own_session: Shield the run from a Ctrl-C in this terminal, so that it is stopped by ``stop`` alone.
-        grace: How many seconds a stopped run gets to save what it has.
-        requeue_signal: What asks the scheduler's side of this process to requeue the job; None without a scheduler.
-        environment: Variables to add to the run's environment.
+        grace: Seconds that a stopped run gets to save.
+        requeue_signal: Signal that makes submitit requeue the job; None without a scheduler.
+        environment: Environment variables to add.
     """
 
-    cell: Cell
+    spec: RunSpec
     keep_model: bool = False
-    own_session: bool = False
     grace: float = 60.0
     requeue_signal: signal.Signals | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -54,121 +59,106 @@ class Attempt:
     _stopped: bool = field(default=False, init=False, repr=False)
 
     def __call__(self) -> int:
-        """Run the cell unless it is finished by now; return its exit status, negative where it was killed."""
+        """Run the command unless the run is finished; return the exit status, negative if it was killed."""
         with self._turn() as lock:
             if self._stopped or lock is None:
                 return PREEMPTED
-            if self.cell.finished:
+            if self.spec.state == "finished":
                 return 0
             status = self._run(lock)
             if status == PREEMPTED and not self._stopped:
                 self._requeue()
             if status == 0 and not self.keep_model:
-                remove_weights(self.cell)
+                for weights in self.spec.folder.rglob("*.safetensors"):
+                    weights.unlink()
             elif status > 0 and status != PREEMPTED:
-                record_failure(self.cell, status)
+                self._record_failure(status)
             return status
 
     def stop(self) -> None:
-        """Ask the run to save what it has and to end."""
+        """Tell the run to save and end."""
         self._stopped = True
         if self._process is not None:
             self._process.terminate()
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Stop the run and return what goes on with it later: submitit calls this before it requeues a job."""
+        """Stop the run and return the attempt that resumes it; submitit calls this before it requeues a job."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
         if self._process is not None:
-            _await_end(self._process.pid, self.grace)
+            _wait_for_end(self._process.pid, self.grace)
         return DelayedSubmission(replace(self))
 
     @contextmanager
     def _turn(self) -> Iterator[int | None]:
-        """Wait until nobody else runs this cell; yield the lock's descriptor, None if stopped while waiting.
+        """Wait until no other attempt is running; yield the lock's file descriptor, or None if stopped while waiting.
 
-        The processes that a launcher starts do not inherit the lock, and may outlive it: they have one of their own.
+        Processes started by torchrun do not inherit this lock and may outlive it, so wait for the run's own lock as well.
         """
-        with self.cell.beside(LOCK).open("a") as file:
-            while not _locked(file) or in_use(self.cell.folder):
+        with self.spec.beside(LOCK).open("a") as file:
+            waits = False
+            while not _lock(file) or in_use(self.spec.folder):
                 if self._stopped:
                     yield None
                     return
+                if not waits:
+                    _log.warning("another attempt at %s has not ended yet; waiting for it", self.spec.folder)
+                waits = True
                 time.sleep(_PAUSE)
             yield file.fileno()
 
     def _run(self, lock: int) -> int:
-        going_on = has_checkpoint(self.cell)
-        more = ["--resume_from_checkpoint", "True"] if going_on else []
-        with self.cell.log.open("ab" if going_on else "wb") as log:
-            # The run inherits the lock: even if this process is killed, nobody starts the cell again while the run goes on.
+        with self.spec.log_file.open("ab") as output:
+            # The run inherits the lock: if this process is killed, the next attempt waits until the run has saved and ended.
             self._process = subprocess.Popen(
-                [*self.cell.command, *more],
-                stdout=log,
+                [sys.executable, "-c", _TIED, *self.spec.command],
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **self.environment},
                 pass_fds=[lock],
-                start_new_session=self.own_session,
+                start_new_session=True,  # a Ctrl-C in this terminal is not for the run: `stop` stops it
             )
         if self._stopped:
             self._process.terminate()
         return exit_status(self._process.wait())
 
     def _requeue(self) -> None:
-        """Requeue the job of a run that was told to stop, unless whoever told it ends the job within the grace period.
+        """Requeue the job, unless whoever stopped the run ends the job within the grace period.
 
-        A scheduler that makes room sends SIGTERM and requeues the job itself when it kills it; a user who cancels the job sends
-        SIGTERM too, and does not want it back.
+        A scheduler that makes room for another job sends SIGTERM and requeues this one when it kills it. A user who cancels the
+        job also sends SIGTERM, and does not want it back.
         """
         if self.requeue_signal is not None:
             time.sleep(self.grace)
             signal.raise_signal(self.requeue_signal)
 
-
-def has_checkpoint(cell: Cell) -> bool:
-    """Say whether an earlier attempt left a checkpoint to go on from, be it one that is whole and not in place yet."""
-    sealed = (cell.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
-    return bool(checkpoints(cell.folder)) or any(sealed)
+    def _record_failure(self, status: int) -> None:
+        with atomic_write(self.spec.beside(FAILED)) as partial:
+            partial.write_text(json.dumps({"status": status, "host": socket.gethostname()}) + "\n", encoding="utf-8")
 
 
-def record_failure(cell: Cell, status: int) -> None:
-    """Note that a cell failed, so that it is not tried again unasked."""
-    with atomic_write(cell.beside(FAILED)) as partial:
-        partial.write_text(json.dumps({"status": status, "host": socket.gethostname()}) + "\n", encoding="utf-8")
-
-
-def failure_status(cell: Cell) -> int | None:
-    """Return the exit status that a cell failed with; None where it did not."""
-    try:
-        return int(json.loads(cell.beside(FAILED).read_text(encoding="utf-8"))["status"])
-    except FileNotFoundError:
-        return None
-
-
-def _locked(file: IO[str]) -> bool:
+def _lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        _log.warning("%s cannot be locked (%s): nothing keeps a second run out", file.name, error.strerror)
+        _log.warning("cannot lock %s (%s): nothing keeps a second run out", file.name, error.strerror)
     return True
 
 
-def _await_end(pid: int, seconds: float) -> None:
-    """Wait for a child to end and leave it to its own waiter.
+def _wait_for_end(pid: int, seconds: float) -> None:
+    """Wait until a child has ended, and leave its status for ``Popen.wait``.
 
-    This runs in a signal handler, which may have interrupted ``Popen.wait``, whose lock ``Popen.wait`` here would wait for.
+    This runs in a signal handler that may have interrupted ``Popen.wait``. Calling that here would wait for its own lock.
     """
     deadline = time.monotonic() + seconds
-    while _runs(pid) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+                return
+        except ChildProcessError:  # Popen.wait was faster
+            return
         time.sleep(_PAUSE)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
-    except ChildProcessError:  # its waiter was quicker
-        return False

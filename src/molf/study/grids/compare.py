@@ -1,16 +1,15 @@
-"""Methods side by side on one task: settings chosen on rows of their own, then every method with several seeds.
-
-A finished cell (``molf.study.grids.cells``) is not run again, so an interrupted comparison goes on where it was.
-"""
+"""Methods side by side on one task: choose each method's settings on rows of their own, then run it with several seeds."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
-from molf.study.grids.cells import Cell, Failure, carry_out, make_cell
+from molf.study.grids.runner import Engine, GridOutcome, run_grid
+from molf.study.grids.spec import Failure, RunSpec, make_spec
 from molf.study.results.result import Result
 from molf.tasks import get_task
 
@@ -20,14 +19,14 @@ class Comparison:
     """What to compare.
 
     Attributes:
-        candidates: For each contender, by the name to show, the settings to choose among, by label. ``output_dir`` and the
-            seed in them do not matter.
-        seeds: Seeds of the runs that are compared; the first one's is that of the selection too.
-        selection_limit: How many rows to choose settings by; see ``molf.study.run.selection``.
-        folder: Parent of all that is written.
-        metric: What to choose and compare by; the task's headline if None.
-        all_rates: Run all candidates on the evaluation rows, not only the chosen ones; the choice stays the same.
-        keep_models: Keep the trained weights.
+        candidates: For each contender, by the name to show, the settings to choose from, by label. Their ``output_dir`` and
+            seed are replaced.
+        seeds: Seeds of the runs that are compared. The first one is also used to choose settings.
+        selection_limit: Number of rows to choose settings on; see ``molf.study.run.selection``.
+        folder: Parent of all files.
+        metric: Metric to choose and compare by; the task's headline if None.
+        all_rates: Also run the candidates that were not chosen on the evaluation rows. The choice stays the same.
+        processes: How many processes train a run together.
     """
 
     candidates: dict[str, dict[str, RunConfig]]
@@ -36,26 +35,26 @@ class Comparison:
     folder: Path
     metric: str | None = None
     all_rates: bool = False
-    keep_models: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if not self.candidates or not all(self.candidates.values()):
-            raise ValueError("there is nothing to compare: give methods, e.g. --methods fft lora molf")
+            raise MolfError("there is nothing to compare: give methods, e.g. --methods fft lora molf")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)}: give one or more different seeds")
+            raise MolfError(f"seeds={list(self.seeds)}: give one or more different seeds")
         if self.selection_limit < 1:
-            raise ValueError(f"selection_limit={self.selection_limit} must be at least 1")
+            raise MolfError(f"selection_limit={self.selection_limit} must be at least 1")
 
     @property
     def task(self) -> str:
         """The task's name.
 
         Raises:
-            ValueError: The candidates have different tasks.
+            MolfError: The candidates have different tasks.
         """
         (name, *others) = {config.task.task for own in self.candidates.values() for config in own.values()}
         if others:
-            raise ValueError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
+            raise MolfError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
         return name
 
 
@@ -66,10 +65,10 @@ class Contender:
     Attributes:
         name: Name to show.
         method: The method.
-        chosen: Label of the chosen settings, or None where all candidates failed.
-        selection: What each candidate reached on the rows for selection, by label; empty where there was one only.
-        results: The finished runs of the chosen settings, one per seed.
-        others: Those of the other candidates, by label, where they were asked for.
+        chosen: Label of the chosen settings; None if no candidate could be chosen.
+        selection: The metric of each candidate on the rows for selection, by label; empty if there is only one candidate.
+        results: Finished runs of the chosen settings, one per seed.
+        others: Finished runs of the other candidates, by label, if they were asked for.
     """
 
     name: str
@@ -79,96 +78,119 @@ class Contender:
     results: list[Result]
     others: dict[str, list[Result]]
 
+    def values(self, metric: str) -> list[float]:
+        """Return the metric of every run that has it."""
+        return [result.metrics[metric].value for result in self.results if metric in result.metrics]
+
     def mean(self, metric: str) -> float | None:
-        """Return the mean of a metric over seeds, or None without a run that has it."""
-        values = self._values(metric)
+        """Return the mean of a metric over seeds; None if no run has it."""
+        values = self.values(metric)
         return fmean(values) if values else None
 
     def spread(self, metric: str) -> float | None:
-        """Return the standard deviation of a metric over seeds, or None for fewer than two."""
-        values = self._values(metric)
+        """Return the standard deviation of a metric over seeds; None for fewer than two."""
+        values = self.values(metric)
         return stdev(values) if len(values) > 1 else None
-
-    def _values(self, metric: str) -> list[float]:
-        return [result.metrics[metric].value for result in self.results if metric in result.metrics]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished comparison.
+    """The outcome of a comparison.
 
     Attributes:
-        metric: What was chosen and compared by.
+        metric: Metric that settings were chosen and contenders compared by.
         contenders: The methods, in the order given.
-        failures: The cells that did not finish.
+        failures: Runs that failed.
+        unfinished: Names of runs that were killed or stopped.
     """
 
     metric: str
     contenders: list[Contender]
     failures: list[Failure]
+    unfinished: list[str]
 
 
-def compare(comparison: Comparison, tell: Callable[[str], None] = lambda line: None) -> Outcome:
+def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] = lambda line: None) -> Outcome:
     """Carry out a comparison.
 
     Each method's settings are chosen by the metric on rows that are never evaluated on otherwise
-    (``molf.study.run.selection``), a tie going to the earlier candidate; a method with one candidate needs no choice. Then
-    the chosen settings run on the task's own rows, once per seed.
+    (``molf.study.run.selection``); a tie goes to the earlier candidate. Then the chosen settings run on the task's own rows, once
+    per seed. Runs that failed in an earlier call are tried again.
 
     Args:
         comparison: What to compare.
-        tell: Called with a line about each cell as it starts or fails.
+        engine: Where to run it.
+        log: Called with a line of progress.
 
     Raises:
-        ValueError: A folder holds a run with other settings.
+        MolfError: A folder holds a run with other settings.
     """
     metric = comparison.metric or get_task(comparison.task).headline
-    failures: list[Failure] = []
+    candidates = comparison.candidates
+    contested = [(name, label) for name, own in candidates.items() if len(own) > 1 for label in own]
+    trials = {key: selection_spec(comparison, *key) for key in contested}
+    tried = _run([*trials.values()], engine, log)
+    selection: dict[str, dict[str, float]] = {name: {} for name in candidates}
+    for (name, label), spec in trials.items():
+        if spec.name in tried.results:
+            selection[name][label] = _value(tried.results[spec.name], metric)
+    chosen = {name: best(selection[name]) if len(own) > 1 else next(iter(own)) for name, own in candidates.items()}
+    # With a candidate still to run, a choice could change later.
+    chosen |= {name: None for (name, _), spec in trials.items() if spec.name in tried.unfinished}
 
-    def finished(cells: Iterable[Cell]) -> list[Result]:
-        outcomes = [carry_out(cell, comparison.keep_models, tell) for cell in cells]
-        failures.extend(outcome for outcome in outcomes if isinstance(outcome, Failure))
-        return [outcome for outcome in outcomes if isinstance(outcome, Result)]
+    wanted = [
+        (name, label)
+        for name, own in candidates.items()
+        for label in own
+        if comparison.all_rates or label == chosen[name]
+    ]
+    finals = {key: final_specs(comparison, *key) for key in wanted}
+    done = _run([spec for specs in finals.values() for spec in specs], engine, log)
+    runs: dict[str, dict[str, list[Result]]] = {name: {} for name in candidates}
+    for (name, label), specs in finals.items():
+        runs[name][label] = [done.results[spec.name] for spec in specs if spec.name in done.results]
+    contenders = [
+        Contender(name, _method(own), chosen[name], selection[name], runs[name].pop(chosen[name] or "", []), runs[name])
+        for name, own in candidates.items()
+    ]
+    return Outcome(metric, contenders, tried.failures + done.failures, tried.unfinished + done.unfinished)
 
-    contenders = []
-    for name, candidates in comparison.candidates.items():
-        selection = {}
-        if len(candidates) > 1:
-            for label in candidates:
-                for result in finished([selection_cell(comparison, name, label)]):
-                    selection[label] = _value(result, metric)
-        chosen = best(selection) if len(candidates) > 1 else next(iter(candidates))
-        wanted = [label for label in candidates if comparison.all_rates or label == chosen]
-        runs = {label: finished(final_cells(comparison, name, label)) for label in wanted}
-        method = next(iter(candidates.values())).method.method
-        contenders.append(Contender(name, method, chosen, selection, runs.pop(chosen or "", []), runs))
-    return Outcome(metric, contenders, failures)
+
+def _run(specs: list[RunSpec], engine: Engine, log: Callable[[str], None]) -> GridOutcome:
+    return run_grid(specs, engine, retry=True, log=log) if specs else GridOutcome({}, [], [])
 
 
 def best(values: dict[str, float]) -> str | None:
-    """Return the label of the largest value, the earlier of equals; None where there is none."""
+    """Return the label of the largest value, the earlier one of equals; None if there is none."""
     usable = {label: value for label, value in values.items() if not math.isnan(value)}
     return max(usable, key=lambda label: usable[label]) if usable else None
 
 
-def selection_cell(comparison: Comparison, name: str, label: str) -> Cell:
-    """Return the run that a candidate is chosen by."""
+def selection_spec(comparison: Comparison, name: str, label: str) -> RunSpec:
+    """Return the run that a candidate is judged by."""
     config = comparison.candidates[name][label]
     task = replace(config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False)
-    return _cell(comparison.folder / "selection", f"{name}-{label}", replace(config, task=task), comparison.seeds[0])
+    folder, seed = comparison.folder / "selection", comparison.seeds[0]
+    return _with_seed(comparison, folder, f"{name}-{label}", replace(config, task=task), seed)
 
 
-def final_cells(comparison: Comparison, name: str, label: str) -> list[Cell]:
+def final_specs(comparison: Comparison, name: str, label: str) -> list[RunSpec]:
     """Return the runs that a contender is judged by, one per seed."""
     config = comparison.candidates[name][label]
-    return [_cell(comparison.folder, f"{name}-{label}-s{seed}", config, seed) for seed in comparison.seeds]
+    return [
+        _with_seed(comparison, comparison.folder, f"{name}-{label}-s{seed}", config, seed) for seed in comparison.seeds
+    ]
 
 
-def _cell(parent: Path, name: str, config: RunConfig, seed: int) -> Cell:
-    return make_cell(parent, name, replace(config, train=config.train | {"seed": seed}))
+def _with_seed(comparison: Comparison, parent: Path, name: str, config: RunConfig, seed: int) -> RunSpec:
+    return make_spec(parent, name, replace(config, train=config.train | {"seed": seed}), comparison.processes)
+
+
+def _method(candidates: dict[str, RunConfig]) -> str:
+    return next(iter(candidates.values())).method.method
 
 
 def _value(result: Result, metric: str) -> float:
     if metric not in result.metrics:
-        raise ValueError(f"the task has no metric {metric!r}; it has {', '.join(result.metrics)}")
+        raise MolfError(f"the task has no metric {metric!r}; it has {', '.join(result.metrics)}")
     return result.metrics[metric].value

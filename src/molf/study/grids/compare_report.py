@@ -1,7 +1,5 @@
-"""A comparison for people and for other programs: a table, files, a picture and a verdict."""
+"""Reports of a comparison: a table, a bar chart, CSV, JSON and Markdown files, and a verdict."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -18,19 +17,19 @@ from molf.files import atomic_write
 from molf.study.grids.compare import Contender, Outcome
 
 BASELINES = ("fft", "lora", "rslora")
-"""What MoLF is measured against: full fine-tuning and plain LoRA, with either scale."""
+"""Baselines of MoLF: full fine-tuning and plain LoRA, with either scale."""
 
 ADAPTIVE = ("adalora", "dora", "eva", "pissa", "rslora", "lora_plus")
-"""What MoLF-Efficient is measured against: the LoRAs that adapt ranks, starts, directions or rates."""
+"""Baselines of MoLF-Efficient: LoRA variants that adapt ranks, initialization, directions or learning rates."""
 
 NAME = "comparison"
 
 
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return one plain row per contender.
+    """Return one plain row per contender; None is unknown.
 
-    The metric has its mean and its spread (standard deviation, None for one seed) over seeds, other metrics,
-    speed and time their means, memory its largest value. What is not known is None.
+    The metric is given as mean and standard deviation (``/spread``) over seeds, memory as its largest value, everything else as
+    a mean.
     """
     return [_row(contender, outcome.metric) for contender in outcome.contenders]
 
@@ -49,29 +48,21 @@ def _row(contender: Contender, metric: str) -> dict[str, Any]:
         metric: contender.mean(metric),
         f"{metric}/spread": contender.spread(metric),
         **{name: contender.mean(name) for name in others},
-        "trainable_parameters": sum(_trained(trainings[0])) if trainings else None,
+        "trainable_parameters": trainings[0].trainable_parameters + trainings[0].lora_parameters if trainings else None,
         "tokens_per_second": fmean(speeds) if speeds else None,
         "peak_memory_bytes": max(memory, default=None),
         "seconds": fmean(result.seconds for result in results) if results else None,
     }
 
 
-def _trained(training: Any) -> tuple[int, int]:
-    return training.trainable_parameters, training.lora_parameters
-
-
 def verdict(outcome: Outcome) -> str:
-    """Say in one sentence how far MoLF and MoLF-Efficient are from what they must be measured against."""
+    """Say in one sentence how MoLF and MoLF-Efficient compare with their baselines."""
     parts = [
         _distance(outcome, "molf", BASELINES, "MoLF", "the better of full fine-tuning and LoRA"),
         _distance(outcome, "molf_e", ADAPTIVE, "MoLF-Efficient", "the best adaptive LoRA"),
     ]
-    found = [part for part in parts if part]
-    return (
-        f"{' and '.join(found)}."
-        if found
-        else "Nothing to say about MoLF: it or what it is measured against is missing."
-    )
+    found = " and ".join(part for part in parts if part)
+    return f"{found}." if found else "Nothing to say about MoLF: it or its baselines are missing."
 
 
 def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str, others: str) -> str | None:
@@ -87,14 +78,17 @@ def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str,
 
 
 def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | None:
-    means = {c.name: c.mean(outcome.metric) for c in outcome.contenders if c.method in methods}
-    known = [(name, value) for name, value in means.items() if value is not None]
-    return max(known, key=lambda pair: pair[1], default=None)
+    means = [
+        (c.name, mean)
+        for c in outcome.contenders
+        if c.method in methods and (mean := c.mean(outcome.metric)) is not None
+    ]
+    return max(means, key=lambda pair: pair[1], default=None)
 
 
 def comparison_table(outcome: Outcome) -> Table:
     """Return the comparison for a terminal."""
-    header, *lines = _cells(outcome)
+    header, *lines = _text_table(outcome)
     table = Table(title="comparison", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for number, title in enumerate(header):
         table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number != 1)
@@ -105,7 +99,7 @@ def comparison_table(outcome: Outcome) -> Table:
 
 def markdown(outcome: Outcome) -> str:
     """Return the comparison as Markdown: the table, how settings were chosen, what failed, the verdict."""
-    header, *lines = _cells(outcome)
+    header, *lines = _text_table(outcome)
     rules = ["---", "---", *["---:"] * (len(header) - 2)]
     table = [f"| {' | '.join(line)} |" for line in (header, rules, *lines)]
     chosen = [
@@ -114,51 +108,53 @@ def markdown(outcome: Outcome) -> str:
         if c.selection
     ]
     failed = [f"- {f.cell}: status {f.status}, see {f.log}" for f in outcome.failures]
-    parts = [*table, "", verdict(outcome), ""]
-    parts += [f"Settings by {outcome.metric} on the rows for selection:", "", *chosen, ""] if chosen else []
-    parts += ["Failed:", "", *failed, ""] if failed else []
-    return "\n".join(parts)
+    lists = {
+        f"Settings by {outcome.metric} on the rows for selection:": chosen,
+        "Failed:": failed,
+        "Not finished:": [f"- {name}" for name in outcome.unfinished],
+    }
+    parts = [[title, "", *items, ""] for title, items in lists.items() if items]
+    return "\n".join([*table, "", verdict(outcome), "", *(line for part in parts for line in part)])
 
 
-def _cells(outcome: Outcome) -> list[list[str]]:
-    rows = rows_of(outcome)
-    known = {"name", "method", "chosen", "seeds", outcome.metric, f"{outcome.metric}/spread"}
-    costs = {"trainable_parameters": "trainable M", "tokens_per_second": "tok/s"}
-    costs |= {"peak_memory_bytes": "peak GiB", "seconds": "min"}
-    others = list(dict.fromkeys(name for row in rows for name in row if name not in known and name not in costs))
-    scale = {"trainable_parameters": 1e6, "tokens_per_second": 1.0, "peak_memory_bytes": 2**30, "seconds": 60.0}
-    lines = [["method", "chosen", outcome.metric, "n", *others, *costs.values()]]
+def _text_table(outcome: Outcome) -> list[list[str]]:
+    """Return the header and a line per contender."""
+    rows, metric = rows_of(outcome), outcome.metric
+    costs = {  # column: (title, unit)
+        "trainable_parameters": ("trainable M", 1e6),
+        "tokens_per_second": ("tok/s", 1.0),
+        "peak_memory_bytes": ("peak GiB", 2**30),
+        "seconds": ("min", 60.0),
+    }
+    known = {"name", "method", "chosen", "seeds", metric, f"{metric}/spread", *costs}
+    others = list(dict.fromkeys(name for row in rows for name in row if name not in known))
+    lines = [["method", "chosen", metric, "n", *others, *(title for title, _ in costs.values())]]
     for row in rows:
-        mean, spread = row[outcome.metric], row[f"{outcome.metric}/spread"]
-        value = _number(mean, 2) + (f" ± {spread:.2f}" if spread is not None else "")
-        measured = [_number(row.get(name), 2) for name in others]
-        spent = [_number(None if row[name] is None else row[name] / scale[name], 1) for name in costs]
-        lines.append([row["name"], row["chosen"] or "failed", value, str(row["seeds"]), *measured, *spent])
+        spread = row[f"{metric}/spread"]
+        value = _number(row[metric]) + (f" ± {spread:.2f}" if spread is not None else "")
+        measured = [_number(row.get(name)) for name in others]
+        spent = [_number(row[name], unit, digits=1) for name, (_, unit) in costs.items()]
+        lines.append([row["name"], row["chosen"] or "none", value, str(row["seeds"]), *measured, *spent])
     return lines
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, unit: float = 1.0, digits: int = 2) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
 
 
 def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
     """Write ``comparison.csv``, ``.json``, ``.md`` and ``.png`` into a folder and return their paths."""
-    rows = rows_of(outcome)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     record = {
         "metric": outcome.metric,
         "verdict": verdict(outcome),
-        "rows": rows,
+        "rows": rows_of(outcome),
         "selection": {c.name: c.selection for c in outcome.contenders},
         "runs": {c.name: {c.chosen or "": c.results, **c.others} for c in outcome.contenders},
         "failures": [asdict(failure) for failure in outcome.failures],
+        "unfinished": outcome.unfinished,
     }
     texts = {
-        ".csv": sheet.getvalue(),
+        ".csv": pd.DataFrame(rows_of(outcome), dtype=object).to_csv(index=False),
         ".json": json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n",
         ".md": markdown(outcome),
     }
@@ -175,12 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def draw_bars(outcome: Outcome, path: Path) -> None:
-    """Draw the metric of every contender as a bar, with its spread and the value of every seed.
-
-    Args:
-        outcome: What to draw.
-        path: A ``.png`` file, written whole or not at all.
-    """
+    """Draw the mean of the metric as one bar per contender, with its spread and a dot per seed, into a PNG file."""
     metric, shown = outcome.metric, [c for c in outcome.contenders if c.results]
     figure = Figure(figsize=(max(4.0, 1.1 * len(shown) + 1.5), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -189,8 +180,7 @@ def draw_bars(outcome: Outcome, path: Path) -> None:
         color = "#2a6f97" if contender.method.startswith("molf") else "#b0b7bf"
         mean = contender.mean(metric) or 0.0
         axes.bar(place, mean, yerr=contender.spread(metric), color=color, capsize=4, width=0.7)
-        values = [r.metrics[metric].value for r in contender.results if metric in r.metrics]
-        if len(values) > 1:
+        if len(values := contender.values(metric)) > 1:
             axes.plot([place] * len(values), values, "o", color="black", markersize=3)
         axes.annotate(f"{mean:.1f}", (place, mean), xytext=(0, 4), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")

@@ -1,22 +1,23 @@
 """Runs in processes of this machine, several at a time."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from molf.errors import MolfError
 from molf.study.grids.attempt import Attempt
-from molf.study.grids.cells import Cell
+from molf.study.grids.spec import RunSpec
 
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Carries out cells on this machine.
+    """Carries out runs on this machine.
 
     Attributes:
-        jobs: How many at a time. Each gets an equal share of the CPU's threads, and of accelerators one per process.
-        devices: Accelerators to deal out, as ``CUDA_VISIBLE_DEVICES`` names them; one that is named twice may be shared by two.
+        jobs: Number of runs at a time. Each gets an equal share of the CPU threads, and one GPU per process.
+        devices: GPUs, as ``CUDA_VISIBLE_DEVICES`` names them; two runs may share one that is named twice.
         keep_models: Keep the trained weights.
     """
 
@@ -24,35 +25,31 @@ class LocalEngine:
     devices: tuple[str, ...] = ()
     keep_models: bool = False
 
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs={self.jobs} must be at least 1")
+    def run(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
+        """Carry out runs and yield each one when it has ended, however it ended.
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
-        """Run cells and yield each when it has ended, however it did.
-
-        When interrupted, it stops the runs, which save what they have, and waits for them.
+        When this is interrupted, it tells the runs to save and end, and waits for them.
 
         Raises:
-            ValueError: There are accelerators, and not one for each process.
+            MolfError: There are GPUs, but not one per process.
         """
-        self._check_devices(max((cell.processes for cell in cells), default=0))
+        self._check_devices(max((spec.processes for spec in specs), default=0))
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self.jobs):
             slots.put(slot)
-        attempts = [Attempt(cell, self.keep_models, own_session=True) for cell in cells]
 
-        def carry_out(attempt: Attempt) -> None:
+        def run_attempt(attempt: Attempt) -> None:
             slot = slots.get()
-            attempt.environment = self.environment(slot, attempt.cell.processes)
+            attempt.environment = self.environment(slot, attempt.spec.processes)
             try:
                 attempt()
             finally:
                 slots.put(slot)
 
+        attempts = [Attempt(spec, self.keep_models) for spec in specs]
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                futures = {pool.submit(carry_out, attempt): attempt.cell for attempt in attempts}
+                futures = {pool.submit(run_attempt, attempt): attempt.spec for attempt in attempts}
                 for future in as_completed(futures):
                     future.result()
                     yield futures[future]
@@ -62,27 +59,28 @@ class LocalEngine:
                     attempt.stop()
 
     def environment(self, slot: int, processes: int = 1) -> dict[str, str]:
-        """Return what a run in one of the places gets: its share of the machine, unless the user has set it."""
-        share: dict[str, str] = {}
+        """Return the environment variables that give a run its share of the machine.
+
+        Every run sees exactly its own GPUs, also if it runs alone: with more, the Trainer would multiply its batch.
+        """
+        share = {}
         if (sharers := self.jobs * processes) > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // sharers))
-        if self.jobs > 1 and self.devices:
-            own = range(slot * processes, (slot + 1) * processes)
-            share["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[number] for number in own)
+        if self.devices:
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[slot * processes : (slot + 1) * processes])
         return share
 
     def _check_devices(self, processes: int) -> None:
-        there, wanted = len(self.devices), self.jobs * processes
-        if there and wanted > there:
-            raise ValueError(
-                f"{self.jobs} runs at a time (--jobs) on {processes} processes each (--nproc_per_node) take {wanted} devices, "
-                f"and there are {there} ({','.join(self.devices)}): choose fewer, or name a device more than once in "
-                "CUDA_VISIBLE_DEVICES to let several runs share it"
+        there, needed = len(self.devices), self.jobs * processes
+        if there and needed > there:
+            raise MolfError(
+                f"--jobs {self.jobs} runs with --nproc_per_node {processes} need {needed} GPUs, and {there} are visible "
+                f"({','.join(self.devices)}): use fewer, or name a GPU several times in CUDA_VISIBLE_DEVICES to share it"
             )
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Return the CUDA devices that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return tuple(chosen.split(","))
 

@@ -1,1 +1,1 @@
-"""What each training method means in terms of the libraries that carry it out."""
+"""Training methods: what each one means to the Trainer, PEFT and MoLF, and what each one adds to a run."""

@@ -1,6 +1,5 @@
-"""PEFT adapters on the model, as a recipe asks for them."""
+"""PEFT adapters of a recipe, and the optimizers that train them."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from molf.errors import MolfError
+from molf.files import atomic_folder
 from molf.integrations.lora_experts import add_lora_experts
 from molf.integrations.trainer import MoLFFactory
 from molf.optimizer import MoLF
@@ -17,25 +18,38 @@ from molf.study.methods.eva import add_eva_adapter
 from molf.study.methods.recipe import Recipe
 
 ADAPTERS_FOLDER = "adapters"
-"""Inside a run's folder: MoLF-Efficient's experts, a folder each, as PEFT saves several adapters."""
+"""Folder of MoLF-Efficient's experts inside a run's folder, with a subfolder for each adapter as PEFT saves them."""
 
 
 def add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
-    """Give a model the adapters of a recipe.
+    """Add the adapters of a recipe to a model.
 
     Args:
-        model: The plain model; it is changed in place.
+        model: The plain model; changed in place.
         recipe: The method.
-        freeze_rest: For MoLF's experts, whether all that is neither an expert nor adapted (norms, embeddings, biases) is
-            frozen. The baselines always freeze it.
+        freeze_rest: For MoLF, whether to freeze everything that is not routed (norms, embeddings, biases). PEFT's baselines
+            always freeze it.
 
     Raises:
-        ValueError: The model cannot have such adapters.
+        MolfError: The model cannot have such adapters.
     """
+    try:
+        return _add_adapters(model, recipe, freeze_rest)
+    except ValueError as error:
+        if isinstance(error, MolfError):
+            raise
+        given = recipe.experts or recipe.adalora or recipe.lora or {}
+        raise MolfError(
+            f"PEFT cannot add adapters with target_modules={given['target_modules']!r} and "
+            f"exclude_modules={given['exclude_modules']!r} to this model: {error}"
+        ) from error
+
+
+def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
     if recipe.experts is not None:
         return _add_experts(model, recipe.experts, freeze_rest)
     if recipe.adalora is not None:
-        # The schedule is the trainer's: AdaLoraAllocation fills it in when training starts.
+        # AdaLoraAllocation sets the schedule when training starts.
         return get_peft_model(model, AdaLoraConfig(**recipe.adalora, total_step=1))
     if recipe.lora is None:
         return model
@@ -57,20 +71,23 @@ def _add_experts(model: nn.Module, arguments: dict[str, Any], freeze_rest: bool)
 
 
 class ExpertsFactory(MoLFFactory):
-    """Builds MoLF for a model with adapters as experts, all of them: a Trainer that resumes leaves only one active."""
+    """Builds MoLF for a model with adapters as experts.
+
+    It activates all adapters first: a Trainer that resumes leaves only one of them active.
+    """
 
     def __call__(self, model: nn.Module, **options: Any) -> MoLF:
-        """Activate all adapters and build the optimizer."""
+        """Build the optimizer of a model."""
         adapted: Any = model
         adapted.base_model.set_adapter(list(adapted.peft_config))
         return super().__call__(model, **options)
 
 
 class LoraPlusFactory:
-    """Builds LoRA+ (Hayou et al. 2024), AdamW with a higher learning rate for B than for A, when the Trainer asks."""
+    """Builds LoRA+ (Hayou et al. 2024): AdamW with a higher learning rate for B than for A."""
 
     def __call__(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        """Build the optimizer of this model."""
+        """Build the optimizer of a model."""
         optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **options)
         return optimizer
 
@@ -79,21 +96,16 @@ def optimizer_of(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
     """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes, or None for the Trainer's own optimizer."""
     if recipe.molf is not None:
         return (MoLFFactory if recipe.merged else ExpertsFactory), recipe.molf
-    if recipe.loraplus is not None:
-        return LoraPlusFactory, recipe.loraplus
-    return None
+    return None if recipe.loraplus is None else (LoraPlusFactory, recipe.loraplus)
 
 
 def save_adapters(model: PeftModel, folder: Path) -> None:
-    """Save all adapters of a model, a folder each, whole or not at all.
+    """Save all adapters of a model, all or none.
 
     Args:
         model: The model, its adapters not merged.
-        folder: Their parent, replaced if it is there.
+        folder: Gets a subfolder for each adapter; replaced if it exists.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, save_embedding_layers=False)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial, save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)

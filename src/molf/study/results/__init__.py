@@ -1,1 +1,1 @@
-"""What a run leaves: the result, tables, pictures and exports. Reads results and logs only."""
+"""Results of runs: the record, tables and pictures."""

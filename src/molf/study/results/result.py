@@ -1,37 +1,35 @@
-"""The record of a run: one typed value, kept as ``result.json`` and as a row of a CSV file."""
+"""The result of a run: one typed value, saved as ``result.json`` and as a row of a CSV file."""
 
-import importlib.metadata
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import molf
+from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.tasks.base import Metric
+from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
+from molf.tasks import Metric, get_task
 
 RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the training of a run took.
+    """Measurements of the training of a run.
 
     Attributes:
-        steps: Optimizer steps, those before a resumption included.
-        seconds: Wall time of this session's training.
-        loss: Mean training loss of this session.
-        tokens: Tokens trained on in this session, or None where the trainer did not count them.
+        steps: Optimizer steps, including those before the run resumed.
+        seconds: Wall time of training since the last start.
+        loss: Mean training loss since the last start.
+        tokens: Tokens trained on since the last start, or None if no step was taken.
         tokens_per_second: Tokens per second of wall time.
-        parameters: Elements of the model's own weights.
-        trainable_parameters: Those that are trained.
-        lora_parameters: Elements of all LoRA pairs, whether inside the model or in the optimizer.
-        dropped_examples: Examples left out because ``max_length`` leaves nothing of them in the loss.
-        truncated_examples: Other examples whose target lost its end to ``max_length``.
-        processes: How many processes trained together, each on batches of its own.
+        parameters: Number of the base model's parameters.
+        trainable_parameters: Number of those that are trained.
+        lora_parameters: Number of LoRA parameters, in the model or in the optimizer.
+        dropped_examples: Examples left out because ``max_length`` cuts off all of their targets.
+        truncated_examples: Other examples that lose the end of their target to ``max_length``.
+        processes: Number of processes that trained together, each on its own batches.
     """
 
     steps: int
@@ -53,18 +51,18 @@ class Result:
 
     Attributes:
         config: The resolved settings, flat (``RunConfig.to_dict``).
-        headline: Name of the metric that sums the task up.
+        headline: Name of the task's main metric.
         metrics: Metrics of the evaluated model, by name.
-        metrics_before: The same before training, where that was measured.
-        data_origin: Where the rows came from.
-        device: What it ran on, in words.
+        metrics_before: The same before training, if measured.
+        data_origin: Source of the rows.
+        device: Name of the device.
         versions: Versions of the libraries, by name.
-        commit: Git commit of this package's source, or None for an installed release.
+        commit: Git commit of this package's source at the start, or None for an installed release.
         seconds: Wall time of the whole run.
-        peak_memory_bytes: Largest memory of the accelerator, or of the process on a CPU; None where it is not known.
-        training: What training took, or None for an evaluation.
+        peak_memory_bytes: Peak memory of the accelerator, or of the process on a CPU; None if unknown.
+        training: Measurements of the training, or None for an evaluation.
         routing: Share of layers and steps that each expert won, or None without routing.
-        run_id: What tells this run from all others; a run that is interrupted keeps it. None in results of older versions.
+        run_id: Unique id of the run, kept over interruptions; None in results of older versions.
     """
 
     config: dict[str, Any]
@@ -82,12 +80,12 @@ class Result:
     run_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the result as plain JSON values."""
+        """Return the result as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
-        """Take back what ``to_dict`` gave.
+        """Build a result from the values of ``to_dict``.
 
         Raises:
             TypeError: Fields are missing or unknown.
@@ -101,7 +99,7 @@ class Result:
         return cls(**{**values, **typed})
 
     def row(self) -> dict[str, Any]:
-        """Give the result as one flat row: settings, then measurements under ``group/name``."""
+        """Return the result as one flat row: settings, then measurements as ``group/name``."""
         row = {
             name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in self.config.items()
         }
@@ -119,12 +117,12 @@ class Result:
 
 
 def as_metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
-    """Take back metrics by name that were given as plain JSON values."""
+    """Build metrics by name from plain JSON values."""
     return {name: Metric(**metric) for name, metric in values.items()}
 
 
 def write_result(folder: Path, result: Result) -> Path:
-    """Write ``result.json`` into a folder, whole or not at all, and return its path."""
+    """Write ``result.json`` into a folder and return its path."""
     path = folder / RESULT_FILE
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -138,34 +136,35 @@ def read_result(folder: Path) -> Result:
         folder: The run's folder, or the ``result.json`` itself.
 
     Raises:
-        ValueError: There is no result, or the file is none.
+        MolfError: There is no result, or the file is not one.
     """
     path = folder / RESULT_FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise ValueError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
+        raise MolfError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
     try:
         return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a result of this version of molf: {error}") from error
+        raise MolfError(f"{path} is not a result of this version of molf: {error!r}") from error
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of molf and of the libraries that a run's numbers depend on."""
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    return {"molf": molf.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+def check_predictions(folder: Path, result: Result) -> None:
+    """Compute the metrics of a run again from its predictions.
 
+    Args:
+        folder: The run's folder.
+        result: Its result.
 
-def source_commit() -> str | None:
-    """Return the git commit of this package's source, marked ``-dirty`` after local changes; None outside a checkout."""
-    if (git := shutil.which("git")) is None:
-        return None
-    here = Path(__file__)
-
-    def ask(*arguments: str) -> str | None:
-        answer = subprocess.run([git, "-C", str(here.parent), *arguments], capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    # A package installed inside some other repository is no part of that repository.
-    if ask("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    Raises:
+        MolfError: The predictions are missing or not usable, or give other metrics.
+    """
+    path = folder / PREDICTIONS_FILE
+    if not path.is_file():
+        raise MolfError(f"{folder} has no {PREDICTIONS_FILE}, so its metrics cannot be computed again")
+    found = rescored(path, get_task(result.config["task"]))
+    differing = [
+        f"{name} {result.metrics.get(name, 'absent')} in the result, {found.get(name, 'absent')} computed again"
+        for name in sorted(found.keys() | result.metrics.keys())
+        if found.get(name) != result.metrics.get(name)
+    ]
+    if differing:
+        raise MolfError(f"{path} does not give the metrics of the result: {'; '.join(differing)}")

@@ -1,21 +1,23 @@
-"""Reading back which experts won, from the log that a MoLF run leaves."""
+"""Summary of the routing log of a MoLF run: which experts won."""
 
 import json
-from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from molf.errors import MolfError
 
 ROUTING_FILE = "molf_expert_selection.jsonl"
 
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Shares of wins, each in 0..1. With top_k above 1 the shares of a layer add up to top_k.
+    """Shares of wins, between 0 and 1; those of a layer add up to top_k.
 
     Attributes:
         steps: The logged steps, in order.
-        by_step: Per expert and step, the share of layers it won.
-        by_module: Per layer and expert, the share of steps it won.
+        by_step: Share of layers that an expert won, by expert and step.
+        by_module: Share of steps that an expert won, by layer and expert.
     """
 
     steps: list[int]
@@ -30,14 +32,14 @@ class RoutingSummary:
 def read_routing(path: Path) -> RoutingSummary:
     """Summarise a routing log.
 
-    Of a step that was logged twice, as after a resumption, the later line counts. A step at a learning rate of 0, as at the
-    start of a warm-up, has scores of 0 throughout: it decided nothing and is left out (unless all steps are of that kind).
+    If a step was logged twice, as after resuming, the later line counts. At a learning rate of 0, as at the start of a warm-up,
+    all scores are 0: such steps decide nothing and are left out, unless all steps are of that kind.
 
     Args:
-        path: The log, one JSON object a line.
+        path: The log, one JSON object per line.
 
     Raises:
-        ValueError: The log is empty, or a line is not of its format.
+        MolfError: The log is empty, or a line has another format.
     """
     winners: dict[int, dict[str, list[str]]] = {}
     decided: set[int] = set()
@@ -52,25 +54,21 @@ def read_routing(path: Path) -> RoutingSummary:
                 if any(score for chosen in selections.values() for score in chosen["scores"].values()):
                     decided.add(entry["step"])
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}:{number} is not a line of a routing log: {error!r}") from error
+                raise MolfError(f"{path}:{number} is not a line of a routing log: {error!r}") from error
     if not winners:
-        raise ValueError(f"{path} holds no routed step")
-    # An expert that never won has a share too: 0.
+        raise MolfError(f"{path} holds no routed step")
+    # Experts that never won have a share of 0.
     names = sorted(experts, key=lambda name: (name != "fft", len(name), name))
     return _summary({step: winners[step] for step in sorted(decided or winners)}, names)
 
 
 def _summary(winners: dict[int, dict[str, list[str]]], names: list[str]) -> RoutingSummary:
-    by_step = {name: [0.0] * len(winners) for name in names}
-    wins: dict[str, Counter[str]] = defaultdict(Counter)
-    logged: Counter[str] = Counter()
-    for position, selections in enumerate(winners.values()):
-        for module, experts in selections.items():
-            logged[module] += 1
-            wins[module].update(experts)
-            for expert in experts:
-                by_step[expert][position] += 1 / len(selections)
+    def shares(decisions: Collection[list[str]]) -> dict[str, float]:
+        return {name: sum(name in won for won in decisions) / len(decisions) for name in names}
+
+    steps = [shares(layers.values()) for layers in winners.values()]
+    modules = dict.fromkeys(module for layers in winners.values() for module in layers)
     by_module = {
-        module: {expert: count / logged[module] for expert, count in counts.items()} for module, counts in wins.items()
+        module: shares([layers[module] for layers in winners.values() if module in layers]) for module in modules
     }
-    return RoutingSummary(list(winners), by_step, by_module)
+    return RoutingSummary(list(winners), {name: [step[name] for step in steps] for name in names}, by_module)

@@ -1,4 +1,4 @@
-"""Finished runs for people: tables for a terminal and a picture of the routing. Reads results and routing logs only."""
+"""Finished runs for people: tables for a terminal and a picture of the routing."""
 
 import re
 from collections import defaultdict
@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from molf.files import atomic_write
 from molf.study.results.result import Result
@@ -20,7 +21,7 @@ _DEPTH = re.compile(r"\.(\d+)\.")
 
 
 def metrics_table(result: Result) -> Table:
-    """Return the metrics of a run with their intervals, with those before training and the change where they were measured."""
+    """Return the metrics of a run with their intervals and, if measured, the metrics before training and the change."""
     before = result.metrics_before
     table = Table(title=str(result.config.get("run_name", "")), title_justify="left", box=box.SIMPLE)
     if any(metric.low is not None for metric in result.metrics.values()):
@@ -30,7 +31,7 @@ def metrics_table(result: Result) -> Table:
     for column in ("before", "after", "change", "n") if before else ("value", "n"):
         table.add_column(column, justify="right")
     for name, metric in result.metrics.items():
-        label = f"[bold]{name}[/bold]" if name == result.headline else name
+        label = Text(name, style="bold" if name == result.headline else "")
         if before is None:
             table.add_row(label, str(metric), str(metric.n))
             continue
@@ -41,7 +42,7 @@ def metrics_table(result: Result) -> Table:
 
 
 def runs_table(results: Mapping[str, Result]) -> Table:
-    """Return one row per run: its headline metric, the share of updates that full fine-tuning won, speed, memory, time.
+    """Return one row per run: its main metric, the share of updates that full fine-tuning won, speed, memory, time.
 
     Args:
         results: Results by the label to show.
@@ -75,13 +76,13 @@ def _number(value: float | None, style: str) -> str:
 
 
 def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
-    """Arrange the share of full-rank wins by layer depth and projection.
+    """Arrange the share of steps that full fine-tuning won by layer depth and projection.
 
     Args:
         by_module: Shares of wins per layer name and expert, as in ``RoutingSummary``.
 
     Returns:
-        Shares [depth, kind], NaN where a depth has no such layer; the depths' labels; the kinds.
+        Shares [depth, kind], NaN if a depth has no such layer; the labels of depths; the kinds.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for name, shares in by_module.items():
@@ -98,12 +99,12 @@ def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray
 def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     """Draw where and when full fine-tuning won.
 
-    Left, the share of steps that the FFT expert won, by layer depth and projection; right, each expert's share of
-    all layers by step.
+    The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
+    layers that each expert won, by step.
 
     Args:
         summary: The routing of a run.
-        path: The PNG file to write, whole or not at all.
+        path: The PNG file to write.
         title: Heading of the picture.
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
@@ -138,5 +139,5 @@ def _draw_steps(axes: Any, summary: RoutingSummary) -> None:
 
 
 def smoothed(series: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and of up to ``window - 1`` values before it."""
+    """Return the moving average over each value and up to ``window - 1`` values before it."""
     return [float(np.mean(series[max(0, end - window) : end])) for end in range(1, len(series) + 1)]

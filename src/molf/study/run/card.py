@@ -1,9 +1,10 @@
-"""The model card that goes with a trained checkpoint."""
+"""The model card of a trained checkpoint."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from molf.integrations import bundled
 from molf.study.results.result import Result
@@ -13,7 +14,7 @@ HUB_DATASETS = {
     "med": "openlifescienceai/medmcqa",
     "sql": "gretelai/synthetic_text_to_sql",
 }
-"""Task -> the Hub's name of its data."""
+"""Task -> Hub id of its public data."""
 
 METHODS = {
     "molf": "MoLF (full fine-tuning and LoRA, routed)",
@@ -27,10 +28,9 @@ METHODS = {
     "eva": "EVA, merged",
     "lora_plus": "LoRA+, merged",
 }
-"""Method -> what a model card calls it."""
+"""Method -> its name in a model card."""
 
-
-FORMS = {"transformers": "a plain `transformers` checkpoint", "peft": "a PEFT adapter"}
+LIBRARY_LABELS = {"transformers": "a plain `transformers` checkpoint", "peft": "a PEFT adapter"}
 """Library -> what it loads."""
 
 
@@ -38,57 +38,46 @@ def model_card(result: Result, library: Literal["transformers", "peft"] = "trans
     """Write the model card of a trained model, in Markdown with a YAML header.
 
     Args:
-        result: The run that made the model.
-        library: What loads the model.
+        result: The run that trained the model.
+        library: The library that loads the model.
     """
     config = result.config
-    name = config.get("run_name") or "model"
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(_header(config, library), sort_keys=False).strip(),
-            "---",
-            "",
-            f"# {name}",
-            "",
-            f"{_base_name(config)} fine-tuned on the task `{config['task']}` by {METHODS[config['method']]}, with molf "
-            f"{result.versions['molf']}. It is {FORMS[library]}.",
-            "",
-            "## Results",
-            "",
-            *_metric_lines(result),
-            "",
-            f"Data: {result.data_origin}. Device: {result.device}.",
-            "",
-            "## Settings",
-            "",
-            "```yaml",
-            yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip(),
-            "```",
-            "",
-            "## Result row",
-            "",
-            "```yaml",
-            yaml.safe_dump(_measurements(result), sort_keys=False, allow_unicode=True).strip(),
-            "```",
-            "",
-        ]
+    base = hub_id(config)
+    data = ModelCardData(
+        base_model=base,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(("molf", config["method"], config["task"]))),
+        datasets=_hub_datasets(config),
     )
+    measurements = {name: value for name, value in result.row().items() if name not in config}
+    return f"""---
+{data.to_yaml()}
+---
 
+# {config.get("run_name") or "model"}
 
-def _header(config: dict[str, Any], library: str) -> dict[str, Any]:
-    base, dataset = hub_id(config), HUB_DATASETS.get(config["task"])
-    return {
-        **({"base_model": base} if base else {}),
-        "library_name": library,
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(("molf", config["method"], config["task"]))),
-        **({"datasets": [dataset]} if dataset else {}),
-    }
+{f"`{base}`" if base else "A model"} fine-tuned on the task `{config["task"]}` by {METHODS[config["method"]]}, \
+with molf {result.versions["molf"]}. It is {LIBRARY_LABELS[library]}.
+
+## Results
+
+{_metrics(result)}
+
+Data: {result.data_origin}. Device: {result.device}.
+
+## Settings
+
+{_yaml_block(config)}
+
+## Result row
+
+{_yaml_block(measurements)}
+"""
 
 
 def hub_id(config: dict[str, Any]) -> str | None:
-    """Return the Hub id of the model that was trained, or None for a folder, which nobody else has."""
+    """Return the Hub id of the model that was trained; None for a folder, which nobody else has."""
     name = str(config.get("model_name_or_path") or "")
     if bundled.is_bundled(name):
         return bundled.lookup(name).upstream
@@ -96,19 +85,20 @@ def hub_id(config: dict[str, Any]) -> str | None:
     return name if is_id and not Path(name).exists() else None
 
 
-def _base_name(config: dict[str, Any]) -> str:
-    return f"`{hub_id(config)}`" if hub_id(config) else "A model"
+def _hub_datasets(config: dict[str, Any]) -> list[str] | None:
+    """Return the public data set of the task, unless the run used the sample or data of the user's own."""
+    own = config.get("sample") or config.get("data_path")
+    return [HUB_DATASETS[config["task"]]] if config["task"] in HUB_DATASETS and not own else None
 
 
-def _metric_lines(result: Result) -> list[str]:
+def _metrics(result: Result) -> str:
     before = result.metrics_before or {}
     lines = ["| metric | before | after | n |", "| --- | ---: | ---: | ---: |"]
-    for name, metric in result.metrics.items():
-        lines.append(f"| {name} | {before.get(name, '')} | {metric} | {metric.n} |")
+    lines += [f"| {name} | {before.get(name, '')} | {metric} | {metric.n} |" for name, metric in result.metrics.items()]
     if any(metric.low is not None for metric in result.metrics.values()):
         lines += ["", "In parentheses: bootstrap 95 % interval over the evaluated records."]
-    return lines
+    return "\n".join(lines)
 
 
-def _measurements(result: Result) -> dict[str, Any]:
-    return {name: value for name, value in result.row().items() if name not in result.config}
+def _yaml_block(values: dict[str, Any]) -> str:
+    return f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()}\n```"

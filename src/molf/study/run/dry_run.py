@@ -1,4 +1,4 @@
-"""What a run would do, found out without training: the dry run."""
+"""The dry run: everything about a run that can be found out without training."""
 
 import tempfile
 from collections import defaultdict
@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from molf.study.config.run_config import RunConfig
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer, routed_layers
+from molf.study.run.job import Job, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
-from molf.study.run.targets import cut_targets
-from molf.study.sizing.sizes import Sizes, measure
+from molf.study.sizing.blueprint import Blueprint
+from molf.study.sizing.memory import Needs, available_memory, estimate
 from molf.tasks import Split
 
 
@@ -21,46 +21,37 @@ class Plan:
 
     Attributes:
         config: The resolved settings.
-        example: The first training example as the model gets it: pieces of text, and whether they are in the loss.
-        rows: Number of training examples and of evaluation rows.
-        sizes: Parameter counts and memory.
-        warnings: What looks wrong with the data, in words.
+        example: The first training example as the model reads it: pieces of text, and whether they count in the loss.
+        rows: Number of training rows and of evaluation rows.
+        needs: Parameter counts and memory.
+        warnings: What looks wrong with the data.
     """
 
     config: dict[str, Any]
     example: list[tuple[str, bool]]
     rows: tuple[int, int]
-    sizes: Sizes
+    needs: Needs
     warnings: list[str]
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Load everything that a run needs, tokenise its rows, and report instead of training. Writes nothing that stays.
+    """Load everything that a run needs, tokenise its rows, and report instead of training. No file is left.
 
     Args:
         config: The run.
 
     Raises:
-        ValueError: The settings do not make a run.
-        OSError: Data or model cannot be had.
+        MolfError: A setting, the data or the model does not allow the run.
     """
     config = config.resolved()
     job = load_job(config)
-    recipe = job_recipe(job)
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer makes its folder at once
-        trainer = make_trainer(job, recipe, output_dir=scratch)
-    routed = routed_layers(trainer.model, config.method).values() if recipe.merged else ()
+    with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
+        trainer = make_trainer(job, job_recipe(job), output_dir=scratch)
     return Plan(
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),
         rows=(len(job.split.train), len(job.eval_rows)),
-        sizes=measure(
-            trainer.model,
-            routed,
-            config.method.ranks or (),
-            config.method.optim_bits,
-            config.method.optimizer_in_backward,
-        ),
+        needs=estimate(Blueprint(config), accelerator=available_memory() is not None),
         warnings=_warnings(job, trainer),
     )
 
@@ -75,14 +66,15 @@ def _first_example(trainer: Any, tokenizer: Any) -> list[tuple[str, bool]]:
 def _warnings(job: Job, trainer: Any) -> list[str]:
     found = []
     if contradicting := contradictions([example for example in job.examples if "prompt" in example]):
-        found.append(f"{contradicting} prompts occur with different completions, which no model can learn both of")
-    if (seen := seen_in_training(job.split)) > 0:
-        found.append(f"{seen} of the rows to evaluate on are trained on too")
-    return found + cut_targets(job.tokenizer, job.examples, trainer.args).warnings()
+        found.append(f"{contradicting} prompts occur with different completions; a model cannot learn them all")
+    if seen := seen_in_training(job.split):
+        found.append(f"{seen} evaluation rows are also training rows")
+    warnings: list[str] = found + trainer.cut.warnings()
+    return warnings
 
 
 def seen_in_training(split: Split) -> int:
-    """Count the rows to evaluate on that are trained on too; none where a benchmark wants it so for all of them."""
+    """Count the evaluation rows that are also training rows; 0 if all are, which is what the benchmark wants."""
     if split.train == split.eval:
         return 0
     trained = {row_key(row) for row in split.train}
@@ -90,10 +82,10 @@ def seen_in_training(split: Split) -> int:
 
 
 def contradictions(examples: Sequence[dict[str, Any]]) -> int:
-    """Count the prompts that occur with more than one completion.
+    """Count the prompts that occur with different completions.
 
     Args:
-        examples: Mappings with a ``prompt`` and a ``completion``.
+        examples: Each with a ``prompt`` and a ``completion``.
     """
     completions = defaultdict(set)
     for example in examples:

@@ -1,33 +1,31 @@
-"""The parts of a run put together: model, tokenizer, rows, and the trainer that the method calls for."""
+"""What a run works on (model, tokenizer, rows), and the trainer for its method."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
+from molf.errors import MolfError
+from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
-from molf.setup.discovery import routed_linears
-from molf.study.config.method_config import MethodConfig
 from molf.study.config.run_config import RunConfig, TaskConfig
-from molf.study.config.trainer_config import TrainConfig, build_train_config
-from molf.study.engine.examples import training_template
+from molf.study.config.trainer_config import build_train_config
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
-from molf.study.methods.adalora_state import AdaLoraState
 from molf.study.methods.adapters import add_adapters, optimizer_of
+from molf.study.methods.checkpoint_parts import AdaLoraState, TrainedBase
+from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
-from molf.study.methods.made_with import MadeWith
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.methods.trained_base import TrainedBase, trained_base
-from molf.study.run.models import load_model_and_tokenizer, locate, use_chat_template
+from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.selection import load_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
+from molf.study.run.training_data import CutTargets, tokenize_training_data
 from molf.tasks import Split, Task, get_task
 from molf.tasks.custom import Custom
 from molf.tasks.few_shot import with_examples
@@ -71,9 +69,11 @@ def load_job(config: RunConfig) -> Job:
     """Load what a run works on.
 
     Raises:
-        ValueError: The task, its data or the model is not to be had as named.
-        OSError: Data or model cannot be read or fetched.
+        MolfError: The task, its data or the model cannot be loaded, or the processes and devices do not fit the run.
     """
+    if not config.output.only_eval:
+        check_processes(build_train_config(config.train))
+    locate(config.model.model_name_or_path)  # fails before any data is fetched
     task = _task(config.task)
     seed = int(config.train["seed"])
     split = load_split(task, config.task, seed=seed)
@@ -91,57 +91,65 @@ def _task(config: TaskConfig) -> Task:
         return replace(task, eval_path=config.eval_path, eval_fraction=config.eval_fraction)
     for name in ("eval_path", "eval_fraction"):
         if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name}={value} is for the task custom; {task.name} says itself what it is evaluated on")
+            raise MolfError(f"{name}={value} is for the task custom; the task {task.name} has its own evaluation data")
     return task
 
 
 def job_recipe(job: Job) -> Recipe:
-    """Spell out the method of a run for its model."""
+    """Return the recipe of a run's method for its model."""
     linears = [name for name, module in job.model.named_modules() if isinstance(module, nn.Linear)]
     return method_recipe(job.config.method, job.config.train, linears)
 
 
 class StudyTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
-    """The stock SFT trainer, its checkpoints whole or not there."""
+    """TRL's SFT trainer with complete checkpoints.
+
+    Attributes:
+        cut: What ``max_length`` cuts off the training data.
+    """
+
+    cut: CutTargets
 
 
 def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **settings: Any) -> StudyTrainer:
-    """Make the trainer that carries the method out.
+    """Build the trainer for a method.
 
     Args:
-        job: What to train; its model is changed (frozen parts, adapters).
+        job: What to train; its model is changed in place (frozen weights, adapters).
         recipe: The method.
-        stop: Where signals that ask to stop are noted, if they are.
-        **settings: Trainer settings that win over all others.
+        stop: Stop the training when this says so.
+        **settings: Trainer settings that override all others.
 
     Raises:
-        ValueError: A setting is unknown or not usable, there is nothing to train, or the model can't be sharded as asked.
+        MolfError: A setting cannot be used, there is nothing to train, or the model cannot be sharded as asked.
     """
     examples = job.examples
     if not examples:
-        raise ValueError(f"the task {job.task.name} has no training rows in {job.split.origin}; nothing can be trained")
-    by_form = {}
-    if "messages" in examples[0]:
-        training_template(job.tokenizer)  # an error about it is clearer than the trainer's
-        by_form["assistant_only_loss"] = True
-    args = build_train_config(by_form | job.config.train | recipe.train | settings)
-    check_processes(args)
+        raise MolfError(f"the task {job.task.name} has no training rows in {job.split.origin}")
+    conversations = "messages" in examples[0]
+    args = build_train_config({"assistant_only_loss": conversations} | job.config.train | recipe.train | settings)
+    rows, cut = tokenize_training_data(job.tokenizer, examples, args)
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
         freeze_all_but_routed(job.model, method)
     model = add_adapters(job.model, recipe, freeze_rest=bool(method.freeze_non_linear))
+    asked = args.assistant_only_loss
+    if conversations:
+        args.assistant_only_loss = False  # the labels say it already, and TRL would look for conversations
     trainer = StudyTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=rows,
         processing_class=job.tokenizer,
         callbacks=_callbacks(recipe, stop),
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
+    args.assistant_only_loss = asked
+    trainer.cut = cut
     check_sharding(trainer, recipe)
-    made_with = MadeWith(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
-    trainer.parts = [made_with, *_checkpoint_parts(recipe, trainer)]
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
@@ -150,35 +158,15 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
 
 
 def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback]:
-    """Return what the method, and being told to stop, need at every step."""
+    """Return the callbacks that the method and a stop request need."""
     own: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
     return own if stop is None else [*own, StopAtStep(stop)]
 
 
 def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
-    """Return what the Trainer would not keep of the model."""
+    """Return the parts of the model that the Trainer does not save."""
     if recipe.adalora is not None:
         return [AdaLoraState()]
     if recipe.adapted and trainer.is_fsdp_enabled:
         return [TrainedShards()]
     return [TrainedBase()] if recipe.adapted and trained_base(trainer.model) else []
-
-
-def training_settings(job: Job) -> TrainConfig:
-    """Return the trainer's settings of a run that does not train."""
-    return build_train_config(job.config.train)
-
-
-def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, nn.Linear]:
-    """Return the layers that MoLF routes, by name."""
-    targets: str | Sequence[str] = method.target_modules
-    return routed_linears(
-        model, "all-linear" if method.target_modules == ["all-linear"] else targets, method.exclude_modules
-    )
-
-
-def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
-    """Leave nothing trainable but the weights of the routed layers: no norm, no embedding, no bias."""
-    routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in routed)

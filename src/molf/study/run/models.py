@@ -1,12 +1,23 @@
 """Loading the model and the tokenizer that a run names."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from molf.errors import MolfError
 from molf.integrations import bundled
+from molf.integrations.bundled import locate
 from molf.study.config.run_config import ModelConfig
+
+
+class ModelNotLoaded(MolfError, OSError):
+    """A model or tokenizer could not be loaded."""
 
 
 def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -19,11 +30,10 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
         trust_remote_code: Whether code that ships with a Hub model may run.
 
     Raises:
-        ValueError: No model is named, the folder holds none, or its tokenizer has no token to pad with.
-        OSError: The model is neither a folder nor to be had from the Hub.
+        MolfError: No model is named, it cannot be loaded, or its tokenizer has no token to pad with.
     """
     source = locate(config.model_name_or_path)
-    try:
+    with _explained(f"cannot load the model {config.model_name_or_path!r}", source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -31,15 +41,9 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
             attn_implementation=config.attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except OSError as error:
-        raise OSError(
-            f"cannot load the model {config.model_name_or_path!r}: it is no folder with a model here, and the Hub has none "
-            f"of that name or cannot be reached. Give a folder, a Hub id or a bundled model "
-            f"({', '.join(bundled.PREFIX + name for name in bundled.MODELS)}), which need no network once installed."
-        ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(
+            raise MolfError(
                 f"the tokenizer of {config.model_name_or_path!r} has neither a padding nor an end-of-text token; "
                 "set one of them in its tokenizer_config.json"
             )
@@ -47,44 +51,53 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
     return model, tokenizer
 
 
-def locate(name: str | None) -> str:
-    """Turn the name of a model into what ``from_pretrained`` takes.
-
-    Args:
-        name: A folder, a bundled model, or else a Hub id, which is returned as it is.
-
-    Raises:
-        ValueError: There is no name, or the folder it names holds no model.
-    """
-    if not name:
-        raise ValueError(
-            "model_name_or_path is required: a Hub id, a folder, or a bundled model like bundled:smollm2-135m"
-        )
-    if bundled.is_bundled(name):
-        return str(bundled.resolve(name))
-    folder = Path(name).expanduser()
-    if not folder.exists() and not name.startswith(("/", ".", "~")):
-        return name
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.exists() else "does not exist"
-        raise ValueError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
-    return str(folder)
-
-
 def use_chat_template(tokenizer: Any, path: str) -> None:
-    """Give a tokenizer another chat template, as the trainer will; evaluations need it too.
+    """Replace the chat template of a tokenizer, in place: evaluations need the one that training uses.
 
     Args:
-        tokenizer: Changed in place.
-        path: A Jinja file, or a folder or Hub id of a tokenizer that has the template.
+        tokenizer: The tokenizer.
+        path: A Jinja file (``.jinja``, ``.j2``), or a folder or Hub id of a tokenizer with the template.
 
     Raises:
-        OSError: There is no such file or tokenizer.
+        MolfError: The file or tokenizer cannot be read.
     """
-    try:
+    with _explained(f"chat_template_path={path} is neither a Jinja file nor a tokenizer", path):
         if path.endswith((".jinja", ".j2")):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
-    except OSError as error:
-        raise OSError(f"chat_template_path={path} is neither a Jinja file nor a tokenizer: {error}") from error
+
+
+@contextmanager
+def _explained(failure: str, source: str) -> Iterator[None]:
+    """Raise what goes wrong in ``from_pretrained`` with the reason and what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelNotLoaded(f"{failure}: {_reason(error, source)}") from error
+
+
+def _reason(error: BaseException, source: str) -> str:
+    causes = list(_chain(error))
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).exists() or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+        return first_line
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"access is restricted. Accept the terms on https://huggingface.co/{source}, then log in with `hf auth login` "
+            "or set HF_TOKEN"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        reason = "the Hub has no model of that name, or it is private (log in with `hf auth login` or set HF_TOKEN)"
+    elif os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "on", "yes"):
+        reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
+    else:
+        reason = first_line
+    names = ", ".join(bundled.PREFIX + name for name in bundled.MODELS)
+    return f"{reason}. Give a folder, a Hub id or a bundled model ({names}), which needs no network once installed"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

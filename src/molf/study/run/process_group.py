@@ -1,42 +1,63 @@
-"""The process group of a distributed run: waiting for the first rank's work, and leaving together."""
+"""The process group of a distributed run: waiting for rank 0, agreeing, and leaving together."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from torch import distributed
 
+T = TypeVar("T")
 _LONG = timedelta(days=30)
 
 
 @contextmanager
 def all_wait() -> Iterator[None]:
-    """Let no rank out of the block before all have come to its end, however long that takes.
+    """Hold every rank at the end of the block until all have reached it, without a timeout.
 
-    The group of a run gives up after ``ddp_timeout``, half an hour, as something hangs then. A first rank that evaluates or
-    saves may take longer, so the others wait in a group of its own, which needs no device.
+    The default group gives up after ``ddp_timeout``, half an hour. Rank 0 may save or evaluate for longer, so the others wait in
+    a gloo group of its own, which also needs no device.
     """
-    if not _joined():
+    if not _initialized():
         yield
         return
     group = distributed.new_group(backend="gloo", timeout=_LONG)
-    yield  # left with an error, others that wait end with their launcher
+    yield  # after an error here, the launcher ends the ranks that wait
     distributed.barrier(group)
     distributed.destroy_process_group(group)
 
 
-def leave_process_group() -> None:
-    """Leave the group, as all ranks do after what they did together: what the first one does alone has no limit then.
+def true_on_all_ranks(flag: bool) -> bool:
+    """Return whether a flag is true on every rank; all must make this call."""
+    if not _initialized():
+        return flag
+    flags: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(flags, flag)
+    return all(flags)
 
-    A process that ends with the group's threads still running may abort. The trainer must be gone by now, and with it the last
-    wrapper of a model: one that outlives the group waits for its threads while it holds Python's lock, which they may be waiting
-    for. After an error the group is not left: that waits for ranks that wait for this one.
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank."""
+    if not _initialized():
+        return make()
+    made: list[Any] = [make() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(made)
+    result: T = made[0]
+    return result
+
+
+def leave_process_group() -> None:
+    """Destroy the process group, as all ranks do after their common work, so that no timeout limits what rank 0 does alone.
+
+    A process that exits with the group's threads still running may abort. The trainer must be gone by now: a model wrapper that
+    outlives the group waits for its threads while it holds Python's lock, which they may need. Skip this after an error: it would
+    deadlock with ranks that are still waiting here.
     """
-    if _joined():
+    if _initialized():
         gc.collect()
         distributed.destroy_process_group()
 
 
-def _joined() -> bool:
+def _initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -1,10 +1,16 @@
-"""The folder of a run: what may be written into it, and what must go before a run starts anew."""
+"""The folder of a run: whether a run may write there, and what is removed before it starts from the beginning."""
 
+import errno
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import checkpoints, remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
@@ -21,47 +27,44 @@ RUN_ID_FILE = ".run_id"
 
 
 def check_folder(config: RunConfig) -> None:
-    """Refuse to write over what an earlier run left, or over the model to be trained.
+    """Check that a run may write into its folder.
 
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        ValueError: The folder holds a run and neither overwriting nor resuming was asked for, or it is the model's own.
-        OSError: The folder cannot be written.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, or the model to train, or is not writable.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
     model = config.model.model_name_or_path
     if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
-        raise ValueError(f"output_dir={folder} is the folder of the model to be trained; choose another output_dir")
+        raise MolfError(f"output_dir={folder} is the folder of the model to train; choose another --output_dir")
     _check_writable(folder)
     finished = (folder / RESULT_FILE).exists()
     resumable = bool(checkpoints(folder)) or (folder / TRAINED_FILE).exists()
-    # A finished run that left no checkpoint has nothing to go on from, and starting anew would replace it.
-    going_on = config.resume_from and not (config.resume_from is True and finished and not resumable)
-    if config.output.overwrite or going_on:
+    # A finished run without checkpoints cannot resume, and starting from the beginning would replace it.
+    resuming = config.resume_from and not (config.resume_from is True and finished and not resumable)
+    if config.output.overwrite or resuming:
         return
     unfinished = not finished and not evaluating and resumable
     if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
-        raise ValueError(
-            f"{folder} holds {'a finished run' if finished else 'what an unfinished run can go on from'}; pass --overwrite to "
-            "replace it, --resume_from_checkpoint True to go on from what it saved last, or another --output_dir"
+        raise MolfError(
+            f"{folder} holds {'a finished run' if finished else 'an unfinished run that can resume'}; pass --overwrite to "
+            "replace it, --resume_from_checkpoint True to resume from what it saved last, or another --output_dir"
         )
 
 
 def _check_writable(folder: Path) -> None:
-    """Find out before anything is computed; nothing is left behind."""
+    """Try to write a file that is removed at once, before anything is computed."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise OSError(
-            f"output_dir={folder} cannot be written, because of {nearest}: {error.strerror}; choose another output_dir"
-        ) from error
+        raise MolfError(f"output_dir={folder} is not writable ({nearest}: {error.strerror}); choose another") from error
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run left that could be taken for this one's: its result, log, picture and checkpoints."""
+    """Remove the result, log, picture, adapters and checkpoints of an earlier run."""
     for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
         (folder / name).unlink(missing_ok=True)
     if (folder / ADAPTERS_FOLDER).is_dir():
@@ -70,7 +73,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """Return the id of the run in a folder: the same however often it is started, until the result is there that carries it."""
+    """Return the id of the run in a folder. It stays the same over all starts of the run, until its result is written."""
     file, result = folder / RUN_ID_FILE, folder / RESULT_FILE
     if file.is_file():
         known = file.read_text(encoding="utf-8")
@@ -80,3 +83,22 @@ def run_id(folder: Path) -> str:
     with atomic_write(file) as partial:
         partial.write_text(uuid.uuid4().hex, encoding="utf-8")
     return file.read_text(encoding="utf-8")
+
+
+@contextmanager
+def report_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a ``MolfError`` that says what to do.
+
+    Args:
+        folder: Where the block writes.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+        if not full or isinstance(error, MolfError):
+            raise
+        raise MolfError(
+            f"the disk of {folder} is full: free some space, then run the same command with --resume_from_checkpoint True to "
+            "resume from what was saved last"
+        ) from error

@@ -1,5 +1,6 @@
-"""Rows to choose settings by: never those that the chosen settings are judged on."""
+"""The rows of a run, and rows to choose settings on that the final evaluation does not use."""
 
+from molf.errors import MolfError
 from molf.study.config.run_config import TaskConfig
 from molf.tasks import Row, Split, Task
 
@@ -10,11 +11,10 @@ def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
     Args:
         task: The benchmark.
         config: Which of its rows; with ``selection_limit`` those of ``selection_split``.
-        seed: For tasks that split or choose at random.
+        seed: Seed of tasks that split or choose at random.
 
     Raises:
-        ValueError: The data is not usable, or there are too few rows left to choose settings by.
-        OSError: The data cannot be read or fetched.
+        MolfError: The data cannot be loaded, or there are too few rows to choose settings on.
     """
     split = task.load(config.data_path, sample=config.sample, limit=config.limit, seed=seed)
     if config.selection_limit is None:
@@ -26,32 +26,31 @@ def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
 
 
 def selection_split(split: Split, everything: list[Row], count: int) -> Split:
-    """Return what to train and evaluate on while settings are chosen; no row of it is in ``split.eval``.
+    """Return the rows to choose settings on; none of them is in ``split.eval``.
 
-    Usually the last ``count`` training rows are held out and evaluated on, and the rest is trained on. Where a benchmark
-    evaluates the very rows that it trains on, as edits of facts, that would measure something else: there the first
-    ``count`` other rows are both trained and evaluated on.
+    The last ``count`` training rows are held out for evaluation. A benchmark that evaluates the very rows it trains on, such as
+    edits of facts, would measure something else that way: there the first ``count`` other rows serve as both.
 
     Args:
-        split: The rows of the runs to come.
-        everything: All training rows there are.
-        count: How many rows to evaluate on.
+        split: The rows of the final runs.
+        everything: All training rows.
+        count: Number of rows to evaluate on.
 
     Raises:
-        ValueError: There are not enough rows.
+        MolfError: There are not enough rows.
     """
-    judged = {row_key(row) for row in split.eval}
+    evaluated = {row_key(row) for row in split.eval}
     same = split.train == split.eval
-    free = [row for row in (everything if same else split.train) if row_key(row) not in judged]
+    free = [row for row in (everything if same else split.train) if row_key(row) not in evaluated]
     if len(free) < count + (not same):
-        raise ValueError(
-            f"selection_limit={count} needs as many rows of {split.origin} that are not evaluated on, and there are "
-            f"{len(free)}{'' if same else ' to train on and to hold out'}; lower selection_limit or limit"
+        raise MolfError(
+            f"selection_limit={count} needs {count} rows of {split.origin} that are not evaluated on"
+            f"{'' if same else ', and at least one more to train on'}, but there are {len(free)}; lower selection_limit or limit"
         )
     train, held_out = (free[:count], free[:count]) if same else (free[:-count], free[-count:])
     return Split(train, held_out, f"{split.origin}, rows for selection")
 
 
 def row_key(row: Row) -> str:
-    """Return a text that only equal rows share."""
+    """Return a key that is the same for equal rows only."""
     return repr(sorted(row.items()))

@@ -1,4 +1,4 @@
-"""A run whose model is sharded over its processes (FSDP2, ``--fsdp True``): what it needs, and the whole model at its end."""
+"""Runs whose model is sharded by FSDP2 (``--fsdp True``): what they need, their checkpoints, and the whole model at the end."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from transformers import TrainingArguments
 
+from molf.errors import MolfError
 from molf.integrations.whole_checkpoints import CheckpointPart
 from molf.study.config.run_config import RunConfig
 from molf.study.methods.adapters import add_adapters
@@ -19,13 +20,13 @@ from molf.study.methods.recipe import Recipe
 from molf.study.run.models import load_model_and_tokenizer
 
 FOLDER_NAME = "trained_weights"
-_REPLACED = "leave fsdp out, and every process holds the whole model (DDP)"
+_DDP = "leave --fsdp out, so that every process holds the whole model (DDP)"
 
 
 class TrainedShards(CheckpointPart):
-    """All that is trained beside or in adapters, as a part of every checkpoint: each rank writes and reads what it holds.
+    """All trained weights of a sharded model with adapters, as a part of every checkpoint.
 
-    The Trainer saves one adapter of a sharded model, and nothing of its base. Any number of ranks goes on from this.
+    The Trainer would save one adapter only. Each rank writes and reads its own shards; any number of ranks can resume.
     """
 
     replaces_weights = True
@@ -36,15 +37,15 @@ class TrainedShards(CheckpointPart):
         save(_trained(model), checkpoint_id=folder / FOLDER_NAME)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Give a model, trained in the same way, the weights of a checkpoint.
+        """Load the weights of a checkpoint into a model with the same method.
 
         Raises:
-            ValueError: The checkpoint was not written by such a run.
+            MolfError: The checkpoint has no such weights.
         """
         if not (folder / FOLDER_NAME).is_dir():
-            raise ValueError(
-                f"{folder} has no {FOLDER_NAME}: it was not written by a sharded run that trains adapters; go on with the "
-                "settings that it was made with, or pass --overwrite to train from the start"
+            raise MolfError(
+                f"{folder} has no {FOLDER_NAME}, so no sharded run with adapters wrote it: use the settings of the checkpoint, "
+                "or pass --overwrite without --resume_from_checkpoint to train from the start"
             )
         weights = _trained(model)
         load(weights, checkpoint_id=folder / FOLDER_NAME)
@@ -56,73 +57,76 @@ def _trained(model: nn.Module) -> dict[str, Any]:
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Refuse to shard a model over one process, before a trainer is made.
+    """Check, before anything is loaded, that the processes fit the devices and the sharding.
 
     Raises:
-        ValueError: Saying what to do.
+        MolfError: One process sees several GPUs, or is to shard a model alone.
     """
+    if args.n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which multiplies the batch
+        raise MolfError(
+            f"{args.n_gpu} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to train on one of them, or start a "
+            f"process for each with torchrun --nproc_per_node {args.n_gpu} -m molf train ..."
+        )
     if args.fsdp and args.parallel_mode.value != "distributed":
-        raise ValueError(
-            "fsdp shards a model over several processes, and this is the only one: start it with "
+        raise MolfError(
+            "--fsdp shards a model over several processes, but there is only one: start them with "
             "torchrun --nproc_per_node N -m molf train ..."
         )
 
 
 def check_sharding(trainer: Any, recipe: Recipe) -> None:
-    """Refuse what can't be sharded, and a trainer that silently does something else.
+    """Check that a model which is to be sharded can be, and will be.
 
     Args:
-        trainer: It shards where that was asked for, by the run's settings or by ``accelerate launch``.
+        trainer: The trainer. The run's settings or ``accelerate launch`` may have asked it to shard.
         recipe: The method.
 
     Raises:
-        ValueError: Saying what to do.
+        MolfError: The method, the device or a setting does not allow it.
     """
     if not trainer.is_fsdp_enabled:
         if trainer.args.fsdp:
-            raise ValueError(
-                f"fsdp: accelerate shards models on accelerators only, and this run is on {trainer.args.device}; {_REPLACED}"
+            raise MolfError(
+                f"--fsdp: accelerate shards models on accelerators only, but this run is on {trainer.args.device}; {_DDP}"
             )
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError(
-            "fsdp_config asks for version 1, which hides the layers' weights in flat ones: use version 2, the default"
+        raise MolfError(
+            "fsdp_config asks for version 1, which flattens the weights of the layers: use version 2, the default"
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            f"fsdp_config asks for cpu_offload, where the optimizer can't communicate: leave it out, or {_REPLACED}"
+        raise MolfError(
+            f"fsdp_config asks for cpu_offload, but the optimizer communicates on the GPU: leave it out, or {_DDP}"
         )
     split = recipe.molf is not None and recipe.molf.get("bf16_update", "split") == "split"
     low_parts = split and any(p.dtype == torch.bfloat16 for p in trainer.model.parameters())
     if low_parts and plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
-        raise ValueError(
-            "FULL_STATE_DICT gathers the int16 low parts of bf16 weights, which process groups can't: leave state_dict_type out "
-            "(SHARDED_STATE_DICT), or use --dtype float32"
+        raise MolfError(
+            "fsdp_config asks for FULL_STATE_DICT, but the int16 low parts of bf16 weights cannot be gathered: leave "
+            "state_dict_type out (SHARDED_STATE_DICT), or use --dtype float32"
         )
     if recipe.adalora is not None or (recipe.lora or {}).get("init_lora_weights") == "eva":
-        raise ValueError(
-            f"methods that give every layer a rank of its own (adalora, eva) can't be sharded with fsdp: {_REPLACED}"
-        )
+        raise MolfError(f"methods with a different rank in every layer (adalora, eva) cannot be sharded: {_DDP}")
 
 
 def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:
-    """Return the trained model unsharded, on the first rank's CPU; every rank has to ask for it.
+    """Gather the trained model on the CPU of rank 0; every rank must make this call.
 
     Args:
-        trainer: Its model is sharded, and stays so.
+        trainer: The trainer, whose model stays sharded.
         config: The run.
         recipe: Its method.
 
     Returns:
-        A model like the one that was loaded, with the trained weights and the adapters; None on all ranks but the first.
+        A model with the trained weights and adapters on rank 0, None on the others.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return None
     model, _ = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
     if recipe.lora is not None:
-        recipe = replace(recipe, lora=recipe.lora | {"init_lora_weights": False})  # an SVD of every layer, for PiSSA
+        recipe = replace(recipe, lora=recipe.lora | {"init_lora_weights": False})  # skips PiSSA's SVD of every layer
     model = add_adapters(model, recipe, freeze_rest=bool(config.method.freeze_non_linear))
     model.load_state_dict(weights)
     return model

@@ -1,55 +1,33 @@
-"""A run from its configuration to its result: train, leave a plain checkpoint, evaluate, write everything down."""
+"""A run from its configuration to its result: train, save a plain checkpoint, evaluate, record."""
 
 import logging
-import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import remove_checkpoints
-from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.integrations.checkpoint_folder import remove_checkpoints, step_of
+from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
+from molf.study.config.trainer_config import build_train_config
 from molf.study.engine.evaluate import Evaluation, evaluate
 from molf.study.engine.generation import end_tokens
-from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
 from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
 from molf.study.faults.preemption import Preempted, StopRequest, stop_request
-from molf.study.faults.run_lock import holding
-from molf.study.faults.trained import Trained, find_trained, forget_trained, load_trained, note_trained
+from molf.study.faults.run_lock import run_lock
+from molf.study.faults.trained import Trained, find_trained, forget_trained, note_trained
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
-from molf.study.methods.trained_base import trained_base
-from molf.study.results.csv_log import append_csv
-from molf.study.results.device import device_name, peak_memory_bytes
-from molf.study.results.result import (
-    Result,
-    Training,
-    library_versions,
-    source_commit,
-    write_result,
-)
-from molf.study.results.routing import read_routing
-from molf.study.results.tables import draw_routing
-from molf.study.run.card import model_card
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer, routed_layers, training_settings
-from molf.study.run.process_group import all_wait, leave_process_group
-from molf.study.run.run_folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PICTURE_FILE,
-    RUN_ID_FILE,
-    check_folder,
-    clear_folder,
-    run_id,
-)
+from molf.study.methods.trainable import lora_pairs, trained_base
+from molf.study.results.result import Result, Training
+from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
+from molf.study.run.models import load_model_and_tokenizer
+from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
+from molf.study.run.record import Start, make_result, write_record
+from molf.study.run.run_folder import check_folder, clear_folder, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
-from molf.study.run.targets import cut_targets
-from molf.study.sizing.sizes import measure
+from molf.study.sizing.parameters import base_count, count_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -58,47 +36,43 @@ def run(config: RunConfig) -> Result | None:
     """Carry out a run and leave everything about it in its folder.
 
     The folder becomes a plain ``transformers`` checkpoint (LoRA merged), with ``result.json``, ``predictions.jsonl.gz``,
-    ``config.yaml``, a model card, and for MoLF the routing log and its picture. ``$LOG_FILE`` gets a CSV row where it is set.
+    ``config.yaml``, a model card, and for MoLF the routing log and its picture. If ``$LOG_FILE`` is set, it gets a CSV row.
 
     Args:
         config: The run.
 
     Returns:
-        The result, or None on all but the main process of a distributed run.
+        The result, or None on all ranks but 0 of a distributed run.
 
     Raises:
-        ValueError: The settings do not make a run; or the folder holds one, finished or not, that is neither to be replaced nor
-            to be gone on with; or another run works in it.
-        OSError: Data or model cannot be had, or a file not be written.
-        Preempted: The process was asked to stop. In training, the step was finished and a checkpoint saved; after it, the model.
+        MolfError: A setting, the data, the model, the folder or the disk does not allow the run.
+        Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
     check_folder(config)
-    with holding(config.output_dir), stop_request() as stop:
-        return _run(config, stop)
-
-
-def _run(config: RunConfig, stop: StopRequest) -> Result | None:
-    started = time.perf_counter()
     if config.task.generation_backend == "vllm":
         require_vllm()
-    if config.output.only_eval:
-        return _evaluate_only(config, started)
+    with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
+        return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
+
+
+def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
+    start = Start()
     job = load_job(config)
     outcome = _train(job, stop)
-    job = replace(job, model=outcome.model)  # nothing holds the trainer, its optimizer or shards any more
-    leave_process_group()
+    job = replace(job, model=outcome.model)  # frees what only the trainer needed: its optimizer, wrappers, shards
     stop.deferred = False
-    if stop.received is not None:
+    if not true_on_all_ranks(stop.received is None):
+        leave_process_group()
+        signal = stop.received or "a signal to another process"
         raise Preempted(
-            f"stopped by {stop.received} after {outcome.done}; start it again with --resume_from_checkpoint True to go on "
-            "from there"
+            f"stopped by {signal} after {outcome.done}; start it again with --resume_from_checkpoint True to resume from there"
         )
-    if outcome.trained is None or job.model is None:
+    after = _evaluate_on_ranks(job, outcome.main, outcome.device, str(config.output_dir))
+    if outcome.trained is None or after is None or not outcome.main:
         return None
-    after = _evaluate(job, job.model.to(outcome.device), str(config.output_dir))
-    result = _result(job, started, after, outcome.trained)
-    _write_all(job, result, after)
+    result = make_result(job, start, after, outcome.trained)
+    write_record(config, result, after)
     forget_trained(config)
     if config.output.clean_ckpt_at_end:
         remove_checkpoints(config.output_dir)
@@ -107,15 +81,17 @@ def _run(config: RunConfig, stop: StopRequest) -> Result | None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What is left of training when the trainer is gone.
+    """What training leaves on a rank once the trainer is gone.
 
     Attributes:
-        device: Of this process.
-        done: How far it came, in words.
-        trained: What is known of it; None if it was stopped.
-        model: The plain model, which is saved; None where another process evaluates it.
+        main: Whether this is rank 0.
+        device: The device of this rank.
+        done: How far training came, in words.
+        trained: The finished training; None if it was stopped.
+        model: The plain trained model; None on ranks that do not have it.
     """
 
+    main: bool
     device: torch.device
     done: str
     trained: Trained | None
@@ -127,31 +103,36 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     recipe = job_recipe(job)
     use_cache = job.model.config.use_cache  # the trainer switches it off for good
     trainer = make_trainer(job, recipe, stop)
-    main, device = trainer.is_world_process_zero(), trainer.args.device
+    main, device, sharded = trainer.is_world_process_zero(), trainer.args.device, trainer.is_fsdp_enabled
     if (trained := find_trained(config, main)) is not None:
-        return _Outcome(device, "training", trained, load_trained(config) if main else None)
+        here = main or (not sharded and (config.output_dir / "config.json").is_file())
+        return _Outcome(main, device, "training", trained, _load_saved(config) if here else None)
     checkpoint = trainer.find_checkpoint(config.resume_from)
     if main:
-        run_id(config.output_dir)  # settled while the result is there of what is replaced
+        run_id(config.output_dir)  # fixed while the result of a replaced run is still there
         forget_trained(config)
     if main and checkpoint is None:
         clear_folder(config.output_dir)
     before = _evaluate_before(job, trainer) if config.task.eval_before else None
-    stop.deferred = True  # until the trained model is on the disk
+    stop.deferred = True  # until the trained model is on disk
     training = _fit(trainer, job, recipe, checkpoint)
     done = f"step {training.steps} of {trainer.state.max_steps}"
     if stop.received is not None and training.steps < trainer.state.max_steps:
-        return _Outcome(device, done, None, None)
+        return _Outcome(main, device, done, None, None)
     trained = Trained(training, before.metrics if before else None)
-    sharded = trainer.is_fsdp_enabled
-    model = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     with all_wait():
-        if main:
-            model = _plain_model(model, recipe, config.output_dir)
+        if model is not None:
+            if main and recipe.experts is not None and not trained_base(model):
+                save_adapters(
+                    model, config.output_dir / ADAPTERS_FOLDER
+                )  # while they can still be exported as one adapter
+            model = merge(model)
             model.config.use_cache = use_cache
+        if main:
             save_checkpoint(model, job.tokenizer, config.output_dir)
             note_trained(config, trained)
-    return _Outcome(device, done, trained, model if main else None)
+    return _Outcome(main, device, done, trained, model)
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -160,71 +141,87 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _fit(trainer: Any, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
-    layers = routed_layers(trainer.model, job.config.method).values() if recipe.merged else ()
-    method = job.config.method
-    sizes = measure(trainer.model, layers, method.ranks or (), method.optim_bits, method.optimizer_in_backward)
-    cut = cut_targets(job.tokenizer, job.examples, trainer.args)
+def _load_saved(config: RunConfig) -> Any:
+    source = replace(config.model, model_name_or_path=str(config.output_dir))
+    return load_model_and_tokenizer(source, bool(config.train.get("trust_remote_code", False)))[0]
+
+
+def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | None) -> Training:
+    parameters = count_parameters(trainer.model, lora_pairs(trainer.model, job.config.method) if recipe.merged else 0)
+    base = base_count(parameters)
     if trainer.is_world_process_zero():
-        for warning in cut.warnings():
+        for warning in trainer.cut.warnings():
             _log.warning(warning)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     seconds = float(outcome.metrics["train_runtime"])
-    tokens = int(max(counts)) if counts else None
+    tokens = _tokens(trainer.state.log_history, since=0 if checkpoint is None else step_of(checkpoint))
     return Training(
         steps=outcome.global_step,
         seconds=seconds,
         loss=outcome.training_loss,
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
-        parameters=sizes.parameters,
-        trainable_parameters=sizes.trainable,
-        lora_parameters=sizes.lora,
-        dropped_examples=cut.dropped,
-        truncated_examples=cut.truncated,
+        parameters=base.total,
+        trainable_parameters=base.trainable,
+        lora_parameters=parameters["LoRA"].trainable,
+        dropped_examples=trainer.cut.dropped,
+        truncated_examples=trainer.cut.truncated,
         processes=trainer.args.world_size,
     )
 
 
-def _plain_model(model: Any, recipe: Recipe, folder: Path) -> Any:
-    """Return the trained model with its adapters merged into the weights.
-
-    MoLF-Efficient's experts are saved first, as they can still be exported as one adapter then. Where more was trained than
-    experts, they would not be what was trained.
-    """
-    if recipe.experts is not None and not trained_base(model):
-        save_adapters(model, folder / ADAPTERS_FOLDER)
-    return model.merge_and_unload() if recipe.adapted else model
+def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
+    """Return how many tokens this start trained on: TRL counts from 0 at every start, and a checkpoint brings its old log."""
+    counts = [entry["num_tokens"] for entry in log_history if "num_tokens" in entry and entry["step"] > since]
+    return int(max(counts)) if counts else None
 
 
-def _evaluate_only(config: RunConfig, started: float) -> Result | None:
+def _evaluate_only(config: RunConfig) -> Result | None:
+    start = Start()
     job = load_job(config)
-    args = training_settings(job)
+    args = build_train_config(config.train)
     main, device = args.process_index == 0, args.device
-    leave_process_group()
-    if not main:
+    evaluation = _evaluate_on_ranks(job, main, device, job.source)
+    if evaluation is None or not main:
         return None
-    evaluation = _evaluate(job, job.model.to(device), job.source)
-    result = _result(job, started, evaluation)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_predictions(config.output_dir / PREDICTIONS_FILE, evaluation.predictions)
-    _record(config, result)
+    result = make_result(job, start, evaluation)
+    write_record(config, result, evaluation)
     return result
 
 
-def _evaluate_before(job: Job, trainer: Any) -> Evaluation | None:
-    """Evaluate what is to be trained on the first process; the Trainer leaves it on the CPU until it is sharded."""
+def _evaluate_before(job: Job, trainer: StudyTrainer) -> Evaluation | None:
+    """Evaluate the model before training on all ranks; the Trainer shards it, or moves it to its device, later."""
     evaluation = None
     with all_wait():
-        if trainer.is_world_process_zero():
+        if _ranks_share(job) or trainer.is_world_process_zero():
             place = trainer.model.device
-            evaluation = _evaluate(job, trainer.model.to(trainer.args.device), job.source)
+            evaluation = _evaluate(job, trainer.model.to(trainer.args.device), job.source, shard=_ranks_share(job))
             trainer.model.to(place)
     return evaluation
 
 
-def _evaluate(job: Job, model: Any, source: str) -> Evaluation:
+def _evaluate_on_ranks(job: Job, main: bool, device: torch.device, source: str) -> Evaluation | None:
+    """Evaluate on all ranks if all have the model, otherwise on rank 0 alone, and leave the process group.
+
+    Returns:
+        The evaluation; None on a rank that took no part.
+    """
+    shard = true_on_all_ranks(job.model is not None and _ranks_share(job))
+    if not shard:
+        leave_process_group()
+    if not (shard or main):
+        return None
+    evaluation = _evaluate(job, job.model.to(device), source, shard)
+    leave_process_group()
+    return evaluation
+
+
+def _ranks_share(job: Job) -> bool:
+    """Say whether ranks can share an evaluation: vLLM does not run inside another process group."""
+    return job.config.task.generation_backend == "transformers"
+
+
+def _evaluate(job: Job, model: Any, source: str, shard: bool) -> Evaluation:
     """Evaluate a model that is also saved as ``source``, a folder or a Hub id."""
     config = job.config
     progress = not config.train.get("disable_tqdm", False)
@@ -239,47 +236,5 @@ def _evaluate(job: Job, model: Any, source: str) -> Evaluation:
         batch_tokens=config.task.eval_batch_tokens,
         progress=progress,
         generate=generate,
+        shard=shard,
     )
-
-
-def _result(job: Job, started: float, after: Evaluation, trained: Trained | None = None) -> Result:
-    log = job.config.output_dir / ROUTING_FILE
-    routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
-    return Result(
-        config=job.config.to_dict(),
-        headline=job.task.headline,
-        metrics=after.metrics,
-        metrics_before=trained.metrics_before if trained else None,
-        data_origin=job.split.origin,
-        device=device_name(),
-        versions=library_versions(),
-        commit=source_commit(),
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        training=trained.training if trained else None,
-        routing=read_routing(log).shares() if routed else None,
-        run_id=run_id(job.config.output_dir),
-    )
-
-
-def _write_all(job: Job, result: Result, evaluation: Evaluation) -> None:
-    folder = job.config.output_dir
-    write_predictions(folder / PREDICTIONS_FILE, evaluation.predictions)
-    if result.routing is not None:
-        draw_routing(read_routing(folder / ROUTING_FILE), folder / PICTURE_FILE, title=job.config.run_name)
-    with atomic_write(folder / CARD_FILE) as partial:
-        partial.write_text(model_card(result), encoding="utf-8")
-    _record(job.config, result)
-
-
-def _record(config: RunConfig, result: Result) -> None:
-    """Write settings and result; the result comes last, because it says that the run is finished.
-
-    A run that is killed between its row and its result replaces that row when it is started again.
-    """
-    with atomic_write(config.output_dir / CONFIG_FILE) as partial:
-        partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    if log_file := os.environ.get("LOG_FILE"):
-        append_csv(Path(log_file), result.row(), key="run_id")
-    write_result(config.output_dir, result)
-    (config.output_dir / RUN_ID_FILE).unlink()

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, found by running it on a model without weights."""
+"""What a forward pass saves for the backward pass, found by running it on a model without weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,17 +8,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_OUTSIDE = -1  # the place of what no block keeps
+_OUTSIDE = -1  # the block number of what is saved outside of blocks
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for one batch, up to the last hidden states.
+    """Bytes that autograd saves for one batch, up to the last hidden states.
 
     Attributes:
-        kept: All that autograd saves, weights left out but their copies in a lower precision counted.
-        checkpointed: The most there is at a time under gradient checkpointing: the input of every block, what is kept
-            outside of blocks, and all that the largest block keeps while it is computed again.
+        kept: All saved tensors: no weights, but their copies in a lower precision.
+        checkpointed: The peak under gradient checkpointing: the input of every block, what is saved outside of blocks, and
+            all that the largest block saves while it is recomputed.
     """
 
     kept: int
@@ -26,72 +26,74 @@ class Activations:
 
 
 def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -> Activations:
-    """Run a model without weights on a full batch, and add up what autograd saves, each storage once.
+    """Run a model without weights on a full batch and add up what autograd saves, each storage once.
 
-    Call it in the mode that the model was made in. The numbers are those of a real forward pass on a CPU; an accelerator's
-    attention kernels save the same tensors.
+    Call it in the fake mode of the model. The result is that of a real forward pass on a CPU; attention kernels of an accelerator
+    save the same tensors.
 
     Args:
         model: A causal language model or a PEFT model around one, in training mode.
-        batch: Sequences.
+        batch: Number of sequences.
         length: Tokens of each.
-        bf16: Whether autocast to bfloat16 is on.
+        bf16: Whether to autocast to bfloat16.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    books = _Books({p.untyped_storage()._cdata for p in model.parameters()})
-    hooks = [hook for number, block in enumerate(blocks) for hook in books.follow(number, block)]
+    saved = _SavedTensors({p.untyped_storage()._cdata for p in model.parameters()})
+    hooks = [hook for number, block in enumerate(blocks) for hook in saved.register(number, block)]
     ids = torch.zeros(batch, length, dtype=torch.long)
     inputs = {
         "input_ids": ids,
-        # A mask of one row per token is taken as it is; a flatter one would be examined, and there are no values here.
+        # transformers uses a 4-D mask as it is, but would look at the values of a 2-D one, and there are none.
         "attention_mask": torch.ones(batch, 1, length, length, dtype=torch.bool),
         "position_ids": ids,
         "use_cache": False,
     }
     try:
         with (
-            torch.autograd.graph.saved_tensors_hooks(books.pack, lambda kept: kept),
+            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         ):
             base.base_model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return books.closed(len(blocks))
+    return saved.activations(len(blocks))
 
 
-class _Books:
-    """Who keeps which storage: the first block to save it, or none."""
+class _SavedTensors:
+    """Counts each saved storage for the first block that saves it."""
 
     def __init__(self, weights: set[int]):
         self.weights = weights
-        self.place = _OUTSIDE
+        self.block = _OUTSIDE
         self.inputs = 0
-        self.kept: dict[int, tuple[int, Tensor]] = {}  # the tensor holds its storage, so that no other gets its address
+        self.saved: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # the tensor keeps its storage alive, so its address is not reused
 
-    def follow(self, number: int, block: nn.Module) -> tuple[Any, Any]:
+    def register(self, number: int, block: nn.Module) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.place = number
+            self.block = number
             self.inputs += args[0].nbytes
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.place = _OUTSIDE
+            self.block = _OUTSIDE
 
         return block.register_forward_pre_hook(enter), block.register_forward_hook(leave)
 
     def pack(self, tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in self.weights:
-            self.kept.setdefault(key, (self.place, tensor))
+            self.saved.setdefault(key, (self.block, tensor))
         return tensor
 
-    def closed(self, blocks: int) -> Activations:
-        by_place = dict.fromkeys(range(_OUTSIDE, blocks), 0)
-        for place, tensor in self.kept.values():
-            by_place[place] += tensor.untyped_storage().nbytes()
-        outside = by_place.pop(_OUTSIDE)
+    def activations(self, blocks: int) -> Activations:
+        by_block = dict.fromkeys(range(_OUTSIDE, blocks), 0)
+        for block, tensor in self.saved.values():
+            by_block[block] += tensor.untyped_storage().nbytes()
+        outside = by_block.pop(_OUTSIDE)
         return Activations(
-            kept=outside + sum(by_place.values()),
-            checkpointed=outside + self.inputs + max(by_place.values(), default=0),
+            kept=outside + sum(by_block.values()),
+            checkpointed=outside + self.inputs + max(by_block.values(), default=0),
         )

@@ -1,31 +1,32 @@
-"""What a run needs: tables for a terminal, and whether a device has it."""
+"""Tables of what a run needs, and whether it fits on a device."""
 
 from rich import box
 from rich.table import Table
 
-from molf.study.sizing.memory import Count, Needs
+from molf.study.sizing.memory import Needs
+from molf.study.sizing.parameters import base_count
 
 _GIB = 2**30
 _FLOAT_MOMENTS = 8  # bytes per element: two float32 moments
-_TIGHT = 0.9  # the libraries' context and what the allocator wastes take the rest
+_TIGHT = 0.9  # the libraries' context and allocator overhead take the rest
 
 
 def parameters_table(needs: Needs) -> Table:
-    """Return the counts of parameters by kind."""
+    """Return a table of the parameter counts by kind."""
     table = Table(title="parameters", title_justify="left", box=box.SIMPLE)
-    for column in ("kind", "total", "trainable"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
+    table.add_column("kind")
+    for column in ("total", "trainable"):
+        table.add_column(column, justify="right")
     for kind, count in needs.parameters.items():
         table.add_row(kind, f"{count.total:,}", f"{count.trainable:,}")
-    counts = needs.parameters.values()
-    total = Count(sum(count.total for count in counts), sum(count.trainable for count in counts))
+    total = base_count(needs.parameters) + needs.parameters["LoRA"]
     table.add_section()
     table.add_row("all", f"{total.total:,}", f"{total.trainable:,}")
     return table
 
 
 def memory_table(needs: Needs) -> Table:
-    """Return the memory by part, and the most there is at a time."""
+    """Return a table of the memory by use, and its peak."""
     memory, (batch, length) = needs.memory, needs.tokens
     table = Table(title=f"memory, {batch} x {length} tokens at a time", title_justify="left", box=box.SIMPLE)
     table.add_column("part")
@@ -47,30 +48,29 @@ def memory_table(needs: Needs) -> Table:
 
 
 def verdict(needs: Needs, available: int | None) -> str:
-    """Say whether a run fits.
+    """Say whether a run fits on a device, and what would lower its peak if it does not.
 
     Args:
         needs: What it needs.
-        available: Memory of the device in bytes, or None where it is not known.
+        available: Memory of the device in bytes; None if unknown.
 
     Returns:
-        A sentence, which starts with ``warning`` where it does not fit or hardly does.
+        A sentence that begins with ``warning`` unless the run fits easily.
     """
-    peak = needs.memory.peak
+    memory = needs.memory
     if available is None:
-        return "no accelerator is visible; give the memory of the one to plan for as --memory_gb"
-    sizes = f"{peak / _GIB:.1f} of {available / _GIB:.1f} GiB"
-    if peak <= _TIGHT * available:
+        return "no accelerator is visible; give the memory of the device to plan for as --memory_gb"
+    sizes = f"{memory.peak / _GIB:.1f} of {available / _GIB:.1f} GiB"
+    if memory.peak <= _TIGHT * available:
         return f"it fits: {sizes}"
-    remedies = ["a smaller per_device_train_batch_size with more gradient_accumulation_steps", "a smaller max_length"]
-    if needs.memory.activations > needs.memory.activations_checkpointed:
-        remedies.insert(0, "gradient_checkpointing")
-    trained = sum(count.trainable for kind, count in needs.parameters.items() if kind != "LoRA")
-    if trained and needs.memory.states >= _FLOAT_MOMENTS * trained:
-        remedies.append("method molf with optim_bits 8")
-    if trained and needs.memory.freeing_gradients_helps:
-        remedies.append("method molf with optimizer_in_backward")
-    if trained:
-        remedies.append("method molf_e or lora, which leave the base frozen")
-    outcome = "does not fit" if peak > available else "hardly fits"
-    return f"warning: it {outcome}: {sizes}; try {', '.join(remedies)}"
+    trained = base_count(needs.parameters).trainable
+    remedies = {
+        "gradient_checkpointing": memory.activations > memory.activations_checkpointed,
+        "a smaller per_device_train_batch_size with more gradient_accumulation_steps": True,
+        "a smaller max_length": True,
+        "method molf with optim_bits 8": trained and memory.states >= _FLOAT_MOMENTS * trained,
+        "method molf with optimizer_in_backward": trained and memory.freeing_gradients_helps,
+        "method molf_e or lora, which leave the base frozen": trained,
+    }
+    outcome = "does not fit" if memory.peak > available else "hardly fits"
+    return f"warning: it {outcome}: {sizes}; try {', '.join(name for name, helps in remedies.items() if helps)}"

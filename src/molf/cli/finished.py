@@ -1,0 +1,88 @@
+"""The commands about finished runs: ``molf results``, ``molf report`` and ``molf export``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from molf.cli.show import console
+from molf.errors import MolfError
+
+
+def results(argv: Sequence[str]) -> None:
+    """``molf results``: any number of runs in one table.
+
+    Raises:
+        MolfError: No result is readable, or with ``--strict`` one is not. The readable ones are shown before.
+    """
+    parser = argparse.ArgumentParser(
+        prog="molf results", description="Gather the results of any number of runs.", allow_abbrev=False
+    )
+    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="folder with runs in it, at any depth")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all settings and measurements as CSV")
+    parser.add_argument("--parquet", type=Path, metavar="FILE", help="the same as Parquet")
+    parser.add_argument("--strict", action="store_true", help="fail if a result cannot be read")
+    given = parser.parse_args(argv)
+
+    from molf.study.results.gather import gather
+    from molf.study.results.tables import runs_table
+
+    found = gather(given.places)
+    out = console()
+    if found.results:
+        out.print(runs_table(found.results))
+        for path, write in ((given.csv, found.write_csv), (given.parquet, found.write_parquet)):
+            if path is not None:
+                write(path)
+                out.print(f"{len(found.results)} runs written to {path}")
+    for reason in found.unreadable.values():
+        out.print(f"skipped: {reason}")
+    count = len(found.unreadable)
+    if count and (given.strict or not found.results):
+        raise MolfError(f"{count} of {count + len(found.results)} results cannot be read")
+    if count:
+        out.print(f"{count} unreadable results skipped")
+
+
+def report(argv: Sequence[str]) -> None:
+    """``molf report``: tables of finished runs, and their routing pictures drawn again."""
+    parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--check", action="store_true", help="compute the metrics again from the predictions")
+    given = parser.parse_args(argv)
+
+    from molf.study.results.result import check_predictions, read_result
+    from molf.study.results.routing import ROUTING_FILE, read_routing
+    from molf.study.results.tables import draw_routing, metrics_table, runs_table
+
+    found = {str(folder): read_result(folder) for folder in given.runs}
+    out = console()
+    for folder, result in zip(given.runs, found.values(), strict=True):
+        out.print(metrics_table(result))
+        if given.check:
+            check_predictions(folder, result)
+            out.print("computed again from the predictions: the same metrics")
+        if (folder / ROUTING_FILE).is_file():
+            picture = folder / "routing.png"
+            draw_routing(read_routing(folder / ROUTING_FILE), picture, title=str(result.config["run_name"]))
+            out.print(f"routing: {picture}")
+    if len(found) > 1:
+        out.print(runs_table(found))
+
+
+def export(argv: Sequence[str]) -> None:
+    """``molf export``: the LoRA experts of a run, as one adapter or merged."""
+    parser = argparse.ArgumentParser(prog="molf export", description="Write the LoRA experts of a molf_e run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--to", choices=("peft", "merged"), required=True, help="one PEFT LoRA, or a plain checkpoint")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, help="where to write (default: RUN/export-TO)")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help="type of merged weights (default: %(default)s)"
+    )
+    given = parser.parse_args(argv)
+
+    from molf.study.run.export import export_run
+
+    exported = export_run(given.run, given.to, given.output_dir, given.dtype)
+    for note in [*exported.notes, f"written to {exported.folder}"]:
+        console().print(note)

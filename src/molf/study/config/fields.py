@@ -1,0 +1,47 @@
+"""How a field of the configuration is declared: its default, its help on the command line, and what it shapes."""
+
+import copy
+from dataclasses import field
+from typing import Any, Literal
+
+Level = Literal["nothing", "evaluation", "training", "checkpoint"]
+"""What a setting shapes. Each level includes the ones after it:
+
+- ``nothing``: where a run writes and what it shows.
+- ``evaluation``: the metrics, but not the trained model.
+- ``training``: the trained model. This is the default.
+- ``checkpoint``: the form of a checkpoint and every step, so a run cannot resume from a checkpoint with another value.
+  Other training settings, such as the number of epochs, may change between two starts of a run.
+"""
+
+SHAPES = "shapes"
+"""Key of a field's metadata that holds its level."""
+
+
+def setting(default: Any, help: str, shapes: Level = "training") -> Any:
+    """Declare a field of a configuration dataclass.
+
+    Args:
+        default: The default; a list is copied for every configuration.
+        help: What ``molf COMMAND --help`` says.
+        shapes: What two runs with different values may not have in common.
+    """
+    metadata: dict[str, Any] = {"help": help, SHAPES: shapes}
+    if isinstance(default, list):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_TRAINER: dict[Level, str] = {
+    "nothing": """
+        output_dir run_name resume_from_checkpoint disable_tqdm report_to
+        logging_steps logging_strategy logging_first_step save_strategy save_steps save_total_limit
+    """,
+    "checkpoint": """
+        learning_rate weight_decay lr_scheduler_type warmup_steps seed data_seed
+        max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss chat_template_path
+        shuffle_dataset dataloader_drop_last train_sampling_strategy
+    """,
+}
+TRAINER_LEVELS: dict[str, Level] = {name: level for level, names in _TRAINER.items() for name in names.split()}
+"""What a field of TRL's ``SFTConfig`` shapes; the training if it is not listed."""

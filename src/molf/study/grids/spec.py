@@ -1,0 +1,111 @@
+"""One run of a grid: a ``molf train`` command in a process of its own, and the files it keeps side by side."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from molf.files import atomic_write
+from molf.study.config.run_config import RunConfig
+from molf.study.results.result import RESULT_FILE
+
+FAILED = ".failed.json"
+State = Literal["finished", "failed", "interrupted", "new"]
+
+_TAIL = 15  # lines of a failed run's log to show
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed.
+
+    Attributes:
+        cell: Name of the run.
+        status: Exit status of its process.
+        log: Its log file.
+        tail: The last lines of the log.
+    """
+
+    cell: str
+    status: int
+    log: Path
+    tail: str
+
+    def __str__(self) -> str:
+        return f"{self.cell} failed with status {self.status}; the end of {self.log}:\n{self.tail}"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What to run, and where its files are.
+
+    Attributes:
+        name: Name of its folder.
+        config: Its settings.
+        processes: How many processes of one machine train it together.
+    """
+
+    name: str
+    config: RunConfig
+    processes: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.config.output_dir
+
+    @property
+    def settings_file(self) -> Path:
+        """The YAML file that its command reads."""
+        return self.beside(".yaml")
+
+    @property
+    def log_file(self) -> Path:
+        """What it printed, in all attempts."""
+        return self.beside(".log")
+
+    @property
+    def command(self) -> list[str]:
+        """The command that starts or resumes it."""
+        torchrun = ["-m", "molf.study.torchrun", "--standalone", f"--nproc_per_node={self.processes}"]
+        launcher = torchrun if self.processes > 1 else []
+        return [sys.executable, *launcher, "-m", "molf", "train", "--config", str(self.settings_file)]
+
+    @property
+    def state(self) -> State:
+        """How far it is. ``interrupted`` covers everything that has started and neither finished nor failed."""
+        if (self.folder / RESULT_FILE).is_file():  # a run writes it last
+            return "finished"
+        if self.beside(FAILED).is_file():
+            return "failed"
+        return "interrupted" if self.log_file.exists() else "new"
+
+    @property
+    def failure(self) -> Failure | None:
+        """How it failed; None if it did not."""
+        if self.state != "failed":
+            return None
+        status = int(json.loads(self.beside(FAILED).read_text(encoding="utf-8"))["status"])
+        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        return Failure(self.name, status, self.log_file, "\n".join(lines[-_TAIL:]))
+
+    def beside(self, suffix: str) -> Path:
+        """Return a path beside the folder, with the run's name."""
+        return self.folder.with_name(f"{self.name}{suffix}")
+
+    def write_settings(self) -> None:
+        """Write the file that the command reads."""
+        self.settings_file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.settings_file) as partial:
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+            partial.write_text(text, encoding="utf-8")
+
+
+def make_spec(parent: Path, name: str, config: RunConfig, processes: int = 1) -> RunSpec:
+    """Return a run in a folder of its name, which resumes from whatever an earlier attempt left there."""
+    output = replace(config.output, overwrite=True, clean_ckpt_at_end=True)
+    train = config.train | {"output_dir": str(parent / name), "run_name": name, "resume_from_checkpoint": "True"}
+    return RunSpec(name, replace(config, output=output, train=train), processes)

@@ -1,0 +1,85 @@
+"""The settings of a run in its checkpoints: with others a checkpoint would not load, or load and mean something else."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from molf.errors import MolfError
+from molf.integrations.whole_checkpoints import CheckpointPart
+from molf.study.config.run_config import RunConfig
+from molf.study.config.sameness import shaping
+
+FILE_NAME = "made_with.json"
+PROCESSES = "processes"
+
+
+class CheckpointSettings(CheckpointPart):
+    """The settings that shape a checkpoint, saved with it and compared when a run resumes from it.
+
+    The number of steps, the saving and logging intervals, and the number of processes that share a batch may change.
+
+    Args:
+        config: The run's settings.
+        args: The Trainer's settings, with all defaults.
+        examples: The training examples.
+        sharded: Whether the model is sharded, which gives checkpoints another layout.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        args: TrainingArguments,
+        examples: Sequence[Mapping[str, Any]],
+        sharded: bool = False,
+    ):
+        declared = vars(args) | vars(config.method) | vars(config.model)
+        settings = {name: declared[name] for name in shaping("checkpoint")}
+        settings["sharded"] = sharded
+        settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        settings["training_data"] = _fingerprint(config.task.task, examples)
+        self.settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+        self.processes = args.world_size
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the settings and, for information, the number of processes."""
+        written = self.settings | {PROCESSES: self.processes}
+        (folder / FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+    def check(self, folder: Path) -> None:
+        """Compare the settings with those of a checkpoint.
+
+        Settings that the checkpoint does not record, because an older version or a plain Trainer wrote it, are not compared.
+
+        Raises:
+            MolfError: Some settings differ; the message names them.
+        """
+        saved = read_settings(folder)
+        differing = [name for name, value in self.settings.items() if name in saved and saved[name] != value]
+        if differing:
+            words = ", ".join(f"{name}={saved[name]} (here {self.settings[name]})" for name in differing)
+            raise MolfError(
+                f"{folder} was made with {words}: use the settings of the checkpoint, or pass --overwrite without "
+                "--resume_from_checkpoint to train from the start"
+            )
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """Return the settings that a checkpoint records."""
+    file = checkpoint / FILE_NAME
+    if not file.is_file():
+        return {}
+    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {"sharded": False} | saved
+
+
+def _fingerprint(task: str, examples: Sequence[Mapping[str, Any]]) -> str:
+    """Identify training examples by their contents and order, wherever they were read from."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True, default=str).encode())
+    return f"{len(examples)} examples of {task}, SHA-256 {digest.hexdigest()[:12]}"

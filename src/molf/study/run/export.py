@@ -1,0 +1,142 @@
+"""The export of a MoLF-Efficient run: one LoRA adapter, or merged weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from molf.errors import MolfError
+from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
+from molf.study.config.run_config import ModelConfig
+from molf.study.methods.adapters import ADAPTERS_FOLDER
+from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.run.card import model_card
+from molf.study.run.models import load_model_and_tokenizer
+
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Attributes:
+        folder: Its folder.
+        rank: Rank of the adapter, or None for merged weights.
+        largest_difference: Largest change of a merged weight by the cast, or None for an adapter.
+        notes: What to know about it, one sentence each.
+    """
+
+    folder: Path
+    rank: int | None
+    largest_difference: float | None
+    notes: list[str]
+
+
+def export_run(
+    run: Path,
+    to: Literal["peft", "merged"],
+    output_dir: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> Exported:
+    """Write the LoRA experts of a run as one PEFT adapter, or merge them into their base model.
+
+    The base model is loaded in float32, and the experts from the run's ``adapters`` folder.
+
+    Args:
+        run: Folder of the run.
+        to: ``peft`` for an adapter of rank ``r1 + r2 + ...``, ``merged`` for a plain checkpoint.
+        output_dir: Where to write; by default ``export-peft`` or ``export-merged`` in the run's folder.
+        dtype: Data type of merged weights.
+
+    Raises:
+        MolfError: The run has no adapters or trained other weights too, the folder is not empty, or the base model cannot be
+            loaded.
+    """
+    folders = adapter_folders(run)
+    result = read_result(run) if (run / RESULT_FILE).is_file() else None
+    _check_adapters_are_all(run, result)
+    folder = output_dir or run / f"export-{to}"
+    base = result.config["model_name_or_path"] if result else _named_base(next(iter(folders.values())))
+    model, tokenizer = load_experts(folders, base)
+    with whole_folder(folder) as partial:
+        rank, difference = None, None
+        if to == "peft":
+            rank = export_peft(model, partial)
+        else:
+            difference = export_merged(model, partial, getattr(torch, dtype))
+        tokenizer.save_pretrained(partial)
+        notes = _notes(rank, difference, dtype)
+        (partial / "README.md").write_text(_card(run, result, base, rank, notes), encoding="utf-8")
+    return Exported(folder, rank, difference, notes)
+
+
+def adapter_folders(run: Path) -> dict[str, Path]:
+    """Return the folder of each adapter of a run, by the adapter's name.
+
+    Raises:
+        MolfError: There is none.
+    """
+    root = run / ADAPTERS_FOLDER
+    found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_CONFIG}"))}
+    if not found:
+        plain = (run / "config.json").is_file()
+        what = (
+            "It is a plain checkpoint, which needs no export"
+            if plain
+            else "Give the folder of a run with --method molf_e"
+        )
+        raise MolfError(f"{run} has no LoRA experts to export: there is no {ADAPTERS_FOLDER}/NAME/{_CONFIG}. {what}")
+    return found
+
+
+def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
+    """Load a base model in float32 with all of its adapters active, and its tokenizer.
+
+    Args:
+        folders: Folder of each adapter, by name.
+        base: Name of the base model.
+    """
+    (first, folder), *others = folders.items()
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=base))
+    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
+    for adapter, path in others:
+        wrapped.load_adapter(str(path), adapter_name=adapter)
+    wrapped.base_model.set_adapter(list(folders), inference_mode=True)
+    return wrapped.eval(), tokenizer
+
+
+def _named_base(folder: Path) -> str:
+    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+
+
+def _check_adapters_are_all(run: Path, result: Result | None) -> None:
+    training = result.training if result else None
+    if training is not None and training.trainable_parameters:
+        raise MolfError(
+            f"{run} trained {training.trainable_parameters:,} parameters of the base model besides its LoRA experts, and an "
+            f"export of the experts would lose them; use {run} itself, which is a plain merged checkpoint"
+        )
+
+
+def _notes(rank: int | None, difference: float | None, dtype: str) -> list[str]:
+    if rank is None:
+        return [f"Merged in float32, then cast to {dtype}; the cast changed no weight by more than {difference:.3g}."]
+    served = vllm_max_lora_rank(rank)
+    limit = f"--max-lora-rank {served}" if served else "a higher rank than it supports, so use the merged checkpoint"
+    return [
+        f"One PEFT LoRA of rank {rank} and scale 1.",
+        f"To serve it, vLLM (whose default is rank 16) needs {limit}.",
+    ]
+
+
+def _card(run: Path, result: Result | None, base: str, rank: int | None, notes: Sequence[str]) -> str:
+    library: Literal["transformers", "peft"] = "transformers" if rank is None else "peft"
+    if result is not None:
+        card = model_card(result, library)
+    else:  # the run is not finished, so there are no metrics
+        card = f"---\nlibrary_name: {library}\ntags:\n- molf\n---\n\n# {run.name}\n\nTrained from the model {base}.\n"
+    return f"{card}\n## Export\n\n{' '.join(notes)}\n"

@@ -1,0 +1,85 @@
+"""The record of a finished run: its result, and the files that are written from it."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from molf.files import atomic_write
+from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.config.run_config import RunConfig
+from molf.study.engine.evaluate import Evaluation
+from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
+from molf.study.faults.trained import Trained
+from molf.study.results.csv_log import append_csv
+from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
+from molf.study.results.result import Result, write_result
+from molf.study.results.routing import read_routing
+from molf.study.results.tables import draw_routing
+from molf.study.run.card import model_card
+from molf.study.run.job import Job
+from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, run_id
+
+
+@dataclass(frozen=True)
+class Start:
+    """What must be read at the start of a run.
+
+    Attributes:
+        time: The time.
+        commit: The commit of the source, which may change while the run goes on.
+    """
+
+    time: float = field(default_factory=time.perf_counter)
+    commit: str | None = field(default_factory=lambda: source_commit())
+
+
+def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained | None = None) -> Result:
+    """Put the result of a run together.
+
+    Args:
+        job: What the run worked on.
+        start: Its start.
+        evaluation: The evaluation of its model.
+        trained: Its training; None for a run that only evaluates.
+    """
+    log = job.config.output_dir / ROUTING_FILE
+    routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
+    return Result(
+        config=job.config.to_dict(),
+        headline=job.task.headline,
+        metrics=evaluation.metrics,
+        metrics_before=trained.metrics_before if trained else None,
+        data_origin=job.split.origin,
+        device=device_name(),
+        versions=library_versions(),
+        commit=start.commit,
+        seconds=time.perf_counter() - start.time,
+        peak_memory_bytes=peak_memory_bytes(),
+        training=trained.training if trained else None,
+        routing=read_routing(log).shares() if routed else None,
+        run_id=run_id(job.config.output_dir),
+    )
+
+
+def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> None:
+    """Write all files of a finished run; the result comes last, because it marks the run as finished.
+
+    A run that is killed between its row in ``$LOG_FILE`` and its result replaces that row when it is started again.
+    """
+    folder = config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / PREDICTIONS_FILE, evaluation.predictions)
+    if result.routing is not None:
+        draw_routing(read_routing(folder / ROUTING_FILE), folder / PICTURE_FILE, title=config.run_name)
+    if result.training is not None:
+        with atomic_write(folder / CARD_FILE) as partial:
+            partial.write_text(model_card(result), encoding="utf-8")
+    with atomic_write(folder / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if log_file := os.environ.get("LOG_FILE"):
+        append_csv(Path(log_file), result.row(), key="run_id")
+    write_result(folder, result)
+    (folder / RUN_ID_FILE).unlink()

@@ -1,0 +1,75 @@
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from fake_runs import RESULT
+from molf.cli import main
+
+
+def leave(folder, content):
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+
+
+def test_a_table_and_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        leave(tmp_path / "runs" / name, json.dumps(RESULT))
+    assert main(["results", "runs", "--csv", "all.csv", "--parquet", "all.parquet", "--strict"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/one" in shown and "runs/two" in shown and "2 runs written to all.csv" in shown
+    assert (tmp_path / "all.csv").is_file() and (tmp_path / "all.parquet").read_bytes().startswith(b"PAR1")
+
+
+def test_unreadable_results_are_named_counted_and_an_error_on_request(tmp_path, capsys):
+    leave(tmp_path / "good", json.dumps(RESULT))
+    leave(tmp_path / "torn", "{")
+    assert main(["results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"skipped: {tmp_path / 'torn' / 'result.json'}" in shown and "1 unreadable results skipped" in shown
+    assert main(["results", str(tmp_path), "--strict"]) == 1
+    assert "1 of 2 results cannot be read" in capsys.readouterr().err
+    assert main(["results", str(tmp_path / "torn")]) == 1
+
+
+def test_no_results(tmp_path, capsys):
+    assert main(["results", str(tmp_path)]) == 1
+    assert "there is no result.json" in capsys.readouterr().err
+
+
+def call(line):
+    return main(shlex.split(line))
+
+
+@pytest.fixture
+def run(model_folder):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=2, init_lora_weights=False),
+        adapter_name="lora_r2",
+    )
+    model.save_pretrained("run/adapters")
+    return "run"
+
+
+def test_both_exports(run, capsys):
+    assert call("export run --to peft") == 0
+    shown = capsys.readouterr().out
+    assert "One PEFT LoRA of rank 2" in shown and "written to run/export-peft" in shown
+    assert call("export run --to merged --dtype bfloat16 --output-dir here") == 0
+    shown = capsys.readouterr().out
+    assert "cast to bfloat16; the cast changed no weight by more than" in shown and "written to here" in shown
+    assert Path("here/model.safetensors").is_file() and Path("here/README.md").is_file()
+
+
+def test_mistakes_in_an_export(run, model_folder, capsys):
+    assert call("export nothing --to peft") == 1
+    assert "nothing has no LoRA experts to export" in capsys.readouterr().err
+    assert call("export run --to peft --output_dir run") == 1
+    assert "not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call("export run")

@@ -1,0 +1,81 @@
+import csv
+import json
+
+import pytest
+
+from molf.study.grids.compare import Contender, Outcome
+from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
+from molf.study.grids.spec import Failure
+from molf.study.results.result import Result, Training
+from molf.tasks.base import Metric
+
+
+def result(value, seconds=60.0):
+    training = Training(6, 1.0, 2.5, 800, 801.0, 1000, 900, 64)
+    metrics = {"score": Metric(value, 12), "other": Metric(value / 2, 12)}
+    return Result({}, "score", metrics, None, "rows", "CPU", {"molf": "0.1.0"}, None, seconds, 2**30, training)
+
+
+def contender(method, *values, name=None):
+    return Contender(name or method, method, "lr1", {"lr1": 5.0, "lr2": 4.0}, [result(value) for value in values], {})
+
+
+@pytest.fixture
+def outcome():
+    methods = [
+        contender("fft", 80.0),
+        contender("lora", 70.0, 74.0),
+        contender("molf", 79.0),
+        contender("molf_e", 71.0),
+    ]
+    return Outcome("score", [*methods, contender("dora", 69.0), contender("adalora", 71.0)], [], [])
+
+
+def test_the_rows(outcome):
+    fft, lora = rows_of(outcome)[:2]
+    assert (lora["score"], lora["seeds"], lora["other"]) == (72.0, 2, 36.0)
+    assert lora["score/spread"] == pytest.approx(2 * 2**0.5)
+    assert (fft["score/spread"], fft["trainable_parameters"], fft["peak_memory_bytes"]) == (None, 964, 2**30)
+
+
+def test_the_verdict(outcome):
+    said = verdict(outcome)
+    assert "MoLF is 1.00 points behind the better of full fine-tuning and LoRA (fft) in score, 79.00 to 80.00" in said
+    assert "MoLF-Efficient is level with the best adaptive LoRA (adalora)" in said
+    ahead = Outcome("score", [contender("fft", 1.0), contender("molf", 3.5, name="molf_r8")], [], [])
+    assert verdict(ahead).startswith("MoLF (molf_r8) is 2.50 points ahead of the better")
+    assert verdict(Outcome("score", [contender("fft", 1.0)], [], [])).startswith("Nothing to say")
+
+
+def test_the_files(outcome, tmp_path):
+    failed = Outcome(
+        outcome.metric, outcome.contenders, [Failure("broken", 3, tmp_path / "broken.log", "the end")], ["killed"]
+    )
+    files = write_comparison(failed, tmp_path / "out")
+    assert [path.name for path in files] == [f"comparison.{suffix}" for suffix in ("csv", "json", "md", "png")]
+    table, record, text, picture = files
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["name"] for row in rows] == ["fft", "lora", "molf", "molf_e", "dora", "adalora"]
+    assert float(rows[1]["score"]) == 72.0
+    content = json.loads(record.read_text())
+    assert content["rows"] == rows_of(outcome) and content["verdict"] == verdict(outcome)
+    assert Result.from_dict(content["runs"]["fft"]["lr1"][0]) == outcome.contenders[0].results[0]
+    assert content["failures"] == [
+        {"cell": "broken", "status": 3, "log": str(tmp_path / "broken.log"), "tail": "the end"}
+    ]
+    assert "Failed:\n\n- broken: status 3, see" in text.read_text() and "Not finished:\n\n- killed" in text.read_text()
+    lines = text.read_text().splitlines()
+    assert lines[3].startswith("| lora | lr1 | 72.00 ± 2.83 | 2 |")
+    assert len({line.count("|") for line in lines[:8]}) == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table(outcome):
+    table = comparison_table(outcome)
+    assert table.row_count == 6
+    assert [*table.columns[2].cells][1] == "72.00 ± 2.83"
+
+
+def test_a_picture_of_nothing(tmp_path):
+    draw_bars(Outcome("score", [Contender("fft", "fft", None, {}, [], {})], [], []), tmp_path / "none.png")
+    assert (tmp_path / "none.png").is_file()

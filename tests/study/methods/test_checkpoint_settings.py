@@ -1,0 +1,78 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from molf.study.config.run_config import RunConfig
+from molf.study.config.trainer_config import build_train_config
+from molf.study.methods.checkpoint_settings import FILE_NAME, CheckpointSettings
+
+DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+def made(data=DATA, sharded=False, processes=1, **changes):
+    """The settings that a run on this number of processes saves with its checkpoints."""
+    config = RunConfig.from_dict({"method": "lora", "lora_rank": 4, "learning_rate": 1e-3, **changes})
+    args = build_train_config(config.train | {"output_dir": "here"})
+    args.__dict__["distributed_state"] = SimpleNamespace(num_processes=processes)
+    return CheckpointSettings(config, args, data, sharded)
+
+
+def test_the_same_and_what_may_change(tmp_path):
+    made().save(None, tmp_path)
+    made().check(tmp_path)
+    made(num_train_epochs=7, max_steps=9, save_steps=3, logging_steps=1, output_root="elsewhere").check(tmp_path)
+    made(data_path="moved", gradient_accumulation_steps=2, processes=2).check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_rank": 8}, r"was made with lora_rank=4 \(here 8\): use the settings"),
+        (
+            {"method": "rslora", "dtype": "bfloat16"},
+            r"dtype=float32 \(here bfloat16\), method=lora \(here rslora\), use_rslora",
+        ),
+        ({"processes": 2}, r"examples_per_step=32 \(here 64\): use the settings"),
+        ({"per_device_train_batch_size": 4}, r"examples_per_step=32 \(here 16\)"),
+        ({"seed": 7}, r"seed=42 \(here 7\)"),
+        ({"max_length": 9, "packing": True}, r"max_length=1024 \(here 9\), packing=False \(here True\)"),
+        (
+            {"learning_rate": 1e-4, "lr_scheduler_type": "linear"},
+            r"learning_rate=0.001 \(here 0.0001\), lr_scheduler_type=cosine",
+        ),
+        ({"data": DATA[:1]}, r"=2 examples of fact, SHA-256 \w{12} \(here 1 examples of fact, SHA-256 \w{12}\)"),
+        ({"data": DATA[::-1]}, "training_data=2 examples of fact"),
+    ],
+)
+def test_what_differs_is_named(changes, words, tmp_path):
+    made().save(None, tmp_path)
+    with pytest.raises(ValueError, match=words):
+        made(**changes).check(tmp_path)
+
+
+def test_a_plain_trainers_checkpoint_is_not_asked(tmp_path):
+    made().check(tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_an_earlier_checkpoint_is_asked_about_what_it_has(tmp_path):
+    earlier = {name: made().settings[name] for name in ("method", "lora_rank")}
+    (tmp_path / FILE_NAME).write_text(json.dumps(earlier), encoding="utf-8")
+    made(seed=7).check(tmp_path)
+    with pytest.raises(ValueError, match=r"was made with lora_rank=4 \(here 8\): use the settings"):
+        made(lora_rank=8, seed=7).check(tmp_path)
+
+
+def test_shards_are_no_whole_checkpoint(tmp_path):
+    """A checkpoint of a version without sharding counts as unsharded."""
+    made().save(None, tmp_path)
+    with pytest.raises(ValueError, match=r"sharded=False \(here True\)"):
+        made(sharded=True).check(tmp_path)
+    made(sharded=True).save(None, tmp_path)
+    made(sharded=True).check(tmp_path)
+    with pytest.raises(ValueError, match=r"sharded=True \(here False\)"):
+        made().check(tmp_path)
+    (tmp_path / FILE_NAME).write_text('{"method": "lora"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sharded=False \(here True\)"):
+        made(sharded=True).check(tmp_path)

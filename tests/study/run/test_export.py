@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molf.study.config.run_config import RunConfig
+from molf.study.results.result import Result, Training, write_result
+from molf.study.run.export import adapter_folders, export_run, load_experts
+from molf.tasks.base import Metric
+
+
+@pytest.fixture
+def run(saved_model, tmp_path):
+    """The folder of an unfinished run with two experts."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(saved_model),
+        LoraConfig(r=2, target_modules="all-linear", use_rslora=True, init_lora_weights=False),
+        adapter_name="lora_r2",
+    )
+    config = LoraConfig(r=6, target_modules="all-linear", use_rslora=True, init_lora_weights=False)
+    model.add_adapter("lora_r6", config)
+    model.base_model.set_adapter(["lora_r2", "lora_r6"])
+    model.save_pretrained(tmp_path / "run/adapters")
+    return tmp_path / "run"
+
+
+def finish(run, saved_model, trainable=0):
+    """Write the run's result."""
+    training = Training(6, 1.0, 2.5, 800, 801.0, 1000, trainable, 64)
+    config = RunConfig.from_dict({"model_name_or_path": saved_model, "output_dir": str(run)}).resolved()
+    metrics = {"score": Metric(50.0, 12)}
+    fields = (config.to_dict(), "score", metrics, None, "the sample", "CPU", {"molf": "0.1.0"}, None, 90.0, 2**30)
+    write_result(run, Result(*fields, training=training))
+
+
+def logits(model):
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_both_exports_compute_what_the_experts_do(run, saved_model):
+    expected = logits(load_experts(adapter_folders(run), saved_model)[0])
+    adapter, merged = export_run(run, "peft"), export_run(run, "merged")
+    assert (adapter.folder, adapter.rank, adapter.largest_difference) == (run / "export-peft", 8, None)
+    assert (merged.folder, merged.rank, merged.largest_difference) == (run / "export-merged", None, 0.0)
+    base = AutoModelForCausalLM.from_pretrained(saved_model)
+    assert (logits(base) - expected).abs().max() > 0.1
+    loaded = PeftModel.from_pretrained(base, adapter.folder)
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(merged.folder)
+    torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-5)
+    for folder in (adapter.folder, merged.folder):
+        assert AutoTokenizer.from_pretrained(folder)("capital") == AutoTokenizer.from_pretrained(saved_model)("capital")
+
+
+def test_the_cards(run, saved_model, tmp_path):
+    unfinished = export_run(run, "peft", tmp_path / "a")
+    assert f"Trained from the model {saved_model}." in (tmp_path / "a/README.md").read_text()
+    assert "--max-lora-rank 8" in unfinished.notes[-1]
+    finish(run, saved_model)
+    export_run(run, "peft", tmp_path / "b")
+    card = (tmp_path / "b/README.md").read_text()
+    assert "library_name: peft" in card and "| score |  | 50.00 | 12 |" in card and "rank 8 and scale 1" in card
+    half = export_run(run, "merged", tmp_path / "c", "bfloat16")
+    assert half.largest_difference > 0
+    card = (tmp_path / "c/README.md").read_text()
+    assert "library_name: transformers" in card and "cast to bfloat16" in card
+
+
+def test_a_run_that_trained_more_than_its_experts(run, saved_model):
+    finish(run, saved_model, trainable=96)
+    with pytest.raises(ValueError, match="trained 96 parameters of the base model .*; use .* itself"):
+        export_run(run, "peft")
+
+
+def test_a_run_without_experts(saved_model, tmp_path):
+    with pytest.raises(ValueError, match="a plain checkpoint, which needs no export"):
+        export_run(Path(saved_model), "peft")
+    with pytest.raises(ValueError, match="Give the folder of a run with --method molf_e"):
+        export_run(tmp_path / "nothing", "merged")
+
+
+def test_a_failed_export_leaves_nothing(run):
+    taken = run / "adapters"
+    with pytest.raises(ValueError, match="not empty"):
+        export_run(run, "merged", taken)
+    assert not list(run.glob(".*"))
