@@ -79,7 +79,7 @@ def _explained(failure: str, source: str) -> Iterator[None]:
 
 def _reason(error: BaseException, source: str) -> str:
     causes = list(_chain(error))
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__).removeprefix("Error ")
     if Path(source).exists() or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
         return first_line
     if any(isinstance(cause, GatedRepoError) for cause in causes):
