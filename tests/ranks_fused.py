@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate
 
 from asking import NoQuestions, NoScalars
 from molf import MoLF
-from molf.numerics.distributed import full, local
+from molf.numerics.distributed import find_ranks, full, local
 from sharding import AdaptedLinear, everything, exact, give, hsdp, my_rows, train
 
 # With a small eps the first step of an element whose gradient is all but 0 would be a matter of rounding.
@@ -105,7 +105,7 @@ class Three:
 
 def scaled(t, model, optimizer):
     """Scale gradients as a GradScaler does; the second step overflows, the third is not finite, each on one rank alone."""
-    first = torch.distributed.get_rank() == 0
+    first = find_ranks(optimizer.param_groups, None).shard_index == 0  # of its replica: gradients are equal on all
     for p in model.parameters():
         local(p.grad).mul_(128)
     if t == 2 and first:
