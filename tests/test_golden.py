@@ -13,7 +13,7 @@ from conftest import TOLERANCE
 from molf import MoLF, add_lora_experts
 
 CASES = sorted((Path(__file__).parent / "golden").glob("*.json"))
-LAYER_TYPES = [
+FORMS = [
     pytest.param(path, form, id=f"{path.stem}-{form}")
     for path in CASES
     for form in ("merged", "branched")
@@ -89,14 +89,14 @@ def follow(path, form, tolerance, steps, **options):
     return case, data, model
 
 
-@pytest.mark.parametrize(("path", "form"), LAYER_TYPES)
+@pytest.mark.parametrize(("path", "form"), FORMS)
 def test_recorded_trajectory(path, form):
     case, data, model = follow(path, form, TOLERANCE[torch.float64], steps=1000)
     logits = model(input_ids=data["input_ids"][0]).logits
     torch.testing.assert_close(logits, data["merged_logits"], rtol=0, atol=TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize(("path", "form"), LAYER_TYPES)
+@pytest.mark.parametrize(("path", "form"), FORMS)
 def test_recorded_trajectory_by_the_kernels(path, form):
     """In float32, as far as its rounding leaves the decisions alone."""
     pytest.importorskip("triton", reason="Triton is not installed")

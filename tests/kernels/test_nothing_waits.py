@@ -78,7 +78,7 @@ def test_a_step_asks_nothing_and_copies_no_table_where_gradients_stay_in_place(d
     made, rooms, changed = Tables.made, {}, set()
 
     def watched(tables, name, key, make):
-        rooms[tables.room.data_ptr()] = tables.room  # kept, so that the next step gets other memory
+        rooms[tables.buffer.data_ptr()] = tables.buffer  # kept, so that the next step gets other memory
         if tables._kept[name][0] != key:
             changed.add(name)
         return made(tables, name, key, make)
@@ -95,13 +95,13 @@ def test_the_gradients_of_pairs_are_gone_after_a_step(monkeypatch):
     made, rooms = Tables.made, []
 
     def watched(tables, *args):
-        rooms.append(weakref.ref(tables.room))  # alive as long as a view of it is
+        rooms.append(weakref.ref(tables.buffer))  # alive as long as a view of it is
         return made(tables, *args)
 
     monkeypatch.setattr(Tables, "made", watched)
     _, optimizer = warmed_up(torch.float32, {})
-    rooms = [room for room in rooms if room() is not optimizer.kernels[0]._tables.room]
-    assert rooms and all(room() is None for room in rooms) and not optimizer.kernels[0]._tables.room.numel()
+    rooms = [room for room in rooms if room() is not optimizer._fused_steps[0]._tables.buffer]
+    assert rooms and all(room() is None for room in rooms) and not optimizer._fused_steps[0]._tables.buffer.numel()
 
 
 def test_a_step_of_adapters_asks_nothing(request):

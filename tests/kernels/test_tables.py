@@ -19,9 +19,9 @@ def test_a_table_is_made_again_only_when_something_moved(tables):
 def test_what_lies_in_new_memory_needs_no_new_table(tables):
     kept, rooms, copied = torch.zeros(3, device=tables.device), [], []
     for _ in range(2):
-        tables.room = torch.empty(16, device=tables.device)
-        rooms.append(tables.room)
-        tensors = [tables.room[4:8], kept, tables.room[:4], tables.room[16:]]
+        tables.buffer = torch.empty(16, device=tables.device)
+        rooms.append(tables.buffer)
+        tensors = [tables.buffer[4:8], kept, tables.buffer[:4], tables.buffer[16:]]
         assert tables.pointers("grads", tensors).tolist() == [x.data_ptr() for x in tensors]
         copied.append(tables._kept["grads"])
     assert rooms[0].data_ptr() != rooms[1].data_ptr() and copied[0] is copied[1]
@@ -39,7 +39,7 @@ def test_what_a_graph_reads_stays(tables, monkeypatch):
         capturing.setattr("molf.kernels.tables.is_capturing", lambda device: True)
         tables.numbers("rates", (0.1,), torch.float32)
         with pytest.raises(
-            RuntimeError, match="rates has changed since the last step, which a CUDA graph can't follow"
+            RuntimeError, match="rates has changed since the last step, which a CUDA graph cannot follow"
         ):
             tables.numbers("rates", (0.3,), torch.float32)
     unread = weakref.ref(tables.numbers("rates", (0.3,), torch.float32))

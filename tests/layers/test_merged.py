@@ -126,8 +126,8 @@ def test_effective_weight_stays_the_sum_of_the_experts(columns):
 def test_a_pair_that_never_won_costs_nothing_and_changes_nothing():
     """Skipping the products with a zero B gives the same numbers as computing them."""
     A, G, W = (torch.randn(n, 9, dtype=torch.float64) for n in (3, 6, 6))
-    fresh = LoraPair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, started=False)
-    computed = fresh._replace(started=True)
+    fresh = LoraPair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, b_is_nonzero=False)
+    computed = fresh._replace(b_is_nonzero=True)
     for got, want in zip(expert_gradients(G, fresh), expert_gradients(G, computed), strict=True):
         assert torch.equal(got, want)
     decayed, plain = W.clone(), W.clone()

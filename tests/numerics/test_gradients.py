@@ -100,7 +100,7 @@ SPOILT = {"embedding": "0.weight", "weight": "1.weight", "bias": "1.bias", "norm
 @pytest.mark.parametrize("spoilt", SPOILT.values(), ids=SPOILT.keys())
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
-def test_a_step_with_a_bad_gradient_is_left_out_whole(value, spoilt, max_grad_norm, first, caplog):
+def test_a_step_with_a_bad_gradient_is_skipped_whole(value, spoilt, max_grad_norm, first, caplog):
     model = mlp(torch.float32)
     twin, optimizer, other = pair_of(model, max_grad_norm=max_grad_norm)
     done = 0 if first else 3
@@ -127,7 +127,7 @@ def test_a_step_with_a_bad_gradient_is_left_out_whole(value, spoilt, max_grad_no
     assert (optimizer.skipped_steps, other.skipped_steps) == (1, 0)
 
 
-LAYER_TYPES = {
+FORMS = {
     "merged": (lambda: mlp(torch.float32), {}),
     "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
     "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
@@ -138,12 +138,12 @@ LAYER_TYPES = {
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("form", LAYER_TYPES)
+@pytest.mark.parametrize("form", FORMS)
 def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
     """All weights and states end bit for bit where they end without those batches; the schedule goes by the step."""
     rng = random.Random(f"{form} {seed}")
     bad = rng.sample(range(12), 4)
-    make, options = LAYER_TYPES[form]
+    make, options = FORMS[form]
     model = make()
     twin, optimizer, other = pair_of(model, **options)
     for t in range(12):
@@ -177,7 +177,7 @@ def test_a_bad_step_leaves_bf16_runs_as_they_were(bf16_update):
     assert_same_bits(model, optimizer, twin, other)
 
 
-def test_every_left_out_step_counts_and_is_logged(caplog):
+def test_every_skipped_step_counts_and_is_logged(caplog):
     model = mlp()
     optimizer = MoLF(model, ranks=(2,))
     for _ in range(3):
@@ -185,7 +185,7 @@ def test_every_left_out_step_counts_and_is_logged(caplog):
             p.grad = torch.full_like(p, float("inf"))
         optimizer.step()
     assert optimizer.skipped_steps == 3
-    assert len(caplog.records) == 3 and "3 left out so far" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 3 and "3 skipped so far" in caplog.records[-1].getMessage()
     fresh = MoLF(mlp(), ranks=(2,))
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.skipped_steps == 3

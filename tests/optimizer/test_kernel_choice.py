@@ -1,4 +1,4 @@
-"""Which kernels take the steps with ``fused=None``; here those of MoLF count as usable on a CPU, in Triton's interpreter."""
+"""Which kernels take the steps with ``fused=None``. Here the Triton kernels may run on a CPU, in the interpreter."""
 
 import copy
 import logging
@@ -10,7 +10,7 @@ import torch
 from forked import on_two_ranks
 from fused import CLOSE, DEVICE, TOLERANCE
 from molf import MoLF
-from molf.optimizer import kernel_choice as choice
+from molf.optimizer import kernel_choice
 from molf.scores import EPD
 from small import loss_of, mlp, wide
 
@@ -19,14 +19,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 @pytest.fixture
 def usable(monkeypatch):
-    """Kernels may be chosen on a CPU, and pass every trial without taking it; what was tried comes back."""
+    """Kernels may be chosen on a CPU and pass every self-test unseen; returns the tested signatures."""
     tried = []
 
-    def passed(kind):
-        tried.append(kind)
+    def passed(signature):
+        tried.append(signature)
 
-    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
-    monkeypatch.setattr(choice, "_failure", passed)
+    monkeypatch.setattr(kernel_choice, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(kernel_choice, "self_test", passed)
     return tried
 
 
@@ -93,7 +93,7 @@ def test_a_choice_is_made_once_and_said(usable, caplog):
             step(model, optimizer, t)
     assert len(usable) == 1
     (said,) = caplog.messages
-    assert said.startswith(f"MoLF's own kernels take the steps on {DEVICE}")
+    assert said.startswith(f"Using Triton kernels on {DEVICE}")
 
 
 def test_a_choice_is_made_anew_when_settings_are_others(usable):
@@ -107,9 +107,9 @@ def test_a_choice_is_made_anew_when_settings_are_others(usable):
     assert optimizer.fused_in_use is True and len(usable) == 2
 
 
-def test_a_failed_trial_is_said_once_and_pytorchs_kernels_go_on(monkeypatch, caplog):
-    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
-    monkeypatch.setattr(choice, "_failure", lambda kind: "a score: off by 0.5")
+def test_a_failed_self_test_is_logged_once_and_pytorchs_kernels_take_the_steps(monkeypatch, caplog):
+    monkeypatch.setattr(kernel_choice, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(kernel_choice, "self_test", lambda signature: "a score: off by 0.5")
     model, optimizer = made()
     plain, slow = made(fused=False)
     for t in range(2):
@@ -122,31 +122,31 @@ def test_a_failed_trial_is_said_once_and_pytorchs_kernels_go_on(monkeypatch, cap
         assert p.equal(q)
 
 
-def test_what_triton_raises_is_a_failed_trial(monkeypatch):
+def test_an_error_of_triton_fails_the_self_test(monkeypatch):
     from molf.kernels import step as kernels
 
     def no_compiler(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
-    monkeypatch.setattr(kernels, "move_moments_", no_compiler)
-    choice._failure.cache_clear()
+    monkeypatch.setattr(kernel_choice, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(kernels, "update_moments_", no_compiler)
+    kernel_choice.self_test.cache_clear()
     model, optimizer = made()
     try:
         step(model, optimizer)
         assert optimizer.fused_in_use is False
         monkeypatch.undo()
-        assert choice._failure.cache_info().currsize == 1, "tried once a process"
+        assert kernel_choice.self_test.cache_info().currsize == 1, "tested once per process"
     finally:
-        choice._failure.cache_clear()
+        kernel_choice.self_test.cache_clear()
 
 
-def test_a_passed_trial_lets_the_kernels_take_the_step(monkeypatch):
-    monkeypatch.setattr(choice, "is_for_kernels", lambda device: True)
-    choice._failure.cache_clear()
+def test_kernels_that_pass_the_self_test_take_the_step(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "kernels_run_on", lambda device: True)
+    kernel_choice.self_test.cache_clear()
     model, optimizer = made()
     step(model, optimizer)
-    assert optimizer.fused_in_use is True and choice._failure.cache_info().currsize == 1
+    assert optimizer.fused_in_use is True and kernel_choice.self_test.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -179,7 +179,7 @@ def test_a_gradient_that_kernels_cannot_read_is_left_to_pytorchs(release, usable
     ],
 )
 def test_any_step_may_be_taken_by_either(first, options):
-    """Step counts, moments, low parts and the count of steps left out go on where the other left them."""
+    """Step counts, moments, low parts and the count of skipped steps continue where the other left them."""
     model, optimizer = made(**options)
     other, slow = made(fused=False, **options)
     for t in range(4):
@@ -211,8 +211,8 @@ def _choice_of_rank(rank):
     logging.getLogger("molf.optimizer.kernel_choice").addFilter(
         lambda record: said.append(record.getMessage()) or False
     )
-    choice.is_for_kernels = lambda device: True
-    choice._failure = lambda kind: "no compiler" if rank == 1 else None
+    kernel_choice.kernels_run_on = lambda device: True
+    kernel_choice.self_test = lambda signature: "no compiler" if rank == 1 else None
     model, optimizer = made()
     step(model, optimizer)
     return optimizer.fused_in_use, said
@@ -222,7 +222,7 @@ def _choice_of_rank(rank):
 def test_where_one_rank_cannot_none_does(tmp_path):
     (first, told), (second, why) = on_two_ranks(_choice_of_rank, tmp_path)
     assert first is second is False
-    assert "can't be used on all ranks" in told[0] and "no compiler" in why[0]
+    assert "cannot be used on all ranks" in told[0] and "no compiler" in why[0]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -231,3 +231,77 @@ def test_a_gpu_takes_the_kernels(dtype):
     model, optimizer = made(dtype)
     step(model, optimizer)
     assert optimizer.fused_in_use is True
+
+
+SIGNATURES = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16, "score": "pfn"},
+    "bf16, stochastic, 8 bits": {"dtype": torch.bfloat16, "make": wide, "bf16_update": "stochastic", "optim_bits": 8},
+    "8 bits": {"make": wide, "optim_bits": 8},
+}
+
+
+def signature(**options):
+    _, optimizer = made(**options)
+    return kernel_choice.signature_of(optimizer._begin())
+
+
+@pytest.mark.parametrize("options", SIGNATURES.values(), ids=SIGNATURES)
+def test_right_kernels_pass_without_drawing_a_random_number(options):
+    tested, before = signature(**options), torch.random.get_rng_state()
+    with torch.enable_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert kernel_choice.self_test.__wrapped__(tested) is None
+    assert torch.random.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_adapters_pass(aligned):
+    _, optimizer = made()
+    tested = signature()._replace(
+        form="branched", experts=("fft", "lora_r2"), dtypes=(torch.float32,) * 3, ranks=(2,), aligned=aligned
+    )
+    assert kernel_choice.self_test.__wrapped__(tested) is None
+
+
+def test_signatures_differ_where_kernels_do():
+    found = {signature(**options) for options in SIGNATURES.values()}
+    assert len(found) == len(SIGNATURES) and signature() in found
+
+
+SPOILERS = {
+    "update_moments_": lambda args: args[0][0].exp_avg.view(-1)[0].add_(1.0),
+    "move_winners_": lambda args: args[1] and args[1][-1].param.view(-1)[0].add_(1.0),
+    "update_merged_weights_": lambda args: args[0][0].weight.view(-1)[0].add_(1.0),
+    "pair_gradients": lambda args: args[0][0].dB.mul_(1.5),
+    "_count_updates": lambda args: args[0].update_counts[0][0].add_(1),
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_a_wrong_kernel_fails_the_self_test(name, monkeypatch):
+    from molf.kernels import step as kernels
+
+    right = getattr(kernels, name)
+
+    def wrong(*args):
+        result = right(*args)
+        SPOILERS[name](args)
+        return result
+
+    monkeypatch.setattr(kernels, name, wrong)
+    assert "is off by" in kernel_choice.self_test.__wrapped__(signature())
+
+
+def test_a_wrong_decision_fails_the_self_test(monkeypatch):
+    from molf.kernels import step as kernels
+
+    right = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda scores, top_k: right(-scores, top_k))
+    assert "other winners" in kernel_choice.self_test.__wrapped__(signature())
+
+
+def test_rounding_to_tf32_passes(monkeypatch):
+    from molf.kernels import products
+
+    monkeypatch.setattr(products, "cuts_factors", lambda device: True)
+    assert kernel_choice.self_test.__wrapped__(signature()) is None

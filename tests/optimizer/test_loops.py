@@ -126,7 +126,7 @@ def test_layers_worked_on_together_are_layers_worked_on_alone(monkeypatch):
     alone, together = routed_mlp(top_k=2), routed_mlp(top_k=2)
     resting = alone[0][4].weight
     winners = train(*alone, 3)
-    monkeypatch.setattr("molf.optimizer.router._chunks", lambda layers: iter([layers]))
+    monkeypatch.setattr("molf.optimizer.torch_step._chunks", lambda layers: iter([layers]))
     assert train(*together, 3) == winners
     assert_same_bits(*alone, *together)
     for model, optimizer in (alone, together):
@@ -154,4 +154,19 @@ def test_the_default_device_is_of_no_account():
     with torch.device("meta"):
         other = MoLF(groups, max_grad_norm=1.0)
         other.step()
+    assert_same_bits(model, optimizer, twin, other)
+
+
+def test_a_compiled_step_is_the_step():
+    """``step`` stays out of dynamo, whose guards cannot follow the optimizer's state."""
+    model, twin = mlp(), mlp()
+    optimizer, other = (MoLF(m, ranks=(2,), lr=1e-2) for m in (model, twin))
+    for group, same in zip(optimizer.param_groups, other.param_groups, strict=True):
+        same.update({"lora_seed": group["lora_seed"]} if "module" in group else {})
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for t in range(3):
+        for m, step in ((model, compiled), (twin, other.step)):
+            m.zero_grad()
+            loss_of(m, t).backward()
+            step()
     assert_same_bits(model, optimizer, twin, other)

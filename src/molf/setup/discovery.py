@@ -93,8 +93,8 @@ def _nothing_to_route(
     linear = _last_parts(modules, "Linear")
     if transposed := _last_parts(modules, "Conv1D"):  # of transformers: GPT-2's
         return (
-            f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] cannot be routed in the merged "
-            "form: use adapters as experts, molf.add_lora_experts(model, freeze_base=False), or "
+            f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] cannot be routed in the "
+            "merged form: use adapters as experts, molf.add_lora_experts(model, freeze_base=False), or "
             "molf.add_lora_experts(model) with a frozen base"
         )
     if not linear:

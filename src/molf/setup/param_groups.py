@@ -200,7 +200,7 @@ def _warn_of_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for group in groups for p in group["params"])
         name, p = next(iter(stacked.items()))
         logger.warning(
-            "%d stacked tensors such as %s %s, %.0f %% of the trained parameters, are no nn.Linear layers: they are not routed and "
-            "take plain AdamW",
+            "%d stacked tensors such as %s %s, %.0f %% of the trained parameters, are no nn.Linear layers: they are not "
+            "routed and take plain AdamW",
             *(len(stacked), name, list(p.shape), 100 * share),
         )
