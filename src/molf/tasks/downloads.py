@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pooch
-
 from molf.errors import MolfError
 from molf.tasks.records import Splits, located_splits
 
@@ -19,6 +17,8 @@ class DownloadError(MolfError, ConnectionError):
 
 def cache_folder() -> Path:
     """Return the folder for downloads: ``$MOLF_CACHE``, or ``molf`` in the user's cache folder."""
+    import pooch  # slow to import
+
     chosen = os.environ.get("MOLF_CACHE")
     return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("molf"))
 
@@ -39,6 +39,8 @@ def download_once(url: str, folder: Path) -> Path:
     Raises:
         DownloadError: There is no copy and the file cannot be downloaded, or the network is turned off.
     """
+    import pooch
+
     target = folder / Path(urlsplit(url).path).name
     if target.exists():
         return target

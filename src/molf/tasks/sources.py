@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-import pooch
-
 from molf.errors import MolfError
 from molf.tasks.base import Row, Split
 from molf.tasks.downloads import ADVICE, cache_folder, download_once, hub_splits
@@ -46,6 +44,8 @@ class UrlFile:
 
     def load(self) -> tuple[Splits, str]:
         """Return the records, and the address with the copy's SHA-256 sum."""
+        import pooch  # slow to import
+
         file = download_once(self.url, cache_folder() / self.folder)
         found = pooch.file_hash(str(file))
         if self.sum not in (None, found):

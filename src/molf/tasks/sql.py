@@ -11,10 +11,6 @@ from typing import Any, cast
 from molf.tasks.base import Answer, Generate, Metric, Request, Row
 from molf.tasks.metrics import percentage, percentage_by
 from molf.tasks.sources import HubData, Source, SourceTask
-from molf.tasks.sql_ast import is_ordered, schema_of
-from molf.tasks.sql_metrics import corpus_bleu, exact_match, extract_sql, logic_match, same_rows
-from molf.tasks.sql_rows import filled_context, has_rows
-from molf.tasks.sql_sandbox import SqlSandbox
 
 MAX_NEW_TOKENS = 256
 
@@ -66,6 +62,8 @@ class Sql(SourceTask):
             both ``execution_accuracy``.
             ``exact_match/COMPLEXITY``: ``exact_match`` by ``sql_complexity``, if the data has it.
         """
+        from molf.tasks.sql_metrics import corpus_bleu
+
         outcomes = self.outcomes(rows, answers)
         if not outcomes:
             return {}
@@ -84,8 +82,8 @@ class Sql(SourceTask):
         ``error`` says why a query does not run, ``unusable_gold`` why the reference does not.
         """
         if self._judged is None or self._judged[:2] != (rows, answers):
-            written = [extract_sql(cast(str, text)) for (text,) in answers]
-            self._judged = (list(rows), [list(own) for own in answers], _judge(rows, written))
+            texts = [cast(str, text) for (text,) in answers]
+            self._judged = (list(rows), [list(own) for own in answers], _judge(rows, texts))
         return self._judged[2]
 
 
@@ -99,8 +97,15 @@ def reference(row: Row) -> str:
     return str(row["sql"]).strip().rstrip("; \t\r\n")
 
 
-def _judge(rows: Sequence[Row], written: Sequence[str]) -> list[Outcome]:
+def _judge(rows: Sequence[Row], texts: Sequence[str]) -> list[Outcome]:
     """Run the references, then the queries whose reference runs, and return the outcomes."""
+    # sqlglot is slow to import.
+    from molf.tasks.sql_ast import is_ordered, schema_of
+    from molf.tasks.sql_metrics import exact_match, extract_sql, logic_match, same_rows
+    from molf.tasks.sql_rows import filled_context, has_rows
+    from molf.tasks.sql_sandbox import SqlSandbox
+
+    written = [extract_sql(text) for text in texts]
     contexts = [filled_context(row["sql_context"], reference(row)) for row in rows]
     with SqlSandbox() as sandbox:
         golds = sandbox.execute_many(zip(contexts, map(reference, rows), strict=True))

@@ -78,11 +78,8 @@ def lower_limit(name: str, value: int, *, for_good: bool = True) -> None:
 
 def authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
     """Decide whether a statement may perform an action; SQLite asks while it compiles the statement."""
-    if action not in _ALLOWED_ACTIONS:
-        return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _DENIED_FUNCTIONS:
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
+    denied = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _DENIED_FUNCTIONS
+    return sqlite3.SQLITE_OK if action in _ALLOWED_ACTIONS and not denied else sqlite3.SQLITE_DENY
 
 
 def connect(deadline: float) -> sqlite3.Connection:
