@@ -193,9 +193,7 @@ def test_a_sharded_checkpoint_is_not_for_one_process(folder, monkeypatch):
 
 
 def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="has no trained_weights, so no sharded run with adapters wrote it"
-    ):
+    with pytest.raises(ValueError, match="has no trained_weights, so no sharded run with adapters wrote it"):
         TrainedShards().restore(nn.Linear(2, 2), tmp_path)
 
 
@@ -214,8 +212,16 @@ def trainer(version=2, cpu_offload=False, sharded=True, **args):
     ("changes", "recipe", "words"),
     [
         ({"version": 1}, Recipe(train={}), "use version 2"),
-        ({}, Recipe(train={}, molf={}), "int16 low parts of bf16 weights cannot be gathered: leave state_dict_type out"),
-        ({"cpu_offload": True}, Recipe(train={}), "cpu_offload, but the optimizer communicates on the GPU: leave it out"),
+        (
+            {},
+            Recipe(train={}, molf={}),
+            "int16 low parts of bf16 weights cannot be gathered: leave state_dict_type out",
+        ),
+        (
+            {"cpu_offload": True},
+            Recipe(train={}),
+            "cpu_offload, but the optimizer communicates on the GPU: leave it out",
+        ),
         ({}, Recipe(train={}, adalora={"r": 4}), "adalora, eva.* leave --fsdp out"),
         ({}, Recipe(train={}, lora={"init_lora_weights": "eva"}), "adalora, eva.* leave --fsdp out"),
     ],
