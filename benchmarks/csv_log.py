@@ -8,7 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
-from molf.study.results.csv_log import append_csv
+from molf.study.results.gather import append_csv
 
 ROWS, COLUMNS = 10_000, 250  # a run has about 250 settings and measurements
 

@@ -1,11 +1,13 @@
-"""Any number of results in one place: found in folders, read one by one, written as CSV or Parquet."""
+"""The results of many runs in one table: gathered from folders, or appended to a shared CSV file by every run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from pandas.api.types import infer_dtype
 
 from molf.errors import MolfError
@@ -77,3 +79,25 @@ def _files(place: Path) -> Iterable[Path]:
     if not place.exists():
         raise MolfError(f"there is no {place}")
     return [place] if place.is_file() else place.rglob(RESULT_FILE)
+
+
+def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> None:
+    """Append a row to a CSV file that several runs may share; new columns come last, empty in older rows.
+
+    Under a lock, the new version of the file is written beside the old one and replaces it: a writer that is killed loses at most
+    its own row, and a reader never sees half a row.
+
+    Args:
+        path: The file; created with its parents if missing.
+        row: Values by column.
+        key: A column with a unique value per row: a row with the same value is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tables = [pd.DataFrame([row], dtype=object)]
+    with FileLock(f"{path}.lock"), atomic_write(path) as partial:
+        if path.exists() and path.stat().st_size > 0:
+            older = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if key is not None and key in older:
+                older = older[older[key] != str(row[key])]
+            tables.insert(0, older)
+        pd.concat(tables).to_csv(partial, index=False, lineterminator="\r\n")

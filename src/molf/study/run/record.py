@@ -13,8 +13,8 @@ from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
 from molf.study.faults.trained import Trained
-from molf.study.results.csv_log import append_csv
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
+from molf.study.results.gather import append_csv
 from molf.study.results.result import Result, write_result
 from molf.study.results.routing import read_routing
 from molf.study.results.tables import draw_routing
