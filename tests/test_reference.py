@@ -36,6 +36,9 @@ CASES = [
     {"ranks": (3,), "score": "pfn", "weight_decay": 0.0, "lora_weight_decay": 0.3},
     {"ranks": (3,), "top_k": 2, "betas": (0.8, 0.95), "eps": 1e-4},
     {"ranks": (4,), "target_modules": ["1", "5"]},
+    {"ranks": (2, 3), "score": "descent", "lora_lr": 4e-3, "lora_alpha": 6.0},
+    {"ranks": (2, 3), "score": "pfn", "lora_lr": "matched"},
+    {"ranks": (1, 3), "top_k": 3, "lora_lr": "matched", "lora_alpha": (4.0, 8.0)},
     {"ranks": ()},
 ]
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from molf.scores import EPD, PFN, SCORES, Score, get_score
+from molf.scores import EPD, PFN, SCORES, Evidence, Random, Score, get_score, matched_rates
 
 EPS = 1e-3
 
@@ -81,7 +81,37 @@ def test_own_score_needs_term_and_finish_only():
 
 
 def test_names_lead_to_scores():
-    assert {name: get_score(name).name for name in SCORES} == {"epd": "epd", "pfn": "pfn"}
+    assert {name: get_score(name).name for name in SCORES} == {
+        name: name for name in ("epd", "pfn", "descent", "random")
+    }
+
+
+def evidence(modules, steps, experts=2):
+    ones = torch.ones(len(modules), experts, dtype=torch.float64)
+    return Evidence(tuple(modules), ones, ones, ones, ones, torch.tensor(steps, dtype=torch.float64))
+
+
+def test_random_scores_depend_on_seed_module_and_step_alone():
+    scores = Random().scores(evidence(["a", "b"], [1, 1]))
+    assert torch.equal(scores[1:], Random().scores(evidence(["b"], [1])))
+    others = [Random().scores(evidence(["a"], [2])), Random(1).scores(evidence(["a"], [1])), scores[1:]]
+    assert all(not torch.equal(other, scores[:1]) for other in others)
+
+
+def test_random_routing_gives_every_expert_its_share():
+    scores = Random().scores(evidence([str(i) for i in range(3000)], [7] * 3000, experts=3))
+    shares = torch.bincount(scores.argmax(1), minlength=3) / 3000
+    assert (shares - 1 / 3).abs().max() < 0.03
+
+
+def test_matched_rates_promise_one_descent():
+    lr = torch.tensor([[0.1, 5.0, 7.0]], dtype=torch.float64)
+    descent = torch.tensor([[8.0, 2.0, 16.0]], dtype=torch.float64)
+    rates = matched_rates(lr, descent)
+    assert torch.allclose(rates * descent, torch.full_like(lr, 0.8))
+    nothing = torch.tensor([[8.0, 0.0, 1e-9], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    bounded = matched_rates(lr.expand(2, 3), nothing)
+    assert bounded.tolist() == [pytest.approx([0.1, 10.0, 10.0]), pytest.approx([0.1, 0.1, 0.0])]
 
 
 @pytest.mark.parametrize(

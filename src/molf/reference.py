@@ -95,6 +95,9 @@ class ReferenceMoLF:
                 dA, dB = expert.scale * B.value.T @ G, expert.scale * G @ A.value.T
                 self._observe(A, dA)
                 self._observe(B, dB)
+        if group.get("matched_lr"):
+            for expert in experts[1:]:
+                expert.lr_ratio = min(100.0, self._descent(experts[0]) / max(self._descent(expert), 1e-300))
         self.scores[name] = {e.name: self._score(e, group["lr"] * e.lr_ratio) for e in experts}
         best = sorted(experts, key=lambda e: -self.scores[name][e.name])[: self.top_k]  # sorted() keeps ties in order
         self.winners[name] = [e.name for e in best]
@@ -111,9 +114,12 @@ class ReferenceMoLF:
     def _score(self, expert: Expert, lr: float) -> float:
         tensors = expert.weights.values()
         n = sum(w.value.numel() for w in tensors)
-        if self.score == "epd":
-            return lr / n * sum(float((w.m**2 / (w.v.sqrt() + self.eps)).sum()) for w in tensors)
+        if self.score in ("epd", "descent"):
+            return lr / (n if self.score == "epd" else 1) * self._descent(expert)
         return math.sqrt(sum(float(((w.m / (w.v.sqrt() + self.eps)) ** 2).sum()) for w in tensors) / n)
+
+    def _descent(self, expert: Expert) -> float:
+        return sum(float((w.m**2 / (w.v.sqrt() + self.eps)).sum()) for w in expert.weights.values())
 
     def _adamw(self, w: Weight, lr: float) -> None:
         b1, b2 = self.betas

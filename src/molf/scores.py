@@ -1,9 +1,11 @@
-"""Routing scores: the two of the paper, and the base class for your own.
+"""Routing scores: the two of the paper, two controls, and the base class for your own.
 
 A score estimates how much loss an expert's next step removes, from its raw Adam moments ``m`` and ``v`` over all its N elements:
 
     EPD (Tang et al. 2026, Eq. 10)   score = (lr / N) * sum m^2 / (sqrt(v) + eps)
     PFN (Tang et al. 2026, Eq. 11)   score = sqrt( sum (m / (sqrt(v) + eps))^2 / N )
+    descent                          score = lr * sum m^2 / (sqrt(v) + eps), EPD without 1 / N
+    random                           every expert is equally likely: the control of every comparison
 
 Bias correction is left out: it scales all experts of a layer by the same factor.
 """
@@ -12,13 +14,51 @@ from __future__ import annotations
 
 import abc
 import difflib
+import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from molf.errors import MolfError
 
-__all__ = ["EPD", "PFN", "SCORES", "Score", "get_score"]
+__all__ = ["EPD", "PFN", "SCORES", "Descent", "Evidence", "Random", "Score", "get_score", "matched_rates"]
+
+MAX_RATE_RATIO = 100.0
+"""Bound of a matched LoRA rate, as a multiple of ``lr``."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score may decide by, for M modules and E experts. Tensors are float64, ``[M, E]`` unless noted.
+
+    Attributes:
+        modules: Names of the modules.
+        total: Sums of the score's ``term``.
+        n: Number of elements of each expert.
+        lr: Learning rate of each expert at this step.
+        descent: ``D = sum m^2 / (sqrt(v) + eps)``: what a step at rate 1 promises to first order.
+        steps: 1-based step count of each module, ``[M]``.
+    """
+
+    modules: tuple[str, ...]
+    total: Tensor
+    n: Tensor
+    lr: Tensor
+    descent: Tensor
+    steps: Tensor
+
+
+def matched_rates(lr: Tensor, descent: Tensor) -> Tensor:
+    """Return LoRA rates at which each expert's step promises what the ``fft`` expert's does: ``lr D_fft / D_i``, bounded.
+
+    Args:
+        lr: Rates ``[M, E]``, the ``fft`` expert's in the first column.
+        descent: ``D [M, E]`` of ``Evidence``.
+    """
+    ratio = (descent[:, :1] / descent).nan_to_num(nan=1.0, posinf=MAX_RATE_RATIO).clamp(max=MAX_RATE_RATIO)
+    ratio[:, 0] = 1.0
+    return lr[:, :1] * ratio
 
 
 class Score(abc.ABC):
@@ -57,6 +97,10 @@ class Score(abc.ABC):
         """
         return self.term(m, v, eps).sum()
 
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Return the scores of all experts, ``[M, E]``. Override this for a score that needs more than its own sum."""
+        return self.finish(total=evidence.total, n=evidence.n, lr=evidence.lr)
+
 
 class EPD(Score):
     """Expected preconditioned descent (paper Eq. 10): the loss reduction that one step promises, per parameter."""
@@ -94,7 +138,35 @@ class PFN(Score):
         return torch.dot(u, u)
 
 
-SCORES: dict[str, Score] = {"epd": EPD(), "pfn": PFN()}
+class Descent(EPD):
+    """Total descent: the loss reduction that one step promises. It prefers the expert whose rate is too high."""
+
+    name = "descent"
+
+    def finish(self, total: Tensor, n: Tensor, lr: Tensor) -> Tensor:
+        """Return ``lr * total``."""
+        return lr * total
+
+
+class Random(EPD):
+    """Random routing, the control: a function of seed, module name and step count, so that a resumed run repeats it."""
+
+    name = "random"
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Return uniform random numbers in [0, 1)."""
+        rows = []
+        for module, step in zip(evidence.modules, evidence.steps.tolist(), strict=True):
+            seed = zlib.crc32(f"{self.seed} {int(step)} {module}".encode())
+            generator = torch.Generator("cpu").manual_seed(seed)
+            rows.append(torch.rand(evidence.lr.shape[1], generator=generator, dtype=torch.float64, device="cpu"))
+        return torch.stack(rows)
+
+
+SCORES: dict[str, Score] = {"epd": EPD(), "pfn": PFN(), "descent": Descent(), "random": Random()}
 
 
 def get_score(score: str | Score) -> Score:

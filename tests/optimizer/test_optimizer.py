@@ -200,3 +200,44 @@ def test_no_random_number_is_drawn():
         drawn.append(torch.rand(()).item())
     torch.manual_seed(4)
     assert drawn == [torch.rand(()).item()] * 3
+
+
+def test_matched_rates_make_the_scale_of_lora_nearly_irrelevant():
+    """While A has hardly moved, ``alpha`` cancels: the rate of B falls as its gradient grows."""
+    ends = []
+    for alpha in (8.0, 32.0):
+        model = mlp()
+        torch.manual_seed(1)
+        optimizer = MoLF(
+            model,
+            ranks=(4,),
+            lr=1e-4,
+            lora_lr="matched",
+            lora_alpha=alpha,
+            lora_weight_decay=0.0,
+            eps=1e-20,
+            score=Prefer(1),
+        )
+        train(model, optimizer, 1)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("lora_lr", "words"), [("match", 'give a number, None for lr, or "matched"'), (-1.0, "0 or more")], ids=str
+)
+def test_wrong_lora_rates(lora_lr, words):
+    with pytest.raises(ValueError, match=words):
+        MoLF(mlp(), ranks=(2,), lora_lr=lora_lr)
+
+
+def test_random_routing_resumes_exactly():
+    model, optimizer = routed_mlp(score="random", lora_lr="matched")
+    first = train(model, optimizer, 3)
+    twin, other = routed_mlp(score="random", lora_lr="matched")
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert train(model, optimizer, range(3, 8)) == train(twin, other, range(3, 8))
+    assert_same_bits(model, optimizer, twin, other)
+    assert len({str(winners) for winners in first}) > 1

@@ -50,9 +50,14 @@ class RoutedLayer(abc.ABC):
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
 
+    @property
+    def step(self) -> float:
+        """The layer's step count."""
+        return float(self._state[self.group["params"][0]]["step"])
+
     @cached_property
     def lrs(self) -> tuple[float, ...]:
-        """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
+        """The experts' learning rates, which matched rates replace. Syncs if ``lr`` is a tensor on a device."""
         lr = float(self.group["lr"])
         return tuple(lr * ratio for ratio in self.lr_ratios)
 
@@ -140,8 +145,7 @@ class RoutedLayer(abc.ABC):
 
     def _rates(self, i: int, decayed: bool = True) -> Rates:
         decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
-        step = float(self._state[self.group["params"][0]]["step"])
-        return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], step)
+        return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], self.step)
 
     def _tensor(self, p: Tensor) -> TensorState:
         return TensorState.of(p, self._state[p])

@@ -19,7 +19,7 @@ from torch import Tensor
 from molf.numerics.bf16 import Noise, load, master_dtype, store
 from molf.numerics.distributed import local
 from molf.numerics.quantization import BLOCK, block_count, dequantize, quantize_
-from molf.scores import Score
+from molf.scores import EPD, Score
 
 __all__ = [
     "Rates",
@@ -108,24 +108,27 @@ class Workspace:
 def update_moments_and_score_(
     tensors: Sequence[TensorState], betas: tuple[float, float], eps: float, score: Score, workspace: Workspace
 ) -> list[Tensor]:
-    """Phase 1: update the moments of every tensor and return the score's sum over each one (0-dim tensors).
+    """Phase 1: update the moments of every tensor and return the score's sum and the descent of each, tensors ``[2]``.
 
     ``m += (1-b1)(g-m)`` and ``v = b2 v + (1-b2) g*g``. 8-bit moments are updated in scratch memory only.
 
     PyTorch's fused AdamW kernel does this in one pass over memory: with bias corrections of 1 (a huge step count),
     lr = weight decay = -1 and a scratch tensor as the parameter, it decays the scratch to zero and leaves
-    ``u = m / (sqrt(v) + eps)`` in it, which is what the scores are made of.
+    ``u = m / (sqrt(v) + eps)`` in it, which is what the scores are made of. The descent is ``sum m u``.
     """
     # An empty shard contributes zero.
     sums = {
-        i: torch.zeros((), dtype=master_dtype(tensor.param.dtype), device=tensor.param.device)
+        i: torch.zeros(2, dtype=master_dtype(tensor.param.dtype), device=tensor.param.device)
         for i, tensor in enumerate(tensors)
         if not local(tensor.param).numel()
     }
     for batch in _blocks(tensors):
         updated = [_dequantized(piece) for _, piece in batch]
         for u, piece, (i, _) in zip(_update_moments_(updated, betas, eps, workspace), updated, batch, strict=True):
-            part = score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)
+            descent = torch.dot(piece.exp_avg, u)
+            sums_descent = type(score).partial is EPD.partial
+            own = descent if sums_descent else score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)
+            part = torch.stack([own, descent])
             sums[i] = sums[i] + part if i in sums else part
     return [sums[i] for i in range(len(tensors))]
 

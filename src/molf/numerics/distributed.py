@@ -126,15 +126,13 @@ class Ranks:
         """Sum numbers over the shards in one all-reduce; numbers of replicated tensors count once.
 
         Args:
-            parts: This rank's numbers, 1-D.
-            sharded: Which of them come from a shard.
+            parts: This rank's numbers ``[n, k]``.
+            sharded: Which of the n rows come from a shard.
         """
         if self.shards is None:
             return parts
-        mask = (
-            torch.tensor(sharded, device=parts.device) if self.shard_index else torch.ones_like(parts, dtype=torch.bool)
-        )
-        total = parts.double().where(mask, 0.0)
+        mask = torch.tensor([own or not self.shard_index for own in sharded], device=parts.device)
+        total = parts.double().where(mask[:, None], 0.0)
         self.sum_(total)
         return total
 

@@ -56,7 +56,8 @@ class MoLF(torch.optim.Optimizer):
             later.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
-        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``.
+        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``. ``"matched"``: at every step
+            and layer, the rate at which the LoRA step promises the descent of the ``fft`` step.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices (never of norms and biases).
         lora_weight_decay: Decoupled decay of A and B.
         betas: Decay rates of the two moments.
@@ -64,7 +65,7 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: One number, or one for each rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
-        score: ``"epd"`` (default), ``"pfn"``, or a ``molf.Score``.
+        score: ``"epd"`` (default), ``"pfn"``, ``"descent"``, ``"random"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
@@ -99,7 +100,7 @@ class MoLF(torch.optim.Optimizer):
         *,
         ranks: Sequence[int] | None = None,
         lr: float | Tensor = 5e-5,
-        lora_lr: float | None = None,
+        lora_lr: float | str | None = None,
         weight_decay: float = 0.1,
         lora_weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),

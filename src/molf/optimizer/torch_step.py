@@ -27,6 +27,7 @@ from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
 from molf.numerics.gradients import check_dense, norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
+from molf.scores import Evidence, matched_rates
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
@@ -109,9 +110,8 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
         context: Of this step. Scores are summed over its shards; all ranks take the leader's decision.
     """
     workspace = Workspace()
-    total, n = _score_experts(layers, context, workspace)
-    lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
-    scores = context.score.finish(total=total, n=n, lr=lr)
+    evidence = _gather_evidence(layers, context, workspace)
+    scores = context.score.scores(evidence)
     decision = choose(scores, context.top_k)
     chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
     winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
@@ -120,8 +120,8 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
     return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
 
 
-def _score_experts(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """Update all moments; return the scores' sums and the experts' sizes, ``[M, E]`` float64 on the host."""
+def _gather_evidence(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
+    """Update all moments, match the LoRA rates of layers that ask for it, and return what the score decides by."""
     shape = (len(layers), len(layers[0].experts))
     sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
     sums: list[Tensor] = []
@@ -148,9 +148,16 @@ def _score_experts(layers: Sequence[RoutedLayer], context: StepContext, workspac
     # The step's only sync. Host tensors name their device, because the default device may be another one.
     parts = torch.stack([part.to(sums[0].device) for part in sums])
     on_host = context.ranks.sum_parts(parts, sharded).cpu().double()
-    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    total.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
-    return total, sizes
+    sums_by_expert = torch.zeros(*shape, 2, dtype=torch.float64, device="cpu")
+    sums_by_expert.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
+    total, descent = sums_by_expert.unbind(-1)
+    lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
+    if layers[0].group.get("matched_lr"):
+        lr = matched_rates(lr, descent)
+        for layer, rates in zip(layers, lr.tolist(), strict=True):
+            layer.lrs = tuple(rates)
+    steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
+    return Evidence(tuple(layer.name for layer in layers), total, sizes, lr, descent, steps)
 
 
 def _move_winners(

@@ -41,7 +41,7 @@ def param_groups(
     *,
     ranks: Sequence[int] | None = None,
     lr: float | torch.Tensor = 5e-5,
-    lora_lr: float | None = None,
+    lora_lr: float | str | None = None,
     weight_decay: float = 0.1,
     lora_weight_decay: float = 0.01,
     lora_alpha: float | Sequence[float] = 32.0,
@@ -62,6 +62,8 @@ def param_groups(
             plain models only.
         lr: Learning rate of ``fft`` experts and of everything that is not routed.
         lora_lr: Learning rate of the LoRA experts, None for ``lr``. Kept as a ratio to ``lr``, so it follows its schedule.
+            ``"matched"`` computes it at every step and layer so that a LoRA step promises the descent of the ``fft`` step:
+            ``lr D_fft / D_i`` with ``D = sum m^2 / (sqrt(v) + eps)``, at most 100 times ``lr``.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.
@@ -75,11 +77,14 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
-    _check_numbers(lr=lr, lora_lr=lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
+    matched = _is_matched(lora_lr)
+    fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
+    _check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
     rates = {
         "weight_decay": weight_decay,
-        "lora_lr_ratio": _ratio(lr, lora_lr),
+        "lora_lr_ratio": _ratio(lr, fixed_lora_lr),
         "lora_weight_decay": lora_weight_decay,
+        **({"matched_lr": True} if matched else {}),
     }
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
@@ -91,6 +96,11 @@ def param_groups(
         ranks, alphas = _checked_ranks(ranks, lora_alpha)
         scales = lora_scales(ranks, alphas, use_rslora)
         routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
+    if matched and routed[0]["experts"][0] != "fft":
+        raise MolfError(
+            'lora_lr="matched" matches LoRA\'s step to that of the fft expert, and the base of this model is frozen: give a '
+            "number"
+        )
     for name, p in model.named_parameters():
         if p.requires_grad:
             _check_parameter(name, p)
@@ -130,6 +140,12 @@ def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_deca
     return [group for group in (matrices, vectors) if group["params"]]
 
 
+def _is_matched(lora_lr: float | str | None) -> bool:
+    if isinstance(lora_lr, str) and lora_lr != "matched":
+        raise MolfError(f'lora_lr={lora_lr!r}: give a number, None for lr, or "matched"')
+    return lora_lr == "matched"
+
+
 def _ratio(lr: float | torch.Tensor, lora_lr: float | None) -> float:
     if lora_lr is None or lora_lr == float(lr):
         return 1.0
@@ -157,7 +173,7 @@ def _checked_ranks(
     if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
     if len(set(ranks)) < len(ranks):
-        raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur only once")
+        raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur once")
     alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
     if len(alphas) != len(ranks):
         raise MolfError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")

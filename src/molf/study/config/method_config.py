@@ -58,8 +58,14 @@ class MethodConfig:
     )
     loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.")
     top_k: int = setting(1, "molf: how many experts of a layer are updated per step.")
-    score: Literal["epd", "pfn"] = setting(
-        "epd", "molf: expected preconditioned descent, or the preconditioned Frobenius norm."
+    score: Literal["epd", "pfn", "descent", "random"] = setting(
+        "epd",
+        "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
+    )
+    match_lora_rate: bool = setting(
+        False,
+        "molf: at every step and layer, the LoRA rate at which its step promises the descent of full fine-tuning's.",
+        shapes="checkpoint",
     )
     target_modules: list[str] = setting(
         ["all-linear"], "Layers to route or adapt: all-linear, or endings of their names.", shapes="checkpoint"
@@ -100,6 +106,9 @@ class MethodConfig:
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
+        if self.match_lora_rate and (efficient or self.lora_learning_rate is not None):
+            reason = "molf_e, which trains no base" if efficient else f"lora_learning_rate={self.lora_learning_rate}"
+            raise MolfError(f"match_lora_rate=True with {reason}: leave one of them out")
         if self.routes:
             self.fft_expert = not efficient
         if self.use_rslora is None:
@@ -131,6 +140,7 @@ class MethodConfig:
             "optim_bits": self.optim_bits == 8,
             "optimizer_in_backward": self.optimizer_in_backward,
             "fused": bool(self.fused),
+            "match_lora_rate": self.match_lora_rate,
         }
         wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
         if wrong and not self.routes:

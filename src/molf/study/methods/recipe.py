@@ -96,7 +96,7 @@ def _molf_recipe(method: MethodConfig, train: Mapping[str, Any], adam: dict[str,
         check_release_settings(train)
     optimizer = {
         "lr": float(train["learning_rate"]),
-        "lora_lr": lora_lr,
+        "lora_lr": "matched" if method.match_lora_rate else lora_lr,
         "weight_decay": float(train["weight_decay"]),
         **adam,
         "max_grad_norm": float(train["max_grad_norm"]) if train["max_grad_norm"] else None,
