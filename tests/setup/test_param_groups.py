@@ -260,7 +260,7 @@ def test_stacked_experts_are_said_to_take_adamw(caplog):
     assert [group["module"].rsplit(".")[-1] for group in groups[2:]] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     (said,) = caplog.messages
     assert said.startswith(
-        "2 stacked tensors such as model.layers.0.mlp.experts.gate_up_proj [4, 48, 16], 71 % of what"
+        "2 stacked tensors such as model.layers.0.mlp.experts.gate_up_proj [4, 48, 16], 71 % of the trained"
     )
 
 
