@@ -11,16 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molf.study.engine.examples import runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts
 from molf.study.engine.likelihood import EncodedTarget, check_option, encode, score_targets
-from molf.tasks.base import (
-    Answer,
-    ExampleTokens,
-    Generate,
-    Likelihood,
-    NextToken,
-    OptionScores,
-    Request,
-    TargetScores,
-)
+from molf.tasks.base import Answer, ExampleTokens, Generate, Likelihood, NextToken, OptionScores, Request, TargetScores
 
 TextGenerator: TypeAlias = Callable[[Sequence[Generate]], Mapping[Request, str]]
 """Returns the greedy continuation of each of several distinct requests."""

@@ -168,9 +168,7 @@ def _read_scores(
     values, flags = iter(logprobs), iter(greedy)
     return {
         target: TargetScores(
-            tuple(islice(values, len(target.token_ids))),
-            target.token_ids,
-            tuple(islice(flags, len(target.token_ids))),
+            tuple(islice(values, len(target.token_ids))), target.token_ids, tuple(islice(flags, len(target.token_ids)))
         )
         for row_targets in targets
         for target in row_targets

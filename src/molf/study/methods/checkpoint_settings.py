@@ -31,11 +31,7 @@ class CheckpointSettings(CheckpointPart):
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        args: TrainingArguments,
-        examples: Sequence[Mapping[str, Any]],
-        sharded: bool = False,
+        self, config: RunConfig, args: TrainingArguments, examples: Sequence[Mapping[str, Any]], sharded: bool = False
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
