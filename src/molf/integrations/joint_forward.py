@@ -5,8 +5,6 @@ PEFT runs active adapters one after the other, each with its own matmuls and a s
 parameters stay PEFT's, so saving, loading, merging and exporting work as before.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from molf.numerics.distributed import is_sharded
-
-__all__ = ["JointLinear", "join_experts"]
 
 
 class JointLinear(lora.Linear):  # type: ignore[misc]

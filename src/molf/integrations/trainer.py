@@ -1,7 +1,5 @@
 """MoLF in any Hugging Face or TRL Trainer, without a subclass."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +8,6 @@ from torch import nn
 
 from molf.errors import MolfError
 from molf.optimizer import MoLF
-
-__all__ = ["MoLFFactory", "check_release_settings", "clip_once", "trainer_optimizer"]
 
 logger = logging.getLogger(__name__)
 

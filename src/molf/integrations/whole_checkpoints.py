@@ -1,7 +1,5 @@
 """A Trainer whose checkpoints are complete or absent, and which resumes from the last complete one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -29,8 +27,6 @@ from molf.integrations.checkpoint_folder import (
     verify,
     write_manifest,
 )
-
-__all__ = ["CheckpointError", "CheckpointPart", "WholeCheckpoints"]
 
 logger = logging.getLogger(__name__)
 

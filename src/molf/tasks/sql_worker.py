@@ -166,8 +166,11 @@ def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + limits["seconds"]
     max_rows, max_bytes = limits["rows"], limits["bytes"]
     database = connect(deadline)
-    where = "context: "
+    where = ""
     try:
+        if len(request["context"]) + len(request["sql"]) > limits["length"]:
+            raise TooMuch(f"more than {limits['length']} characters")
+        where = "context: "
         run(database, request["context"], max_rows, max_bytes)
         where = ""
         if next(statements(request["sql"]), None) is None:
