@@ -84,9 +84,6 @@ class WholeCheckpoints:
 
         Returns:
             The folder; None if there is no checkpoint or none was asked for.
-
-        Raises:
-            MolfError: The given folder is not a complete checkpoint, or this run cannot resume from it.
         """
         found: list[Path | None] = [None]
         run_folder = Path(self.args.output_dir)

@@ -72,11 +72,7 @@ def is_ordered(sql: str, schema: Schema) -> bool:
 
 
 def qualified_query(sql: str, schema: Schema) -> exp.Expr | None:
-    """Parse one statement, with every column qualified by its table and every table under a name of its own.
-
-    Returns:
-        The statement, or None if sqlglot cannot parse it.
-    """
+    """Parse one statement, every column qualified by its table, every table under its own name; None if sqlglot cannot."""
     query = parse_query(sql, schema)
     if query is None:
         return None
@@ -95,13 +91,10 @@ def qualified_query(sql: str, schema: Schema) -> exp.Expr | None:
 
 
 def logic_of(sql: str, schema: Schema) -> str | None:
-    """Return a normal form that is equal for queries that say the same in different words.
+    """Return a normal form that is equal for queries that say the same in different words; None if sqlglot cannot.
 
     It does not depend on formatting, case, aliases, qualified or bare column names, ``*`` or the columns it stands for, ASC,
     INNER, and the order of operands of AND, OR and =.
-
-    Returns:
-        The form, or None if sqlglot cannot parse the query.
     """
     query = qualified_query(sql, schema)
     if query is None:

@@ -50,9 +50,6 @@ class CheckpointSettings(CheckpointPart):
         """Compare the settings with those of a checkpoint.
 
         Settings that the checkpoint does not record, because an older version or a plain Trainer wrote it, are not compared.
-
-        Raises:
-            MolfError: Some settings differ; the message names them.
         """
         saved = read_settings(folder)
         differing = [name for name, value in self.settings.items() if name in saved and saved[name] != value]

@@ -28,13 +28,6 @@ def add_eva_adapter(model: nn.Module, arguments: Mapping[str, Any]) -> PeftModel
 
     All tokens count, not only labels: answers alone often have fewer tokens than there are directions to find. With rsLoRA the
     scale already follows each layer's rank, so PEFT's adjustment of alpha, meant for alpha / r, is off.
-
-    Args:
-        model: A plain model; changed in place.
-        arguments: Arguments of ``peft.LoraConfig``.
-
-    Raises:
-        MolfError: The rank exceeds the inputs of a layer.
     """
     settings = EvaConfig(
         rho=REDISTRIBUTION, use_label_mask=False, adjust_scaling_factors=not arguments.get("use_rslora", False)
@@ -58,17 +51,7 @@ def initialise_eva(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     seed: int,
 ) -> None:
-    """Initialise the adapter from training data and give each layer its rank.
-
-    Args:
-        model: What ``add_eva_adapter`` returned.
-        rows: Tokenised training rows with ``input_ids``.
-        collate: Makes a batch of rows.
-        seed: Determines the order of the rows.
-
-    Raises:
-        MolfError: There is too little data for the rank.
-    """
+    """Initialise the adapter from tokenised training rows, in an order by the seed, and give each layer its rank."""
     config = model.peft_config["default"]
     lengths = [len(row["input_ids"]) for row in rows]
     needed = round(config.r * config.eva_config.rho)  # a batch yields at most one direction per token
