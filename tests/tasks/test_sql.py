@@ -196,7 +196,9 @@ def test_shuffled_golds_are_at_chance(sample, published):
         assert all(metrics[name].value < 5 for name in names & metrics.keys())
 
 
-def test_predictions_hold_the_outcomes(tiny_model, tiny_tokenizer, sample):
-    predictions = evaluate(tiny_model, tiny_tokenizer, SQL, sample.eval[:4]).predictions
+def test_predictions_hold_the_outcomes(tiny_checkpoint, sample):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    predictions = evaluate(model, tokenizer, SQL, sample.eval[:4]).predictions
     assert len(predictions) == 4
     assert all({"sql", "exact_match", "valid_sql"} <= prediction["outcome"].keys() for prediction in predictions)

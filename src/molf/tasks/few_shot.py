@@ -10,14 +10,10 @@ from molf.tasks.base import Answer, ExampleTokens, HasRowResults, Metric, Reques
 
 
 class FewShot:
-    """A benchmark whose prompts all start with the same examples, in training and in evaluation.
-
-    Args:
-        task: The benchmark.
-        shots: The examples, each followed by an empty line.
-    """
+    """A benchmark whose prompts all start with the same examples, in training and in evaluation."""
 
     def __init__(self, task: Task, shots: str) -> None:
+        # shots: the examples, each followed by an empty line.
         self.task, self.shots = task, shots
         self.name, self.headline = task.name, task.headline
 

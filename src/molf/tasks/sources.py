@@ -124,26 +124,12 @@ class Source:
 
 
 class SourceTask:
-    """Base of tasks whose rows come from a ``Source``.
-
-    Attributes:
-        source: Where the rows come from.
-    """
+    """Base of tasks whose rows come from a ``Source``."""
 
     source: Source
 
     def load(
         self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
     ) -> Split:
-        """Load the rows.
-
-        Args:
-            data_path: A file or folder in the published format; None for the published data.
-            sample: Use the sample in the package.
-            limit: Maximum number of rows per split, always the first ones; None for all.
-            seed: Not used: nothing is random.
-
-        Raises:
-            MolfError: The arguments contradict each other, or the data cannot be used or downloaded.
-        """
+        """Load the rows; arguments as for ``Task.load``, but the seed is not used: ``limit`` takes the first rows."""
         return self.source.load(data_path, sample=sample, limit=limit)

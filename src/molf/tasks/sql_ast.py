@@ -1,6 +1,7 @@
 """SQL as sqlglot's syntax trees, in SQLite's dialect: what a context declares, and what a query means."""
 
 import logging
+from functools import lru_cache
 from typing import TypeAlias
 
 import sqlglot
@@ -30,6 +31,7 @@ def statements(sql: str) -> list[exp.Expr] | None:
     return None if any(isinstance(one, exp.Command) for one in parsed) else [one for one in parsed if one is not None]
 
 
+@lru_cache(maxsize=1024)
 def schema_of(context: str) -> Schema:
     """Return the tables that a context creates, except those that sqlglot cannot parse."""
     schema: Schema = {}

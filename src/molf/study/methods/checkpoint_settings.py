@@ -21,13 +21,8 @@ PROCESSES = "processes"
 class CheckpointSettings(CheckpointPart):
     """The settings that shape a checkpoint, saved with it and compared when a run resumes from it.
 
-    The number of steps, the saving and logging intervals, and the number of processes that share a batch may change.
-
-    Args:
-        config: The run's settings.
-        args: The Trainer's settings, with all defaults.
-        examples: The training examples.
-        sharded: Whether the model is sharded, which gives checkpoints another layout.
+    The number of steps, the saving and logging intervals, and the number of processes that share a batch may change; whether the
+    model is sharded may not, as checkpoints then have another layout.
     """
 
     def __init__(

@@ -65,10 +65,21 @@ def initialise_eva(
     def model_inputs(batch: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in collate(batch).items() if name in ("input_ids", "attention_mask")}
 
+    done = count(1)
+
+    def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
+        # PEFT repeats the data until the directions converge.
+        if next(done) > MAX_BATCHES:
+            raise MolfError(
+                f"EVA's directions have not converged after {MAX_BATCHES} batches of training data; lower lora_rank or use "
+                "more data"
+            )
+        model(**inputs)
+
     batches: Any = DataLoader(rows, batch_sampler=groups, collate_fn=model_inputs)  # type: ignore[arg-type]
     # Every process of a distributed run sees the same batches, so there is nothing to gather.
     initialize_lora_eva_weights(
-        model, batches, forward_fn=_limited_forward(), gather_distributed_inputs=False, show_progress_bar=False
+        model, batches, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
     )
 
 
@@ -86,18 +97,3 @@ def _groups(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
         rest = groups.pop()
         groups[-1] += rest
     return groups
-
-
-def _limited_forward() -> Callable[[nn.Module, dict[str, Any]], None]:
-    """Return a forward pass that raises after ``MAX_BATCHES``; PEFT repeats the data until the directions converge."""
-    batches = count()
-
-    def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
-        if next(batches) == MAX_BATCHES:
-            raise MolfError(
-                f"EVA's directions have not converged after {MAX_BATCHES} batches of training data; lower lora_rank or use "
-                "more data"
-            )
-        model(**inputs)
-
-    return forward
