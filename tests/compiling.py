@@ -57,7 +57,7 @@ def compiled_by(variants):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "HELD", "PFN", "KEEP", "ALIGNED")]
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "STORAGE", "PFN", "KEEP", "ALIGNED")]
         found[f"{self.__name__}({', '.join(constants)})"] = kernel
 
     triton.JITFunction.run = compile_only

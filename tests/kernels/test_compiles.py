@@ -12,7 +12,7 @@ import triton
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="Triton brings no ptxas for this platform")
 SCRIPT = Path(__file__).parents[1] / "compiling.py"
-KERNELS = {"_fold", "_gradient_of_A", "_gradient_of_B", "_moments", "_observe", "_settle", "_totals", "_winners"}
+KERNELS = {"_grad_A", "_grad_B", "_merged_update", "_moments", "_requantize", "_score_quantized", "_totals", "_winners"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,8 @@ def test_aligned_tensors_are_read_several_words_at_once(compiled):
 
 def test_tensor_cores_get_rounded_factors(compiled):
     products = {
-        name: made for name, made in compiled.items() if name.startswith(("_fold", "_gradient")) and "R=0" not in name
+        name: made
+        for name, made in compiled.items()
+        if name.startswith(("_merged_update", "_grad_")) and "R=0" not in name
     }
     assert len(products) > 4 and all(made["roundings"] >= 8 for made in products.values())

@@ -42,11 +42,11 @@ def test_all_moments_are_written_and_winners_alone_move(tables, scalars, how):
     steps, before = ([made(tables.device, how, e, s) for e, s in enumerate(SHAPES)] for _ in range(2))
     settle(steps, [1, 0, 1, 0, 1], tables, scalars)
     for step, old in zip(steps, before, strict=True):
-        m, v = moved(old.packed, 0.5)
-        assert_written(step.packed, m, v)
+        m, v = moved(old.quantized, 0.5)
+        assert_written(step.quantized, m, v)
         if how == "elsewhere":
             continue
-        if old.packed.expert % 2:
+        if old.quantized.expert % 2:
             assert torch.equal(step.param, old.param)
             continue
         c1, c2 = corrections(tables.device)[0]
@@ -73,23 +73,23 @@ def assert_written(packed, m, v):
 
 def test_second_moments_above_zero_stay_so(tables, scalars):
     step = made(tables.device, "elsewhere", 0, (2, 300))
-    step.packed.exp_avg_sq_absmax.zero_()
-    step.packed.grad[:] = 1e-5
-    step.packed.grad[:, ::256] = 1.0
+    step.quantized.exp_avg_sq_absmax.zero_()
+    step.quantized.grad[:] = 1e-5
+    step.quantized.grad[:, ::256] = 1.0
     settle([step], [0], tables, scalars)
-    assert (opened(step.packed)[1] > 0).all()
+    assert (opened(step.quantized)[1] > 0).all()
 
 
 def test_blocks_of_zeros_stay_zero(tables, scalars):
     step = made(tables.device, "float", 0, (2, 300))
-    for x in (step.packed.exp_avg_absmax, step.packed.exp_avg_sq_absmax, step.packed.grad):
+    for x in (step.quantized.exp_avg_absmax, step.quantized.exp_avg_sq_absmax, step.quantized.grad):
         x.zero_()
     settle([step], [1], tables, scalars)
-    assert not any(x.any() for x in opened(step.packed)) and step.param.isfinite().all()
+    assert not any(x.any() for x in opened(step.quantized)) and step.param.isfinite().all()
 
 
 def test_a_step_that_is_left_out_writes_nothing(tables, scalars):
     step, before = (made(tables.device, "float", 0, (2, 300)) for _ in range(2))
     settle([step], [1], tables, Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip))
     assert torch.equal(step.param, before.param)
-    assert all(torch.equal(x, y) for x, y in zip(step.packed[:5], before.packed[:5], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(step.quantized[:5], before.quantized[:5], strict=True))

@@ -219,7 +219,7 @@ def test_the_device_of_the_model_is_the_current_one_at_every_launch(monkeypatch)
         return lambda *args: (launched.append(inside[-1]), launch(*args))[1]
 
     monkeypatch.setattr(torch.cuda, "device_of", current)
-    for name in ("pair_gradients", "move_moments_", "move_winners_", "fold_winners_", "requantize_"):
+    for name in ("pair_gradients", "update_moments_", "move_winners_", "update_merged_weights_", "requantize_"):
         monkeypatch.setattr(kernels, name, watch(getattr(kernels, name)))
     step(model, MoLF(model, ranks=(2,), fused=True), 0)
     assert launched == [DEVICE] * 6 and not inside
@@ -240,7 +240,7 @@ def test_layers_that_missed_steps_draw_no_noise_again(monkeypatch):
     torch.manual_seed(1)
     model, seeds = mlp(torch.bfloat16).to(DEVICE), []
     optimizer = MoLF(model, ranks=(2,), bf16_update="stochastic", fused=True)
-    monkeypatch.setattr(kernels, "fold_winners_", lambda *args: seeds.append(int(args[-1])))
+    monkeypatch.setattr(kernels, "update_merged_weights_", lambda *args: seeds.append(int(args[-1])))
     for t in range(4):
         optimizer.zero_grad()
         loss_of(model, t).backward()
