@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from molf.errors import MolfError
 
@@ -34,9 +34,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]  # transformers 
     def __init__(self, orthogonality: float = ORTHOGONALITY):
         self.orthogonality = orthogonality
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Fit the schedule to the number of steps."""
         if state.max_steps < 2:
             raise MolfError(
@@ -48,9 +46,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]  # transformers 
         config.tinit = math.ceil(WARMUP * state.max_steps)
         config.tfinal = int(FIXED * state.max_steps)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Add the gradient of the orthogonality term."""
         if not self.orthogonality:
             return
@@ -63,9 +59,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]  # transformers 
         for factor, gradient in zip(factors.values(), torch.autograd.grad(term, list(factors.values())), strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Allocate the ranks."""
         model.base_model.update_and_allocate(state.global_step + 1)
 
