@@ -145,11 +145,14 @@ def broken(tmp_path, monkeypatch):
         b"nope\n",
         b"\xff\n",
         b"[" * 15_000 + b"\n",
+        b"[]\n",
         b"{}\n",
         b'{"error": 1}\n',
         b'{"rows": [1]}\n',
         b'{"rows": [[{}]]}\n',
+        b'{"rows": [[[1]]]}\n',
         b'{"rows": [[{"blob": "zz"}]]}\n',
+        b'{"rows": [[1]]}',
     ],
 )
 def test_nonsense_from_a_worker_is_not_believed(broken, reply):

@@ -115,7 +115,7 @@ class SqlSandbox:
             for number, request in todo:
                 process = process or self._start(folder)
                 reply, late = self._ask(process, request, self.limits.seconds + _GRACE_SECONDS)
-                outcome = None if late else _as_execution(reply)
+                outcome = _as_execution(reply) if reply.endswith(b"\n") and not late else None
                 if outcome is None:
                     _stop(process)
                     ended = "answered with nonsense" if reply else f"ended its worker (status {process.returncode})"
@@ -175,7 +175,7 @@ def _as_execution(reply: bytes) -> Execution | None:
         match json.loads(reply):
             case {"error": str(error)}:
                 return _failed(error)
-            case {"rows": list(rows)} if reply.endswith(b"\n") and all(isinstance(row, list) for row in rows):
+            case {"rows": list(rows)} if all(isinstance(row, list) for row in rows):
                 return Execution(True, [tuple(map(_value, row)) for row in rows], None)
     except (ValueError, RecursionError):
         pass
