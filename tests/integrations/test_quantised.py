@@ -63,5 +63,5 @@ def test_the_experts_are_exported_as_one_adapter_for_the_quantised_base(quantise
 
 
 def test_the_merged_form_refuses_a_quantised_base(quantised):
-    with pytest.raises(ValueError, match=r"not floating point: a quantised base can't be trained.*add_lora_experts"):
+    with pytest.raises(ValueError, match=r"not floating point: a quantised base cannot be trained.*add_lora_experts"):
         MoLF(quantised, ranks=(2,))

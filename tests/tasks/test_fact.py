@@ -15,14 +15,11 @@ def make_row(case_id=0, prompt="The capital of {} is", subject="France", new="Ro
     return {
         "case_id": case_id,
         "requested_rewrite": {
-            "prompt": prompt,
-            "subject": subject,
-            "target_new": {"str": new},
-            "target_true": {"str": true},
+            "prompt": prompt, "subject": subject, "target_new": {"str": new}, "target_true": {"str": true},
         },
         "paraphrase_prompts": list(para),
         "neighborhood_prompts": list(near),
-    }
+    }  # fmt: skip
 
 
 def prob(*probabilities, ids=None):

@@ -109,22 +109,10 @@ def test_the_prompt_of_evaluation_is_that_of_training():
 @pytest.mark.parametrize(
     "text, letter",
     [
-        (" A", "A"),
-        ("D", "D"),
-        (" B)", "B"),
-        (" C. Ulna", "C"),
-        ("\nA\nQuestion", "A"),
-        (" A ", "A"),
-        (" Aorta", None),
-        (" A nerve", None),
-        (" A,", None),
-        (" E", None),
-        (" a", None),
-        (" (A)", None),
-        ("The answer is A", None),
-        ("", None),
+        (" A", "A"), ("D", "D"), (" B)", "B"), (" C. Ulna", "C"), ("\nA\nQuestion", "A"), (" A ", "A"), (" Aorta", None),
+        (" A nerve", None), (" A,", None), (" E", None), (" a", None), (" (A)", None), ("The answer is A", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_only_a_letter_by_itself_counts(text, letter):
     assert written_letter(text) == letter
 
@@ -167,10 +155,8 @@ def test_shuffled_labels_are_at_chance(sample):
 @pytest.fixture
 def model_and_tokenizer(tiny_checkpoint):
     """A tiny random model, and its tokenizer with a token for each letter."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tiny_checkpoint),
-        AutoTokenizer.from_pretrained(tiny_checkpoint),
-    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     tokenizer.add_tokens([f" {letter}" for letter in "ABCD"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.get_output_embeddings().weight.data.normal_()

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import molf.tasks
-from molf.cli import main
-from molf.study.engine.predictions import PREDICTIONS_FILE
+from molf.study.engine.evaluate import evaluate
 from molf.tasks import Generate
 from molf.tasks.sql import Sql, reference
 
@@ -78,10 +77,8 @@ def test_the_prompt_of_evaluation_is_that_of_training():
 
 
 def test_prompts_are_the_tokens_of_training(tiny_checkpoint, sample, tmp_path):
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tiny_checkpoint),
-        AutoTokenizer.from_pretrained(tiny_checkpoint),
-    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     args = SFTConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True, dataloader_pin_memory=False)
     examples = Dataset.from_list([SQL.example(row) for row in sample.eval[:5]])
     trained = SFTTrainer(model, args, train_dataset=examples, processing_class=tokenizer).train_dataset
@@ -154,15 +151,10 @@ def test_exact_match_by_complexity():
 
 
 def test_outcomes_tell_why():
-    rows = [make_row("SELECT name FROM pets"), make_row("SELECT size FROM pets"), make_row("SELECT age FROM pets")]
-    outcomes = SQL.outcomes(
-        rows, [["```sql\nSELECT size FROM pets;\n```"], ["SELECT age FROM pets"], ["SELECT age FROM pets"]]
-    )
-    assert [outcome["sql"] for outcome in outcomes] == [
-        "SELECT size FROM pets",
-        "SELECT age FROM pets",
-        "SELECT age FROM pets",
-    ]
+    size, age = "SELECT size FROM pets", "SELECT age FROM pets"
+    rows = [make_row("SELECT name FROM pets"), make_row(size), make_row(age)]
+    outcomes = SQL.outcomes(rows, [[f"```sql\n{size};\n```"], [age], [age]])
+    assert [outcome["sql"] for outcome in outcomes] == [size, age, age]
     assert outcomes[0]["error"] == "no such column: size" and outcomes[1]["unusable_gold"] == "no such column: size"
     assert outcomes[2] == {
         "sql": "SELECT age FROM pets", "exact_match": True, "logic_match": True, "valid_sql": True,
@@ -195,22 +187,18 @@ def test_gold_as_prediction_is_always_right(sample, published):
 
 
 def test_shuffled_golds_are_at_chance(sample, published):
-    for rows in (sample.eval[:200], published):
+    for rows in (sample.eval[:100], published):
         golds = [[row["sql"]] for row in rows]
         random.Random(0).shuffle(golds)
         metrics = SQL.score(rows, golds)
         assert metrics["bleu"].value < 30
-        assert all(
-            metrics[name].value < 5
-            for name in ("exact_match", "logic_match", "valid_sql", "execution_accuracy_filled", "execution_accuracy")
-            if name in metrics
-        )
+        names = {"exact_match", "logic_match", "valid_sql", "execution_accuracy_filled", "execution_accuracy"}
+        assert all(metrics[name].value < 5 for name in names & metrics.keys())
 
 
-def test_the_command_trains_and_evaluates(tiny_checkpoint, tmp_path):
-    line = "train --task sql --sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4"
-    arguments = [*line.split(), "--disable_tqdm", "True", "--model_name_or_path", tiny_checkpoint]
-    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
-    predictions = gzip.decompress((tmp_path / "run" / PREDICTIONS_FILE).read_bytes()).splitlines()
+def test_predictions_hold_the_outcomes(tiny_checkpoint, sample):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    predictions = evaluate(model, tokenizer, SQL, sample.eval[:4]).predictions
     assert len(predictions) == 4
-    assert all({"sql", "exact_match", "valid_sql"} <= set(json.loads(one)["outcome"]) for one in predictions)
+    assert all({"sql", "exact_match", "valid_sql"} <= prediction["outcome"].keys() for prediction in predictions)

@@ -35,7 +35,7 @@ def test_comparisons_are_read(where, column, expected):
 def test_columns_are_those_of_their_own_query():
     found = conditions("SELECT a FROM t WHERE b = 1 AND a IN (SELECT id FROM s WHERE b > 2)")
     assert found.of == {("t", "b"): [Condition("=", 1)], ("s", "b"): [Condition(">", 2)]}
-    assert found.merge_outcomes == [{("t", "a"), ("s", "id")}]
+    assert found.joined == [{("t", "a"), ("s", "id")}]
 
 
 def test_joined_columns_share_their_conditions():

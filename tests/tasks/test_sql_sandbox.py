@@ -1,16 +1,15 @@
-import io
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molf.errors import MolfError
+from molf.tasks import sql_worker
 from molf.tasks.sql_sandbox import Limits, SqlSandbox
 
 CONTEXT = "CREATE TABLE t (a INTEGER, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"
@@ -62,7 +61,7 @@ HOSTILE = {
     "many statements": ("SELECT 1;" * 200, "more than 50 statements"),
     "many semicolons": (f"SELECT '{';' * 5000}'", "semicolons"),
     "null character": ("SELECT 'a\0b'", "null character"),
-    "lone surrogate": ("SELECT '\ud800'", "not valid Unicode"),
+    "lone surrogate": ("SELECT '\ud800'", "surrogates not allowed"),
     "megabytes": (f"SELECT '{'x' * 3_000_000}'", "more than 200000 characters"),
     "trigger without end": (
         "CREATE TRIGGER g AFTER INSERT ON t BEGIN INSERT INTO t VALUES (1, 'z'); END; PRAGMA recursive_triggers = ON",
@@ -73,78 +72,70 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    with SqlSandbox(workers=1, limits=Limits(seconds=SECONDS, rows=1000, bytes=2**20)) as running:
-        yield running
+IN_CONTEXT = ["attach", "counting without end", "large blob", "null character", "temporary table"]
+SANDBOX = SqlSandbox(workers=1, limits=Limits(seconds=SECONDS, rows=1000, bytes=2**20))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_statements_end_as_not_ok(sandbox, name, tmp_path, monkeypatch):
+def test_hostile_statements_end_as_not_ok(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda prefix: nullcontext(str(tmp_path)))
     sql, reason = HOSTILE[name]
     began = time.monotonic()
-    found = sandbox.execute(CONTEXT, sql)
+    queries = [
+        (CONTEXT, sql),
+        (CONTEXT, "SELECT count(*) FROM t"),
+        *([(sql, "SELECT 1")] if name in IN_CONTEXT else []),
+    ]
+    found, after, *in_context = SANDBOX.execute_many(queries)
     assert not found.ok and found.rows is None
     assert re.search(reason, found.error), found.error
-    assert time.monotonic() - began < SECONDS + 10  # the limit, the grace, and a new worker on a busy machine
-    assert not list(tmp_path.iterdir()) and not os.listdir(sandbox._workers[0].folder)
-    assert sandbox.execute(CONTEXT, "SELECT count(*) FROM t").rows == [(2,)]  # the next query is none the worse
+    assert after.rows == [(2,)]  # the next query is none the worse
+    assert not any(e.ok for e in in_context)
+    assert time.monotonic() - began < 2 * SECONDS + 10  # the limits, the grace, and a new worker on a busy machine
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("sql", "rows"),
-    [
-        ("SELECT * FROM t ORDER BY a DESC", [(2, "y"), (1, "x")]),
-        ("SELECT 1.5, NULL, x'00ff', 'é'", [(1.5, None, b"\x00\xff", "é")]),
-        ("SELECT 1; SELECT 2;", [(2,)]),
-        ("SELECT a FROM t WHERE b = 'a;b'", []),
-        ("SELECT CAST(x'ff' AS TEXT)", [("\udcff",)]),
-        ("SELECT 9e999", [(float("inf"),)]),
-        ("DELETE FROM t WHERE a = 1", [("t",), ("t", 2, "y")]),
-        ("CREATE TABLE u AS SELECT b FROM t; DROP TABLE t", [("u",), ("u", "x"), ("u", "y")]),
-    ],
-)
-def test_queries_give_their_rows(sandbox, sql, rows):
-    found = sandbox.execute(CONTEXT, sql)
-    assert (found.ok, found.rows, found.error) == (True, rows, None)
+QUERIES = {
+    "SELECT * FROM t ORDER BY a DESC": [(2, "y"), (1, "x")],
+    "SELECT 1.5, NULL, x'00ff', 'é'": [(1.5, None, b"\x00\xff", "é")],
+    "SELECT 1; SELECT 2;": [(2,)],
+    "SELECT a FROM t WHERE b = 'a;b'": [],
+    "SELECT CAST(x'ff' AS TEXT)": [("\udcff",)],
+    "SELECT 9e999": [(float("inf"),)],
+    "DELETE FROM t WHERE a = 1": [("t",), ("t", 2, "y")],
+    "CREATE TABLE u AS SELECT b FROM t; DROP TABLE t": [("u",), ("u", "x"), ("u", "y")],
+    "SELECT count(*) FROM t": [(2,)],  # every query has a database of its own
+}
 
 
-def test_every_query_has_a_database_of_its_own(sandbox):
-    assert sandbox.execute(CONTEXT, "DROP TABLE t").ok
-    assert sandbox.execute("", "SELECT * FROM t").error == "no such table: t"
+def test_queries_give_their_rows():
+    found = SANDBOX.execute_many((CONTEXT, sql) for sql in QUERIES)
+    assert [(e.ok, e.rows, e.error) for e in found] == [(True, rows, None) for rows in QUERIES.values()]
 
 
-def test_a_fault_in_the_context_is_told_from_one_in_the_query(sandbox):
-    assert sandbox.execute("CREATE TABLE", "SELECT 1").error.startswith("context: ")
+def test_a_fault_in_the_context_is_told_from_one_in_the_query():
+    context, query = SANDBOX.execute_many([("CREATE TABLE", "SELECT 1"), ("", "SELECT * FROM t")])
+    assert context.error.startswith("context: ") and query.error == "no such table: t"
 
 
-def test_many_queries_keep_their_order_and_a_dead_worker_is_replaced():
-    bomb = "SELECT length(printf('%.*c', 1000000000, 'x'))"
-    with SqlSandbox(workers=2, limits=Limits(seconds=0.3)) as sandbox:
-        queries = [f"SELECT {i}" if i != 5 else bomb for i in range(40)]
-        found = sandbox.execute_many([("", sql) for sql in queries])
-        assert [e.rows for e in found] == [None if i == 5 else [(i,)] for i in range(40)]
-        assert not found[5].ok
-        process = next(worker.process for worker in sandbox._workers if worker.process)
-        process.kill()
-        process.wait()
-        before = sandbox.replaced
-        again = sandbox.execute_many([("", "SELECT 1")] * 4)
-        assert [e.ok for e in again].count(False) == 1 and sandbox.replaced == before + 1
-
-
-@pytest.mark.parametrize("name", ["attach", "counting without end", "large blob", "null character", "temporary table"])
-def test_a_hostile_context_is_no_better(sandbox, name):
-    assert not sandbox.execute(HOSTILE[name][0], "SELECT 1").ok
-    assert sandbox.execute(CONTEXT, "SELECT count(*) FROM t").rows == [(2,)]
+def test_many_queries_keep_their_order():
+    queries = [HOSTILE["long text by format"][0] if i == 5 else f"SELECT {i}" for i in range(40)]
+    found = SqlSandbox(limits=Limits(seconds=0.3)).execute_many(("", sql) for sql in queries)
+    assert [e.rows for e in found] == [None if i == 5 else [(i,)] for i in range(40)]
 
 
 @pytest.fixture
-def one():
-    """A sandbox for violent tests, and its only worker."""
-    with SqlSandbox(workers=1, limits=Limits(seconds=0.3, bytes=1000)) as sandbox:
-        yield sandbox, sandbox._workers[0]
+def broken(tmp_path, monkeypatch):
+    """Replace the worker by one that does something else with queries of the number 1, and answers others with no rows."""
+
+    def replace(act):
+        script = f"import os, signal, sys\nprint({{}}, flush=True)\nfor line in sys.stdin:\n    if ' 1' in line:\n        {act}\n"
+        (tmp_path / "worker.py").write_text(script + "    print('{\"rows\": []}', flush=True)\n")
+        monkeypatch.setattr(sql_worker, "__file__", str(tmp_path / "worker.py"))
+        return SqlSandbox(1, Limits(seconds=0.3, bytes=1000)).execute_many([("", f"SELECT {i}") for i in range(3)])
+
+    return replace
 
 
 @pytest.mark.parametrize(
@@ -164,52 +155,29 @@ def one():
         b'{"rows": [[1]]}',
     ],
 )
-def test_nonsense_from_a_worker_is_not_believed(one, reply):
-    sandbox, worker = one
-    process = worker.process
-    process.stdout.close()
-    process.stdout = io.BytesIO(reply)
-    assert not sandbox.execute("", "SELECT 1").ok
-    assert sandbox.replaced == 1 and process.returncode is not None
-    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+def test_nonsense_from_a_worker_is_not_believed(broken, reply):
+    before, nonsense, after = broken(f"sys.stdout.buffer.write({reply!r}); sys.stdout.buffer.flush()")
+    assert before.ok and after.ok and nonsense.error == "answered with nonsense"
 
 
-def test_a_worker_that_hangs_is_killed(one):
-    sandbox, worker = one
-    process = worker.process
-    os.kill(process.pid, signal.SIGSTOP)
-    assert sandbox.execute("", "SELECT 1").error == "took longer than 0.3 s"
-    assert sandbox.replaced == 1 and process.returncode == -signal.SIGKILL
-    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
-
-
-def test_an_interrupted_query_is_not_answered_to_the_next(one):
-    sandbox, worker = one
-
-    class Interrupted(io.BytesIO):
-        def readline(self, most):
-            raise KeyboardInterrupt
-
-    worker.process.stdout.close()
-    worker.process.stdout = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        sandbox.execute("", "SELECT 1")
-    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
-
-
-def test_a_worker_that_cannot_be_replaced_now_may_be_later(one, monkeypatch):
-    sandbox, worker = one
-    worker.stop()
-    with monkeypatch.context() as patch, pytest.raises(MolfError, match="does not start"):
-        patch.setattr(sys, "executable", "/bin/false")
-        sandbox.execute("", "SELECT 1")
-    assert sandbox.execute("", "SELECT 2").rows == [(2,)]
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "took longer than 0.3 s"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended its worker (status -9)"),
+        ("sys.exit(3)", "ended its worker (status 3)"),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_is_replaced(broken, act, error):
+    before, failed, after = broken(act)
+    assert before.ok and after.ok and failed.error == error
 
 
 def test_a_worker_ends_when_its_parent_is_gone():
     code = (
-        "import os, signal\nfrom molf.tasks.sql_sandbox import SqlSandbox\nwith SqlSandbox(workers=1) as sandbox:\n"
-        "    print(sandbox._workers[0].process.pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, subprocess\nfrom molf.tasks.sql_sandbox import SqlSandbox\n"
+        "process = SqlSandbox()._start('/')\n"
+        "print(process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     for _ in range(500):
@@ -220,12 +188,14 @@ def test_a_worker_ends_when_its_parent_is_gone():
     pytest.fail("the worker still runs after ten seconds")
 
 
-def test_no_process_and_no_folder_is_left():
-    with SqlSandbox(workers=2) as sandbox:
-        folder = sandbox._workers[0].folder
-        processes = [worker.process for worker in sandbox._workers]
-    assert all(process.poll() is not None for process in processes)
-    assert not os.path.exists(folder)
+def test_no_process_is_left(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
+    )
+    SqlSandbox(2, Limits(seconds=0.3)).execute_many([("", "SELECT 1"), ("", HOSTILE["counting without end"][0])])
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's limits are those of Linux")
@@ -240,13 +210,6 @@ def test_the_system_lets_a_worker_open_nothing():
     assert done.stdout.split() == ["OSError", "OSError", "OSError", "MemoryError"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(context=st.text(max_size=60), sql=st.text(max_size=200))
-def test_any_text_ends_in_an_answer(sandbox, context, sql):
-    found = sandbox.execute(context, sql)
-    assert (found.rows is None) != found.ok and (found.error is None) == found.ok
-
-
 FRAGMENTS = [
     *"()*,;.'\"=<>-+/|%", "SELECT", "FROM", "WHERE", "t", "a", "b", "GROUP BY", "ORDER BY", "UNION ALL", "WITH RECURSIVE c AS (",
     "JOIN t AS u ON", "count(*)", "1", "NULL", "'x'", "x'ff'", "LIMIT", "CREATE TABLE v (", "INSERT INTO t", "DELETE FROM t",
@@ -254,14 +217,17 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sql=st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(" ".join))
-def test_any_words_of_sql_end_in_an_answer(sandbox, sql):
-    found = sandbox.execute(CONTEXT, sql)
-    assert (found.rows is None) != found.ok and (found.error is None) == found.ok
+@settings(max_examples=12, deadline=None)
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=60), st.text(max_size=200)), max_size=20),
+    words=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(" ".join), min_size=15, max_size=30),
+)
+def test_any_text_and_any_words_of_sql_end_in_an_answer(texts, words):
+    for found in SANDBOX.execute_many([*texts, *((CONTEXT, sql) for sql in words)]):
+        assert (found.rows is None) != found.ok and (found.error is None) == found.ok
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MolfError, match="does not start.*/bin/false"), SqlSandbox(workers=1):
-        pass
+    with pytest.raises(MolfError, match="does not start.*/bin/false"):
+        SANDBOX.execute("", "SELECT 1")

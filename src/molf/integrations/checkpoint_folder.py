@@ -12,19 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "MANIFEST",
-    "UNFINISHED",
-    "checkpoints",
-    "commit",
-    "recover",
-    "remove_checkpoints",
-    "rotate",
-    "sync",
-    "verify",
-    "write_manifest",
-]
-
 MANIFEST = "checkpoint_manifest.json"
 UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"

@@ -20,21 +20,12 @@ from molf.integrations.merge import cast_error, merge
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_KEEP_BASE = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # values of init_lora_weights that leave the base weights as they are
+# Values of init_lora_weights that leave the base weights as they are.
+_KEEP_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def concatenate_pairs(layer: LoraLayer, adapters: list[str]) -> Pair:
     """Write the sum of a layer's LoRA pairs as one pair of scale 1: ``sum_i s_i B_i A_i = B A``.
-
-    Args:
-        layer: The layer.
-        adapters: The adapters to take; the layer need not have all of them.
 
     Returns:
         ``A = [A_1; A_2; ...] [sum r_i, in]`` and ``B = [s_1 B_1, s_2 B_2, ...] [out, sum r_i]``, in float32 on the CPU.
@@ -104,11 +95,7 @@ def export_merged(model: PeftModel, folder: str | Path, dtype: torch.dtype = tor
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder`` at the end, or is removed after an error.
-
-    Raises:
-        MolfError: The folder exists and is not empty.
-    """
+    """Yield a temporary folder that becomes ``folder``, empty or missing, at the end, or is removed after an error."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MolfError(f"{target} exists and is not empty; choose another folder or remove it first")

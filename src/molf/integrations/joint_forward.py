@@ -5,8 +5,6 @@ PEFT runs active adapters one after the other, each with its own matmuls and a s
 parameters stay PEFT's, so saving, loading, merging and exporting work as before.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -16,20 +14,12 @@ from torch.nn.functional import linear
 
 from molf.numerics.distributed import is_sharded
 
-__all__ = ["JointLinear", "join_experts"]
-
 
 class JointLinear(lora.Linear):  # type: ignore[misc]
     """PEFT's LoRA layer, with one pass for all active adapters in training."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of PEFT's layer.
-
-        Args:
-            x: Input ``[..., in]``.
-            *args: Passed to the base layer.
-            **kwargs: Passed to the base layer.
-        """
+        """Return the output of PEFT's layer."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (self.disable_adapters or self.merged or self.lora_variant or kwargs)
         rates = {getattr(self.lora_dropout[name], "p", 0.0) for name in names}
@@ -47,11 +37,7 @@ class JointLinear(lora.Linear):  # type: ignore[misc]
 
 
 def join_experts(model: nn.Module) -> None:
-    """Turn all plain LoRA layers of a PEFT model into ``JointLinear``, except over quantised bases and Conv1D.
-
-    Args:
-        model: A PEFT model; changed in place.
-    """
+    """Turn all plain LoRA layers of a PEFT model into ``JointLinear``, except over quantised bases and Conv1D."""
     for module in model.modules():
         if type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.__class__ = JointLinear

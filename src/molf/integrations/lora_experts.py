@@ -1,7 +1,5 @@
 """LoRA experts as PEFT adapters: the branched form, and MoLF-Efficient if the base is frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,8 +9,6 @@ from transformers.pytorch_utils import Conv1D
 from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
 from molf.setup.param_groups import expert_names
-
-__all__ = ["add_lora_experts"]
 
 
 def add_lora_experts(

@@ -1,7 +1,5 @@
 """LoRA experts merged into the weights of their base model."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
@@ -10,8 +8,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from molf.errors import MolfError
-
-__all__ = ["cast_error", "merge"]
 
 logger = logging.getLogger(__name__)
 

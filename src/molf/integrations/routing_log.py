@@ -1,7 +1,5 @@
 """A Trainer callback that logs the router's decisions."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -20,8 +18,6 @@ from molf.integrations.checkpoint_folder import sync
 from molf.integrations.trainer import check_release_settings, clip_once
 from molf.optimizer import MoLF
 from molf.routing import Routing
-
-__all__ = ["FILE_NAME", "Fetch", "RoutingLog", "selection_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +91,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         self._pending: deque[tuple[int, Fetch]] = deque()
         self._save_hook: Any = None
 
-    def attach(self, trainer: Trainer) -> RoutingLog:
+    def attach(self, trainer: Trainer) -> "RoutingLog":
         """Add this callback to a trainer, before the reporting ones, so that trackers receive its numbers too."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self

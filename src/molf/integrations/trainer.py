@@ -1,7 +1,5 @@
 """MoLF in any Hugging Face or TRL Trainer, without a subclass."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +8,6 @@ from torch import nn
 
 from molf.errors import MolfError
 from molf.optimizer import MoLF
-
-__all__ = ["MoLFFactory", "check_release_settings", "clip_once", "trainer_optimizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +58,7 @@ def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactor
 
 
 def check_release_settings(settings: Mapping[str, Any]) -> None:
-    """Check that a Trainer's settings allow ``optimizer_in_backward``.
-
-    Args:
-        settings: The settings by name; missing ones are at a value that works.
-
-    Raises:
-        MolfError: A setting needs all gradients at the same time.
-    """
+    """Check that a Trainer's settings allow ``optimizer_in_backward``; missing ones do."""
     for name, (allowed, reason) in _RELEASE_SETTINGS.items():
         value = settings.get(name) or allowed
         if value != allowed:
@@ -84,10 +73,6 @@ def clip_once(args: Any, max_grad_norm: float | None) -> None:
 
     Both would clip: the Trainer the model's gradients, then MoLF those of all experts together. ``max_grad_norm`` of a Trainer is
     1.0 by default, so a value there need not be a user's wish, but one given to MoLF is.
-
-    Args:
-        args: The Trainer's arguments; changed in place.
-        max_grad_norm: MoLF's.
     """
     if max_grad_norm is not None and args.max_grad_norm:
         logger.warning(

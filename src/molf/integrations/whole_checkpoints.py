@@ -1,7 +1,5 @@
 """A Trainer whose checkpoints are complete or absent, and which resumes from the last complete one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -29,8 +27,6 @@ from molf.integrations.checkpoint_folder import (
     verify,
     write_manifest,
 )
-
-__all__ = ["CheckpointError", "CheckpointPart", "WholeCheckpoints"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +84,6 @@ class WholeCheckpoints:
 
         Returns:
             The folder; None if there is no checkpoint or none was asked for.
-
-        Raises:
-            MolfError: The given folder is not a complete checkpoint, or this run cannot resume from it.
         """
         found: list[Path | None] = [None]
         run_folder = Path(self.args.output_dir)

@@ -49,19 +49,10 @@ class Custom:
             raise MolfError(f"--eval_fraction {self.eval_fraction} must be between 0 and 1")
 
     def load(self, data_path: str | None, *, sample: bool, limit: int | None, seed: int) -> Split:
-        """Load the rows.
+        """Load the rows; arguments as for ``Task.load``, but ``data_path`` may be a Hub id, or None to only evaluate.
 
         Evaluation uses the first of these that exists: ``eval_path``; ``eval_fraction`` of the training rows; a validation
-        or test split of the data; a tenth of the training rows.
-
-        Args:
-            data_path: A file, a folder or a Hub id; None to only evaluate.
-            sample: Not supported.
-            limit: Maximum number of rows per split, the first ones; None for all.
-            seed: Chooses the rows to hold out.
-
-        Raises:
-            MolfError: The arguments or a row cannot be used, or the data cannot be downloaded.
+        or test split of the data; a tenth of the training rows. The seed chooses the rows to hold out.
         """
         if sample:
             raise MolfError("task custom has no sample in the package; pass your data as --data_path")

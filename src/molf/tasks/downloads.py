@@ -30,15 +30,7 @@ def offline_switch() -> str | None:
 
 
 def download_once(url: str, folder: Path) -> Path:
-    """Return the local copy of a published file; download it first if there is none.
-
-    Args:
-        url: The file's address. Its last part is the name of the copy.
-        folder: The folder of the copy. It is created if missing.
-
-    Raises:
-        DownloadError: There is no copy and the file cannot be downloaded, or the network is turned off.
-    """
+    """Return the local copy of a published file; download it first if there is none."""
     import pooch
 
     target = folder / Path(urlsplit(url).path).name
@@ -57,15 +49,7 @@ def hub_splits(name: str, advice: str = ADVICE) -> tuple[Splits, str]:
     """Return the records of a data set on the Hub and its version as ``id@commit``.
 
     The data set is downloaded once. Offline, the commit that was downloaded last is read. Code of the data set is never
-    run: ``datasets`` reads plain data files only.
-
-    Args:
-        name: The data set's id, optionally followed by ``@`` and a branch, tag or commit.
-        advice: What the user can do if the data set is not available.
-
-    Raises:
-        DownloadError: It is neither on the Hub nor in the cache.
-        MolfError: ``datasets`` cannot read it.
+    run: ``datasets`` reads plain data files only. ``name`` may end in ``@`` and a branch, tag or commit.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

@@ -10,14 +10,10 @@ from molf.tasks.base import Answer, ExampleTokens, HasRowResults, Metric, Reques
 
 
 class FewShot:
-    """A benchmark whose prompts all start with the same examples, in training and in evaluation.
-
-    Args:
-        task: The benchmark.
-        shots: The examples, each followed by an empty line.
-    """
+    """A benchmark whose prompts all start with the same examples, in training and in evaluation."""
 
     def __init__(self, task: Task, shots: str) -> None:
+        # shots: the examples, each followed by an empty line.
         self.task, self.shots = task, shots
         self.name, self.headline = task.name, task.headline
 
@@ -51,17 +47,7 @@ class FewShot:
 
 
 def with_examples(task: Task, split: Split, count: int, seed: int) -> tuple[Task, Split]:
-    """Put training rows before every prompt and remove them from the rows to train and to evaluate on.
-
-    Args:
-        task: The benchmark.
-        split: Its rows.
-        count: Number of examples.
-        seed: Chooses them.
-
-    Raises:
-        MolfError: There are too few training rows, or they have no prompt.
-    """
+    """Put training rows, chosen by the seed, before every prompt; remove them from those to train and evaluate on."""
     if len(split.train) < count:
         raise MolfError(f"--few_shot {count} needs {count} training rows, but {split.origin} has {len(split.train)}")
     chosen = random.Random(seed).sample(split.train, count)

@@ -31,11 +31,7 @@ def _problem(row: Row) -> str | None:
 
 
 def count_from_zero(rows: list[Row]) -> list[Row]:
-    """Return the rows with ``cop`` counted from 0, as on the Hub; the authors' own files count from 1.
-
-    Raises:
-        MolfError: The rows do not tell where they start counting.
-    """
+    """Return the rows with ``cop`` counted from 0, as on the Hub; the authors' own files count from 1."""
     found = {row["cop"] for row in rows}
     if {0, 4} <= found:
         raise MolfError("cop is 0 in some rows and 4 in others; it must be 0 to 3, or 1 to 4 as in the authors' files")

@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,14 +30,9 @@ _SPLIT_WORDS = {
     "test": "test",
 }
 _JSON_NAMES: dict[type, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
+    dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "an integer", float: "a number",
     type(None): "null",
-}
+}  # fmt: skip
 
 
 def local_splits(path: Path) -> Splits:
@@ -46,9 +41,6 @@ def local_splits(path: Path) -> Splits:
     In a folder, a file belongs to the split whose name is a word of the file's or its subfolder's name:
     ``train-00000-of-00001.parquet``, ``medmcqa_dev.jsonl``, ``test/part1.csv``. Files are sorted by name; hidden ones are
     left out.
-
-    Raises:
-        MolfError: There are no records, or a file name does not tell the format or, next to others that do, the split.
     """
     if not path.exists():
         raise MolfError(f"no file or folder {path}")
@@ -90,22 +82,9 @@ def located_splits(loaded: Any, origin: str) -> Splits:
 
 
 def records_of(file: Path) -> Iterator[Located]:
-    """Yield the records of one file.
-
-    Args:
-        file: A ``.json`` file (one list of objects) or a ``.jsonl`` file (one object per line), each optionally ``.gz``;
-            a ``.csv`` file with a header; or a ``.parquet`` file.
-
-    Raises:
-        MolfError: The file or a record is broken.
-    """
-    if file.suffix == ".parquet":
-        records = _parquet_records(file)
-    elif file.suffix == ".csv":
-        records = _csv_records(file)
-    else:
-        records = _json_records(file)
-    for where, record in records:
+    """Yield the records of a file: JSON (one list of objects), JSON Lines, CSV with a header, or Parquet."""
+    read: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".parquet": _parquet_records, ".csv": _csv_records}
+    for where, record in read.get(file.suffix, _json_records)(file):
         if not isinstance(record, dict):
             raise MolfError(f"{where}: expected an object with named fields, found {json_name(record)}")
         yield where, record
@@ -174,16 +153,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def check_fields(record: Row, fields: Mapping[str, type], where: str) -> None:
-    """Check that a record has certain fields.
-
-    Args:
-        record: The record.
-        fields: Names and types; a dot goes into an object (``"rewrite.prompt": str``).
-        where: The record's location.
-
-    Raises:
-        MolfError: A field is missing or has another type; the message says where.
-    """
+    """Check the types of a record's fields; a dot in a name goes into an object (``"rewrite.prompt": str``)."""
     for name, expected in fields.items():
         value: Any = record
         for key in name.split("."):

@@ -77,18 +77,10 @@ class Source:
     normalize: Callable[[list[Row]], list[Row]] | None = None
 
     def load(self, data_path: str | None, *, sample: bool, limit: int | None) -> Split:
-        """Load the rows.
+        """Load the rows; arguments as for ``Task.load``.
 
         In a folder of the user's, file names tell the splits (``local_splits``). A single file is evaluated on; it is also
         trained on if ``splits`` is None.
-
-        Args:
-            data_path: The user's file or folder; None for the published data.
-            sample: Use the sample in the package.
-            limit: Maximum number of rows per split, the first ones; None for all.
-
-        Raises:
-            MolfError: The arguments contradict each other, or the data cannot be used or downloaded.
         """
         if data_path is not None and sample:
             raise MolfError(f"--data_path {data_path} and --sample are two sources of data; pass one of them")
@@ -106,7 +98,12 @@ class Source:
 
         def rows(records: Iterable[Located]) -> list[Row]:
             # A row's form may show only in later rows, so normalize sees all of them.
-            usable = [self._checked(*record) for record in islice(records, None if normalize else limit)]
+            usable = []
+            for where, row in islice(records, None if normalize else limit):
+                check_fields(row, self.fields, where)
+                if (problem := self.problem(row)) is not None:
+                    raise MolfError(f"{where}: {problem}")
+                usable.append(row)
             if not usable:
                 raise MolfError(f"{origin}: no records")
             try:
@@ -125,34 +122,14 @@ class Source:
             )
         return Split(rows(found[train]) if train in found else [], rows(found[names[0]]), origin)
 
-    def _checked(self, where: str, row: Row) -> Row:
-        check_fields(row, self.fields, where)
-        if (problem := self.problem(row)) is not None:
-            raise MolfError(f"{where}: {problem}")
-        return row
-
 
 class SourceTask:
-    """Base of tasks whose rows come from a ``Source``.
-
-    Attributes:
-        source: Where the rows come from.
-    """
+    """Base of tasks whose rows come from a ``Source``."""
 
     source: Source
 
     def load(
         self, data_path: str | None = None, *, sample: bool = False, limit: int | None = None, seed: int = 0
     ) -> Split:
-        """Load the rows.
-
-        Args:
-            data_path: A file or folder in the published format; None for the published data.
-            sample: Use the sample in the package.
-            limit: Maximum number of rows per split, always the first ones; None for all.
-            seed: Not used: nothing is random.
-
-        Raises:
-            MolfError: The arguments contradict each other, or the data cannot be used or downloaded.
-        """
+        """Load the rows; arguments as for ``Task.load``, but the seed is not used: ``limit`` takes the first rows."""
         return self.source.load(data_path, sample=sample, limit=limit)

@@ -107,10 +107,9 @@ def _judge(rows: Sequence[Row], texts: Sequence[str]) -> list[Outcome]:
 
     written = [extract_sql(text) for text in texts]
     contexts = [filled_context(row["sql_context"], reference(row)) for row in rows]
-    with SqlSandbox() as sandbox:
-        golds = sandbox.execute_many(zip(contexts, map(reference, rows), strict=True))
-        usable = [number for number, gold in enumerate(golds) if gold.ok]
-        found = iter(sandbox.execute_many((contexts[number], written[number]) for number in usable))
+    golds = SqlSandbox().execute_many(zip(contexts, map(reference, rows), strict=True))
+    usable = [number for number, gold in enumerate(golds) if gold.ok]
+    found = iter(SqlSandbox().execute_many((contexts[number], written[number]) for number in usable))
     outcomes = []
     for row, sql, gold in zip(rows, written, golds, strict=True):
         schema, right = schema_of(row["sql_context"]), reference(row)

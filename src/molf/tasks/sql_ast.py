@@ -1,6 +1,7 @@
 """SQL as sqlglot's syntax trees, in SQLite's dialect: what a context declares, and what a query means."""
 
 import logging
+from functools import lru_cache
 from typing import TypeAlias
 
 import sqlglot
@@ -30,6 +31,7 @@ def statements(sql: str) -> list[exp.Expr] | None:
     return None if any(isinstance(one, exp.Command) for one in parsed) else [one for one in parsed if one is not None]
 
 
+@lru_cache(maxsize=1024)
 def schema_of(context: str) -> Schema:
     """Return the tables that a context creates, except those that sqlglot cannot parse."""
     schema: Schema = {}
@@ -72,11 +74,7 @@ def is_ordered(sql: str, schema: Schema) -> bool:
 
 
 def qualified_query(sql: str, schema: Schema) -> exp.Expr | None:
-    """Parse one statement, with every column qualified by its table and every table under a name of its own.
-
-    Returns:
-        The statement, or None if sqlglot cannot parse it.
-    """
+    """Parse one statement, every column qualified by its table, every table under its own name; None if sqlglot cannot."""
     query = parse_query(sql, schema)
     if query is None:
         return None
@@ -95,13 +93,10 @@ def qualified_query(sql: str, schema: Schema) -> exp.Expr | None:
 
 
 def logic_of(sql: str, schema: Schema) -> str | None:
-    """Return a normal form that is equal for queries that say the same in different words.
+    """Return a normal form that is equal for queries that say the same in different words; None if sqlglot cannot.
 
     It does not depend on formatting, case, aliases, qualified or bare column names, ``*`` or the columns it stands for, ASC,
     INNER, and the order of operands of AND, OR and =.
-
-    Returns:
-        The form, or None if sqlglot cannot parse the query.
     """
     query = qualified_query(sql, schema)
     if query is None:

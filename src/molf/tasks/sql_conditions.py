@@ -16,22 +16,11 @@ Column: TypeAlias = tuple[str, str]
 """A table and one of its columns, in lower case."""
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
 _OPERATORS: dict[type[exp.Expr], str] = {
-    exp.EQ: "=",
-    exp.Is: "=",
-    exp.NEQ: "!=",
-    exp.LT: "<",
-    exp.LTE: "<=",
-    exp.GT: ">",
-    exp.GTE: ">=",
-}
+    exp.EQ: "=", exp.Is: "=", exp.NEQ: "!=", exp.LT: "<", exp.LTE: "<=", exp.GT: ">", exp.GTE: ">=",
+}  # fmt: skip
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _NEGATED = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 _ISO_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}$")
@@ -40,14 +29,9 @@ _LARGEST = 2**50  # beyond it, a float cannot tell neighbouring numbers apart
 
 @dataclass(frozen=True)
 class Condition:
-    """A column's comparison with a constant.
+    """A column's comparison with a constant; ``=`` and ``!=`` with None stand for IS NULL and IS NOT NULL."""
 
-    Attributes:
-        operator: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``, ``like`` or ``not like``.
-        constant: The constant; None in ``=`` and ``!=`` stands for IS NULL and IS NOT NULL.
-    """
-
-    operator: str
+    operator: str  # =, !=, <, <=, >, >=, like or not like
     constant: Value
 
     def holds(self, value: Value, *, as_number: bool) -> bool:
@@ -90,28 +74,16 @@ def _date(text: str) -> date | None:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a query asks of the tables.
-
-    Attributes:
-        of: The conditions on each column that has any.
-        joined: Groups of columns that are compared with each other.
-        numeric: Columns used in arithmetic.
-        count: The largest number of rows that the query compares a count with or limits to.
-    """
+    """What a query asks of the tables."""
 
     of: dict[Column, list[Condition]] = field(default_factory=dict)
-    joined: list[set[Column]] = field(default_factory=list)
-    numeric: set[Column] = field(default_factory=set)
-    count: int = 0
+    joined: list[set[Column]] = field(default_factory=list)  # groups of columns that are compared with each other
+    numeric: set[Column] = field(default_factory=set)  # used in arithmetic
+    count: int = 0  # the largest number of rows that the query compares a count with or limits to
 
 
 def conditions_of(query: exp.Expr, schema: Schema) -> Conditions:
-    """Return the comparisons anywhere in a query, including subqueries.
-
-    Args:
-        query: The result of ``qualified_query``.
-        schema: The tables.
-    """
+    """Return the comparisons anywhere in a query, including subqueries."""
     found = Conditions(count=max([0, *_counts(query)]))
     tables = _Tables(query, schema)
     for node in query.walk():
@@ -222,12 +194,8 @@ def _join(groups: list[set[Column]], columns: set[Column]) -> None:
 def split_values(conditions: list[Condition], *, as_number: bool) -> tuple[list[Value], list[Value]]:
     """Return values that satisfy conditions, and others that narrowly do not.
 
-    If no value satisfies all conditions, such as two equalities, satisfy as many as possible.
-
-    Args:
-        conditions: The conditions on a column.
-        as_number: Whether the column stores numbers. For one that stores strings, only values are used that compare the
-            same as strings and as numbers.
+    If no value satisfies all conditions, such as two equalities, satisfy as many as possible. For a column that stores strings,
+    not ``as_number``, only values are used that compare the same as strings and as numbers.
     """
     ranked: list[tuple[int, Value]] = []
     for value in dict.fromkeys(value for condition in conditions for value in _candidates(condition)):

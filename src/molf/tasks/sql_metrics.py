@@ -27,11 +27,7 @@ Cells = tuple[Any, ...]
 
 
 def extract_sql(text: str) -> str:
-    """Return the first SQL statement of a generated text, without code fence, prose and semicolon.
-
-    Args:
-        text: SQL alone, in a code fence, after words, or before words that follow an empty line.
-    """
+    """Return the first SQL statement of a generated text, without code fence, prose and semicolon."""
     if fenced := _FENCE.search(text):
         text = fenced[1]
     if start := _LINE_START.search(text) or _INSIDE_TEXT.search(text):
@@ -65,12 +61,7 @@ def same_rows(found: Sequence[Cells], wanted: Sequence[Cells], *, ordered: bool)
     """Compare the results of two queries.
 
     Numbers are equal within ``RELATIVE_TOLERANCE``, an integer may equal a float, NULL equals NULL, strings are compared
-    exactly. The order of columns matters, their names do not.
-
-    Args:
-        found: A result.
-        wanted: The reference's result.
-        ordered: Whether the order of rows matters. If not, results are compared as multisets.
+    exactly. The order of columns matters, their names do not. Results that are not ``ordered`` are compared as multisets.
     """
     if len(found) != len(wanted):
         return False
@@ -101,12 +92,7 @@ def _is_number(cell: Any) -> bool:
 
 
 def corpus_bleu(written: Sequence[str], references: Sequence[str]) -> Metric:
-    """Return sacrebleu's corpus BLEU (tokenizer 13a, exponential smoothing), with its interval.
-
-    Args:
-        written: Queries.
-        references: The reference of each.
-    """
+    """Return sacrebleu's corpus BLEU (tokenizer 13a, exponential smoothing), with its interval."""
     from sacrebleu import BLEU  # slow to import
 
     bleu = BLEU(effective_order=True)  # only the counts of single queries are used

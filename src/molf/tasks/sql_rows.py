@@ -41,12 +41,7 @@ def has_rows(context: str) -> bool:
 
 
 def filled_context(context: str, query: str) -> str:
-    """Return a context with rows in its tables; unchanged if it has rows or cannot be parsed.
-
-    Args:
-        context: Statements that create tables.
-        query: The correct query.
-    """
+    """Return a context with rows in its tables; unchanged if it has rows or cannot be parsed."""
     schema = schema_of(context)
     if has_rows(context) or not schema:
         return context
@@ -69,19 +64,12 @@ def filled_context(context: str, query: str) -> str:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The values of a column.
+    """The values of a column."""
 
-    Attributes:
-        satisfying: Values that satisfy the query's conditions on it; empty without conditions.
-        missing: Values that narrowly do not.
-        key: Whether it is compared with other columns.
-        spell: Turns a number into a value of the column's type; no other column gets the same one, keys excepted.
-    """
-
-    satisfying: list[Value]
-    missing: list[Value]
-    key: bool
-    spell: Callable[[int], Value]
+    satisfying: list[Value]  # satisfy the query's conditions on it; empty without conditions
+    missing: list[Value]  # narrowly do not
+    key: bool  # whether it is compared with other columns
+    spell: Callable[[int], Value]  # turns a number into a value of its type that no other column has, keys excepted
 
 
 def _column(declared: str, conditions: Conditions, column: Column, base: int) -> _Cells:
@@ -102,13 +90,7 @@ def _column(declared: str, conditions: Conditions, column: Column, base: int) ->
 
 
 def _rows(columns: Sequence[_Cells], count: int, own_key: int) -> Iterator[list[Value]]:
-    """Yield the rows of a table.
-
-    Args:
-        columns: Its columns.
-        count: The largest number of rows that the query compares a count with or limits to.
-        own_key: A key that no other table has.
-    """
+    """Yield a table's rows; the query compares counts with up to ``count``, and no other table has ``own_key``."""
     compared = [place for place, cells in enumerate(columns) if cells.satisfying and cells.missing]
     for number in range(min(_MOST_WITNESSES, max(WITNESSES, count + 2))):
         yield [_witness(cells, number, place) for place, cells in enumerate(columns)]

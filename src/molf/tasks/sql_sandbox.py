@@ -17,19 +17,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from queue import SimpleQueue
-from threading import Event, Timer
+from itertools import chain
+from threading import Timer
 from typing import Any, cast
 
 from molf.errors import MolfError
 from molf.tasks import sql_worker
 from molf.tasks.sql_worker import MEBIBYTE
-
-Row = tuple[Any, ...]
 
 _GRACE_SECONDS = 1.0  # for a worker to end a query by itself
 _START_SECONDS = 60.0
@@ -48,7 +47,7 @@ class Execution:
     """
 
     ok: bool
-    rows: list[Row] | None
+    rows: list[tuple[Any, ...]] | None
     error: str | None
 
 
@@ -71,147 +70,99 @@ class Limits:
     length: int = 200_000
 
 
+@dataclass(frozen=True)
 class SqlSandbox:
-    """Worker processes that run SQL; a context manager that starts them and leaves none behind.
+    """Runs SQL in worker processes, which end with every call.
 
-    Args:
+    Attributes:
         workers: Number of queries to run at a time.
         limits: What each may use.
     """
 
-    def __init__(self, workers: int = 2, limits: Limits | None = None):
-        self._count, self._limits = workers, limits or Limits()
-        self._workers: list[_Worker] = []
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._stack = ExitStack()
+    workers: int = 2
+    limits: Limits = Limits()
 
-    def __enter__(self) -> "SqlSandbox":
-        """Start the workers.
+    def execute(self, context: str, sql: str) -> Execution:
+        """Run one query; see ``execute_many``, which starts fewer processes for several."""
+        return self.execute_many([(context, sql)])[0]
+
+    def execute_many(self, queries: Iterable[tuple[str, str]]) -> list[Execution]:
+        """Run queries, each in a database of its own, and return their outcomes in order.
+
+        Args:
+            queries: Pairs of the statements that create a query's tables and the query; of several statements in a query, the
+                last result counts.
 
         Raises:
             MolfError: A worker does not start.
         """
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="molf-sql-"))
-            self._workers = [_Worker(folder, self._limits) for _ in range(self._count)]
-            for worker in self._workers:
-                stack.callback(worker.stop)
-                worker.start()
-                self._idle.put(worker)
-            self._stack = stack.pop_all()
-        return self
+        requests = [json.dumps({"context": context, "sql": sql}).encode() + b"\n" for context, sql in queries]
+        todo = iter(enumerate(requests))
+        workers = min(self.workers, len(requests)) or 1
+        with tempfile.TemporaryDirectory(prefix="molf-sql-") as folder, ThreadPoolExecutor(workers) as pool:
+            try:
+                found = dict(chain.from_iterable(pool.map(lambda _: self._work(todo, folder), range(workers))))
+            finally:
+                for _ in todo:  # after an error or an interrupt, workers finish their query and take no other
+                    pass
+        return [found[number] for number in range(len(requests))]
 
-    def __exit__(self, *error: object) -> None:
-        """Stop the workers."""
-        self._workers = []
-        self._stack.close()
-
-    @property
-    def replaced(self) -> int:
-        """How many workers had to be replaced so far; each took only its own query with it."""
-        return sum(worker.failures for worker in self._workers)
-
-    def execute(self, context: str, sql: str) -> Execution:
-        """Run a query in a database of its own.
-
-        Args:
-            context: Statements that create its tables.
-            sql: The query; of several statements, the last result counts.
-
-        Raises:
-            MolfError: A worker has to be replaced and the new one does not start.
-        """
-        assert self._workers, "use a SqlSandbox in a with block"
-        if len(context) + len(sql) > self._limits.length:
-            return _failed(f"more than {self._limits.length} characters")
+    def _work(self, todo: Iterator[tuple[int, bytes]], folder: str) -> list[tuple[int, Execution]]:
+        """Answer requests until none is left, with a new process after each that fails."""
+        found = []
+        process: subprocess.Popen[bytes] | None = None
         try:
-            request = json.dumps({"context": context, "sql": sql}, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return _failed("not valid Unicode")
-        worker = self._idle.get()
-        try:
-            return worker.ask(request)
+            for number, request in todo:
+                process = process or self._start(folder)
+                reply, late = self._ask(process, request, self.limits.seconds + _GRACE_SECONDS)
+                outcome = _as_execution(reply) if reply.endswith(b"\n") and not late else None
+                if outcome is None:
+                    _stop(process)
+                    ended = "answered with nonsense" if reply else f"ended its worker (status {process.returncode})"
+                    outcome = _failed(f"took longer than {self.limits.seconds} s" if late else ended)
+                    process = None
+                found.append((number, outcome))
         finally:
-            self._idle.put(worker)
+            if process is not None:
+                _stop(process)
+        return found
 
-    def execute_many(self, queries: Iterable[tuple[str, str]]) -> list[Execution]:
-        """Run pairs of context and query, as many at a time as there are workers, and return their outcomes in order."""
-        with ThreadPoolExecutor(self._count) as pool:
-            return list(pool.map(lambda query: self.execute(*query), queries))
-
-
-class _Worker:
-    """A worker process, started again after a failure."""
-
-    def __init__(self, folder: str, limits: Limits):
-        self.folder, self._limits = folder, limits
-        self.process: subprocess.Popen[bytes] | None = None
-        self.failures = 0
-
-    def start(self) -> None:
-        process = self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), json.dumps(asdict(self._limits))],
+    def _start(self, folder: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), json.dumps(asdict(self.limits))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=self.folder,
+            cwd=folder,
             env={},
             start_new_session=True,  # Ctrl-C goes to the run, which then stops its workers
         )
-        if not self._exchange(process, b"", _START_SECONDS)[0]:
+        if not self._ask(process, b"", _START_SECONDS)[0]:
+            _stop(process)
             raise MolfError(f"an SQL worker does not start: {sys.executable} ended with status {process.returncode}")
+        return process
 
-    def ask(self, request: bytes) -> Execution:
-        """Run a query, after starting a process if the last one failed."""
-        if self.process is None:
-            self.start()
-        process = cast(subprocess.Popen[bytes], self.process)
-        reply, late = self._exchange(process, request + b"\n", self._limits.seconds + _GRACE_SECONDS)
-        if found := _as_execution(reply):
-            return found
-        self.stop()
-        self.failures += 1
-        if reply:
-            return _failed("made its worker answer with nonsense")
-        slow = f"took longer than {self._limits.seconds} s"
-        return _failed(slow if late else f"ended its worker (status {process.returncode})")
-
-    def _exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: float) -> tuple[bytes, bool]:
-        """Send a line. Return the reply, empty if the process had to be stopped, and whether its time was up."""
-        late = Event()
-
-        def kill() -> None:
-            late.set()
-            process.kill()
-
-        watchdog = Timer(seconds, kill)
+    def _ask(self, process: subprocess.Popen[bytes], request: bytes, seconds: float) -> tuple[bytes, bool]:
+        """Send a line. Return the reply, empty if the process ended, and whether it was killed because its time was up."""
+        began = time.monotonic()
+        watchdog = Timer(seconds, process.kill)
         watchdog.daemon = True
         watchdog.start()
         reply = b""
-        try:
-            with suppress(BrokenPipeError):
-                cast(Any, process.stdin).write(request)
-                cast(Any, process.stdin).flush()
-                # JSON takes up to 12 bytes per character.
-                reply = cast(Any, process.stdout).readline(16 * self._limits.bytes + 4096)
-        finally:
-            watchdog.cancel()
-            watchdog.join()
-            if late.is_set() or not reply.endswith(b"\n"):
-                reply = b""
-                self.stop()  # also after an interrupt: the reply would be taken for that to the next query
-        return reply, late.is_set()
+        with suppress(BrokenPipeError):
+            cast(Any, process.stdin).write(request)
+            cast(Any, process.stdin).flush()
+            # JSON takes up to 12 bytes per character.
+            reply = cast(Any, process.stdout).readline(16 * self.limits.bytes + 4096)
+        watchdog.cancel()
+        watchdog.join()
+        return reply, time.monotonic() - began >= seconds
 
-    def stop(self) -> None:
-        """End the process and wait for it."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with suppress(BrokenPipeError):  # of what it did not read
-                cast(Any, pipe).close()
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(BrokenPipeError), process:  # closes its pipes, whatever it did not read, and waits for it
+        pass
 
 
 def _failed(error: str) -> Execution:

@@ -33,16 +33,9 @@ _ALLOWED_ACTIONS = {
 }  # fmt: skip
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob"}
 _SQLITE_LIMITS = {  # sqlite3.SQLITE_LIMIT_*
-    "LENGTH": 4 * MEBIBYTE,
-    "COLUMN": 1000,
-    "EXPR_DEPTH": 500,
-    "COMPOUND_SELECT": 100,
-    "VDBE_OP": 250_000,
-    "ATTACHED": 0,
-    "LIKE_PATTERN_LENGTH": 1000,
-    "TRIGGER_DEPTH": 10,
-    "WORKER_THREADS": 0,
-}
+    "LENGTH": 4 * MEBIBYTE, "COLUMN": 1000, "EXPR_DEPTH": 500, "COMPOUND_SELECT": 100, "VDBE_OP": 250_000,
+    "ATTACHED": 0, "LIKE_PATTERN_LENGTH": 1000, "TRIGGER_DEPTH": 10, "WORKER_THREADS": 0,
+}  # fmt: skip
 _EMPTY = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*(?s:.*?)\*/)*")
 
 
@@ -98,11 +91,7 @@ def connect(deadline: float) -> sqlite3.Connection:
 
 
 def statements(script: str) -> Iterator[str]:
-    """Split a script into its statements, except those of white space and comments.
-
-    Raises:
-        TooMuch: There are too many.
-    """
+    """Split a script into its statements, except those of white space and comments."""
     pieces = script.split(";")
     if len(pieces) > 20 * _MAX_STATEMENTS:
         raise TooMuch(f"more than {20 * _MAX_STATEMENTS} semicolons")
@@ -131,11 +120,7 @@ def run(database: sqlite3.Connection, script: str, max_rows: int, max_bytes: int
 
 
 def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[Any]]:
-    """Return the rows of a result.
-
-    Raises:
-        TooMuch: It is too large.
-    """
+    """Return the rows of a result."""
     rows: list[list[Any]] = []
     size = 0
     for row in cursor:
@@ -166,8 +151,11 @@ def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + limits["seconds"]
     max_rows, max_bytes = limits["rows"], limits["bytes"]
     database = connect(deadline)
-    where = "context: "
+    where = ""
     try:
+        if len(request["context"]) + len(request["sql"]) > limits["length"]:
+            raise TooMuch(f"more than {limits['length']} characters")
+        where = "context: "
         run(database, request["context"], max_rows, max_bytes)
         where = ""
         if next(statements(request["sql"]), None) is None:

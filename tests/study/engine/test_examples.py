@@ -45,16 +45,9 @@ def make_trainer(tiny_model, tmp_path):
 
     def make(tokenizer, examples, **settings):
         rows = Dataset.from_list(examples)
-        args = SFTConfig(
-            str(tmp_path / "trainer"),
-            per_device_eval_batch_size=len(examples),
-            assistant_only_loss="messages" in examples[0],
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            **settings,
-        )
+        settings |= {"per_device_eval_batch_size": len(examples), "assistant_only_loss": "messages" in examples[0]}
+        quiet = {"report_to": "none", "bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
+        args = SFTConfig(str(tmp_path / "trainer"), **quiet, **settings)
         return SFTTrainer(tiny_model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
 
     return make
@@ -66,9 +59,8 @@ def test_tokens_and_loss_are_those_of_the_trainer(tokenizer, make_trainer, form)
     trainer = make_trainer(tokenizer, EXAMPLES[form])
     for ours, row in zip(found, trainer.train_dataset, strict=True):
         assert list(ours.ids) == row["input_ids"]
-        assert [token if wanted else -100 for token, wanted in zip(ours.ids, ours.in_loss, strict=True)] == row[
-            "labels"
-        ]
+        labels = [token if wanted else -100 for token, wanted in zip(ours.ids, ours.in_loss, strict=True)]
+        assert labels == row["labels"]
     metrics = evaluate(trainer.model, tokenizer, Custom(), EXAMPLES[form]).metrics
     theirs = trainer.evaluate()
     assert metrics["loss"].value == pytest.approx(theirs["eval_loss"], abs=1e-5)
@@ -103,12 +95,9 @@ def test_exact_match_is_what_greedy_decoding_gives(tokenizer, tiny_model):
     prompts = ["The capital of Italy is", "SELECT name", "Who is the king?"]
     texts = answer(tiny_model, tokenizer, [Generate(prompt, 5) for prompt in prompts])
     # What a tokenizer gives back otherwise than it was generated could not match.
-    kept = [
-        (p, t)
-        for p, t in zip(prompts, texts, strict=True)
-        if t and len(tokenizer(p + t)["input_ids"]) > len(tokenizer(p)["input_ids"])
-    ]
-    rows = [{"prompt": prompt, "completion": text} for prompt, text in kept]
+    length = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
+    pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if t and length(p + t) > length(p)]
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
     scores = answer(tiny_model, tokenizer, [ExampleTokens(row) for row in rows])
     assert scores and all(all(score.greedy[:-1]) for score in scores)
 

@@ -72,15 +72,10 @@ def vllm(monkeypatch):
 def test_answers_equal_those_of_transformers(vllm, tiny_model, tiny_tokenizer, saved_model):
     generate = VllmGenerator(saved_model, tiny_tokenizer, end_tokens(tiny_model, tiny_tokenizer), "float32")
     free = continue_alone(tiny_model, tiny_tokenizer, Generate(PROMPT, 10))
-    requests = [
-        Generate(PROMPT, 10, (free[4],)),
-        Likelihood(PROMPT, " Rome"),
-        Generate(PROMPT, 6),
-        Generate("SELECT", 4),
-    ]
-    assert answer(tiny_model, tiny_tokenizer, requests, generate=generate) == answer(
-        tiny_model, tiny_tokenizer, requests
-    )
+    generations = [Generate(PROMPT, 10, (free[4],)), Generate(PROMPT, 6), Generate("SELECT", 4)]
+    requests = [*generations, Likelihood(PROMPT, " Rome")]
+    plain = answer(tiny_model, tiny_tokenizer, requests)
+    assert answer(tiny_model, tiny_tokenizer, requests, generate=generate) == plain
     assert len(vllm.made) == 1
 
 

@@ -17,18 +17,10 @@ def make(saved_model, tmp_path):
 
     def trainer(**changes):
         settings = {
-            "model_name_or_path": saved_model,
-            "sample": True,
-            "limit": 8,
-            "method": "adalora",
-            "lora_rank": TARGET,
-            "lora_dropout": 0.0,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "disable_tqdm": True,
-            "output_dir": str(tmp_path / "run"),
-        }
+            "model_name_or_path": saved_model, "sample": True, "limit": 8, "method": "adalora", "lora_rank": TARGET,
+            "lora_dropout": 0.0, "learning_rate": 1e-2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+            "disable_tqdm": True, "output_dir": str(tmp_path / "run"),
+        }  # fmt: skip
         job = load_job(RunConfig.from_dict(settings | changes))
         job.model.config.attention_dropout = 0.0
         for layer in job.model.model.layers:

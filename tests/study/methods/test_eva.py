@@ -6,12 +6,8 @@ from molf.study.methods import eva
 from molf.study.methods.eva import _groups, add_eva_adapter, initialise_eva
 
 ARGUMENTS = {
-    "r": 4,
-    "lora_alpha": 8.0,
-    "target_modules": "all-linear",
-    "init_lora_weights": "eva",
-    "task_type": "CAUSAL_LM",
-}
+    "r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "init_lora_weights": "eva", "task_type": "CAUSAL_LM",
+}  # fmt: skip
 
 
 def rows(n=12, length=6):

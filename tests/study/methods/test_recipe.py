@@ -53,7 +53,10 @@ RELEASING = {"max_grad_norm": 0, "gradient_accumulation_steps": 1}
 
 @pytest.mark.parametrize("method", ["molf", "molf_e"])
 def test_gradient_release(method):
-    recipe = method_recipe(MethodConfig(method=method, optimizer_in_backward=True), TRAIN | RELEASING, LLAMA)
+    recipe = method_recipe(
+        MethodConfig(method=method, optimizer_in_backward=True, fused=True), TRAIN | RELEASING, LLAMA
+    )
+    assert recipe.molf["fused"] is True
     assert recipe.molf["optimizer_in_backward"] is True
     assert recipe.molf["max_grad_norm"] is None
 
@@ -133,11 +136,6 @@ def test_lora_plus():
         "eps": 1e-8,
     }
     assert recipe.lora == method_recipe(MethodConfig(method="lora"), TRAIN, LLAMA).lora
-
-
-@pytest.mark.parametrize("method", ["molf", "molf_e"])
-def test_the_kernels_where_asked_for(method):
-    assert method_recipe(MethodConfig(method=method, fused=True), TRAIN, LLAMA).molf["fused"] is True
 
 
 def arguments(modules=LLAMA, train=(), **settings):

@@ -24,17 +24,10 @@ class ExampleIds:
 
 
 def tokenize_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]]) -> list[ExampleIds]:
-    """Tokenize examples of one kind, without truncation, and mark the tokens that count in the loss.
+    """Tokenize examples, all with the same keys, without truncation, and mark the tokens that count in the loss.
 
     These are: the completion and the end token that training appends; the assistant's messages, as marked by the chat
     template; or a whole text.
-
-    Args:
-        tokenizer: The tokenizer. If its chat template marks nothing, TRL's training variant of it is used.
-        examples: All ``{"prompt", "completion"}``, all ``{"messages"}`` or all ``{"text"}``.
-
-    Raises:
-        MolfError: No token of an example counts in the loss, or the chat template cannot be used.
     """
     if not examples:
         return []
@@ -75,12 +68,7 @@ def _conversation(
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template for training: None for the tokenizer's own, otherwise TRL's training variant of it.
-
-    Raises:
-        MolfError: The tokenizer has no chat template, or one that does not mark the assistant's messages and has no
-            variant in TRL.
-    """
+    """Return the chat template for training: None for the tokenizer's own, otherwise TRL's training variant of it."""
     if tokenizer.chat_template is None:
         raise MolfError(
             "the rows are conversations, but the tokenizer has no chat template; pass one with --chat_template_path "
@@ -100,9 +88,6 @@ def runs_in_loss(example: ExampleIds) -> list[EncodedTarget]:
     """Return each run of tokens that count in the loss as a target after everything before it.
 
     The very first token is left out, as in training: nothing predicts it.
-
-    Raises:
-        MolfError: No other token counts.
     """
     targets = []
     for wanted, run in groupby(range(1, len(example.ids)), key=lambda position: example.in_loss[position]):

@@ -27,11 +27,7 @@ def generate_texts(
     batch_tokens: int,
     progress: bool,
 ) -> dict[Request, str]:
-    """Generate the greedy continuation of every request.
-
-    Raises:
-        MolfError: A prompt has no tokens.
-    """
+    """Generate the greedy continuation of every request."""
     ids = prompt_ids(tokenizer, requests)
 
     def length(request: Generate) -> int:
@@ -57,11 +53,7 @@ def generate_texts(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Generate]) -> dict[str, Ids]:
-    """Return the tokens of every prompt.
-
-    Raises:
-        MolfError: A prompt has no tokens.
-    """
+    """Return the tokens of every prompt."""
     ids = tokenize(tokenizer, [request.prompt for request in requests])
     if not all(ids.values()):
         raise MolfError("nothing to continue: the prompt is empty and the tokenizer adds no BOS token")

@@ -11,16 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molf.study.engine.examples import runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts
 from molf.study.engine.likelihood import EncodedTarget, check_option, encode, score_targets
-from molf.tasks.base import (
-    Answer,
-    ExampleTokens,
-    Generate,
-    Likelihood,
-    NextToken,
-    OptionScores,
-    Request,
-    TargetScores,
-)
+from molf.tasks.base import Answer, ExampleTokens, Generate, Likelihood, NextToken, OptionScores, Request, TargetScores
 
 TextGenerator: TypeAlias = Callable[[Sequence[Generate]], Mapping[Request, str]]
 """Returns the greedy continuation of each of several distinct requests."""
@@ -76,25 +67,16 @@ def answer(
 
 def _targets(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> dict[Request, list[EncodedTarget]]:
     """Return the targets to score for every request that does not generate."""
-    likelihoods = {
-        request: [Likelihood(request.prompt, option) for option in request.options]
-        if isinstance(request, NextToken)
-        else [request]
-        for request in requests
-        if isinstance(request, Likelihood | NextToken)
-    }
+    likelihoods: dict[Request, list[Likelihood]] = {one: [one] for one in requests if isinstance(one, Likelihood)}
+    choices = [request for request in requests if isinstance(request, NextToken)]
+    likelihoods |= {choice: [Likelihood(choice.prompt, option) for option in choice.options] for choice in choices}
     encoded = encode(tokenizer, list(chain.from_iterable(likelihoods.values())))
-    for request, options in likelihoods.items():
-        if isinstance(request, NextToken):
-            for option in options:
-                check_option(option, encoded[option])
+    for option in chain.from_iterable(likelihoods[choice] for choice in choices):
+        check_option(option, encoded[option])
+    targets = {request: [encoded[one] for one in own] for request, own in likelihoods.items()}
     examples = [request for request in requests if isinstance(request, ExampleTokens)]
     tokenized = tokenize_examples(tokenizer, [request.example for request in examples])
-    targets: dict[Request, list[EncodedTarget]] = {
-        request: [encoded[one] for one in own] for request, own in likelihoods.items()
-    }
-    targets.update((request, runs_in_loss(example)) for request, example in zip(examples, tokenized, strict=True))
-    return targets
+    return targets | dict(zip(examples, map(runs_in_loss, tokenized), strict=True))
 
 
 def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:

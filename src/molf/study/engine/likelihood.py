@@ -51,11 +51,7 @@ class EncodedTarget:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Likelihood]) -> dict[Likelihood, EncodedTarget]:
-    """Tokenize likelihoods as TRL's ``SFTTrainer`` tokenizes prompt and completion.
-
-    Raises:
-        MolfError: A target has no tokens, or no token precedes it.
-    """
+    """Tokenize likelihoods as TRL's ``SFTTrainer`` tokenizes prompt and completion."""
     ids = tokenize(tokenizer, [text for r in requests for text in (r.prompt, r.prompt + r.target)])
     return {r: _encoded(r, ids[r.prompt], ids[r.prompt + r.target]) for r in requests}
 
@@ -73,11 +69,7 @@ def _encoded(request: Likelihood, prompt: Ids, both: Ids) -> EncodedTarget:
 
 
 def check_option(option: Likelihood, encoded: EncodedTarget) -> None:
-    """Make sure that an option of a ``NextToken`` is one token, so that one position decides between all options.
-
-    Raises:
-        MolfError: It is not exactly one token after its prompt.
-    """
+    """Make sure that an option of a ``NextToken`` is one token, so that one position decides between all options."""
     if encoded.merges:
         reason = "merges with the end of the prompt into one token"
     elif len(encoded.token_ids) > 1:
@@ -108,9 +100,6 @@ def score_targets(
     """Score every distinct target.
 
     The model does not read an input that another one starts with, and reads what all inputs start with only once.
-
-    Raises:
-        MolfError: The model's logits contain NaN.
     """
     distinct = dict.fromkeys(targets)
     longest = longest_inputs(target.input for target in distinct)
@@ -168,9 +157,7 @@ def _read_scores(
     values, flags = iter(logprobs), iter(greedy)
     return {
         target: TargetScores(
-            tuple(islice(values, len(target.token_ids))),
-            target.token_ids,
-            tuple(islice(flags, len(target.token_ids))),
+            tuple(islice(values, len(target.token_ids))), target.token_ids, tuple(islice(flags, len(target.token_ids)))
         )
         for row_targets in targets
         for target in row_targets

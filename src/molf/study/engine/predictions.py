@@ -17,13 +17,7 @@ _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
 
 
 def as_predictions(task: Task, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-    """Return one plain JSON object per row: its number, its record, its requests with their answers, and its outcome.
-
-    Args:
-        task: The benchmark. Outcomes are left out unless it is a ``HasRowResults``.
-        rows: The evaluated rows.
-        answers: For each row, the answers to ``task.requests(row)``.
-    """
+    """Return one plain JSON object per row: its number, its record, its requests with their answers, any outcome."""
     outcomes = task.outcomes(rows, answers) if isinstance(task, HasRowResults) else None
     return [
         {
@@ -52,15 +46,7 @@ def _answer(record: dict[str, Any]) -> Answer:
 
 
 def rescored(path: Path, task: Task) -> dict[str, Metric]:
-    """Recompute the metrics from a file of predictions, without a model.
-
-    Args:
-        path: A file that ``write_predictions`` wrote.
-        task: The benchmark.
-
-    Raises:
-        MolfError: The file cannot be read or contains something else.
-    """
+    """Recompute the metrics from a file of predictions, without a model."""
     rows, answers = [], []
     for where, prediction in records_of(path):
         check_fields(prediction, _FIELDS, where)
@@ -70,12 +56,7 @@ def rescored(path: Path, task: Task) -> dict[str, Metric]:
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None:
-    """Write predictions as gzip-compressed JSON Lines; equal predictions give equal bytes.
-
-    Args:
-        path: The file, written whole or not at all.
-        predictions: One JSON object per row.
-    """
+    """Write predictions as gzip-compressed JSON Lines; equal predictions give equal bytes."""
     with (
         atomic_write(path) as partial,
         partial.open("wb") as raw,

@@ -38,15 +38,9 @@ class Prefix:
 
 
 def read_prefix(model: PreTrainedModel, rows: Sequence[Ids], most: int) -> Prefix:
-    """Run the model once over the tokens that all rows start with.
+    """Run the model once over the tokens, at most ``most``, that all rows start with.
 
-    Args:
-        model: The model.
-        rows: The tokens of all rows.
-        most: Maximum number of tokens.
-
-    Returns:
-        The prefix; empty if it would not save time or the model's cache cannot be copied.
+    The prefix is empty if it would not save time or the model's cache cannot be copied.
     """
     shared = _shared_prefix(rows)[:most]
     if len(set(rows)) < 2 or len(shared) < MIN_TOKENS or not has_full_cache(model):

@@ -12,11 +12,7 @@ from molf.tasks.base import Generate, Request
 
 
 def require_vllm() -> None:
-    """Make sure that vLLM is installed.
-
-    Raises:
-        MolfError: It is not installed.
-    """
+    """Make sure that vLLM is installed."""
     if importlib.util.find_spec("vllm") is None:
         raise MolfError(
             "--generation_backend vllm needs vLLM, which is not installed: pip install 'molf[vllm]', "
@@ -26,28 +22,16 @@ def require_vllm() -> None:
 
 @dataclass(frozen=True)
 class VllmGenerator:
-    """Answers ``Generate`` requests with a saved model.
+    """Answers ``Generate`` requests with a saved model."""
 
-    Attributes:
-        source: The model's folder or Hub id.
-        tokenizer: Its tokenizer, so that vLLM reads the same tokens as training and the other requests.
-        end_ids: The tokens that end a text.
-        dtype: Name of the weights' dtype.
-        progress: Show a progress bar.
-    """
-
-    source: str
-    tokenizer: PreTrainedTokenizerBase
+    source: str  # the model's folder or Hub id
+    tokenizer: PreTrainedTokenizerBase  # with it, vLLM reads the same tokens as training and the other requests
     end_ids: list[int]
     dtype: str
     progress: bool = False
 
     def __call__(self, requests: Sequence[Generate]) -> dict[Request, str]:
-        """Generate the greedy continuation of every request.
-
-        Raises:
-            MolfError: A prompt has no tokens.
-        """
+        """Generate the greedy continuation of every request."""
         from vllm import LLM, SamplingParams
 
         ids = prompt_ids(self.tokenizer, requests)

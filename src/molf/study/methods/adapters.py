@@ -22,16 +22,9 @@ ADAPTERS_FOLDER = "adapters"
 
 
 def add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
-    """Add the adapters of a recipe to a model.
+    """Add the adapters of a recipe to a model, in place.
 
-    Args:
-        model: The plain model; changed in place.
-        recipe: The method.
-        freeze_rest: For MoLF, whether to freeze everything that is not routed (norms, embeddings, biases). PEFT's baselines
-            always freeze it.
-
-    Raises:
-        MolfError: The model cannot have such adapters.
+    With ``freeze_rest``, MoLF freezes everything that is not routed (norms, embeddings, biases), as PEFT's baselines always do.
     """
     try:
         return _add_adapters(model, recipe, freeze_rest)
@@ -100,12 +93,7 @@ def optimizer_of(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
 
 
 def save_adapters(model: PeftModel, folder: Path) -> None:
-    """Save all adapters of a model, all or none.
-
-    Args:
-        model: The model, its adapters not merged.
-        folder: Gets a subfolder for each adapter; replaced if it exists.
-    """
+    """Save all adapters of a model, all or none."""
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial, save_embedding_layers=False)
         shutil.rmtree(folder, ignore_errors=True)

@@ -41,11 +41,7 @@ class AdaLoraState(CheckpointPart):
         save_file(tensors, folder / ADALORA_FILE)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Bring an AdaLoRA model to the state of a checkpoint.
-
-        Raises:
-            MolfError: The checkpoint was not written by AdaLoRA with the same layers and ranks.
-        """
+        """Bring an AdaLoRA model to the state of a checkpoint."""
         file = folder / ADALORA_FILE
         if not file.is_file():
             raise MolfError(
@@ -84,11 +80,7 @@ class TrainedBase(CheckpointPart):
         save_file({name: p.detach().contiguous() for name, p in trained_base(model).items()}, folder / BASE_FILE)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Load the base weights of a checkpoint into the model.
-
-        Raises:
-            MolfError: The checkpoint has other weights than those that this run trains.
-        """
+        """Load the base weights of a checkpoint into the model."""
         file = folder / BASE_FILE
         saved = load_file(file) if file.is_file() else {}
         weights = trained_base(model)

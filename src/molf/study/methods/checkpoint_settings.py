@@ -21,21 +21,12 @@ PROCESSES = "processes"
 class CheckpointSettings(CheckpointPart):
     """The settings that shape a checkpoint, saved with it and compared when a run resumes from it.
 
-    The number of steps, the saving and logging intervals, and the number of processes that share a batch may change.
-
-    Args:
-        config: The run's settings.
-        args: The Trainer's settings, with all defaults.
-        examples: The training examples.
-        sharded: Whether the model is sharded, which gives checkpoints another layout.
+    The number of steps, the saving and logging intervals, and the number of processes that share a batch may change; whether the
+    model is sharded may not, as checkpoints then have another layout.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        args: TrainingArguments,
-        examples: Sequence[Mapping[str, Any]],
-        sharded: bool = False,
+        self, config: RunConfig, args: TrainingArguments, examples: Sequence[Mapping[str, Any]], sharded: bool = False
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
@@ -54,9 +45,6 @@ class CheckpointSettings(CheckpointPart):
         """Compare the settings with those of a checkpoint.
 
         Settings that the checkpoint does not record, because an older version or a plain Trainer wrote it, are not compared.
-
-        Raises:
-            MolfError: Some settings differ; the message names them.
         """
         saved = read_settings(folder)
         differing = [name for name, value in self.settings.items() if name in saved and saved[name] != value]

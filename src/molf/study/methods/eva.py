@@ -28,13 +28,6 @@ def add_eva_adapter(model: nn.Module, arguments: Mapping[str, Any]) -> PeftModel
 
     All tokens count, not only labels: answers alone often have fewer tokens than there are directions to find. With rsLoRA the
     scale already follows each layer's rank, so PEFT's adjustment of alpha, meant for alpha / r, is off.
-
-    Args:
-        model: A plain model; changed in place.
-        arguments: Arguments of ``peft.LoraConfig``.
-
-    Raises:
-        MolfError: The rank exceeds the inputs of a layer.
     """
     settings = EvaConfig(
         rho=REDISTRIBUTION, use_label_mask=False, adjust_scaling_factors=not arguments.get("use_rslora", False)
@@ -58,17 +51,7 @@ def initialise_eva(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     seed: int,
 ) -> None:
-    """Initialise the adapter from training data and give each layer its rank.
-
-    Args:
-        model: What ``add_eva_adapter`` returned.
-        rows: Tokenised training rows with ``input_ids``.
-        collate: Makes a batch of rows.
-        seed: Determines the order of the rows.
-
-    Raises:
-        MolfError: There is too little data for the rank.
-    """
+    """Initialise the adapter from tokenised training rows, in an order by the seed, and give each layer its rank."""
     config = model.peft_config["default"]
     lengths = [len(row["input_ids"]) for row in rows]
     needed = round(config.r * config.eva_config.rho)  # a batch yields at most one direction per token
@@ -82,10 +65,21 @@ def initialise_eva(
     def model_inputs(batch: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in collate(batch).items() if name in ("input_ids", "attention_mask")}
 
+    done = count(1)
+
+    def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
+        # PEFT repeats the data until the directions converge.
+        if next(done) > MAX_BATCHES:
+            raise MolfError(
+                f"EVA's directions have not converged after {MAX_BATCHES} batches of training data; lower lora_rank or use "
+                "more data"
+            )
+        model(**inputs)
+
     batches: Any = DataLoader(rows, batch_sampler=groups, collate_fn=model_inputs)  # type: ignore[arg-type]
     # Every process of a distributed run sees the same batches, so there is nothing to gather.
     initialize_lora_eva_weights(
-        model, batches, forward_fn=_limited_forward(), gather_distributed_inputs=False, show_progress_bar=False
+        model, batches, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
     )
 
 
@@ -103,18 +97,3 @@ def _groups(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
         rest = groups.pop()
         groups[-1] += rest
     return groups
-
-
-def _limited_forward() -> Callable[[nn.Module, dict[str, Any]], None]:
-    """Return a forward pass that raises after ``MAX_BATCHES``; PEFT repeats the data until the directions converge."""
-    batches = count()
-
-    def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
-        if next(batches) == MAX_BATCHES:
-            raise MolfError(
-                f"EVA's directions have not converged after {MAX_BATCHES} batches of training data; lower lora_rank or use "
-                "more data"
-            )
-        model(**inputs)
-
-    return forward

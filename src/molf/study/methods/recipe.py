@@ -67,9 +67,6 @@ def method_recipe(method: MethodConfig, train: Mapping[str, Any], modules: Colle
         method: The method and its settings.
         train: The Trainer's settings, including ``learning_rate``, ``weight_decay`` and ``max_grad_norm``.
         modules: Names of the model's linear layers; they decide what the PEFT baselines adapt by default.
-
-    Raises:
-        MolfError: The method cannot work with these settings.
     """
     if method.method == "fft":
         return Recipe(train={})

@@ -68,9 +68,8 @@ class _SavedTensors:
         self.weights = weights
         self.block = _OUTSIDE
         self.inputs = 0
-        self.saved: dict[
-            int, tuple[int, Tensor]
-        ] = {}  # the tensor keeps its storage alive, so its address is not reused
+        # The tensor keeps its storage alive, so its address is not reused.
+        self.saved: dict[int, tuple[int, Tensor]] = {}
 
     def register(self, number: int, block: nn.Module) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

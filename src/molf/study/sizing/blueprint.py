@@ -18,15 +18,14 @@ from molf.study.sizing.parameters import LINEAR
 
 
 class Blueprint:
-    """A model without weights, prepared for a method.
+    """A model without weights, prepared for a run's method.
 
     Args:
         config: The run.
         model_config: The model's transformers configuration; that of the run's ``model_name_or_path`` if left out.
 
     Attributes:
-        config: The run.
-        recipe: Its method as settings of the libraries.
+        recipe: The method as settings of the libraries.
         model: The model, with the method's adapters.
         pairs: Elements of the LoRA pairs in MoLF's optimizer.
         fake_mode: The context to run the model in; it computes only shapes and dtypes.

@@ -99,10 +99,6 @@ def estimate(blueprint: Blueprint, accelerator: bool) -> Needs:
 
     Every sequence of a batch counts as ``max_length`` tokens long. The device's context, the libraries, and what allocators waste
     come on top.
-
-    Args:
-        blueprint: The run's model without weights.
-        accelerator: Whether the run uses one.
     """
     batch, length = int(blueprint.setting("per_device_train_batch_size")), int(blueprint.setting("max_length") or 1024)
     memory = _memory(blueprint, batch, length, accelerator)

@@ -32,10 +32,6 @@ class Count:
 def count_parameters(model: nn.Module, pairs: int = 0) -> dict[str, Count]:
     """Count the parameters of a model by kind.
 
-    Args:
-        model: The model, with its adapters.
-        pairs: Elements of the LoRA pairs in MoLF's optimizer.
-
     Returns:
         Counts of ``base weight`` and ``bias`` of linear layers, ``LoRA``, and ``other`` (embeddings, norms, the head).
     """

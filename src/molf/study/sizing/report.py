@@ -48,15 +48,7 @@ def memory_table(needs: Needs) -> Table:
 
 
 def verdict(needs: Needs, available: int | None) -> str:
-    """Say whether a run fits on a device, and what would lower its peak if it does not.
-
-    Args:
-        needs: What it needs.
-        available: Memory of the device in bytes; None if unknown.
-
-    Returns:
-        A sentence that begins with ``warning`` unless the run fits easily.
-    """
+    """Say whether a run fits on a device, and what would lower its peak if it does not."""
     memory = needs.memory
     if available is None:
         return "no accelerator is visible; give the memory of the device to plan for as --memory_gb"
