@@ -16,6 +16,7 @@ import abc
 import difflib
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class Score(abc.ABC):
         """
         return self.term(m, v, eps).sum()
 
+    @property
+    def sums_descent(self) -> bool:
+        """Whether the sum of ``term`` is the descent, which is computed anyway."""
+        return type(self).term is EPD.term and type(self).partial is EPD.partial
+
     def scores(self, evidence: Evidence) -> Tensor:
         """Return the scores of all experts, ``[M, E]``. Override this for a score that needs more than its own sum."""
         return self.finish(total=evidence.total, n=evidence.n, lr=evidence.lr)
@@ -116,8 +122,8 @@ class EPD(Score):
         return lr / n * total
 
     def partial(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
-        """Return ``sum m * u``."""
-        return torch.dot(m, u)
+        """Return ``sum m * u``, or the sum of a ``term`` that a subclass defines."""
+        return torch.dot(m, u) if type(self).term is EPD.term else super().partial(m, v, u, eps)
 
 
 class PFN(Score):
@@ -134,8 +140,8 @@ class PFN(Score):
         return (total / n).sqrt()
 
     def partial(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
-        """Return ``sum u^2``."""
-        return torch.dot(u, u)
+        """Return ``sum u^2``, or the sum of a ``term`` that a subclass defines."""
+        return torch.dot(u, u) if type(self).term is PFN.term else super().partial(m, v, u, eps)
 
 
 class Descent(EPD):
@@ -178,8 +184,10 @@ def get_score(score: str | Score) -> Score:
     """
     if isinstance(score, Score):
         return score
-    if not isinstance(score, str):
-        raise TypeError(f"score must be one of {sorted(SCORES)} or a molf.Score, got {type(score).__name__}")
+    given: Any = score
+    if not isinstance(given, str):
+        kind = f"the class {given.__name__}: pass an instance" if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"score must be one of {sorted(SCORES)} or a molf.Score, got {kind}")
     if score not in SCORES:
         near = difflib.get_close_matches(score, SCORES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
-import molf
+import molf.errors
 from molf import MoLF, param_groups
 from molf.scores import EPD
 from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
@@ -241,3 +241,46 @@ def test_random_routing_resumes_exactly():
     assert train(model, optimizer, range(3, 8)) == train(twin, other, range(3, 8))
     assert_same_bits(model, optimizer, twin, other)
     assert len({str(winners) for winners in first}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_lr": True}, "lora_lr=True: must be a finite number"),
+        ({"lora_lr": [1e-3]}, "lora_lr=.*finite number"),
+        ({"lr": None}, "lr=None: must be a finite number"),
+        ({"weight_decay": None}, "weight_decay=None"),
+        ({"eps": "1e-8"}, "eps='1e-8': must be above 0"),
+        ({"betas": ("a", "b")}, r"betas=\('a', 'b'\): give two numbers"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1'"),
+        ({"lora_alpha": "x"}, "lora_alpha='x': give one number"),
+        ({"target_modules": "*["}, r"'\*\[' is no regular expression"),
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_named(options, words):
+    with pytest.raises(molf.errors.MolfError, match=words):
+        MoLF(mlp(), **{"ranks": (2,), **options})
+
+
+def test_a_term_of_ones_own_counts_in_a_subclass():
+    class Louder(EPD):
+        def term(self, m, v, eps):
+            return 2 * super().term(m, v, eps)
+
+    scores = []
+    for score in (EPD(), Louder()):
+        model, optimizer = routed_mlp(score=score)
+        train(model, optimizer, 1)
+        scores.append(optimizer.routing.scores)
+    torch.testing.assert_close(scores[1], 2 * scores[0])
+
+
+def test_scores_of_a_wrong_shape_are_refused():
+    class Short(EPD):
+        def finish(self, total, n, lr):
+            return total[:, 0]
+
+    model, optimizer = routed_mlp(score=Short())
+    with pytest.raises(molf.errors.MolfError, match=r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"):
+        train(model, optimizer, 1)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
-from molf.setup.param_groups import expert_names
+from molf.setup.param_groups import checked_ranks, expert_names
 
 
 def add_lora_experts(
@@ -47,12 +47,9 @@ def add_lora_experts(
         raise TypeError(
             "the model is a PeftModel already: give the plain model, or add adapters with model.add_adapter"
         )
-    ranks = tuple(ranks)
-    alphas = tuple(lora_alpha) if isinstance(lora_alpha, Sequence) else (lora_alpha,) * len(ranks)
-    if not ranks or len(set(ranks)) < len(ranks) or min(ranks) < 1:
-        raise MolfError(f"ranks={ranks}: give one or more different positive ranks, one for each LoRA expert")
-    if len(alphas) != len(ranks):
-        raise MolfError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
+    ranks, alphas = checked_ranks(ranks, lora_alpha)
+    if not ranks:
+        raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted: PeftModel | None = None
     for name, rank, alpha in zip(expert_names(ranks)[1:], ranks, alphas, strict=True):

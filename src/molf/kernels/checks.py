@@ -27,7 +27,7 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
 
     Args:
         groups: The optimizer's groups, or some of them.
-        score: Ranks the experts of a layer.
+        score: Scores the experts of a layer.
 
     Raises:
         MolfError: If one is not met.
@@ -56,7 +56,7 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
 
     Args:
         groups: The optimizer's groups, or those that will move.
-        score: Ranks the experts of a layer.
+        score: Scores the experts of a layer.
 
     Raises:
         MolfError: If one is not met.

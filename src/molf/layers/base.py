@@ -21,7 +21,7 @@ __all__ = ["LoraPair", "RoutedLayer", "init_moments", "init_step", "quantized_pa
 class LoraPair(NamedTuple):
     """A LoRA expert's live tensors: ``A [r, in]``, ``B [out, r]`` and the scale ``s`` of their product.
 
-    While ``b_is_nonzero`` is False the expert has never won, ``B A`` and ``dA`` are zero, and neither is computed.
+    While ``b_is_nonzero`` is False the pair was never updated, ``B A`` and ``dA`` are zero, and neither is computed.
     """
 
     A: Tensor

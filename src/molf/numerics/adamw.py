@@ -19,7 +19,7 @@ from torch import Tensor
 from molf.numerics.bf16 import Noise, load, master_dtype, store
 from molf.numerics.distributed import local
 from molf.numerics.quantization import BLOCK, block_count, dequantize, quantize_
-from molf.scores import EPD, Score
+from molf.scores import Score
 
 __all__ = [
     "Rates",
@@ -126,8 +126,7 @@ def update_moments_and_score_(
         updated = [_dequantized(piece) for _, piece in batch]
         for u, piece, (i, _) in zip(_update_moments_(updated, betas, eps, workspace), updated, batch, strict=True):
             descent = torch.dot(piece.exp_avg, u)
-            sums_descent = type(score).partial is EPD.partial
-            own = descent if sums_descent else score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)
+            own = descent if score.sums_descent else score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)
             part = torch.stack([own, descent])
             sums[i] = sums[i] + part if i in sums else part
     return [sums[i] for i in range(len(tensors))]

@@ -23,7 +23,7 @@ class StepContext:
         groups: All parameter groups of the optimizer.
         state: The optimizer's state by parameter.
         ranks: The ranks that train the model together.
-        score: Ranks the experts of a layer.
+        score: Scores the experts of a layer.
         top_k: How many experts of a layer move.
         max_grad_norm: Clip the norm of all experts' gradients to this; None for no clipping.
         stochastic: Whether bf16 weights are rounded stochastically, and not kept with their low part.

@@ -1,4 +1,4 @@
-"""``MoLF``, the optimizer: options, state and the order of a step. The mathematics is in the rooms below."""
+"""``MoLF``, the optimizer: options, state and the order of a step. The mathematics is in the modules it calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from molf.optimizer.backward_step import BackwardStep, detach_others
 from molf.optimizer.expert_views import Experts
 from molf.optimizer.kernel_choice import KernelSelector
 from molf.optimizer.state_dict import SkippedSteps, check_compatible, restore_state, with_tuples
-from molf.optimizer.step import is_dry_run, step_all
+from molf.optimizer.step import only_creates_state, step_all
 from molf.routing import Routing
 from molf.scores import Score, get_score
 from molf.setup.checks import (
@@ -206,8 +206,12 @@ class MoLF(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         fresh = not any(self.state.values())
-        context = (self._backward_step and self._backward_step.context) or self._begin()
-        if fresh and is_dry_run(context):
+        context = (
+            None if self._backward_step is None else self._backward_step.context
+        )  # backward may have begun the step
+        if context is None:
+            context = self._begin()
+        if fresh and only_creates_state(context):
             return loss
         if self._backward_step is None:
             outcome = step_all(context)

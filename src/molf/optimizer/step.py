@@ -18,7 +18,7 @@ from molf.numerics.gradients import all_zero
 from molf.optimizer.torch_step import torch_step
 from molf.routing import Outcome
 
-__all__ = ["is_dry_run", "step_all", "step_groups"]
+__all__ = ["only_creates_state", "step_all", "step_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _UNIT_STRIDE = 1 << 16
 
 
-def is_dry_run(context: StepContext) -> bool:
+def only_creates_state(context: StepContext) -> bool:
     """Return whether all rates and gradients are zero: distributed checkpointing creates optimizer state by such a step."""
     if any(float(group["lr"]) for group in context.groups):
         return False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.errors import MolfError
 from molf.layers.base import RoutedLayer
 from molf.numerics.adamw import (
     Rates,
@@ -110,8 +111,13 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
         context: Of this step. Scores are summed over its shards; all ranks take the leader's decision.
     """
     workspace = Workspace()
-    evidence = _gather_evidence(layers, context, workspace)
+    evidence = _update_moments(layers, context, workspace)
     scores = context.score.scores(evidence)
+    if scores.shape != evidence.lr.shape:
+        raise MolfError(
+            f"{type(context.score).__name__} returned scores {list(scores.shape)} for {len(layers)} modules with "
+            f"{len(layers[0].experts)} experts: finish must return [M, E] = {list(evidence.lr.shape)}"
+        )
     decision = choose(scores, context.top_k)
     chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
     winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
@@ -120,8 +126,8 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
     return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
 
 
-def _gather_evidence(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
-    """Update all moments, match the LoRA rates of layers that ask for it, and return what the score decides by."""
+def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
+    """Count the step, update all moments, set matched LoRA rates, and return what the score decides by."""
     shape = (len(layers), len(layers[0].experts))
     sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
     sums: list[Tensor] = []
@@ -152,7 +158,7 @@ def _gather_evidence(layers: Sequence[RoutedLayer], context: StepContext, worksp
     sums_by_expert.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
     total, descent = sums_by_expert.unbind(-1)
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
-    if layers[0].group.get("matched_lr"):
+    if layers[0].group.get("matched_lr"):  # like the experts, equal in all groups
         lr = matched_rates(lr, descent)
         for layer, rates in zip(layers, lr.tolist(), strict=True):
             layer.lrs = tuple(rates)

@@ -14,7 +14,7 @@ from molf.layers.base import quantized_params
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.setup.param_groups import param_groups
+from molf.setup.param_groups import is_number, param_groups
 
 __all__ = [
     "NO_GRADIENTS_KEPT",
@@ -37,12 +37,12 @@ def check_options(
     Raises:
         MolfError: If one has a value that is not allowed.
     """
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise MolfError(f"betas={betas}: give two numbers in [0, 1)")
-    if not eps > 0:
-        raise MolfError(f"eps={eps}: must be above 0, because the scores divide by sqrt(v) + eps")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise MolfError(f"max_grad_norm={max_grad_norm}: must be above 0, or None for no clipping")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+        raise MolfError(f"betas={betas!r}: give two numbers in [0, 1)")
+    if not (is_number(eps) and eps > 0):
+        raise MolfError(f"eps={eps!r}: must be above 0, because the scores divide by sqrt(v) + eps")
+    if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+        raise MolfError(f"max_grad_norm={max_grad_norm!r}: must be above 0, or None for no clipping")
     if bf16_update not in BF16_UPDATES:
         raise MolfError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
     if not (fused is None or isinstance(fused, bool)):

@@ -69,7 +69,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            raise MolfError(
+                f"{patterns!r} is no regular expression for module names: {error}; or give a list of names"
+            ) from error
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from molf.errors import MolfError
 from molf.setup.discovery import check_rank, routed_linears
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
-__all__ = ["expert_names", "lora_scales", "param_groups"]
+__all__ = ["checked_ranks", "expert_names", "is_number", "lora_scales", "param_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def param_groups(
         _refuse_lora_options({**lora, "target_modules": target_modules, "exclude_modules": exclude_modules})
         routed = adapted_groups(model)
     else:
-        ranks, alphas = _checked_ranks(ranks, lora_alpha)
+        ranks, alphas = checked_ranks(ranks, lora_alpha)
         scales = lora_scales(ranks, alphas, use_rslora)
         routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
     if matched and routed[0]["experts"][0] != "fft":
@@ -164,9 +164,15 @@ def _refuse_lora_options(options: dict[str, Any]) -> None:
             )
 
 
-def _checked_ranks(
+def checked_ranks(
     ranks: Sequence[int] | None, lora_alpha: float | Sequence[float]
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return ranks and one alpha for each.
+
+    Raises:
+        MolfError: If a rank is not a positive integer of its own, or the alphas are not positive or not as many.
+        TypeError: If ``ranks`` is no sequence.
+    """
     if isinstance(ranks, int | str):
         raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
     ranks = (128,) if ranks is None else tuple(ranks)
@@ -174,18 +180,27 @@ def _checked_ranks(
         raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
     if len(set(ranks)) < len(ranks):
         raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur once")
-    alphas = tuple(map(float, lora_alpha)) if isinstance(lora_alpha, Sequence) else (float(lora_alpha),) * len(ranks)
-    if len(alphas) != len(ranks):
-        raise MolfError(f"lora_alpha={alphas}: give one number, or one for each of ranks={ranks}")
-    if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas):
+    given: Any = lora_alpha
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    alphas: tuple[Any, ...] = tuple(given) if several else (given,) * len(ranks)
+    if len(alphas) != len(ranks) or not all(is_number(alpha) for alpha in alphas):
+        raise MolfError(f"lora_alpha={lora_alpha!r}: give one number, or one for each of ranks={ranks}")
+    if not all(alpha > 0 for alpha in alphas):
         raise MolfError(f"lora_alpha={lora_alpha}: must be above 0; without LoRA experts, ranks=(), this is AdamW")
-    return ranks, alphas
+    return ranks, tuple(map(float, alphas))
+
+
+def is_number(value: Any) -> TypeGuard[float | torch.Tensor]:
+    """Return whether a value is a finite number: an int, a float, or a tensor of one element."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and bool(value.isfinite())
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_numbers(**numbers: float | torch.Tensor | None) -> None:
     for name, value in numbers.items():
-        if isinstance(value, str) or (value is not None and not (math.isfinite(value) and value >= 0)):
-            raise MolfError(f"{name}={value}: must be a finite number, 0 or more")
+        if not (is_number(value) and value >= 0) and not (name == "lora_lr" and value is None):
+            raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more")
 
 
 def _check_parameter(name: str, p: torch.Tensor) -> None:
