@@ -15,7 +15,7 @@ LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)
 
 @pytest.mark.parametrize("how", ["float", "split"])
 @pytest.mark.parametrize("won", [w for w in itertools.product((0, 1), repeat=3) if any(w)], ids=str)
-@pytest.mark.parametrize("started", [0.0, 2.0])
+@pytest.mark.parametrize("b_is_nonzero", [0.0, 2.0])
 def test_fold_equals_the_merged_form(tables, scalars, how, won, b_is_nonzero):
     torch.manual_seed(4)
     value, m, v = torch.randn(OUT, IN), torch.randn(OUT, IN), torch.rand(OUT, IN)

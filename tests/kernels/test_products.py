@@ -30,7 +30,7 @@ def test_factors_are_rounded_to_what_tensor_cores_hold(tables):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("started", [0.0, 3.0])
+@pytest.mark.parametrize("b_is_nonzero", [0.0, 3.0])
 def test_pair_gradients_equal_the_formulas(tables, dtype, b_is_nonzero):
     torch.manual_seed(2)
     made = []

@@ -5,11 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from molf import MoLF
 from small import AllAlike, assert_same_bits, differing, routed_mlp, snapshot, train, zero_gradients

@@ -170,14 +170,7 @@ def test_a_gradient_that_kernels_cannot_read_is_left_to_pytorchs(release, usable
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"dtype": torch.bfloat16},
-        {"make": wide, "optim_bits": 8, "eps": 1e-4},
-    ],
-)
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"make": wide, "optim_bits": 8, "eps": 1e-4}])
 def test_any_step_may_be_taken_by_either(first, options):
     """Step counts, moments, low parts and the count of skipped steps continue where the other left them."""
     model, optimizer = made(**options)

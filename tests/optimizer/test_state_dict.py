@@ -165,12 +165,7 @@ def test_state_of_other_experts(options, words):
 
 @pytest.mark.parametrize(
     ("saved", "here"),
-    [
-        ("bf16 stochastic", "bf16 split"),
-        ("float32", "bf16 split"),
-        ("bf16 split", "float32"),
-        ("float64", "float32"),
-    ],
+    [("bf16 stochastic", "bf16 split"), ("float32", "bf16 split"), ("bf16 split", "float32"), ("float64", "float32")],
 )
 def test_state_of_another_precision_is_refused_or_works(saved, here):
     """Whatever is decided, it must not load silently and fail in the next step."""

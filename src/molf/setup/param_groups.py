@@ -76,11 +76,7 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
     _check_numbers(lr=lr, lora_lr=lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
-    rates = {
-        "weight_decay": weight_decay,
-        "lora_lr_ratio": _ratio(lr, lora_lr),
-        "lora_weight_decay": lora_weight_decay,
-    }
+    rates = {"weight_decay": weight_decay, "lora_lr_ratio": _ratio(lr, lora_lr), "lora_weight_decay": lora_weight_decay}
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
     if is_adapted(model):
