@@ -7,7 +7,7 @@ from molf.kernels.plan import StepPlan
 from molf.layers.build import routed_layer
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import Ranks
-from small import loss_of, mlp
+from small import mlp, train
 
 CPU = torch.device("cpu")
 
@@ -16,8 +16,7 @@ def stepped(ranks):
     """The layers of a small model that has taken a step, with its optimizer."""
     model = mlp(torch.float32)
     optimizer = MoLF(model, ranks=ranks)
-    loss_of(model, 0).backward()
-    optimizer.step()
+    train(model, optimizer, 1)
     groups = [group for group in optimizer.param_groups if "module" in group]
     return [routed_layer(group, optimizer.state) for group in groups], optimizer
 

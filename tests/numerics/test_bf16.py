@@ -14,19 +14,10 @@ from small import mlp, train
 LARGEST_BELOW_OVERFLOW = 0x7F7F7FFF  # the largest float32 that still rounds to a finite bf16
 
 BITS = {
-    "zero": 0x00000000,
-    "one": 0x3F800000,
-    "tie to an even bf16": 0x3F808000,
-    "tie to an odd bf16": 0x3F818000,
-    "just below a tie": 0x3F807FFF,
-    "just above a tie": 0x3F808001,
-    "rounds into the next exponent": 0x3FFFFFFF,
-    "smallest subnormal": 0x00000001,
-    "subnormal tie": 0x00008000,
-    "largest subnormal": 0x007FFFFF,
-    "largest below overflow": LARGEST_BELOW_OVERFLOW,
-    "largest float32": 0x7F7FFFFF,
-    "infinity": 0x7F800000,
+    **{"zero": 0x00000000, "one": 0x3F800000, "tie to an even bf16": 0x3F808000, "tie to an odd bf16": 0x3F818000},
+    **{"just below a tie": 0x3F807FFF, "just above a tie": 0x3F808001, "rounds into the next exponent": 0x3FFFFFFF},
+    **{"smallest subnormal": 0x00000001, "subnormal tie": 0x00008000, "largest subnormal": 0x007FFFFF},
+    **{"largest below overflow": LARGEST_BELOW_OVERFLOW, "largest float32": 0x7F7FFFFF, "infinity": 0x7F800000},
 }
 
 
@@ -68,17 +59,10 @@ def test_ties_round_away_from_zero():
     assert split(x)[0].tolist() == [1.0078125, -1.0078125]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "master"),
-    [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-)
-def test_master_dtype(dtype, master):
-    assert master_dtype(dtype) == master
+def test_master_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert master_dtype(dtype) == torch.float32
+    assert master_dtype(torch.float64) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -122,7 +106,7 @@ def test_stochastic_rounding_is_reproducible():
     assert not torch.equal(first, other)
 
 
-def given_gradients(model, t):
+def give_gradients(model, t):
     """Set bf16-representable gradients, the same for every dtype."""
     generator = torch.Generator().manual_seed(t)
     for p in model.parameters():
@@ -131,7 +115,7 @@ def given_gradients(model, t):
 
 @pytest.mark.parametrize("options", [{"ranks": (2,)}, {"ranks": (1, 3), "top_k": 2}, {"ranks": ()}], ids=str)
 def test_bf16_with_low_parts_is_the_float32_run(options):
-    """Every single operation sees the same float32 numbers, so nothing may differ at all."""
+    """Every operation sees the same float32 numbers, so nothing may differ."""
     low_model = mlp(torch.bfloat16)
     full_model = mlp(torch.bfloat16).float()
     torch.manual_seed(1)
@@ -139,10 +123,9 @@ def test_bf16_with_low_parts_is_the_float32_run(options):
     torch.manual_seed(1)
     full = MoLF(full_model, lr=1e-4, lora_lr=3e-4, **options)
     for t in range(10):
-        given_gradients(low_model, t)
-        given_gradients(full_model, t)
-        low.step()
-        full.step()
+        for model, optimizer in ((low_model, low), (full_model, full)):
+            give_gradients(model, t)
+            optimizer.step()
         assert low.routing.winners() == full.routing.winners()
     for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
         assert same_bits(join(p.detach(), low.state[p]["low"]), q.detach())
@@ -154,12 +137,12 @@ def test_bf16_with_low_parts_is_the_float32_run(options):
 
 
 class Constant(nn.Module):
-    """A linear layer at 1.0 whose gradient is 1 everywhere; on request behind one that never gets a gradient."""
+    """A linear layer at 1.0 whose gradient is 1 everywhere, optionally after one that never gets a gradient."""
 
-    def __init__(self, dtype, resting=False):
+    def __init__(self, dtype, unused=False):
         super().__init__()
-        if resting:
-            self.resting = nn.Linear(32, 32, dtype=dtype)
+        if unused:
+            self.unused = nn.Linear(32, 32, dtype=dtype)
         self.linear = nn.Linear(32, 32, dtype=dtype)
         nn.init.ones_(self.linear.weight)
 
@@ -192,9 +175,9 @@ def test_stochastic_run_follows_float32_on_average():
         assert p.dtype == torch.bfloat16
 
 
-def test_stochastic_noise_changes_while_the_first_layer_rests():
+def test_stochastic_noise_changes_while_the_first_layer_is_unused():
     """With the same noise at every step an element would round up always or never."""
-    model = Constant(torch.bfloat16, resting=True)
+    model = Constant(torch.bfloat16, unused=True)
     optimizer = MoLF(model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update="stochastic")
     model.push(optimizer, 200)
     assert (model.linear.weight < 1.0).double().mean() > 0.95  # nearly every element has moved
@@ -202,7 +185,7 @@ def test_stochastic_noise_changes_while_the_first_layer_rests():
 
 
 def test_weights_zeroed_by_hand_go_on_training():
-    """Pruning, or a padding row set back to zero, between steps: a left-over low part must not make a NaN of 0.0."""
+    """Pruning, or a padding row reset to zero: an old low part must not make 0.0 a NaN."""
     model = Constant(torch.bfloat16)
     optimizer = MoLF(model, ranks=(), lr=1e-3, weight_decay=0.0)
     model.push(optimizer, 3)

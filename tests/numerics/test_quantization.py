@@ -17,7 +17,7 @@ signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigne
 
 
 def round_trip(x, signed):
-    """Return codes, maxima and what they stand for."""
+    """Return codes, maxima and the values they stand for."""
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     absmax = torch.zeros(len(x), block_count(x.shape[1]))
     quantize_(x.clone(), codes, absmax, signed)
@@ -63,7 +63,7 @@ def test_tables_find_the_nearest_code(signed):
 
 
 @signs
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 600, 768])
 def test_round_trip_gives_the_nearest_values(signed, seed, n):
     x = moments(seed, 4, n, signed)
@@ -131,5 +131,5 @@ def test_empty_matrices():
 @pytest.mark.parametrize(
     ("shape", "large"), [((64, 64), True), ((63, 65), False), ((5000,), False), ((8, 8, 8, 8), True)], ids=str
 )
-def test_which_parameters_are_large_matrices(shape, large):
+def test_which_parameters_are_quantizable(shape, large):
     assert is_quantizable(torch.zeros(shape)) is large

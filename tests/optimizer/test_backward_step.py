@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from backward_steps import OPTIONS, assert_identical, llama_steps, pair_of
 from molf import MoLF, add_lora_experts
-from released import OPTIONS, assert_identical, llama_steps, pair_of
 from small import differing, loss_of, mlp, snapshot, tiny_llama, train, wide
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from backward_steps import OPTIONS, assert_identical, pair_of
 from molf import MoLF
-from released import OPTIONS, assert_identical, pair_of
 from small import loss_of, mlp, train
 
 # --- resuming and copies ----------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from backward_steps import pair_of
 from molf import MoLF
 from molf.numerics.distributed import Ranks
-from released import pair_of
 from small import differing, loss_of, mlp, snapshot, train
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------
