@@ -131,7 +131,7 @@ def test_gradient_release_does_not_sync(request):
 def test_a_rate_on_the_device_is_the_rate():
     model, optimizer = warmed_up(torch.float32, {"lr": "tensor", "lora_lr": 2e-2})
     twin, other = warmed_up(torch.float32, {"lora_lr": 2e-2})
-    for t in range(2, 5):
+    for t in range(2, 4):
         for group, twins in zip(optimizer.param_groups, other.param_groups, strict=True):
             group["lr"].fill_(1e-2 / t)
             twins["lr"] = float(group["lr"])

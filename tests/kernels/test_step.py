@@ -41,7 +41,7 @@ def give_gradients(models, t, without=()):
 )
 def test_fused_equals_plain(score, top_k, max_grad_norm):
     pair = twins(mlp(torch.float32), score=score, top_k=top_k, max_grad_norm=max_grad_norm)
-    won = set().union(*(step_both(pair, t) for t in range(5)))
+    won = set().union(*(step_both(pair, t) for t in range(3)))
     assert len(won) > 1 or score == "pfn"  # by EPD both kinds of step were taken
     assert_alike(*pair)
 
@@ -68,7 +68,7 @@ def test_8_bit_states(score, top_k, max_grad_norm):
 
 def test_bf16_weights_with_low_parts():
     pair = (plain, slow), (fused, fast) = twins(mlp(torch.bfloat16), lr=1e-3)
-    for t in range(5):
+    for t in range(3):
         for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p)
             q.grad = p.grad.clone()
@@ -99,7 +99,7 @@ def test_a_non_finite_gradient_skips_the_step_and_counts():
 
 def test_schedules_and_moved_parameters_are_followed():
     pair = twins(mlp(torch.float32))
-    for t in range(4):
+    for t in range(3):
         for _, optimizer in pair:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (t + 1)
@@ -230,8 +230,8 @@ def test_interrupted_and_resumed_is_uninterrupted(make, dtype, options):
         return model, MoLF(model, ranks=(2,), fused=True, **RATES, **options)
 
     model, optimizer = begun()
-    for t in range(4):
-        if t == 2:
+    for t in range(3):
+        if t == 1:
             file = io.BytesIO()
             torch.save((model.state_dict(), optimizer.state_dict()), file)
         give_gradients((model,), t)
@@ -240,7 +240,7 @@ def test_interrupted_and_resumed_is_uninterrupted(make, dtype, options):
     resumed, other = begun()
     for loaded, state in zip((resumed, other), torch.load(file, weights_only=True), strict=True):
         loaded.load_state_dict(state)
-    for t in (2, 3):
+    for t in (1, 2):
         give_gradients((resumed,), t)
         other.step()
     assert not differing(snapshot(model, optimizer), snapshot(resumed, other))

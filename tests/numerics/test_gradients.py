@@ -22,6 +22,7 @@ from small import (
     mlp,
     snapshot,
     train,
+    wide,
 )
 
 
@@ -133,6 +134,7 @@ FORMS = {
     "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
     "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
     "merged, bf16 weights rounded stochastically": (lambda: mlp(torch.bfloat16), {"bf16_update": "stochastic"}),
+    "merged, 8-bit moments": (wide, {"optim_bits": 8}),
     "branched": (lambda: adapted(freeze=True, dtype=torch.float32), {"ranks": None}),
     "branched, base trained": (lambda: adapted(freeze=False, dtype=torch.float32), {"ranks": None}),
 }

@@ -13,8 +13,6 @@ from backward_steps import OPTIONS, assert_identical, pair_of
 from molf import MoLF
 from small import loss_of, mlp, train
 
-# --- resuming and copies ----------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kind", ["bf16 split", "bf16 stochastic", "float32"])
 def test_interrupted_and_resumed_is_uninterrupted(kind):
@@ -81,9 +79,6 @@ def test_copies_go_on_alike(copied):
     assert_identical(model, optimizer, twin, other)
 
 
-# --- whose hooks act --------------------------------------------------------------------------------------------------
-
-
 def test_hooks_keep_nothing_alive_and_go_with_the_optimizer():
     model, optimizer, _, _ = pair_of(mlp())
     train(model, optimizer, 1)
@@ -101,12 +96,12 @@ def test_hooks_keep_nothing_alive_and_go_with_the_optimizer():
     assert model_seen() is None and optimizer.param_groups
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_a_later_optimizer_takes_the_model_over(released):
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_a_later_optimizer_takes_the_model_over(in_backward):
     model, first, twin, _ = pair_of(mlp())
     for m in (model, twin):
         torch.manual_seed(1)
-        second = MoLF(m, ranks=(2, 3), lr=1e-2, optimizer_in_backward=released and m is model)
+        second = MoLF(m, ranks=(2, 3), lr=1e-2, optimizer_in_backward=in_backward and m is model)
         train(m, second, 3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     with pytest.raises(RuntimeError, match="another MoLF was built for this model"):
