@@ -64,7 +64,7 @@ def batch(t, dtype):
 
 
 def backward(model, t, rows, dtype, micro):
-    """Leave the mean gradient of those rows of a batch, taken in ``micro`` parts, in the model."""
+    """Compute the mean gradient of those rows of a batch in ``micro`` parts."""
     ids, target = batch(t, dtype)
     for part in range(micro):
         last = part == micro - 1

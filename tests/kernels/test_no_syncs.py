@@ -58,7 +58,7 @@ kinds = pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.
 
 
 def warmed_up(dtype, options, model=None):
-    """A model and an optimizer that have taken two steps."""
+    """A model and an optimizer after two steps."""
     model = (model or (wide(dtype) if "optim_bits" in options else mlp(dtype))).to(DEVICE)
     if options.get("lr") == "tensor":
         options = {**options, "lr": torch.tensor(1e-2, device=DEVICE)}

@@ -42,7 +42,7 @@ def give_gradients(models, t, without=()):
 def test_fused_equals_plain(score, top_k, max_grad_norm):
     pair = twins(mlp(torch.float32), score=score, top_k=top_k, max_grad_norm=max_grad_norm)
     won = set().union(*(step_both(pair, t) for t in range(3)))
-    assert len(won) > 1 or score == "pfn"  # by EPD both kinds of step were taken
+    assert len(won) > 1 or score == "pfn"  # by EPD both kinds of experts win
     assert_alike(*pair)
 
 
@@ -115,7 +115,7 @@ def test_a_saved_state_goes_on_in_either_step():
         step_both(pair, t)
     slow.load_state_dict(copy.deepcopy(fast.state_dict()))
     plain.load_state_dict(fused.state_dict())
-    pickle.dumps(fast)  # kernels and their tables are left out
+    pickle.dumps(fast)  # without kernels and tables
     fast = MoLF(fused, ranks=(2, 4), lr=1e-2, lora_lr=2e-2, fused=True)
     fast.load_state_dict(copy.deepcopy(slow.state_dict()))
     pair = (plain, slow), (fused, fast)
@@ -199,7 +199,7 @@ def test_gradients_that_come_and_go():
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 def test_a_loss_scale_and_an_overflow(max_grad_norm):
-    """What a GradScaler hands over: gradients 128 times too large, then a step that it found to overflow."""
+    """As from a GradScaler: gradients 128 times too large, then a step with an overflow."""
     pair = (_, slow), (_, fast) = twins(mlp(torch.float32), max_grad_norm=max_grad_norm, **RATES)
     for t, overflow in enumerate([0.0, 1.0, 0.0]):
         give_gradients([model for model, _ in pair], t)

@@ -55,15 +55,9 @@ def test_the_change_is_written_on_request(tables, scalars):
     won, lost = steps(tables.device, "float", keep=True)
     before = won.param.clone()
     chosen = torch.tensor([1, 0], dtype=torch.int8, device=tables.device)
+    skipped = Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip)
+    move_winners_("test", [won, lost], chosen, corrections(tables.device), EPS, skipped, tables)
+    assert torch.equal(won.param, before)
     move_winners_("test", [won, lost], chosen, corrections(tables.device), EPS, scalars, tables)
     torch.testing.assert_close(won.change, won.param - before, rtol=0, atol=1e-6)
     assert (lost.change == 7).all()
-
-
-def test_a_skipped_step_changes_nothing(tables, scalars):
-    won, _ = steps(tables.device, "float")
-    before = won.param.clone()
-    chosen = torch.ones(2, dtype=torch.int8, device=tables.device)
-    out = Scalars(go=torch.zeros_like(scalars.go), clip=scalars.clip)
-    move_winners_("test", [won], chosen, corrections(tables.device), EPS, out, tables)
-    assert torch.equal(won.param, before)

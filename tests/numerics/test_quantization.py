@@ -32,7 +32,7 @@ def moments(seed, rows=5, n=600, signed=True):
 
 
 def nearest_in_plain_loops(x, signed):
-    """The oracle: block by block, the closest of all values; a second moment above 0 takes none of 0."""
+    """The oracle: block by block, the closest of all values; a second moment above 0 is never 0."""
     values, result = code_values(signed, CPU).double(), torch.zeros_like(x, dtype=torch.float64)
     for row in range(len(x)):
         for start in range(0, x.shape[1], BLOCK):
@@ -80,7 +80,7 @@ def test_round_trip_gives_the_nearest_values(signed, seed, n):
 
 @signs
 def test_round_trip_is_that_of_bitsandbytes(signed):
-    """On a CPU it takes a code beside the nearest one for small numbers, so those are only asked to be as close."""
+    """On a CPU it may miss the nearest code of a small number; those only have to be as close."""
     x = moments(1, 16, 1024, signed)
     codes, absmax, back = round_trip(x, signed)
     theirs, state = bnb.quantize_blockwise(x, code=bnb.create_dynamic_map(signed), blocksize=BLOCK)
@@ -110,22 +110,12 @@ def test_subnormal_numbers(signed):
     torch.testing.assert_close(back, x, rtol=0, atol=1e-40)
 
 
-def test_a_lone_last_element_is_exact():
-    x = moments(0, 3, 257)
-    assert torch.equal(round_trip(x.abs(), True)[2][:, 256], x[:, 256].abs())
-
-
 def test_a_second_moment_above_zero_never_becomes_zero():
     """Adam divides by its root."""
     x = torch.tensor([[1.0, 1e-12, 1e-38, 0.0]])
     back = round_trip(x, signed=False)[2]
     assert (back[0, :3] > 0).all() and back[0, 3] == 0
     assert back[0, 1] == code_values(False, CPU)[1]
-
-
-def test_empty_matrices():
-    for shape in ((0, 300), (3, 0)):
-        assert round_trip(torch.zeros(shape), True)[2].shape == shape
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def made(dtype=torch.float32, make=mlp, **options):
     return model, MoLF(model, ranks=(2,), lr=1e-2, **options)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes the kernels")
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU uses the kernels")
 def test_on_a_cpu_pytorchs_kernels_are_chosen_silently(caplog):
     model, optimizer = made()
     with caplog.at_level(logging.INFO, "molf"):
@@ -216,7 +216,6 @@ SIGNATURES = {
     "fp32": {},
     "bf16": {"dtype": torch.bfloat16, "score": "pfn"},
     "bf16, stochastic, 8 bits": {"dtype": torch.bfloat16, "make": wide, "bf16_update": "stochastic", "optim_bits": 8},
-    "8 bits": {"make": wide, "optim_bits": 8},
 }
 
 

@@ -72,27 +72,6 @@ def test_state_comes_back_in_its_own_dtypes(dtype, options):
     assert any("low" in state for state in other.state.values()) == (options.get("bf16_update") == "split")
 
 
-def test_a_copy_of_the_state_is_not_moved_by_training():
-    model, optimizer = build(torch.bfloat16)
-    train(model, optimizer, 2)
-    state = copy.deepcopy(optimizer.state_dict())
-    kept = copy.deepcopy(state)
-    resumed, other = build(torch.bfloat16, seed=99)
-    other.load_state_dict(state)
-    assert state["param_groups"] == kept["param_groups"]
-    for key, own in kept["state"].items():
-        assert all(torch.equal(value, state["state"][key][name]) for name, value in own.items())
-
-
-def test_state_holds_tensors_and_plain_values_only():
-    model, optimizer = build()
-    train(model, optimizer, 1)
-    state = optimizer.state_dict()
-    assert all(isinstance(v, torch.Tensor) for own in state["state"].values() for v in own.values())
-    plain = (bool, int, float, str, tuple, list, type(None))
-    assert all(isinstance(v, plain) for group in state["param_groups"] for v in group.values())
-
-
 LINEAR = nn.Linear(12, 5, bias=False)
 
 
