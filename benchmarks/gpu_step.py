@@ -54,7 +54,7 @@ def counts_of(model, rank):
 
 
 def bytes_of(counts, bits, fft_wins, b_is_nonzero):
-    """Return the bytes that a step of MoLF moves; ``started`` says whether pairs have moved before, and so have a dA."""
+    """Return the bytes that a step of MoLF moves; ``b_is_nonzero`` says whether pairs have moved before, and so have a dA."""
     weights, pairs, everything = counts
     moments, step = (20, 16) if bits == 32 else (14, 8)
     products = 8 if b_is_nonzero else 4

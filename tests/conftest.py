@@ -8,6 +8,8 @@ import platform
 # those differently from the AVX2 ones that the recorded trajectories were made with (5e-8 apart after ten steps).
 if platform.machine() in ("x86_64", "AMD64"):
     os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    # With AVX2 kernels on a CPU that has AMX, attention in bf16 would ask oneDNN for a packing that torch then refuses.
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

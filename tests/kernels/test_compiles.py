@@ -12,9 +12,7 @@ import triton
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason="Triton brings no ptxas for this platform")
 SCRIPT = Path(__file__).parents[1] / "compiling.py"
-KERNELS = {
-    *("_grad_A", "_grad_B", "_merged_update", "_moments", "_requantize", "_score_quantized", "_totals", "_winners")
-}
+KERNELS = {"_grad_A", "_grad_B", "_merged_update", "_moments", "_requantize", "_score_quantized", "_totals", "_winners"}
 
 
 @pytest.fixture(scope="module")
