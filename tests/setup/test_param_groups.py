@@ -28,11 +28,15 @@ def test_every_trainable_parameter_is_in_exactly_one_group(build):
 
 @pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
 def test_groups_are_flat(lr):
-    for group in param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=2e-3):
+    """A tensor rate is copied, so that each group has one of its own."""
+    groups = param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=2e-3)
+    for group in groups:
         for key, value in group.items():
             if key not in ("params", "lr"):
                 flat = value if isinstance(value, tuple) else (value,)
                 assert all(isinstance(item, SCALARS) for item in flat), key
+    if isinstance(lr, torch.Tensor):
+        assert len({group["lr"].data_ptr() for group in groups} | {lr.data_ptr()}) == len(groups) + 1
 
 
 def test_ordinary_groups_come_first():
@@ -54,15 +58,6 @@ def test_defaults_are_the_published_recipe():
     assert recipe.items() <= group.items()
     assert group["scales"] == pytest.approx((32 / 128**0.5,)) and group["lora_lr_ratio"] == 1.0
     assert param_groups(mlp(), ranks=(2,), lr=1e-3, lora_lr=4e-3)[-1]["lora_lr_ratio"] == pytest.approx(4.0)
-
-
-def test_a_tensor_rate_is_a_scalar_of_each_group_alone():
-    lr = torch.tensor(1e-3)
-    groups = param_groups(mlp(), ranks=(2,), lr=lr, lora_lr=4e-3)
-    rates = [group["lr"] for group in groups]
-    assert all(isinstance(rate, torch.Tensor) for rate in rates)
-    assert len({rate.data_ptr() for rate in [lr, *rates]}) == len(groups) + 1
-    assert isinstance(groups[-1]["lora_lr_ratio"], float)
 
 
 def test_given_groups_are_the_same_optimizer():
@@ -206,17 +201,13 @@ def test_weights_that_cannot_be_trained_are_named(build, words):
 
 
 @pytest.mark.parametrize("tensor", ["0.weight", "1.weight", "1.bias"])
-def test_half_precision_weights(tensor):
+def test_half_precision_weights_must_be_frozen(tensor):
     model = mlp(torch.float32)
     module, leaf = tensor.split(".")
     setattr(model[int(module)], leaf, nn.Parameter(getattr(model[int(module)], leaf).half()))
     with pytest.raises(ValueError, match=rf"{tensor} is torch\.float16.*float32 weights \(with autocast\)"):
         param_groups(model, ranks=(2,))
-
-
-def test_half_precision_may_be_frozen():
-    model = mlp(torch.float32)
-    model[0].half().requires_grad_(False)
+    model[int(module)].requires_grad_(False)
     assert all(p.dtype == torch.float32 for group in param_groups(model, ranks=(2,)) for p in group["params"])
 
 
@@ -242,15 +233,8 @@ def test_a_warning_names_stacked_experts(caplog):
         "2 stacked tensors such as model.layers.0.mlp.experts.gate_up_proj [4, 48, 16], 71 % of the trained parameters"
     )
     assert message.startswith(words)
-
-
-def test_convolutions_and_positions_are_no_stacked_experts(caplog):
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.position = nn.Parameter(torch.zeros(1, 4, 8))
-            self.conv = nn.Conv1d(3, 8, 2)
-            self.linear = nn.Linear(8, 8)
-
-    param_groups(Patches(), ranks=(2,))
+    caplog.clear()
+    model = nn.Sequential(nn.Conv1d(3, 8, 2), nn.Linear(8, 8))  # convolutions and positions are no experts
+    model.position = nn.Parameter(torch.zeros(1, 4, 8))
+    param_groups(model, ranks=(2,))
     assert not caplog.messages
