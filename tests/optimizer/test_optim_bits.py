@@ -7,11 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import molf.numerics.adamw
 from conftest import TOLERANCE
-from eight_bits import RATES, branched_pair, built, dequantized, merged_pair, quantized
+from eight_bits import branched_pair, built, dequantized, merged_pair, quantized
 from molf import MoLF, add_lora_experts
-from molf.numerics.bf16 import join
 from molf.numerics.quantization import code_values, dequantize
-from small import assert_same_bits, differing, loss_of, mlp, snapshot, train, wide
+from small import assert_same_bits, differing, loss_of, mlp, snapshot, train
 
 
 @pytest.mark.parametrize("pair", [merged_pair, branched_pair])
@@ -125,24 +124,6 @@ def test_tensors_of_more_dimensions_are_matrices_of_their_first():
     assert own["exp_avg"].shape == (30, 40, 7) and own["exp_avg.absmax"].shape == (30, 2)
     rows = dequantize(own["exp_avg"].view(30, 280), own["exp_avg.absmax"], True)
     assert rows.abs().amax(1).allclose(own["exp_avg.absmax"].amax(1), rtol=0.01)
-
-
-def test_bf16_with_low_parts_is_the_float32_run():
-    """Given the same gradients nothing may differ at all."""
-    low_model, low = built(torch.bfloat16)
-    full_model = wide(torch.bfloat16).float()
-    torch.manual_seed(3)
-    full = MoLF(full_model, ranks=(2, 3), optim_bits=8, **RATES)
-    for t in range(4):
-        generator = torch.Generator().manual_seed(t)
-        for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
-            q.grad = p.grad.float()
-        low.step()
-        full.step()
-    for p, q in zip(low_model.parameters(), full_model.parameters(), strict=True):
-        assert torch.equal(join(p.detach(), low.state[p]["low"]), q.detach())
-        assert all(torch.equal(value, low.state[p][key]) for key, value in full.state[q].items())
 
 
 class Casts(TorchDispatchMode):
