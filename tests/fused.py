@@ -4,6 +4,7 @@ import copy
 import importlib.util
 
 import torch
+from torch import nn
 
 from molf import MoLF
 
@@ -15,6 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-6} if DEVICE == "cpu" else {"rtol": 2e-3, "atol": 1e-4}
 CLOSE = {"rtol": 1e-4 if DEVICE == "cpu" else 5e-3, "atol": 0.0}
 """Scores and norms."""
+
+
+def quantizable(dtype=torch.float32):
+    """A model for the interpreter: an ordinary and a routed matrix large enough for 8-bit moments, and a small one."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(16, 300), nn.Linear(300, 16), nn.Linear(16, 3)).to(dtype)
 
 
 def twins(model, **options):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dispatch_modes import NoScalarReads, NoSyncs
-from fused import DEVICE
+from fused import DEVICE, quantizable
 from molf import MoLF
 from molf.kernels.tables import Tables
 from sharding import adapted
-from small import differing, loss_of, mlp, snapshot, train, wide
+from small import differing, loss_of, mlp, snapshot, train
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,7 +59,7 @@ kinds = pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.
 
 def warmed_up(dtype, options, model=None):
     """A model and an optimizer after two steps."""
-    model = (model or (wide(dtype) if "optim_bits" in options else mlp(dtype))).to(DEVICE)
+    model = (model or (quantizable(dtype) if "optim_bits" in options else mlp(dtype))).to(DEVICE)
     if options.get("lr") == "tensor":
         options = {**options, "lr": torch.tensor(1e-2, device=DEVICE)}
     torch.manual_seed(1)

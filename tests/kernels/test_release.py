@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from backward_steps import pair_of
-from fused import DEVICE
-from small import differing, loss_of, mlp, snapshot, train, wide
+from fused import DEVICE, quantizable
+from small import differing, loss_of, mlp, snapshot, train
 
 OPTIONS = {
     "epd": {},
     "pfn": {"score": "pfn", "top_k": 2},
     "bf16 split": {"dtype": torch.bfloat16},
-    "8 bits": {"make": wide, "optim_bits": 8},
+    "8 bits": {"make": quantizable, "optim_bits": 8},
 }
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fused import CLOSE, DEVICE, assert_alike, assert_same_decision, twins
+from fused import CLOSE, DEVICE, assert_alike, assert_same_decision, quantizable, twins
 from molf import MoLF
 from molf.kernels import step as kernels
 from molf.scores import get_score
@@ -219,7 +219,7 @@ def test_a_loss_scale_and_an_overflow(max_grad_norm):
     [
         (mlp, torch.bfloat16, {"bf16_update": "stochastic"}),
         (mlp, torch.bfloat16, {}),
-        (wide, torch.float32, {"optim_bits": 8}),
+        (quantizable, torch.float32, {"optim_bits": 8}),
     ],
     ids=["stochastic", "split", "8 bits"],
 )

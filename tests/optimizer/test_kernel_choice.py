@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forked import on_two_ranks
-from fused import CLOSE, DEVICE, TOLERANCE
+from fused import CLOSE, DEVICE, TOLERANCE, quantizable
 from molf import MoLF
 from molf.optimizer import kernel_choice
 from molf.routing import choose
@@ -157,7 +157,9 @@ def test_pytorchs_kernels_take_gradients_that_triton_cannot_read(release, usable
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"make": wide, "optim_bits": 8, "eps": 1e-4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16}, {"make": quantizable, "optim_bits": 8, "eps": 1e-4}]
+)
 def test_any_step_may_be_taken_by_either(first, options):
     """Step counts, moments, low parts and the count of skipped steps continue from the other's."""
     model, optimizer = made(**options)
