@@ -1,4 +1,4 @@
-"""Compile for an H100 every kernel that a few steps launch, and print what ptxas made of each as JSON. No GPU is needed.
+"""Compile for an H100 every kernel that a few steps launch, and print the resources of each as JSON. No GPU is needed.
 
 Run as a script, in a process of its own without TRITON_INTERPRET: launches are compiled, not run.
 """
@@ -18,18 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from molf import MoLF
-from molf.kernels import products, step  # noqa: F401 - all are loaded before they are said to be interpreted, below
+from molf.kernels import products, step  # noqa: F401 - imported before TRITON_INTERPRET is set, below
 from small import wide
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def even(dtype):
-    """A model of which all sizes are multiples of 16, as they are in large ones."""
+    """A model whose sizes are all multiples of 16, as in large ones."""
     return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.Linear(128, 16)).to(dtype)
 
 
-VARIANTS = [  # together they launch every kernel with weights held in every way, gradients of both dtypes, up to two pairs
+VARIANTS = [  # together they launch every kernel with every storage of weights, gradients of both dtypes, up to two pairs
     (wide, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (2,)}),
     (even, torch.bfloat16, {"optim_bits": 8, "ranks": (16,)}),
     (even, torch.float32, {"ranks": (16, 32), "score": "pfn"}),
@@ -37,8 +37,8 @@ VARIANTS = [  # together they launch every kernel with weights held in every way
 ]
 
 
-class Absent:
-    """A GPU that there is code for, and nothing else."""
+class CompileOnlyDriver:
+    """An H100 to compile for; nothing can run on it."""
 
     def get_current_device(self):
         return 0
@@ -51,7 +51,7 @@ class Absent:
 
 
 def compiled_by(variants):
-    """Return every kernel that the first step of these variants launches, as Triton compiles it for an H100, by name."""
+    """Return the compiled kernels that the first step of these variants launches, by name."""
     found = {}
     run = triton.JITFunction.run
 
@@ -61,7 +61,7 @@ def compiled_by(variants):
         found[f"{self.__name__}({', '.join(constants)})"] = kernel
 
     triton.JITFunction.run = compile_only
-    driver.set_active(Absent())
+    driver.set_active(CompileOnlyDriver())
     products.cuts_factors = lambda device: True
     os.environ["TRITON_INTERPRET"] = "1"
     for make, dtype, options in variants:
@@ -74,13 +74,12 @@ def compiled_by(variants):
 
 
 def resources(kernel):
-    """Return what a thread and a program take, and how many instructions round to TF32 or move several words at once."""
+    """Return registers and memory per thread, and the numbers of instructions that round to TF32 or move several words."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        shown = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
     return {
         "registers": registers,

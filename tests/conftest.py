@@ -20,16 +20,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# How far two computations of the same thing may lie apart (largest absolute difference), by the dtype they run in.
+# The largest absolute difference allowed between two computations of the same thing, by dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-# Files whose few tests take long: begun first, so that workers which share the tests end together.
+# Slow files start first, so that all workers end together.
 SLOW = ("test_pretrained.py", "test_sharding.py", "test_sweep_command.py", "test_bundled.py", "test_faults.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Let the tests of a file stay together, whose fixtures they share, and all those that need the one SLURM."""
+    """Keep the tests of a file on one worker, because they share fixtures, and so all tests that need SLURM."""
     for item in items:
         own = "slurm" if "cluster" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(own))
@@ -37,13 +37,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Let no collection of garbage look through the libraries again: trainers ask for several in every run."""
+    """Keep the garbage collector, which trainers call often, from scanning the libraries again."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # so that libraries which count what is left at the end find nothing
+    gc.unfreeze()  # libraries that count objects at exit find none
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def seeded():
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
     """The folder of a tiny random model with its tokenizer."""
-    from tiny_checkpoints import save_tiny_checkpoint  # takes a while, and most tests of the core need no such thing
+    from tiny_checkpoints import save_tiny_checkpoint  # slow to import, and the core does not need it
 
     save_tiny_checkpoint(tmp_path / "tiny")
     return str(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""Models whose large moments are kept in 8 bits, and an oracle that is told what their codes stand for."""
+"""Models with 8-bit moments, and an oracle that reads the values of their codes."""
 
 import copy
 
@@ -18,20 +18,20 @@ def built(dtype=torch.float32, seed=3, **options):
     return model, MoLF(model, **{"ranks": (2, 3), "optim_bits": 8, **RATES, **options})
 
 
-def opened(own, key):
-    """Return a moment of a state as the codes say, by the definition."""
+def dequantized(own, key):
+    """Return the moment that the codes of a state stand for, by the definition."""
     codes, absmax = own[key], own[f"{key}.absmax"]
     values = code_values(key == "exp_avg", codes.device)[codes.long()]
     return values * absmax.repeat_interleave(256, 1)[:, : codes.shape[1]]
 
 
-def packed(optimizer):
+def quantized(optimizer):
     """Return the parameters whose moments are codes, with their state."""
     return {p: own for p, own in optimizer.state.items() if "exp_avg.absmax" in own}
 
 
 class Oracle(ReferenceMoLF):
-    """The paper in plain loops, which before every step is told the moments that an optimizer's codes stand for."""
+    """The paper in plain loops, which before every step reads the moments that an optimizer's codes stand for."""
 
     def of(self, p, optimizer):
         """Return the oracle's own tensor of a parameter of the optimizer's model: full-rank experts and ordinary ones."""
@@ -42,10 +42,10 @@ class Oracle(ReferenceMoLF):
                     return fft.weights["weight"] if fft else self.ordinary[id(twin["params"][i])]
         raise AssertionError("no such parameter")
 
-    def hear(self, optimizer):
-        for p, own in packed(optimizer).items():
+    def read_moments(self, optimizer):
+        for p, own in quantized(optimizer).items():
             weight = self.of(p, optimizer)
-            weight.m, weight.v = opened(own, "exp_avg"), opened(own, "exp_avg_sq")
+            weight.m, weight.v = dequantized(own, "exp_avg"), dequantized(own, "exp_avg_sq")
 
 
 def merged_pair(**options):

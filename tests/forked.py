@@ -23,11 +23,11 @@ def on_two_ranks(function, folder, timeout=timedelta(seconds=60)):
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
         for process in ranks:
             process.start()
-    told = dict(queue.get(timeout=60) for _ in ranks)
+    results = dict(queue.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
-    return [told[0], told[1]]
+    return [results[0], results[1]]
 
 
 def _be_rank(rank, function, store, timeout, queue):

@@ -1,4 +1,4 @@
-"""What several ranks check together of moments in 8 bits; carried out by ``ranks.run``."""
+"""What several ranks check together of 8-bit moments; called by ``ranks.run``."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from molf import MoLF
 from molf.numerics.distributed import local
-from sharding import MERGED, everything, fsdp, furthest, given, my_rows, train
+from sharding import MERGED, error_of, everything, fsdp, furthest, given, my_rows, train
 from small import wide
 
 EIGHT_BITS = {**MERGED, "optim_bits": 8, "max_grad_norm": 1.0}
@@ -24,27 +24,26 @@ def columns(p):
 
 
 class EightBits:
-    """Checks of one rank; those of ``ranks.Checks`` come with them."""
+    """A part of ``ranks.Checks``."""
 
     def eight_bits(self):
-        """Given the same gradients, sharded 8-bit states go where whole ones go; of four ranks one has no row of the last."""
+        """Given the same gradients, sharded 8-bit states end where whole ones end; of four ranks one has no row of the last."""
         plain = wide()
-        plain[5] = nn.Sequential(nn.Linear(257, 1400), nn.Linear(1400, 3, bias=False))
+        plain[4], plain[5] = nn.Linear(41, 1400, bias=False), nn.Linear(1400, 3, bias=False)
         model = fsdp(copy.deepcopy(plain))
         torch.manual_seed(5)
         optimizer, alone = MoLF(model, **EIGHT_BITS), MoLF(plain, process_group=self._alone, **EIGHT_BITS)
         same = all(given(t, model, optimizer, plain, alone) for t in range(3))
         one, other = everything(model, optimizer), everything(plain, alone)
         codes = [name for name, value in one.items() if value.dtype == torch.uint8]
-        packed = [key for key in codes if key.endswith("exp_avg")]
         maxima = [x for own in optimizer.state.values() for key, x in own.items() if key.endswith("absmax")]
         return {
             "same winners": same,
             "codes alike": min(float((one[name] == other[name]).double().mean()) for name in codes),
             "apart": furthest(*({n: x for n, x in side.items() if n not in codes} for side in (one, other))),
-            "packed": len(packed),
-            "maxima here": sum(local(x).numel() for x in maxima),
-            "maxima of all": sum(x.numel() for x in maxima),
+            "quantized": sum(key.endswith("exp_avg") for key in codes),
+            "own maxima": sum(local(x).numel() for x in maxima),
+            "all maxima": sum(x.numel() for x in maxima),
         }
 
     def eight_bit_checkpoint(self):
@@ -80,10 +79,7 @@ class EightBits:
         }
 
     def eight_bits_in_columns(self):
-        """Column shards have no room for a row's maxima."""
+        """Column shards are refused: a row has its maxima in one place."""
         model = fully_shard(nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 2)), shard_placement_fn=columns)
         model(torch.ones(1, dtype=torch.long)).sum().backward()
-        try:
-            MoLF(model, **EIGHT_BITS).step()
-        except ValueError as error:
-            return {"error": str(error)}
+        return error_of(MoLF(model, **EIGHT_BITS).step)

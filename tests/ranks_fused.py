@@ -1,4 +1,4 @@
-"""What several ranks check together of the step by MoLF's own kernels, in Triton's interpreter; carried out by ``ranks.run``."""
+"""What several ranks check together of the Triton kernels, in the interpreter; called by ``ranks.run``."""
 
 import contextlib
 import copy
@@ -12,10 +12,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 
-from asking import NoQuestions, NoScalars
+from dispatch_modes import NoScalarReads, NoSyncs
+from fused import DEVICE  # noqa: F401 - with a faster interpreter
 from molf import MoLF
 from molf.numerics.distributed import find_ranks, full, local
-from sharding import AdaptedLinear, everything, exact, give, hsdp, my_rows, train
+from sharding import AdaptedLinear, error_of, everything, exact, give, hsdp, my_rows, train
 
 # With a small eps the first step of an element whose gradient is all but 0 would be a matter of rounding.
 OPTIONS = {"ranks": (2,), "lr": 1e-2, "lora_lr": 2e-3, "eps": 1e-2}
@@ -54,14 +55,14 @@ def differences(one, other):
 
 
 @contextlib.contextmanager
-def nobody_waits():
-    """Let no value be asked for and no table be copied."""
-    with NoQuestions(), NoScalars(), mock.patch("torch.tensor", side_effect=AssertionError("a table is copied")):
+def no_syncs():
+    """Make every sync and every copy of a table an error."""
+    with NoSyncs(), NoScalarReads(), mock.patch("torch.tensor", side_effect=AssertionError("a table is copied")):
         yield
 
 
 class Three:
-    """A model in one process and two sharded copies, the second with the fused step; all begin alike."""
+    """A model in one process and two sharded copies, the second with the fused step; all start equal."""
 
     def __init__(self, alone, build, wrap=fully_shard, dtype=torch.float32, **options):
         self.models = [build(dtype)]
@@ -73,15 +74,15 @@ class Three:
         self.winners = [[], [], []]
 
     def given(self, steps, disturb=None):
-        """Take steps of given gradients, always in the same tensors; from the second on nothing must be asked for."""
+        """Take steps of given gradients, always in the same tensors; from the second on nothing may sync."""
         for t in range(steps):
             give(t, *self.models)
             for model, optimizer, winners in zip(self.models, self.optimizers, self.winners, strict=True):
                 if disturb is not None:
                     disturb(t, model, optimizer)
-                with nobody_waits() if t and optimizer.fused else contextlib.nullcontext():
+                with no_syncs() if t and optimizer.fused else contextlib.nullcontext():
                     optimizer.step()
-                if disturb is None or t == steps - 1:  # of a step left out the fused one alone has a record
+                if disturb is None or t == steps - 1:  # of a skipped step only the fused one has a record
                     winners.append(optimizer.routing.winners())
         return self.report()
 
@@ -104,7 +105,7 @@ class Three:
 
 
 def scaled(t, model, optimizer):
-    """Scale gradients as a GradScaler does; the second step overflows, the third is not finite, each on one rank alone."""
+    """Scale gradients as a GradScaler does; the second step overflows, the third is not finite, each on one rank only."""
     first = find_ranks(optimizer.param_groups, None).shard_index == 0  # of its replica: gradients are equal on all
     for p in model.parameters():
         local(p.grad).mul_(128)
@@ -114,7 +115,7 @@ def scaled(t, model, optimizer):
 
 
 class Fused:
-    """Checks of one rank; those of ``ranks.Checks`` come with them."""
+    """A part of ``ranks.Checks``."""
 
     def fused_backward(self):
         """Gradients as FSDP leaves them, new ones at each step."""
@@ -129,7 +130,7 @@ class Fused:
         return three.report()
 
     def fused_scaled(self):
-        """Two winners, clipped, by PFN, with a loss scale; on four ranks copies of shards."""
+        """Two winners, clipped, by PFN, with a loss scale; on four ranks replicated shards."""
         how = {"top_k": 2, "max_grad_norm": 0.5, "score": "pfn"}
         return Three(self._alone, small, hsdp if self._size == 4 else fully_shard, **how).given(4, scaled)
 
@@ -143,26 +144,22 @@ class Fused:
         return Three(self._alone, large, optim_bits=8, top_k=2).given(2)
 
     def fused_other_rows(self):
-        """A gradient of other rows than the weight's is refused: kernels would read beyond its end."""
+        """A gradient of other rows than the weight's is refused: kernels would read past its end."""
         model = fully_shard(small())
         optimizer = MoLF(model, **OPTIONS, fused=True)
         give(0, model)
         weight = model[1].weight
         weight.grad = weight.grad.redistribute(placements=[Replicate()])
-        try:
-            optimizer.step()
-        except ValueError as error:
-            return {"error": str(error)}
+        return error_of(optimizer.step)
 
     def fused_stochastic_rounding(self):
-        """What is not sharded is rounded alike on all ranks; every tensor, and every shard, has random numbers of its own."""
+        """Replicated weights are rounded alike on all ranks; every tensor and every shard has random numbers of its own."""
         model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)).to(torch.bfloat16)
         for p in model.parameters():
             nn.init.ones_(p)
         fully_shard(model, ignored_params={model[0].weight})
-        optimizer = MoLF(
-            model, ranks=(2,), lr=1e-3, weight_decay=0.0, lora_lr=1e-9, bf16_update="stochastic", fused=True
-        )
+        rates = {"lr": 1e-3, "weight_decay": 0.0, "lora_lr": 1e-9}
+        optimizer = MoLF(model, ranks=(2,), **rates, bf16_update="stochastic", fused=True)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -172,20 +169,20 @@ class Fused:
         return {
             "whole apart": float((first - whole).abs().max()),
             "values": [len(x.unique()) for x in (whole, *parts)],
-            "replica_groups": torch.equal(whole, shards) or any(torch.equal(parts[0], part) for part in parts[1:]),
+            "shards alike": torch.equal(whole, shards) or any(torch.equal(parts[0], part) for part in parts[1:]),
         }
 
     def fused_checkpoint(self):
-        """Two ranks save after a step by either kernels; any number of ranks goes on with the others, and arrives alike."""
+        """Two ranks save after a step by either kernels; any number of ranks continues with the others and ends equal."""
         ends = {}
         for writer in (True, False):
             folder = self._folder / f"fused-{writer}"
             if self._size == 2:
                 model, optimizer = self._large(writer)
-                self._take(0, model, optimizer)
+                self._step(0, model, optimizer)
                 weights, states = get_state_dict(model, optimizer)
                 dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
-                self._take(1, model, optimizer)
+                self._step(1, model, optimizer)
                 end = everything(model, optimizer)
                 if dist.get_rank() == 0:
                     torch.save(end, folder / "end.pt")
@@ -195,7 +192,7 @@ class Fused:
             state = {"model": weights, "optimizer": states}
             dcp.load(state, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            self._take(1, model, optimizer)
+            self._step(1, model, optimizer)
             ends[f"written by {'fused' if writer else 'plain'}"] = differences(
                 everything(model, optimizer), torch.load(folder / "end.pt")
             )
@@ -206,6 +203,6 @@ class Fused:
         torch.manual_seed(5)
         return model, MoLF(model, **OPTIONS, optim_bits=8, fused=fused)
 
-    def _take(self, t, model, optimizer):
+    def _step(self, t, model, optimizer):
         give(t, model)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Models, data and training that the checks of several ranks share. Nothing here needs more than torch."""
+"""Models, data and training for the checks of several ranks. Nothing here needs more than torch."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from molf.numerics.bf16 import join
-from molf.numerics.distributed import full, local, shard_like, shard_rows_like
+from molf.numerics.distributed import full, local, local_part, shard_rows_like
 from small import mlp
 
 RATES = {"lr": 1e-2, "lora_lr": 2e-2}
@@ -16,7 +16,7 @@ MERGED = {"ranks": (2, 3), **RATES}
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with LoRA adapters, which looks to MoLF as PEFT's does."""
+    """A linear layer with LoRA adapters that MoLF takes for PEFT's."""
 
     def __init__(self, base, ranks):
         super().__init__()
@@ -53,9 +53,8 @@ def fsdp(model, **how):
 
 
 def hsdp(model):
-    return fsdp(
-        model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copies", "shards"))
-    )
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
+    return fsdp(model, mesh=mesh)
 
 
 def batch(t, dtype):
@@ -65,7 +64,7 @@ def batch(t, dtype):
 
 
 def backward(model, t, rows, dtype, micro):
-    """Leave the mean gradient of those rows of a batch, taken in ``micro`` parts, in the model."""
+    """Compute the mean gradient of those rows of a batch in ``micro`` parts."""
     ids, target = batch(t, dtype)
     for part in range(micro):
         last = part == micro - 1
@@ -87,6 +86,14 @@ def train(model, optimizer, steps, rows, micro=1, dtype=torch.float64):
     return winners
 
 
+def error_of(function, *args, **options):
+    """Call a function and return its error, which is expected."""
+    try:
+        function(*args, **options)
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error)}
+
+
 def my_rows():
     return list(range(dist.get_rank(), 8, dist.get_world_size()))
 
@@ -101,13 +108,10 @@ def everything(model, optimizer):
 
 
 def exact(model, optimizer):
-    """All weights that have low parts in full precision, whole, by name: low parts themselves can't be gathered."""
+    """All weights that have low parts, whole and in full precision, by name: int16 low parts cannot be gathered."""
     lows = {p: own["low"] for p, own in optimizer.state.items() if "low" in own}
-    return {
-        n: full(shard_rows_like(join(local(p.detach()), local(lows[p])), p))
-        for n, p in model.named_parameters()
-        if p in lows
-    }
+    joined = {n: (join(local(p.detach()), local(lows[p])), p) for n, p in model.named_parameters() if p in lows}
+    return {n: full(shard_rows_like(rows, p)) for n, (rows, p) in joined.items()}
 
 
 def furthest(one, other):
@@ -116,14 +120,13 @@ def furthest(one, other):
 
 
 def give(t, *models):
-    """Give models alike, sharded or not, the same random gradients, those of step ``t``, in the tensors that there are."""
+    """Give equal models, sharded or not, the same random gradients of step ``t``, in place if they have some."""
     generator = torch.Generator().manual_seed(t)
     for copies in zip(*(model.parameters() for model in models), strict=True):
         grad = torch.randn(copies[0].shape, generator=generator).to(copies[0].dtype)
         for p in copies:
-            here = shard_like(grad, p)
             p.grad = torch.empty_like(p) if p.grad is None else p.grad
-            local(p.grad).copy_(local(here))
+            local(p.grad).copy_(local_part(grad, p))
 
 
 def given(t, model, optimizer, plain, alone):

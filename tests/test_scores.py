@@ -57,13 +57,6 @@ def test_only_epd_follows_size_and_rate(moments):
     assert scored(EPD(), 10.0, 7 * lr) == pytest.approx(70 * scored(EPD(), 1.0, lr))
 
 
-def test_finish_works_on_all_modules_at_once():
-    total, n = torch.tensor([[8.0, 2.0], [0.0, 9.0]]), torch.tensor([[2.0, 2.0], [1.0, 1.0]])
-    lr = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
-    assert EPD().finish(total, n, lr).tolist() == [[2.0, 1.0], [0.0, 9.0]]
-    assert PFN().finish(total, n, lr).tolist() == [[2.0, 1.0], [0.0, 3.0]]
-
-
 def test_own_score_needs_term_and_finish_only():
     class MeanMoment(Score):
         name = "mean_moment"
@@ -126,8 +119,3 @@ def test_matched_rates_promise_one_descent():
 def test_unknown_score(given, error, words):
     with pytest.raises(error, match=words):
         get_score(given)
-
-
-def test_score_without_its_formulas_cannot_be_made():
-    with pytest.raises(TypeError, match="abstract"):
-        Score()

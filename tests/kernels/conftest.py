@@ -1,4 +1,4 @@
-"""The kernels: on a GPU where there is one, else in Triton's interpreter. Nothing here runs where Triton is not to be had."""
+"""Tests of the kernels: on a GPU if there is one, else in Triton's interpreter; skipped without Triton."""
 
 import pytest
 import torch

@@ -7,17 +7,16 @@ from molf.kernels.plan import StepPlan
 from molf.layers.build import routed_layer
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import Ranks
-from small import loss_of, mlp
+from small import mlp, train
 
 CPU = torch.device("cpu")
 
 
 def stepped(ranks):
-    """The layers of a small model that has taken a step, with its optimizer."""
+    """The layers of a small model after a step, with its optimizer."""
     model = mlp(torch.float32)
     optimizer = MoLF(model, ranks=ranks)
-    loss_of(model, 0).backward()
-    optimizer.step()
+    train(model, optimizer, 1)
     groups = [group for group in optimizer.param_groups if "module" in group]
     return [routed_layer(group, optimizer.state) for group in groups], optimizer
 
@@ -27,8 +26,8 @@ def test_gradients_of_pairs_are_aligned_and_disjoint(ranks):
     layers, optimizer = stepped(ranks)
     context = StepContext(optimizer.param_groups, optimizer.state, Ranks(), optimizer.score)
     plan = StepPlan(layers, [], context, CPU)
-    taken = [x for product in plan.products for x in (product.dA, product.dB)]
-    starts = sorted((x.data_ptr() - plan.buffer.memory.data_ptr(), x.nbytes) for x in taken)
+    gradients = [x for product in plan.products for x in (product.dA, product.dB)]
+    starts = sorted((x.data_ptr() - plan.buffer.memory.data_ptr(), x.nbytes) for x in gradients)
     assert all(start % 16 == 0 for start, _ in starts)
     assert all(start + n <= after for (start, n), (after, _) in zip(starts, starts[1:], strict=False))
     assert starts[-1][0] + starts[-1][1] <= plan.buffer.memory.nbytes

@@ -8,7 +8,7 @@ from molf.kernels.merged_update import Effective, UpdatedPair, update_merged_wei
 from molf.layers.base import LoraPair
 from molf.layers.merged import apply_lora_delta_, decay_base_
 from molf.numerics.bf16 import join, split
-from packing import BETAS, drawn, moved
+from quantized_moments import BETAS, random_quantized, updated
 
 LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)
 
@@ -16,22 +16,21 @@ LR, DECAY, T, EPS, OUT, IN, RANKS = 0.1, 0.3, 3, 1e-8, 70, 45, (5, 40)
 @pytest.mark.parametrize("how", ["float", "split"])
 @pytest.mark.parametrize("won", [w for w in itertools.product((0, 1), repeat=3) if any(w)], ids=str)
 @pytest.mark.parametrize("b_is_nonzero", [0.0, 2.0])
-def test_fold_equals_the_merged_form(tables, scalars, how, won, b_is_nonzero):
+def test_update_equals_the_merged_form(tables, scalars, how, won, b_is_nonzero):
     torch.manual_seed(4)
     value, m, v = torch.randn(OUT, IN), torch.randn(OUT, IN), torch.rand(OUT, IN)
-    before = [
-        LoraPair(torch.randn(r, IN), torch.randn(OUT, r) * (b_is_nonzero > 0), 0.2, b_is_nonzero > 0) for r in RANKS
-    ]
-    moved = [
-        LoraPair(p.A + 0.1 * torch.randn_like(p.A), p.B + 0.1 * torch.randn_like(p.B), p.scale) if won[i] else p
-        for i, p in enumerate(before, start=1)
-    ]
+    before, after = [], []
+    for r, wins in zip(RANKS, won[1:], strict=True):
+        old = LoraPair(torch.randn(r, IN), torch.randn(OUT, r) * (b_is_nonzero > 0), 0.2, b_is_nonzero > 0)
+        new = LoraPair(old.A + 0.1 * torch.randn_like(old.A), old.B + 0.1 * torch.randn_like(old.B), old.scale)
+        before.append(old)
+        after.append(new if wins else old)
     c1, c2 = 1 - 0.9**T, math.sqrt(1 - 0.999**T)
     expected = value.clone()
     if won[0]:
         decay_base_(expected, before, LR * DECAY)
         expected -= LR * (m / c1) / (v.sqrt() / c2 + EPS)
-    for i, (old, new) in enumerate(zip(before, moved, strict=True), start=1):
+    for i, (old, new) in enumerate(zip(before, after, strict=True), start=1):
         if won[i]:
             apply_lora_delta_(expected, old._replace(A=old.A.clone(), B=old.B.clone()), new)
 
@@ -40,7 +39,7 @@ def test_fold_equals_the_merged_form(tables, scalars, how, won, b_is_nonzero):
         UpdatedPair(
             *(x.to(device) for x in (p.A, p.B, p.A - o.A, p.B - o.B)), 0.2, torch.tensor(b_is_nonzero, device=device)
         )
-        for o, p in zip(before, moved, strict=True)
+        for o, p in zip(before, after, strict=True)
     )
     weight, low = (value.clone(), None) if how == "float" else (x.clone().to(device) for x in split(value))
     layer = Effective(weight.to(device), low, (m.to(device), v.to(device)), 0, 0, LR, DECAY, pairs)
@@ -52,14 +51,14 @@ def test_fold_equals_the_merged_form(tables, scalars, how, won, b_is_nonzero):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_8_bit_moments_are_opened_and_moved(tables, scalars, dtype):
-    """As if the moments of this step had been given in float32; rows of 300 elements have a short last block."""
+def test_8_bit_moments_are_dequantized_and_updated(tables, scalars, dtype):
+    """As if the moments of this step were float32; rows of 300 elements have a short last block."""
     device, ends = tables.device, []
-    packed = drawn(device, (OUT, 300), 0, dtype)
-    for moments in (packed, moved(packed, 0.5)):
+    quantized = random_quantized(device, (OUT, 300), 0, dtype)
+    for moments in (quantized, updated(quantized, 0.5)):
         torch.manual_seed(4)
-        A, B, b_is_nonzero = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
-        pair = UpdatedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, b_is_nonzero.to(device))
+        A, B, count = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
+        pair = UpdatedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, count.to(device))
         layer = Effective(torch.randn(OUT, 300).to(device), None, moments, 0, 0, LR, DECAY, (pair,))
         chosen = torch.tensor([1, 0], dtype=torch.int8, device=device)
         update_merged_weights_([layer], chosen, torch.tensor([[0.3, 0.1]], device=device), BETAS, EPS, scalars, tables)
@@ -68,13 +67,13 @@ def test_8_bit_moments_are_opened_and_moved(tables, scalars, dtype):
 
 
 def test_noise_of_two_layers_differs(tables, scalars):
-    """Also where their moments are of different kinds, so that they are moved by two launches."""
+    """Also if their moments are of different kinds, so that they are updated by two launches."""
     device, shape, weights = tables.device, (OUT, 300), []
-    A, B, b_is_nonzero = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
-    pair = UpdatedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, b_is_nonzero.to(device))
-    packed = drawn(device, shape, 0, torch.bfloat16)
+    A, B, count = torch.randn(5, 300), torch.randn(OUT, 5), torch.tensor(1.0)
+    pair = UpdatedPair(*(x.to(device) for x in (A, B, A, B)), 0.2, count.to(device))
+    quantized = random_quantized(device, shape, 0, torch.bfloat16)
     layers = []
-    for number, moments in enumerate((packed, moved(packed, 0.5), moved(packed, 0.5))):
+    for number, moments in enumerate((quantized, updated(quantized, 0.5), updated(quantized, 0.5))):
         weights.append(torch.ones(shape, dtype=torch.bfloat16, device=device))
         layers.append(Effective(weights[-1], None, moments, number, number, LR, DECAY, (pair,)))
     chosen = torch.tensor([0, 1] * 3, dtype=torch.int8, device=device)

@@ -46,7 +46,3 @@ def test_pair_gradients_equal_the_formulas(tables, dtype, b_is_nonzero):
         torch.testing.assert_close(p.dB, 0.3 * (G @ A.T).float(), rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(p.dA, 0.3 * (B.T @ G).float(), rtol=1e-5, atol=2e-5)
         assert b_is_nonzero or not p.dA.any()
-
-
-def test_no_pairs_are_no_work(tables):
-    pair_gradients([], tables)

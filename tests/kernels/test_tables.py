@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from launches import Launches
+from dispatch_modes import Launches
 from molf.kernels.tables import Rate
 
 
@@ -16,15 +16,15 @@ def test_a_table_is_made_again_only_when_something_moved(tables):
     assert tables.pointers("grads", moved).tolist() == [x.data_ptr() for x in moved]
 
 
-def test_what_lies_in_new_memory_needs_no_new_table(tables):
-    kept, rooms, copied = torch.zeros(3, device=tables.device), [], []
+def test_a_new_buffer_needs_no_new_table(tables):
+    kept, buffers, copied = torch.zeros(3, device=tables.device), [], []
     for _ in range(2):
         tables.buffer = torch.empty(16, device=tables.device)
-        rooms.append(tables.buffer)
+        buffers.append(tables.buffer)
         tensors = [tables.buffer[4:8], kept, tables.buffer[:4], tables.buffer[16:]]
         assert tables.pointers("grads", tensors).tolist() == [x.data_ptr() for x in tensors]
         copied.append(tables._kept["grads"])
-    assert rooms[0].data_ptr() != rooms[1].data_ptr() and copied[0] is copied[1]
+    assert buffers[0].data_ptr() != buffers[1].data_ptr() and copied[0] is copied[1]
 
 
 def test_numbers_follow_their_values(tables):
@@ -33,14 +33,12 @@ def test_numbers_follow_their_values(tables):
     torch.testing.assert_close(tables.numbers("rates", (0.1, 0.3), torch.float32).cpu(), torch.tensor([0.1, 0.3]))
 
 
-def test_what_a_graph_reads_stays(tables, monkeypatch):
+def test_tables_that_a_graph_reads_stay(tables, monkeypatch):
     read = weakref.ref(tables.numbers("rates", (0.1,), torch.float32))
     with monkeypatch.context() as capturing:
         capturing.setattr("molf.kernels.tables.is_capturing", lambda device: True)
         tables.numbers("rates", (0.1,), torch.float32)
-        with pytest.raises(
-            RuntimeError, match="rates has changed since the last step, which a CUDA graph cannot follow"
-        ):
+        with pytest.raises(RuntimeError, match="rates has changed since the last step, which a CUDA graph cannot fo"):
             tables.numbers("rates", (0.3,), torch.float32)
     unread = weakref.ref(tables.numbers("rates", (0.3,), torch.float32))
     tables.numbers("rates", (0.4,), torch.float32)
@@ -74,15 +72,10 @@ def test_blocks_cover_every_tensor_once_and_leave_empty_ones_out(tables):
 
 
 def test_tiles_cover_every_matrix_once(tables):
-    assert tables.tiles("t", ((3, 5), (1, 1)), (2, 4)).tolist() == [
-        [0, 0, 0],
-        [0, 0, 4],
-        [0, 2, 0],
-        [0, 2, 4],
-        [1, 0, 0],
-    ]
+    tiles = [[0, 0, 0], [0, 0, 4], [0, 2, 0], [0, 2, 4], [1, 0, 0]]
+    assert tables.tiles("t", ((3, 5), (1, 1)), (2, 4)).tolist() == tiles
 
 
-def test_what_a_kernel_could_not_read_is_refused(tables):
+def test_tensors_that_are_not_contiguous_are_refused(tables):
     with pytest.raises(ValueError, match=r"contiguous.*one of grads has strides \(1, 3\).*fused=False"):
         tables.pointers("grads", [torch.zeros(2, 3, device=tables.device).t()])

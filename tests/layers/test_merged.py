@@ -28,47 +28,30 @@ def test_expert_gradients_are_those_of_autograd(rank):
 
 
 @pytest.mark.parametrize("ranks", [(), (2,), (1, 3, 9)], ids=str)
-def test_base_weight(ranks):
+def test_base_weight_and_its_decay(ranks):
     pairs, W = [random_pair(r) for r in ranks], torch.randn(6, 9, dtype=torch.float64)
     effective = W + product(pairs) if pairs else W.clone()
     kept = effective.clone()
-    torch.testing.assert_close(base_weight(effective, pairs), W, rtol=0, atol=1e-12)
-    assert torch.equal(effective, kept)
-    assert base_weight(effective, pairs).data_ptr() != effective.data_ptr()
-
-
-@pytest.mark.parametrize("ranks", [(), (2,), (1, 3, 9)], ids=str)
-def test_decay_touches_the_base_alone(ranks):
-    pairs, W = [random_pair(r) for r in ranks], torch.randn(6, 9, dtype=torch.float64)
-    effective = W + product(pairs) if pairs else W.clone()
+    base = base_weight(effective, pairs)
+    torch.testing.assert_close(base, W, rtol=0, atol=1e-12)
+    assert torch.equal(effective, kept) and base.data_ptr() != effective.data_ptr()
     decay_base_(effective, pairs, 0.25)
     expected = 0.75 * W + (product(pairs) if pairs else 0)
     torch.testing.assert_close(effective, expected, rtol=0, atol=1e-12)
 
 
-def test_fold_adds_the_change_of_the_product():
-    before, after = random_pair(3), random_pair(3)
-    effective = torch.randn(6, 9, dtype=torch.float64)
-    expected = effective + product([after]) - product([before])
-    apply_lora_delta_(effective, before, after)
-    torch.testing.assert_close(effective, expected, rtol=0, atol=1e-12)
-
-
-def test_fold_does_not_cancel():
-    """In float32 the difference of two large products has lost a small change; the fold has not."""
+def test_delta_does_not_cancel():
+    """In float32 the difference of two large products loses a small change; the delta does not."""
     before = random_pair(8, torch.float32, scale=100.0)
     after = LoraPair(before.A + 1e-6 * torch.randn(8, 9), before.B + 1e-6 * torch.randn(6, 8), 100.0)
     exact = product([LoraPair(*(x.double() for x in after[:2]), 100.0)])
     exact -= product([LoraPair(*(x.double() for x in before[:2]), 100.0)])
-    folded = torch.zeros(6, 9)
-    apply_lora_delta_(folded, before, after)
-    error = (folded.double() - exact).abs().max()
+    updated = torch.zeros(6, 9)
+    apply_lora_delta_(updated, before, after)
+    error = (updated.double() - exact).abs().max()
     naive_error = ((product([after]) - product([before])).double() - exact).abs().max()
     assert error < 1e-6 * exact.abs().max()
     assert naive_error > 100 * error
-
-
-RUNS = [(dtype, "split") for dtype in (torch.float64, torch.float32, torch.bfloat16)]
 
 
 def optimizer_of(model, column, bf16_update="split", **options):
@@ -77,14 +60,12 @@ def optimizer_of(model, column, bf16_update="split", **options):
 
 @pytest.mark.parametrize("winner", ["fft", "lora_r2", "lora_r3"])
 @pytest.mark.parametrize(
-    ("dtype", "bf16_update"), [*RUNS, (torch.bfloat16, "stochastic")], ids=lambda value: str(value)
+    ("dtype", "bf16_update"), [*((dtype, "split") for dtype in TOLERANCE), (torch.bfloat16, "stochastic")], ids=str
 )
 def test_losers_keep_every_bit_and_all_moments_move(dtype, bf16_update, winner):
     model = mlp(dtype)
-    optimizer = optimizer_of(model, ("fft", "lora_r2", "lora_r3").index(winner), bf16_update)
-    optimizer.score = Prefer(0)
-    train(model, optimizer, 1)
-    for column in (1, 2, 0):  # every B leaves zero, so that every gradient is there
+    optimizer = optimizer_of(model, 0, bf16_update)
+    for column in (0, 1, 2, 0):  # every B becomes nonzero, so that every gradient is nonzero
         optimizer.score = Prefer(column)
         train(model, optimizer, 1)
     optimizer.score = Prefer(("fft", "lora_r2", "lora_r3").index(winner))
@@ -113,35 +94,17 @@ def test_losers_keep_every_bit_and_all_moments_move(dtype, bf16_update, winner):
 
 @pytest.mark.parametrize("columns", [(1,), (0,)], ids=["lora wins", "fft wins"])
 def test_effective_weight_stays_the_sum_of_the_experts(columns):
-    """W is derived: over many steps it must not drift away from what the experts did to it."""
+    """W is derived: over many steps it must not drift from the sum of the experts."""
     model = mlp()
     optimizer = optimizer_of(model, columns[0], weight_decay=0.0)
     start = {name: experts["fft"].weight for name, experts in optimizer.experts.items()}
-    train(model, optimizer, 100)
+    train(model, optimizer, 60)
     for name, W in start.items():
         moved = (optimizer.experts[name]["fft"].weight - W).abs().max().item()
         assert moved > 0.1 if columns == (0,) else moved < TOLERANCE[torch.float64]
 
 
-def test_a_pair_that_never_won_costs_nothing_and_changes_nothing():
-    """Skipping the products with a zero B gives the same numbers as computing them."""
-    A, G, W = (torch.randn(n, 9, dtype=torch.float64) for n in (3, 6, 6))
-    fresh = LoraPair(A, torch.zeros(6, 3, dtype=torch.float64), 1.7, b_is_nonzero=False)
-    computed = fresh._replace(b_is_nonzero=True)
-    for got, want in zip(expert_gradients(G, fresh), expert_gradients(G, computed), strict=True):
-        assert torch.equal(got, want)
-    decayed, plain = W.clone(), W.clone()
-    decay_base_(decayed, [fresh], 0.25)
-    decay_base_(plain, [computed], 0.25)
-    assert torch.equal(decayed, plain)
-    after = LoraPair(A + 1, torch.ones(6, 3, dtype=torch.float64), 1.7)
-    folded, whole = W.clone(), W.clone()
-    apply_lora_delta_(folded, fresh._replace(A=A.clone(), B=fresh.B.clone()), after)
-    apply_lora_delta_(whole, computed._replace(A=A.clone(), B=fresh.B.clone()), after)
-    torch.testing.assert_close(folded, whole, rtol=0, atol=1e-12)
-
-
-def test_wins_are_counted_and_survive_loading():
+def test_updates_are_counted_and_the_count_survives_loading():
     model = mlp(torch.float32)
     optimizer = MoLF(model, ranks=(2,), lr=1e-3, score=Prefer(1))
     train(model, optimizer, 3)
@@ -151,7 +114,7 @@ def test_wins_are_counted_and_survive_loading():
     assert wins.item() == 3 and wins.dtype == torch.float32 and wins.device.type == "cpu"
 
 
-def test_an_assigned_pair_has_started():
+def test_an_assigned_pair_counts_as_updated():
     model = mlp()
     optimizer = MoLF(model, ranks=(2,), lr=1e-3)
     expert = optimizer.experts["1"]["lora_r2"]

@@ -40,7 +40,7 @@ CASES += [(torch.float64, {"betas": (0.0, 0.0)})]
     [
         lambda o: LambdaLR(o, lambda t: min(1.0, t / 5) * 0.95**t),
         lambda o: CosineAnnealingLR(o, 10),
-        # With an average of gradients over that of the last square alone, steps have no bound, and the last bit of one decides.
+        # If beta1 cycles while beta2 is 0, steps have no bound, and the last bit of one decides.
         lambda o: OneCycleLR(o, max_lr=3e-3, total_steps=25, cycle_momentum=o.defaults["betas"][1] > 0),
     ],
     ids=["warm-up", "cosine", "one-cycle"],
@@ -54,25 +54,69 @@ def test_no_ranks_is_adamw(dtype, schedule, options):
     assert_same(model, twin, TOLERANCE[dtype])
 
 
-def test_layers_of_many_elements():
-    """Large enough that any work in blocks crosses from one block to the next inside a tensor."""
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(300, 1100), nn.Linear(1100, 1009), nn.LayerNorm(1009))
-    twin = copy.deepcopy(model)
-    molf, adamw = MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin)
-    for _ in range(3):
+def step_alike(model, twin, molf, adamw, steps=3, draw=torch.randn_like):
+    """Take steps with the same drawn gradients."""
+    for _ in range(steps):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            p.grad = torch.randn_like(p)
+            p.grad = draw(p)
             q.grad = p.grad.clone()
         molf.step()
         adamw.step()
+
+
+def test_layers_of_many_elements():
+    """Large enough that work in blocks crosses from one block to the next inside a tensor."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(300, 1100), nn.Linear(1100, 1009), nn.LayerNorm(1009))
+    twin = copy.deepcopy(model)
+    step_alike(model, twin, MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin))
     assert_same(model, twin, TOLERANCE[torch.float32])
+
+
+def transposed(p):
+    return torch.randn(p.shape[::-1], dtype=p.dtype).permute(*reversed(range(p.ndim)))
+
+
+def expanded(p):
+    return transposed(p).flatten()[:1].expand(p.shape)
+
+
+@pytest.mark.parametrize("draw", [transposed, expanded])
+def test_gradients_in_any_memory_layout(draw):
+    model = mlp()
+    twin = copy.deepcopy(model)
+    step_alike(model, twin, MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin), draw=draw)
+    assert_same(model, twin, TOLERANCE[torch.float64])
+
+
+def test_layers_of_several_dtypes_in_one_model():
+    model = mlp(torch.float32)
+    model[1].double()
+    model[4].bfloat16()
+    twin = copy.deepcopy(model)
+    step_alike(model, twin, MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin, foreach=False), 1)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[p.dtype])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(default):
+    """Step counts above 256 do not fit bf16."""
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4)).double()
+    twin = copy.deepcopy(model)
+    molf, adamw = MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin)
+    torch.set_default_dtype(default)
+    try:
+        step_alike(model, twin, molf, adamw, 260)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(model, twin, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("shape", [(700, 900), (3, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("score", ["epd", "pfn"])
 def test_scores_are_those_of_the_moments_in_the_state(shape, score):
-    """What the step computed on the way is what the equations give afterwards."""
+    """The scores that the step computes on the way are those of the equations."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(shape[1], shape[0]))
     molf = MoLF(model, ranks=(1,), lr=1e-3, lora_lr=2e-3, score=score, eps=1e-6)
@@ -120,68 +164,15 @@ def test_all_experts_win_is_adamw_on_explicit_experts(ranks):
     twin = explicit_twin(model, molf)
     adamw = explicit_adamw(twin, lr=1e-3, lora_lr=3e-3)
 
-    def warm_up(t):
-        return min(1.0, t / 4) * 0.9**t
-
-    train(model, molf, 15, LambdaLR(molf, warm_up))
-    train(twin, adamw, 15, LambdaLR(adamw, warm_up))
+    for m, optimizer in ((model, molf), (twin, adamw)):
+        train(m, optimizer, 15, LambdaLR(optimizer, lambda t: min(1.0, t / 4) * 0.9**t))
     assert_equals_twin(model, molf, twin, TOLERANCE[torch.float64])
     assert loss_of(model, 0).item() == pytest.approx(loss_of(twin, 0).item(), abs=TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("make", ["transposed", "expanded"])
-def test_gradients_in_any_memory_layout(make):
-    model = mlp()
-    twin = copy.deepcopy(model)
-    molf, adamw = MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin)
-    for _ in range(3):
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            value = torch.randn(p.shape[::-1], dtype=p.dtype).permute(*reversed(range(p.ndim)))
-            p.grad = value if make == "transposed" else value.flatten()[:1].expand(p.shape)
-            q.grad = p.grad.clone()
-        molf.step()
-        adamw.step()
-    assert_same(model, twin, TOLERANCE[torch.float64])
-
-
-def test_layers_of_several_dtypes_in_one_model():
-    model = mlp(torch.float32)
-    model[1].double()
-    model[4].bfloat16()
-    twin = copy.deepcopy(model)
-    molf, adamw = MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin, foreach=False)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    molf.step()
-    adamw.step()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[p.dtype])
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-def test_the_default_dtype_is_of_no_account(default):
-    """Step counts above 256 do not fit bf16."""
-    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4)).double()
-    twin = copy.deepcopy(model)
-    molf, adamw = MoLF(model, ranks=(), lr=1e-3), torch_adamw(twin)
-    generator = torch.Generator().manual_seed(0)
-    torch.set_default_dtype(default)
-    try:
-        for _ in range(260):
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                q.grad = p.grad.clone()
-            molf.step()
-            adamw.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert_same(model, twin, TOLERANCE[torch.float64])
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_step_leaves_the_moments_as_phase_1_left_them(dtype):
-    """Small, large and zero ones, to the last bit."""
+    """Small, large and zero moments, to the last bit."""
     generator = torch.Generator().manual_seed(0)
     m = torch.randn(5000, generator=generator) * 10 ** torch.empty(5000).uniform_(-18, 6, generator=generator)
     v = m.square() * torch.rand(5000, generator=generator)

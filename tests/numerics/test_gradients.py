@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from conftest import TOLERANCE
-from launches import Launches
+from dispatch_modes import Launches
 from molf import MoLF
 from molf.numerics.gradients import total_norm
-from ranks import adapted
+from sharding import adapted
 from small import (
     assert_equals_twin,
     assert_same_bits,
@@ -22,6 +22,7 @@ from small import (
     mlp,
     snapshot,
     train,
+    wide,
 )
 
 
@@ -33,6 +34,10 @@ def pair_of(model, **options):
         torch.manual_seed(1)
         made.append(MoLF(m, **{"ranks": (2,), "lr": 1e-3, "lora_lr": 3e-3, **options}))
     return twin, *made
+
+
+def norm_of(model):
+    return torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
 
 
 @pytest.mark.parametrize("ranks", [(2,), (1, 3), ()], ids=str)
@@ -53,33 +58,29 @@ def test_clipping_counts_the_gradients_of_all_experts(ranks, max_grad_norm):
     assert_equals_twin(model, optimizer, twin, TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_clipping_of_bf16_gradients():
+    model = mlp(torch.bfloat16)
+    train(model, MoLF(model, ranks=(), max_grad_norm=0.01), 1)
+    assert norm_of(model) == pytest.approx(0.01, rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gradients_below_the_norm_are_untouched(dtype):
     model = mlp(dtype)
     twin, clipped, free = pair_of(model)
     clipped.max_grad_norm = 1e6
-    train(model, clipped, 5)
-    train(twin, free, 5)
+    assert train(model, clipped, 3) == train(twin, free, 3)
     assert_same_bits(model, clipped, twin, free)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_clipping_of_bf16_gradients():
-    model = mlp(torch.bfloat16)
-    train(model, MoLF(model, ranks=(), max_grad_norm=0.01), 1)
-    norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
-    assert norm == pytest.approx(0.01, rel=5e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_norm_without_clipping_is_that_of_the_models_gradients(dtype):
     model = mlp(dtype)
     optimizer = MoLF(model, ranks=(2,))
     assert optimizer.grad_norm is None
     train(model, optimizer, 1)
-    norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
-    assert optimizer.grad_norm.item() == pytest.approx(norm, rel=5e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert optimizer.grad_norm.item() == pytest.approx(norm_of(model), rel=5e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_no_gradient_at_all_changes_nothing():
@@ -96,9 +97,8 @@ def test_no_gradient_at_all_changes_nothing():
 SPOILT = {"embedding": "0.weight", "weight": "1.weight", "bias": "1.bias", "norm": "3.bias", "last": "5.weight"}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("spoilt", SPOILT.values(), ids=SPOILT.keys())
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize(("value", "max_grad_norm"), [("nan", None), ("inf", 0.5), ("-inf", None)])
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
 def test_a_step_with_a_bad_gradient_is_skipped_whole(value, spoilt, max_grad_norm, first, caplog):
     model = mlp(torch.float32)
@@ -111,7 +111,7 @@ def test_a_step_with_a_bad_gradient_is_skipped_whole(value, spoilt, max_grad_nor
 
     optimizer.zero_grad()
     loss_of(model, 50).backward()
-    model.get_parameter(spoilt).grad.view(-1)[-1] = value
+    model.get_parameter(spoilt).grad.view(-1)[-1] = float(value)
     with caplog.at_level(logging.WARNING, logger="molf"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
@@ -131,16 +131,17 @@ FORMS = {
     "merged": (lambda: mlp(torch.float32), {}),
     "merged, clipped": (lambda: mlp(torch.float32), {"max_grad_norm": 0.1}),
     "merged, bf16 weights": (lambda: mlp(torch.bfloat16), {}),
-    "merged, bf16 weights rounded at random": (lambda: mlp(torch.bfloat16), {"bf16_update": "stochastic"}),
+    "merged, bf16 weights rounded stochastically": (lambda: mlp(torch.bfloat16), {"bf16_update": "stochastic"}),
+    "merged, 8-bit moments": (wide, {"optim_bits": 8}),
     "branched": (lambda: adapted(freeze=True, dtype=torch.float32), {"ranks": None}),
     "branched, base trained": (lambda: adapted(freeze=False, dtype=torch.float32), {"ranks": None}),
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("form", FORMS)
 def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
-    """All weights and states end bit for bit where they end without those batches; the schedule goes by the step."""
+    """All weights and states end, bit for bit, where they end without those batches."""
     rng = random.Random(f"{form} {seed}")
     bad = rng.sample(range(12), 4)
     make, options = FORMS[form]
@@ -151,9 +152,7 @@ def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
         loss_of(model, t).backward()
         if t in bad:
             spoilt = rng.choice([p for p in model.parameters() if p.grad is not None])
-            spoilt.grad.view(-1)[rng.randrange(spoilt.numel())] = rng.choice(
-                [float("nan"), float("inf"), -float("inf")]
-            )
+            spoilt.grad.view(-1)[rng.randrange(spoilt.numel())] = float(rng.choice(["nan", "inf", "-inf"]))
         optimizer.step()
         if t not in bad:
             train(twin, other, [t])
@@ -161,20 +160,6 @@ def test_bad_gradients_at_random_steps_are_batches_never_seen(form, seed):
             group["lr"] *= 0.9
     assert_same_bits(model, optimizer, twin, other)
     assert (optimizer.skipped_steps, other.skipped_steps) == (4, 0)
-
-
-@pytest.mark.parametrize("bf16_update", ["split", "stochastic"])
-def test_a_bad_step_leaves_bf16_runs_as_they_were(bf16_update):
-    model = mlp(torch.bfloat16)
-    twin, optimizer, other = pair_of(model, bf16_update=bf16_update)
-    train(model, optimizer, 2)
-    train(twin, other, 2)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, float("nan"))
-    optimizer.step()
-    train(model, optimizer, range(2, 5))
-    train(twin, other, range(2, 5))
-    assert_same_bits(model, optimizer, twin, other)
 
 
 def test_every_skipped_step_counts_and_is_logged(caplog):
@@ -191,9 +176,9 @@ def test_every_skipped_step_counts_and_is_logged(caplog):
     assert fresh.skipped_steps == 3
 
 
-def scaled_step(model, optimizer, scaler, t, unscale=False, spoil=False):
+def scaled_step(model, optimizer, scaler, t, unscale=False, spoil=False, loss=None):
     optimizer.zero_grad()
-    scaler.scale(loss_of(model, t)).backward()
+    scaler.scale(loss_of(model, t) if loss is None else loss).backward()
     if spoil:
         model[1].weight.grad[0, 0] = float("inf")
     if unscale:
@@ -217,7 +202,7 @@ def test_loss_scale_of_a_power_of_two_changes_no_bit(unscale, max_grad_norm):
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["plain", "unscale_ before"])
-def test_overflow_is_left_out_and_counted(unscale):
+def test_overflow_skips_the_step_and_counts(unscale):
     model = mlp(torch.float32)
     twin, optimizer, other = pair_of(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -234,26 +219,20 @@ def test_half_precision_autocast_with_a_loss_scale():
     """With the gradients of the same float16 passes, no ranks is AdamW."""
     model = mlp(torch.float32)
     twin = copy.deepcopy(model)
-    vectors = [p for p in twin.parameters() if p.ndim < 2]
-    matrices = [p for p in twin.parameters() if p.ndim >= 2]
-    adamw = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], 1e-3
-    )
-    for m, optimizer in ((model, MoLF(model, ranks=(), lr=1e-3)), (twin, adamw)):
+    vectors, matrices = ([p for p in twin.parameters() if (p.ndim < 2) is vector] for vector in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    for m, optimizer in ((model, MoLF(model, ranks=(), lr=1e-3)), (twin, torch.optim.AdamW(groups, 1e-3))):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for t in range(6):
-            optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = loss_of(m, t)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            scaled_step(m, optimizer, scaler, t, loss=loss)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_loss_scale_is_divided_out_in_full_precision():
-    """A scale whose reciprocal bf16 can't hold, with a bf16 gradient first in line."""
+    """A scale whose reciprocal bf16 cannot hold, with a bf16 gradient first."""
     model = mlp(torch.float32)
     model[0].bfloat16()
     optimizer = MoLF(model, ranks=(2,))
@@ -275,7 +254,7 @@ def test_sparse_gradients(lr):
         optimizer.step()
 
 
-def test_the_norm_of_many_takes_as_few_launches_as_that_of_two():
+def test_the_norm_of_many_gradients_takes_as_few_launches_as_that_of_two():
     counts = []
     for n in (1, 50):
         grads = [torch.full((4,), 0.5).to(dtype) for dtype in (torch.float32, torch.bfloat16) for _ in range(n)]

@@ -5,18 +5,18 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from backward_steps import OPTIONS, assert_identical, llama_steps, pair_of
 from molf import MoLF, add_lora_experts
-from released import OPTIONS, assert_identical, llama_steps, pair_of
 from small import differing, loss_of, mlp, snapshot, tiny_llama, train, wide
 
 
 @pytest.mark.parametrize(("dtype", "options"), OPTIONS.values(), ids=OPTIONS.keys())
-def test_released_equals_ordinary(dtype, options):
+def test_release_equals_the_ordinary_step(dtype, options):
     model, optimizer, twin, other = pair_of(mlp(dtype), **options)
     schedulers = [CosineAnnealingLR(o, 6) for o in (optimizer, other)]
     for t in range(5):
-        released = train(model, optimizer, range(t, t + 1), schedulers[0])
-        assert released == train(twin, other, range(t, t + 1), schedulers[1])
+        winners = train(model, optimizer, [t], schedulers[0])
+        assert winners == train(twin, other, [t], schedulers[1])
         assert all(p.grad is None for p in model.parameters())
     assert_identical(model, optimizer, twin, other)
     assert optimizer.skipped_steps == 0
@@ -24,12 +24,9 @@ def test_released_equals_ordinary(dtype, options):
 
 def test_eight_bit_moments():
     model, optimizer, twin, other = pair_of(wide(), optim_bits=8, lr=1e-3)
-    for t in range(3):
-        ids = torch.randint(0, 16, (4, 6), generator=torch.Generator().manual_seed(t))
-        for m, o in ((model, optimizer), (twin, other)):
-            o.zero_grad()
-            m(ids).square().mean().backward()
-            o.step()
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 3)
+    assert all(p.grad is None for p in model.parameters())
     assert_identical(model, optimizer, twin, other)
     assert optimizer.state[model[1].weight]["exp_avg"].dtype == torch.uint8
 
@@ -42,49 +39,45 @@ def test_adapters_as_experts(freeze_base):
     assert_identical(model, optimizer, twin, other)
 
 
-def test_a_tied_weight_moves_once():
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_tied_weight_moves_once_and_checkpointing_changes_nothing(reentrant):
     model, optimizer, twin, other = pair_of(tiny_llama(), lr=1e-3)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert llama_steps(model, optimizer) == llama_steps(twin, other)
-    assert_identical(model, optimizer, twin, other)
-    assert optimizer.state[model.lm_head.weight]["step"] == 3
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    model, optimizer, twin, other = pair_of(tiny_llama(), lr=1e-3)
-    for m in (model, twin):
+    for m in (model, twin) if reentrant is not None else ():
         m.gradient_checkpointing_enable({"use_reentrant": reentrant})
         m.enable_input_require_grads()
         m.train()
     assert llama_steps(model, optimizer) == llama_steps(twin, other)
     assert_identical(model, optimizer, twin, other)
+    assert optimizer.state[model.lm_head.weight]["step"] == 3
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model(backend):
     model, optimizer, twin, other = pair_of(mlp(torch.float32))
-    compiled, twin_compiled = torch.compile(model, backend=backend), torch.compile(twin, backend=backend)
-    for t in range(3):
-        for m, o in ((compiled, optimizer), (twin_compiled, other)):
-            loss_of(m, t).backward()
-            o.step()
-            o.zero_grad()
+    for m, o in ((model, optimizer), (twin, other)):
+        train(torch.compile(m, backend=backend), o, 3)
     assert_identical(model, optimizer, twin, other)
 
 
-def test_a_graph_that_is_kept():
+def test_a_kept_graph_and_two_passes_over_different_layers():
     model, optimizer, twin, other = pair_of(mlp())
     for m, o in ((model, optimizer), (twin, other)):
-        for t in range(2):
-            loss_of(m, t).backward(retain_graph=True)
-            o.step()
-            o.zero_grad()
+        loss_of(m, 0).backward(retain_graph=True)
+        o.step()
+        o.zero_grad()
+        hidden = m[3](m[2](m[1](m[0](torch.arange(6)))))
+        m[5](m[4](hidden.detach())).square().mean().backward()
+        hidden.square().mean().backward()
+        o.step()
     assert_identical(model, optimizer, twin, other)
+    before, routing = snapshot(model, optimizer), optimizer.routing
+    optimizer.step()  # without gradients
+    assert not differing(before, snapshot(model, optimizer)) and optimizer.routing is routing
 
 
 def partly(model, t, unused):
-    """A loss that leaves layers of an ``mlp`` out."""
+    """A loss that does not use all layers of an ``mlp``."""
     ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(t))
     x = model[2](nn.functional.linear(model[0](ids), model[1].weight.detach(), model[1].bias))
     if unused == "weight":
@@ -107,18 +100,7 @@ def test_layers_that_get_no_gradient_or_only_a_part_of_it(unused):
     assert optimizer.state[model[4].weight]["step"] == 4
 
 
-def test_gradients_that_come_in_two_passes_over_different_layers():
-    model, optimizer, twin, other = pair_of(mlp())
-    for m, o in ((model, optimizer), (twin, other)):
-        ids = torch.arange(6)
-        hidden = m[3](m[2](m[1](m[0](ids))))
-        m[5](m[4](hidden.detach())).square().mean().backward()
-        hidden.square().mean().backward()
-        o.step()
-    assert_identical(model, optimizer, twin, other)
-
-
-def test_gradients_set_by_hand_are_taken_by_step():
+def test_gradients_set_by_hand_are_used_by_step():
     model, optimizer, twin, other = pair_of(mlp())
     for m, o in ((model, optimizer), (twin, other)):
         train(m, o, 1)
@@ -127,15 +109,6 @@ def test_gradients_set_by_hand_are_taken_by_step():
         o.step()
     assert_identical(model, optimizer, twin, other)
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_step_without_gradients_changes_nothing():
-    model, optimizer, _, _ = pair_of(mlp())
-    train(model, optimizer, 1)
-    before, routing = snapshot(model, optimizer), optimizer.routing
-    optimizer.step()
-    assert not differing(before, snapshot(model, optimizer))
-    assert optimizer.routing is routing
 
 
 def test_torch_autograd_grad_moves_nothing():
@@ -154,22 +127,19 @@ def test_a_group_that_was_added_later():
     optimizer.step()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["merged", "branched"])
 def test_only_one_layers_gradients_are_ever_there(form):
     model = tiny_llama(attention_bias=True)
     if form == "branched":
         model = add_lora_experts(model, ranks=(2, 3), freeze_base=False)
-    layer_of, most = {}, []
+    layer_of, counts = {}, []
 
-    def look(_):  # comes before the optimizer's own hook
+    def count_layers(_):  # comes before the optimizer's own hook
         alive = {layer_of[p] for p in model.parameters() if p.grad is not None}
-        most.append(len(alive))
+        counts.append(len(alive))
 
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(look)
+        p.register_post_accumulate_grad_hook(count_layers)
     optimizer = MoLF(model, **({"ranks": (2,)} if form == "merged" else {}), optimizer_in_backward=True)
     for i, group in enumerate(optimizer.param_groups):
         layer_of |= {p: i if "module" in group else p for p in group["params"]}
@@ -178,4 +148,4 @@ def test_only_one_layers_gradients_are_ever_there(form):
         model(input_ids=ids, labels=ids).loss.backward()
         assert all(p.grad is None for p in model.parameters())
         optimizer.step()
-    assert len(most) == 2 * len(layer_of) and max(most) == 1
+    assert len(counts) == 2 * len(layer_of) and max(counts) == 1

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from backward_steps import OPTIONS, assert_identical, pair_of
 from molf import MoLF
-from released import OPTIONS, assert_identical, pair_of
 from small import loss_of, mlp, train
-
-# --- resuming and copies ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bf16 split", "bf16 stochastic", "float32"])
@@ -29,24 +27,16 @@ def test_interrupted_and_resumed_is_uninterrupted(kind):
     assert_identical(model, optimizer, resumed, other)
 
 
-def test_no_checkpoint_inside_a_step():
+def test_inside_a_step_a_state_is_loaded_but_not_saved():
     model, optimizer, _, _ = pair_of(mlp())
+    state = copy.deepcopy(optimizer.state_dict())
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="between steps: call step"):
         optimizer.state_dict()
     with pytest.raises(RuntimeError, match="only consistent between steps"):
         copy.deepcopy(optimizer)
-    optimizer.step()
-    optimizer.state_dict()
-
-
-def test_loading_ends_the_step_under_way():
-    model, optimizer, _, _ = pair_of(mlp())
-    train(model, optimizer, 1)
-    state = copy.deepcopy(optimizer.state_dict())
-    loss_of(model, 1).backward()
-    optimizer.load_state_dict(state)
-    assert train(model, optimizer, range(1, 3))
+    optimizer.load_state_dict(state)  # ends the step
+    assert optimizer.state_dict() and train(model, optimizer, 2)
 
 
 def test_views_and_assignment():
@@ -81,9 +71,6 @@ def test_copies_go_on_alike(copied):
     assert_identical(model, optimizer, twin, other)
 
 
-# --- whose hooks act --------------------------------------------------------------------------------------------------
-
-
 def test_hooks_keep_nothing_alive_and_go_with_the_optimizer():
     model, optimizer, _, _ = pair_of(mlp())
     train(model, optimizer, 1)
@@ -101,12 +88,12 @@ def test_hooks_keep_nothing_alive_and_go_with_the_optimizer():
     assert model_seen() is None and optimizer.param_groups
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_a_later_optimizer_takes_the_model_over(released):
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_a_later_optimizer_takes_the_model_over(in_backward):
     model, first, twin, _ = pair_of(mlp())
     for m in (model, twin):
         torch.manual_seed(1)
-        second = MoLF(m, ranks=(2, 3), lr=1e-2, optimizer_in_backward=released and m is model)
+        second = MoLF(m, ranks=(2, 3), lr=1e-2, optimizer_in_backward=in_backward and m is model)
         train(m, second, 3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     with pytest.raises(RuntimeError, match="another MoLF was built for this model"):

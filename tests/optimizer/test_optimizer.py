@@ -7,10 +7,8 @@ from molf import MoLF, param_groups
 from molf.scores import EPD
 from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
 
-# --- the decision -----------------------------------------------------------------------------------------------------
 
-
-def test_routing_tells_what_was_decided():
+def test_routing_records_the_decision():
     model, optimizer = routed_mlp(top_k=2)
     train(model, optimizer, 2)
     routing = optimizer.routing
@@ -22,20 +20,17 @@ def test_routing_tells_what_was_decided():
     assert all(len(names) == 2 for names in routing.winners().values())
 
 
-@pytest.mark.parametrize("score", ["epd", "pfn"])
+@pytest.mark.parametrize("score", ["epd", "pfn", AllAlike()], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_zero_gradients_are_a_tie_for_the_earlier_experts(score, top_k):
+def test_ties_go_to_the_earlier_experts(score, top_k):
+    """All gradients are zero, or all scores are equal."""
     model, optimizer = routed_mlp(score=score, top_k=top_k)
-    zero_gradients(model)
-    optimizer.step()
+    if isinstance(score, str):
+        zero_gradients(model)
+        optimizer.step()
+    else:
+        train(model, optimizer, 2)
     assert set(map(tuple, optimizer.routing.winners().values())) == {("fft", "lora_r2")[:top_k]}
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_equal_scores_are_a_tie_for_the_earlier_experts(top_k):
-    model, optimizer = routed_mlp(score=AllAlike(), top_k=top_k)
-    for winners in train(model, optimizer, 3):
-        assert set(map(tuple, winners.values())) == {("fft", "lora_r2")[:top_k]}
 
 
 @pytest.mark.parametrize(("column", "winner"), list(enumerate(["fft", "lora_r2", "lora_r3"])))
@@ -45,7 +40,7 @@ def test_own_score(column, winner):
 
 
 class Inspecting(EPD):
-    """EPD by the slow way, remembering what it was given."""
+    """EPD computed from its terms, recording its arguments."""
 
     name = "inspecting"
 
@@ -67,8 +62,6 @@ def test_a_score_sees_sizes_and_scheduled_rates():
     torch.testing.assert_close(optimizer.routing.scores, other.routing.scores, rtol=1e-10, atol=0)
 
 
-# --- rates ------------------------------------------------------------------------------------------------------------
-
 SCHEDULES = {
     "lambda": lambda o: LambdaLR(o, lambda t: min(1.0, t / 3) * 0.9**t),
     "cosine": lambda o: CosineAnnealingLR(o, 8),
@@ -82,18 +75,6 @@ def test_a_tensor_rate_is_a_rate(schedule):
     twin, other = routed_mlp(lr=torch.tensor(1e-2, dtype=torch.float64))
     assert train(model, optimizer, 8, schedule(optimizer)) == train(twin, other, 8, schedule(other))
     assert isinstance(other.param_groups[0]["lr"], torch.Tensor)
-    assert_same_bits(model, optimizer, twin, other)
-
-
-def test_rates_changed_by_hand_are_a_schedule():
-    model, optimizer = routed_mlp()
-    twin, other = routed_mlp()
-    scheduler = LambdaLR(optimizer, lambda t: 0.8**t)
-    for t in range(6):
-        train(model, optimizer, range(t, t + 1), scheduler)
-        for group in other.param_groups:
-            group["lr"] = 1e-2 * 0.8**t
-        train(twin, other, range(t, t + 1))
     assert_same_bits(model, optimizer, twin, other)
 
 
@@ -120,9 +101,6 @@ def test_loras_rate_follows_the_schedule():
         assert widest == pytest.approx(factor * 2e-2, rel=1e-4)
 
 
-# --- construction -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -133,23 +111,17 @@ def test_loras_rate_follows_the_schedule():
         ({"ranks": (), "top_k": 2}, r"choose between 1 and 1, the number of experts \(fft\)"),
         ({"score": "edp"}, "did you mean 'epd'"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\): give two numbers in \[0, 1\)"),
-        ({"betas": (-0.1, 0.9)}, "betas"),
         ({"betas": (float("nan"), 0.9)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
         ({"betas": 0.9}, r"betas=0\.9: give two numbers"),
-        ({"fused": "yes"}, "fused='yes': use True, False or None"),
+        ({"fused": "yes"}, "fused='yes': use True, False, or None"),
         ({"eps": 0.0}, r"eps=0\.0: must be above 0"),
-        ({"eps": -1e-8}, "eps"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0: must be above 0, or None"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
         ({"bf16_update": "kahan"}, r"bf16_update='kahan': use one of \['split', 'stochastic'\]"),
-        ({"lr": -1.0}, r"lr=-1\.0"),
-        ({"lora_lr": float("nan")}, "lora_lr=nan"),
-        ({"ranks": (2, 2)}, "may occur once"),
+        ({"ranks": (2, 2)}, "may occur only once"),
         ({"ranks": (14,)}, "exceeds the smallest routed layer"),
-        ({"lora_alpha": (1, 2)}, "lora_alpha"),
-        ({"target_modules": ["nothing"]}, "no layer matches"),
     ],
     ids=str,
 )
@@ -165,19 +137,10 @@ def test_unknown_options_and_scores():
         MoLF(mlp(), ranks=(2,), score=1.0)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        lambda m: m.parameters(),
-        lambda m: list(m.parameters()),
-        lambda m: [{"params": list(m.parameters())}],
-        lambda m: [],
-    ],
-    ids=["parameters", "list", "group", "empty"],
-)
+@pytest.mark.parametrize("given", [iter, list, lambda params: [{"params": list(params)}], lambda params: []])
 def test_bare_parameters(given):
     with pytest.raises(TypeError, match=r"pass the model, MoLF\(model, \.\.\.\).*not bare parameters"):
-        MoLF(given(mlp()))
+        MoLF(given(mlp().parameters()))
 
 
 def test_options_of_the_groups_belong_to_param_groups():

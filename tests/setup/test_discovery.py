@@ -46,15 +46,21 @@ def test_notations(target, exclude, expected):
     assert found(nested(), target, exclude) == expected
 
 
-def test_a_last_part_is_a_whole_part():
-    model = nn.ModuleDict({"proj": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)})
-    assert found(model, ["proj"]) == ["proj"]
+def test_which_layers_are_routed():
+    """A name is matched by whole parts; frozen layers are not routed, subclasses of Linear are, a shared layer once."""
+    assert found(nn.ModuleDict({"proj": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)}), ["proj"]) == ["proj"]
+    assert found(nn.MultiheadAttention(4, 2)) == ["out_proj"]
+    layer, model = nn.Linear(3, 3), mlp()
+    assert found(nn.ModuleDict({"a": layer, "b": layer})) == ["a"]
+    model[4].weight.requires_grad_(False)
+    assert found(model) == ["1", "5"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_linear_leaves_out_the_output_embedding(tied):
+def test_all_linear_excludes_the_output_embedding(tied):
     model = tiny_llama(tie_word_embeddings=tied)
     assert not any("lm_head" in name for name in found(model, exclude=()))
+    assert tied or found(model, target=["lm_head"], exclude=()) == ["lm_head"]
 
 
 def test_output_embedding_of_another_name():
@@ -68,20 +74,6 @@ def test_output_embedding_of_another_name():
 
     assert found(Neo()) == ["dense"]
     assert found(Neo(), target=["dense", "embed_out"]) == ["dense", "embed_out"]
-
-
-def test_untied_head_may_be_targeted():
-    assert found(tiny_llama(tie_word_embeddings=False), target=["lm_head"], exclude=()) == ["lm_head"]
-
-
-def test_frozen_layers_are_left_out():
-    model = mlp()
-    model[4].weight.requires_grad_(False)
-    assert found(model) == ["1", "5"]
-
-
-def test_subclasses_of_linear_are_routed():
-    assert found(nn.MultiheadAttention(4, 2)) == ["out_proj"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +97,7 @@ def test_one_compiled_layer():
     assert found(model, target=["layers.0.q_proj"]) == ["layers.0.q_proj"]
 
 
-def test_compiled_model_still_knows_its_output_embedding():
+def test_a_compiled_model_still_knows_its_output_embedding():
     model = torch.compile(tiny_llama(tie_word_embeddings=False), backend="eager")
     assert found(model, exclude=()) == found(tiny_llama())
 
@@ -145,31 +137,16 @@ def test_other_kinds_of_layers(layer):
         found(nn.ModuleDict({"layer": layer}))
 
 
-def test_conv1d_layers_are_sent_to_adapters():
+def test_for_conv1d_layers_adapters_are_advised():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes))
-    with pytest.raises(
-        ValueError, match=r"layers c_attn, c_fc, c_proj .* are Conv1D.*add_lora_experts\(model, freeze_base=False"
-    ):
+    words = r"layers c_attn, c_fc, c_proj .* are Conv1D.*add_lora_experts\(model, freeze_base=False"
+    with pytest.raises(ValueError, match=words):
         found(model, exclude=("lm_head",))
-    assert MoLF(add_lora_experts(model, ranks=(2,), freeze_base=False)).param_groups[-1]["experts"] == (
-        "fft",
-        "lora_r2",
-    )
-
-
-def test_a_model_of_nothing():
-    with pytest.raises(ValueError, match="weights are none"):
-        found(nn.Sequential(nn.ReLU()))
-
-
-def test_frozen_base():
-    with pytest.raises(
-        ValueError, match=r"the weights of all 3 matching layers are frozen \(1, \.\.\.\).*add_lora_experts"
-    ):
-        found(mlp().requires_grad_(False))
+    optimizer = MoLF(add_lora_experts(model, ranks=(2,), freeze_base=False))
+    assert optimizer.param_groups[-1]["experts"] == ("fft", "lora_r2")
 
 
 def test_tied_head():
@@ -177,38 +154,43 @@ def test_tied_head():
         found(tiny_llama(), target=["lm_head"], exclude=())
 
 
-def test_two_layers_with_one_weight():
+def two_layers_with_one_weight():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
-    with pytest.raises(ValueError, match=r"the weight of a is shared \(a\.weight = b\.weight\)"):
-        found(model)
+    return model
 
 
-def test_one_layer_under_two_names_is_one_layer():
-    layer = nn.Linear(3, 3)
-    assert found(nn.ModuleDict({"a": layer, "b": layer})) == ["a"]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
-def test_quantised_weight(dtype):
+def layer_with(weight):
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
-    model["q_proj"].weight = nn.Parameter(torch.zeros(8, 1, dtype=dtype), requires_grad=False)
-    with pytest.raises(ValueError, match=rf"q_proj is {dtype}, not floating point.*quantised"):
-        found(model)
+    model["q_proj"].weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    return model
 
 
-def test_weight_that_is_no_matrix():
-    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
-    model["q_proj"].weight = nn.Parameter(torch.zeros(2, 2, 4))
-    with pytest.raises(ValueError, match=r"q_proj has shape \[2, 2, 4\]"):
-        found(model)
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: nn.Sequential(nn.ReLU()), "weights are none"),
+        (lambda: mlp().requires_grad_(False), r"weights of all 3 matching layers are frozen \(1, .*add_lora_experts"),
+        (two_layers_with_one_weight, r"the weight of a is shared \(a\.weight = b\.weight\)"),
+        (
+            lambda: layer_with(torch.zeros(8, 1, dtype=torch.uint8)),
+            "q_proj is torch.uint8, not floating point.*quantised",
+        ),
+        (
+            lambda: layer_with(torch.zeros(8, 1, dtype=torch.int8)),
+            "q_proj is torch.int8, not floating point.*quantised",
+        ),
+        (lambda: layer_with(torch.zeros(2, 2, 4)), r"q_proj has shape \[2, 2, 4\]"),
+    ],
+    ids=["no layer", "frozen", "shared weight", "uint8", "int8", "no matrix"],
+)
+def test_models_that_cannot_be_routed(build, words):
+    with pytest.raises(ValueError, match=words):
+        found(build())
 
 
-@pytest.mark.parametrize("ranks", [(), (1,), (2, 6)])
-def test_ranks_up_to_the_larger_side(ranks):
-    check_rank("layer", nn.Linear(6, 2), ranks)
-
-
-def test_rank_above_both_sides():
+def test_ranks_up_to_the_larger_side():
+    for ranks in ((), (1,), (2, 6)):
+        check_rank("layer", nn.Linear(6, 2), ranks)
     with pytest.raises(ValueError, match=r"ranks=\(2, 7\).*layer \[2, 6\]; use r <= 6 or exclude"):
         check_rank("layer", nn.Linear(6, 2), (2, 7))

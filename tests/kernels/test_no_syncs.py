@@ -1,4 +1,4 @@
-"""A fused step never asks the device for a value. On a GPU it is captured in a CUDA graph, too."""
+"""A fused step never syncs. On a GPU it is also captured in a CUDA graph."""
 
 import copy
 import weakref
@@ -6,33 +6,33 @@ import weakref
 import pytest
 import torch
 
-from asking import NoQuestions, NoScalars
+from dispatch_modes import NoScalarReads, NoSyncs
+from fused import DEVICE, quantizable
 from molf import MoLF
 from molf.kernels.tables import Tables
-from ranks import adapted
-from small import differing, loss_of, mlp, snapshot, train, wide
+from sharding import adapted
+from small import differing, loss_of, mlp, snapshot, train
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
-def nobody_waits():
+def no_syncs():
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         yield
         torch.cuda.set_sync_debug_mode("default")
     else:
-        with NoQuestions(), NoScalars():
+        with NoSyncs(), NoScalarReads():
             yield
 
 
-def test_questions_are_noticed():
+def test_syncs_are_noticed():
     x = torch.ones(2, 2)
-    for ask in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: float(x[0, 0]), x.tolist, x.cpu):
-        with pytest.raises(AssertionError), NoQuestions():
-            ask()
-    with pytest.raises(AssertionError), NoScalars():
+    for sync in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: float(x[0, 0]), x.tolist, x.cpu):
+        with pytest.raises(AssertionError), NoSyncs():
+            sync()
+    with pytest.raises(AssertionError), NoScalarReads():
         torch.full((2,), x[0, 0])
 
 
@@ -58,10 +58,8 @@ kinds = pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS.
 
 
 def warmed_up(dtype, options, model=None):
-    """A model and an optimizer that have taken two steps."""
-    if model is None:
-        model = wide(dtype) if "optim_bits" in options else mlp(dtype)
-    model.to(DEVICE)
+    """A model and an optimizer after two steps."""
+    model = (model or (quantizable(dtype) if "optim_bits" in options else mlp(dtype))).to(DEVICE)
     if options.get("lr") == "tensor":
         options = {**options, "lr": torch.tensor(1e-2, device=DEVICE)}
     torch.manual_seed(1)
@@ -73,58 +71,59 @@ def warmed_up(dtype, options, model=None):
 
 
 @kinds
-def test_a_step_asks_nothing_and_copies_no_table_where_gradients_stay_in_place(dtype, options, monkeypatch, request):
+def test_a_step_neither_syncs_nor_copies_a_table_if_gradients_stay_in_place(dtype, options, monkeypatch, request):
     model, optimizer = warmed_up(dtype, options)
-    made, rooms, changed = Tables.made, {}, set()
+    made, buffers, changed = Tables.made, {}, set()
 
     def watched(tables, name, key, make):
-        rooms[tables.buffer.data_ptr()] = tables.buffer  # kept, so that the next step gets other memory
+        buffers[tables.buffer.data_ptr()] = tables.buffer  # kept, so that the next step gets other memory
         if tables._kept[name][0] != key:
             changed.add(name)
         return made(tables, name, key, make)
 
     monkeypatch.setattr(Tables, "made", watched)
-    request.getfixturevalue("nobody_waits")
+    request.getfixturevalue("no_syncs")
     for t in (2, 3):
         static_gradients(model, t)
         optimizer.step()
-    assert not changed and len(rooms) == (1 if options.get("ranks") == () else 2)
+    assert not changed and len(buffers) == (1 if options.get("ranks") == () else 2)
 
 
-def test_the_gradients_of_pairs_are_gone_after_a_step(monkeypatch):
-    made, rooms = Tables.made, []
+def test_the_gradients_of_pairs_are_freed_after_a_step(monkeypatch):
+    made, buffers = Tables.made, []
 
     def watched(tables, *args):
-        rooms.append(weakref.ref(tables.buffer))  # alive as long as a view of it is
+        buffers.append(weakref.ref(tables.buffer))  # alive as long as a view of it is
         return made(tables, *args)
 
     monkeypatch.setattr(Tables, "made", watched)
     _, optimizer = warmed_up(torch.float32, {})
-    rooms = [room for room in rooms if room() is not optimizer._fused_steps[0]._tables.buffer]
-    assert rooms and all(room() is None for room in rooms) and not optimizer._fused_steps[0]._tables.buffer.numel()
+    last = optimizer._fused_steps[0]._tables.buffer
+    buffers = [buffer for buffer in buffers if buffer() is not last]
+    assert buffers and all(buffer() is None for buffer in buffers) and not last.numel()
 
 
-def test_a_step_of_adapters_asks_nothing(request):
-    model, optimizer = warmed_up(torch.float32, {"ranks": None}, adapted(freeze=False, dtype=torch.float32))
-    request.getfixturevalue("nobody_waits")
+def test_adapters_do_not_sync(request):
+    _, optimizer = warmed_up(torch.float32, {"ranks": None}, adapted(freeze=False, dtype=torch.float32))
+    request.getfixturevalue("no_syncs")
     optimizer.step()
 
 
-def test_rates_of_zero_and_a_loss_scale_ask_nothing(request):
+def test_rates_of_zero_and_a_loss_scale_do_not_sync(request):
     model, optimizer = warmed_up(torch.float32, {})
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    request.getfixturevalue("nobody_waits")
+    request.getfixturevalue("no_syncs")
     optimizer.step()
 
 
-def test_released_layers_ask_nothing(request):
+def test_gradient_release_does_not_sync(request):
     model = mlp(torch.float32).to(DEVICE)
     optimizer = MoLF(model, ranks=(2,), fused=True, optimizer_in_backward=True)
     train(model, optimizer, 2)
     loss = loss_of(model, 2)
-    request.getfixturevalue("nobody_waits")
+    request.getfixturevalue("no_syncs")
     loss.backward()
     optimizer.step()
 
@@ -132,7 +131,7 @@ def test_released_layers_ask_nothing(request):
 def test_a_rate_on_the_device_is_the_rate():
     model, optimizer = warmed_up(torch.float32, {"lr": "tensor", "lora_lr": 2e-2})
     twin, other = warmed_up(torch.float32, {"lora_lr": 2e-2})
-    for t in range(2, 5):
+    for t in range(2, 4):
         for group, twins in zip(optimizer.param_groups, other.param_groups, strict=True):
             group["lr"].fill_(1e-2 / t)
             twins["lr"] = float(group["lr"])

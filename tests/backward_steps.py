@@ -1,4 +1,4 @@
-"""Models whose optimizers release gradients, beside copies whose optimizers do not."""
+"""Models whose optimizers step in backward, and copies whose optimizers do not."""
 
 import copy
 
@@ -19,12 +19,12 @@ OPTIONS = {
 
 
 def pair_of(model, **options):
-    """A model whose optimizer releases gradients, and a copy whose optimizer does not."""
+    """Return a model whose optimizer steps in backward, and a copy whose optimizer does not."""
     twin, made = copy.deepcopy(model), []
     options = {"ranks": (2, 3), "lr": 1e-2, "lora_lr": 2e-2, **options}
-    for m, released in ((model, True), (twin, False)):
+    for m, in_backward in ((model, True), (twin, False)):
         torch.manual_seed(1)
-        made.append(MoLF(m, optimizer_in_backward=released, **options))
+        made.append(MoLF(m, optimizer_in_backward=in_backward, **options))
     return model, made[0], twin, made[1]
 
 
@@ -33,7 +33,7 @@ def assert_identical(model, optimizer, twin, other):
     assert optimizer.routing.modules == other.routing.modules
     assert torch.equal(optimizer.routing.scores, other.routing.scores)
     assert torch.equal(optimizer.routing.chosen, other.routing.chosen)
-    # The norm is put together in another order.
+    # The norm is summed in another order.
     torch.testing.assert_close(optimizer.grad_norm.double(), other.grad_norm.double(), rtol=1e-12, atol=0)
 
 
