@@ -184,11 +184,7 @@ def test_gradients_that_are_not_finite(changes, settings, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("first", "again"),
-    [
-        ({}, {"resume_from_checkpoint": True}),
-        ({"save_strategy": "no"}, {"overwrite": True}),
-        ({"only_eval": True}, {}),
-    ],
+    [({}, {"resume_from_checkpoint": True}), ({"save_strategy": "no"}, {"overwrite": True}), ({"only_eval": True}, {})],
     ids=["resumed", "started anew", "evaluation"],
 )
 def test_killed_between_its_row_and_its_result_a_run_has_one_row(first, again, settings, tmp_path, monkeypatch):
