@@ -67,9 +67,6 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
     """Split a command line into names and values.
 
     A flag without a value gives True, with one value a string, with several a list of strings.
-
-    Raises:
-        UsageError: There is a word before the first flag.
     """
     found: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -84,12 +81,7 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file: one flat mapping of setting to value.
-
-    Raises:
-        UsageError: The file is not such a mapping.
-        MolfError: There is no such file.
-    """
+    """Read a configuration file: one flat mapping of setting to value."""
     if not isinstance(path, str | Path):
         raise UsageError(f"--{CONFIG_FLAG} takes one file at a time, got {path!r}")
     if not Path(path).is_file():

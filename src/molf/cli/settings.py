@@ -36,9 +36,6 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
             value counts.
         known: The names of all fields.
         where: Where the settings come from, for error messages.
-
-    Raises:
-        UsageError: A name is unknown, or a field has different values under two names.
     """
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}

@@ -35,9 +35,6 @@ def resolve_fsdp(config: Any) -> None:
 
     By default every rank saves its own shards, and FSDP recomputes the activations.
 
-    Args:
-        config: The trainer's settings.
-
     Raises:
         MolfError: ``fsdp_config`` is not a JSON object, or has a key that the Trainer does not read.
     """

@@ -82,9 +82,6 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
 def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """Build the trainer's settings.
 
-    Args:
-        settings: Values by field name.
-
     Raises:
         MolfError: A name is not a field of ``TrainConfig``, ``fsdp_config`` is not usable, a tracker of ``report_to`` is unknown
             or not installed, or DeepSpeed is asked for.

@@ -47,11 +47,7 @@ class Comparison:
 
     @property
     def task(self) -> str:
-        """The task's name.
-
-        Raises:
-            MolfError: The candidates have different tasks.
-        """
+        """The task's name."""
         (name, *others) = {config.task.task for own in self.candidates.values() for config in own.values()}
         if others:
             raise MolfError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
@@ -116,11 +112,6 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
     Each method's settings are chosen by the metric on rows that are never evaluated on otherwise
     (``molf.study.run.selection``); a tie goes to the earlier candidate. Then the chosen settings run on the task's own rows, once
     per seed. Runs that failed in an earlier call are tried again.
-
-    Args:
-        comparison: What to compare.
-        engine: Where to run it.
-        log: Called with a line of progress.
 
     Raises:
         MolfError: A folder holds a run with other settings.

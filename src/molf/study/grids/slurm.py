@@ -97,9 +97,6 @@ class SlurmEngine:
         """Submit the runs that are not in the queue yet, and yield each one when it has left the queue.
 
         Interrupting this leaves the jobs alone; the next call finds them in the queue.
-
-        Raises:
-            MolfError: There is no SLURM here, it refuses the jobs, or a job would not have one GPU per process.
         """
         self._check_gpus(specs)
         for program in ("sbatch", "squeue", "srun", "scontrol"):
@@ -185,11 +182,7 @@ def queued_jobs() -> dict[str, str] | None:
 
 
 def largest_array() -> int:
-    """Return how many jobs an array may have on this cluster.
-
-    Raises:
-        MolfError: SLURM does not say.
-    """
+    """Return how many jobs an array may have on this cluster."""
     answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     if (found := re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)) is None:
         raise MolfError(f"scontrol does not say how large an array may be; try again ({answer.stderr.strip()})")

@@ -42,11 +42,7 @@ def metrics_table(result: Result) -> Table:
 
 
 def runs_table(results: Mapping[str, Result]) -> Table:
-    """Return one row per run: its main metric, the share of updates that full fine-tuning won, speed, memory, time.
-
-    Args:
-        results: Results by the label to show.
-    """
+    """Return one row per run: its main metric, the share of updates that full fine-tuning won, speed, memory, time."""
     table = Table(title="runs", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=12)
     for column in ("method", "task", "metric"):
@@ -78,9 +74,6 @@ def _number(value: float | None, style: str) -> str:
 def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
     """Arrange the share of steps that full fine-tuning won by layer depth and projection.
 
-    Args:
-        by_module: Shares of wins per layer name and expert, as in ``RoutingSummary``.
-
     Returns:
         Shares [depth, kind], NaN if a depth has no such layer; the labels of depths; the kinds.
     """
@@ -101,11 +94,6 @@ def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
 
     The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
     layers that each expert won, by step.
-
-    Args:
-        summary: The routing of a run.
-        path: The PNG file to write.
-        title: Heading of the picture.
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)

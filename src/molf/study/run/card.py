@@ -35,12 +35,7 @@ LIBRARY_LABELS = {"transformers": "a plain `transformers` checkpoint", "peft": "
 
 
 def model_card(result: Result, library: Literal["transformers", "peft"] = "transformers") -> str:
-    """Write the model card of a trained model, in Markdown with a YAML header.
-
-    Args:
-        result: The run that trained the model.
-        library: The library that loads the model.
-    """
+    """Write the model card of a trained model, in Markdown with a YAML header."""
     config = result.config
     base = hub_id(config)
     data = ModelCardData(

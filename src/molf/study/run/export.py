@@ -75,11 +75,7 @@ def export_run(
 
 
 def adapter_folders(run: Path) -> dict[str, Path]:
-    """Return the folder of each adapter of a run, by the adapter's name.
-
-    Raises:
-        MolfError: There is none.
-    """
+    """Return the folder of each adapter of a run, by the adapter's name."""
     root = run / ADAPTERS_FOLDER
     found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_CONFIG}"))}
     if not found:
@@ -94,12 +90,7 @@ def adapter_folders(run: Path) -> dict[str, Path]:
 
 
 def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
-    """Load a base model in float32 with all of its adapters active, and its tokenizer.
-
-    Args:
-        folders: Folder of each adapter, by name.
-        base: Name of the base model.
-    """
+    """Load a base model in float32 with all of its adapters active, and its tokenizer."""
     (first, folder), *others = folders.items()
     model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=base))
     wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=first)

@@ -33,15 +33,7 @@ from molf.tasks.few_shot import with_examples
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on.
-
-    Attributes:
-        config: The resolved settings.
-        model: The loaded model.
-        tokenizer: Its tokenizer.
-        task: The benchmark.
-        split: Its rows.
-    """
+    """What a run works on."""
 
     config: RunConfig
     model: Any
@@ -66,11 +58,7 @@ class Job:
 
 
 def load_job(config: RunConfig) -> Job:
-    """Load what a run works on.
-
-    Raises:
-        MolfError: The task, its data or the model cannot be loaded, or the processes and devices do not fit the run.
-    """
+    """Load what a run works on."""
     if not config.output.only_eval:
         check_processes(build_train_config(config.train))
     locate(config.model.model_name_or_path)  # fails before any data is fetched
@@ -119,9 +107,6 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         recipe: The method.
         stop: Stop the training when this says so.
         **settings: Trainer settings that override all others.
-
-    Raises:
-        MolfError: A setting cannot be used, there is nothing to train, or the model cannot be sharded as asked.
     """
     examples = job.examples
     if not examples:

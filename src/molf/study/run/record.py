@@ -37,14 +37,7 @@ class Start:
 
 
 def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained | None = None) -> Result:
-    """Put the result of a run together.
-
-    Args:
-        job: What the run worked on.
-        start: Its start.
-        evaluation: The evaluation of its model.
-        trained: Its training; None for a run that only evaluates.
-    """
+    """Put the result of a run together."""
     log = job.config.output_dir / ROUTING_FILE
     routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
     return Result(

@@ -48,16 +48,8 @@ def tokenize_training_data(
 ) -> tuple[Dataset, CutTargets]:
     """Tokenise training examples on rank 0 and send them to the others.
 
-    Args:
-        tokenizer: The tokenizer.
-        examples: Examples of one form: prompt and completion, messages, or text.
-        args: The trainer's settings.
-
     Returns:
         Rows with ``input_ids`` and ``labels``, not cut yet, and what the trainer will cut.
-
-    Raises:
-        MolfError: An example has no target even in full, or the chat template does not fit.
     """
 
     def tokenize() -> tuple[Dataset, CutTargets]:
