@@ -79,6 +79,5 @@ def export(argv: Sequence[str]) -> None:
 
     from molf.study.run.export import export_run
 
-    exported = export_run(given.run, given.to, given.output_dir, given.dtype)
-    for note in [*exported.notes, f"written to {exported.folder}"]:
+    for note in export_run(given.run, given.to, given.output_dir, given.dtype):
         console().print(note)

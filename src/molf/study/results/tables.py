@@ -2,11 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -118,14 +119,10 @@ def _draw_grid(figure: Figure, axes: Any, summary: RoutingSummary) -> None:
 def _draw_steps(axes: Any, summary: RoutingSummary) -> None:
     window = max(1, len(summary.steps) // 20)
     for expert, series in summary.by_step.items():
-        (line,) = axes.plot(summary.steps, smoothed(series, window), linewidth=2, label=expert)
+        smooth = pd.Series(series).rolling(window, min_periods=1).mean()
+        (line,) = axes.plot(summary.steps, smooth, linewidth=2, label=expert)
         if window > 1:
             axes.plot(summary.steps, series, color=line.get_color(), alpha=0.25, linewidth=0.8)
     axes.set(title="Share of layers won, by step", xlabel="step", ylabel="share of layers", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(title="expert" if window == 1 else f"expert (mean of {window} steps)")
-
-
-def smoothed(series: Sequence[float], window: int) -> list[float]:
-    """Return the moving average over each value and up to ``window - 1`` values before it."""
-    return [float(np.mean(series[max(0, end - window) : end])) for end in range(1, len(series) + 1)]

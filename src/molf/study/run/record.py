@@ -25,12 +25,7 @@ from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_
 
 @dataclass(frozen=True)
 class Start:
-    """What must be read at the start of a run.
-
-    Attributes:
-        time: The time.
-        commit: The commit of the source, which may change while the run goes on.
-    """
+    """The time and the commit of the source at the start of a run; the source may change while it goes on."""
 
     time: float = field(default_factory=time.perf_counter)
     commit: str | None = field(default_factory=lambda: source_commit())
