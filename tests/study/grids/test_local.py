@@ -29,7 +29,7 @@ def test_models_may_be_kept(tmp_path):
     assert (spec.folder / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_runs_save_when_what_started_them_is_stopped_or_killed(number, tmp_path):
     code = (
         "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.local import LocalEngine\n"
