@@ -103,7 +103,7 @@ def test_methods_that_are_neither_list_nor_mapping(tmp_path):
     assert list(parse(f"--config {path}").candidates) == ["fft", "lora"]
 
 
-def test_the_command(model_folder, capsys):
+def test_the_command(model_folder, in_process, capsys):
     line = f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out"
     assert main(shlex.split(line)) == 0
     shown = capsys.readouterr().out
