@@ -26,10 +26,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from transformers import TrainerCallback
 
 from molf.cli import main
-from molf.study.config.run_config import RunConfig
 from molf.study.faults.preemption import Preempted
 from molf.study.run.job import make_trainer
-from molf.study.run.train import run
+from small_runs import carry_out
 
 STEPS = 4
 
@@ -100,7 +99,7 @@ def whole(rank, store, settings):
     """A run from its start to its end, after which the ranks have no group any more."""
     with shard_on_cpus():
         join(rank, store)
-        run(RunConfig.from_dict(settings))
+        carry_out(settings)
     assert not torch.distributed.is_initialized()
 
 

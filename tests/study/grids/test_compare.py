@@ -46,7 +46,7 @@ class Pretended:
             if self.failing(spec):
                 spec.beside(FAILED).write_text('{"status": 3}')
             elif not self.killed(spec):
-                spec.folder.mkdir()
+                spec.folder.mkdir(exist_ok=True)
                 metric = Metric(100 * spec.config.train["learning_rate"] + spec.config.train["seed"], 4)
                 config = spec.config.to_dict()
                 write_result(spec.folder, small_result(config=config, metrics={"efficacy_score": metric}))
