@@ -179,7 +179,7 @@ def test_other_processes_of_a_distributed_run_print_nothing(tmp_path, monkeypatc
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "demo", "compare", "sweep"])
 def test_help_of_a_command(command, capsys):
     assert call(f"{command} --help") == 0
     assert capsys.readouterr().out.startswith(f"usage: molf {command} ")

@@ -94,15 +94,6 @@ def test_mistakes(line, message):
         parse(line)
 
 
-def test_methods_that_are_neither_list_nor_mapping(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("methods: fft")
-    with pytest.raises(UsageError, match="methods must be a list"):
-        parse(f"--config {path}")
-    path.write_text("methods: [fft, lora]")
-    assert list(parse(f"--config {path}").candidates) == ["fft", "lora"]
-
-
 def test_the_command(model_folder, in_process, capsys):
     line = f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out"
     assert main(shlex.split(line)) == 0
@@ -145,8 +136,3 @@ def test_a_comparison_that_is_stopped_stops_its_run_and_resumes(model_folder):
     assert main(shlex.split(line)) == 0
     assert "stopped by SIGTERM after step" in Path(f"out/{name}.log").read_text()
     assert read_result(Path("out") / name).training.steps == 60
-
-
-def test_help(capsys):
-    assert main(["compare", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: molf compare ")

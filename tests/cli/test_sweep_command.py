@@ -181,8 +181,3 @@ def test_runs_on_two_processes_go_on_when_killed_and_equal_one_process(model_fol
     for name, tensor in one.items():
         # As in one step, but twenty times.
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=20 * TOLERANCE[torch.float32])
-
-
-def test_help(capsys):
-    assert main(["sweep", "--help"]) == 0
-    assert "--engine local|slurm" in capsys.readouterr().out

@@ -5,25 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerControl
 
 from forked import on_two_ranks
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import Preempted, StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.results.routing import ROUTING_FILE
-from small_runs import carry_out, weights
-
-
-class SignalAt(TrainerCallback):
-    """Sends this process a signal in the middle of a step."""
-
-    def __init__(self, step, number):
-        self.step, self.number = step, number
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
+from small_runs import SignalAt, carry_out, weights
 
 
 @pytest.mark.parametrize(("number", "strategy"), [(signal.SIGTERM, "epoch"), (signal.SIGUSR1, "no")])

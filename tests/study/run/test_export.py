@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.study.config.run_config import RunConfig
-from molf.study.results.result import Result, Training, write_result
+from molf.study.results.result import write_result
 from molf.study.run.export import adapter_folders, export_run, load_experts
-from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 @pytest.fixture
@@ -28,11 +29,9 @@ def run(saved_model, tmp_path):
 
 def finish(run, saved_model, trainable=0):
     """Write the run's result."""
-    training = Training(6, 1.0, 2.5, 800, 801.0, 1000, trainable, 64)
     config = RunConfig.from_dict({"model_name_or_path": saved_model, "output_dir": str(run)}).resolved()
-    metrics = {"score": Metric(50.0, 12)}
-    fields = (config.to_dict(), "score", metrics, None, "the sample", "CPU", {"molf": "0.1.0"}, None, 90.0, 2**30)
-    write_result(run, Result(*fields, training=training))
+    training = replace(small_result().training, trainable_parameters=trainable)
+    write_result(run, small_result(config=config.to_dict(), training=training, metrics_before=None))
 
 
 def logits(model):
@@ -63,7 +62,11 @@ def test_the_cards(run, saved_model, tmp_path):
     finish(run, saved_model)
     export_run(run, "peft", tmp_path / "b")
     card = (tmp_path / "b/README.md").read_text()
-    assert "library_name: peft" in card and "| score |  | 50.00 | 12 |" in card and "rank 8 and scale 1" in card
+    assert (
+        "library_name: peft" in card
+        and "| score |  | 50.00 (40.00, 60.50) | 12 |" in card
+        and "rank 8 and scale 1" in card
+    )
     half = export_run(run, "merged", tmp_path / "c", "bfloat16")
     assert "cast to bfloat16" in half[0] and "by more than 0." in half[0] and "than 0.\n" not in half[0]
     card = (tmp_path / "c/README.md").read_text()
