@@ -29,17 +29,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between two looks at the que
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What each job asks for; the cluster's default if None.
+    """What each job asks for, by the names of ``sbatch`` or submitit; the cluster's default if None.
 
     Attributes:
-        partition: Partition.
         time: Time limit in minutes. A run that reaches it is saved and requeued, and resumes.
-        gpus_per_node: Number of GPUs.
-        cpus_per_task: Number of CPUs.
-        mem_gb: Memory in GB.
-        account: Account to charge.
-        qos: Quality of service.
-        constraint: Features that a node must have.
         array_parallelism: How many jobs of an array may run at a time.
         signal_delay_s: How many seconds before the time limit a run is told to save.
         setup: Shell commands to run first, such as ``module load cuda``.
