@@ -123,10 +123,11 @@ class SlurmEngine:
         executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=_MAX_TIMEOUTS)
         executor.update_parameters(job_name=f"molf-{self.folder.parent.name}", **self.settings.parameters())
         grace = max(1.0, self.settings.signal_delay_s * 0.8)
-        attempts = [
-            Attempt(spec, self.keep_models, grace=grace, requeue_signal=_SIGNAL, environment=self._environment(spec))
-            for spec in specs
-        ]
+        cpus = None if "OMP_NUM_THREADS" in os.environ else self.settings.cpus_per_task
+        attempts = []
+        for spec in specs:
+            threads = {} if cpus is None else {"OMP_NUM_THREADS": str(max(1, cpus // spec.processes))}
+            attempts.append(Attempt(spec, self.keep_models, grace, _SIGNAL, threads))
         try:
             with environment_variables(SUBMITIT_PREEMPT_SIGNAL=_SIGNAL.name.removeprefix("SIG")), executor.batch():
                 jobs = [executor.submit(attempt) for attempt in attempts]
@@ -136,12 +137,6 @@ class SlurmEngine:
             with atomic_write(spec.beside(JOB)) as partial:
                 partial.write_text(json.dumps({"job": job.job_id}) + "\n", encoding="utf-8")
         self.log(f"submitted {len(specs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
-
-    def _environment(self, spec: RunSpec) -> dict[str, str]:
-        cpus = self.settings.cpus_per_task
-        if cpus is None or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, cpus // spec.processes))}
 
     def _ended(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
         waiting, missed, pause, shown = list(specs), Counter[str](), _FIRST_PAUSE, ""
