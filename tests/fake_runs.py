@@ -11,6 +11,7 @@ from pathlib import Path
 
 from molf.study.config.run_config import RunConfig
 from molf.study.grids.spec import RunSpec
+from molf.study.results.gather import append_csv
 
 RESULT = {
     "config": {},
@@ -93,6 +94,12 @@ def until(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline, f"still not true after {seconds} s"
         time.sleep(0.05)
+
+
+def write_rows(path, name, rows):
+    """Add rows to a CSV file that other processes write too."""
+    for number in range(rows):
+        append_csv(path, {"row": f"{name}-{number}", f"column {name % 4}": "x" * 50})
 
 
 HOLDER = """

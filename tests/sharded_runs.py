@@ -23,13 +23,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint import FileSystemWriter
-from transformers import TrainerCallback
 
 from molf.cli import main
-from molf.study.config.run_config import RunConfig
 from molf.study.faults.preemption import Preempted
 from molf.study.run.job import make_trainer
-from molf.study.run.train import run
+from small_runs import NoStep, SignalAt, carry_out
 
 STEPS = 4
 
@@ -100,7 +98,7 @@ def whole(rank, store, settings):
     """A run from its start to its end, after which the ranks have no group any more."""
     with shard_on_cpus():
         join(rank, store)
-        run(RunConfig.from_dict(settings))
+        carry_out(settings)
     assert not torch.distributed.is_initialized()
 
 
@@ -117,22 +115,6 @@ def half(rank, store, settings, finished, damage=False):
         else:
             shutil.rmtree(last)
     whole(rank, store, settings | {"resume_from_checkpoint": True})
-
-
-class SignalAt(TrainerCallback):
-    """Sends this process SIGTERM in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class NoStep(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        raise AssertionError("nothing was to be trained again")
 
 
 @contextmanager

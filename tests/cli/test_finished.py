@@ -36,11 +36,6 @@ def test_unreadable_results_are_named_counted_and_an_error_on_request(tmp_path, 
     assert main(["results", str(tmp_path / "torn")]) == 1
 
 
-def test_no_results(tmp_path, capsys):
-    assert main(["results", str(tmp_path)]) == 1
-    assert "there is no result.json" in capsys.readouterr().err
-
-
 def call(line):
     return main(shlex.split(line))
 

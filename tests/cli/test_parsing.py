@@ -52,10 +52,7 @@ def test_the_other_published_flags():
 def test_lists_as_people_write_them(written):
     assert parse(f"--molf_lora_ranks {written}").method.ranks == [32, 128]
     assert parse("--target_modules [q_proj,v_proj]").method.target_modules == ["q_proj", "v_proj"]
-
-
-def test_an_empty_list():
-    assert parse("--ranks []").method.ranks == []
+    assert parse("--ranks []").method.ranks == [] and parse("") == RunConfig()
 
 
 def test_molf_efficient_by_its_published_flags():
@@ -107,10 +104,6 @@ def test_a_written_configuration_is_read_back(tmp_path):
     config = parse(PUBLISHED + " --limit 3 --bf16 False").resolved()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert parse(f"--config {tmp_path / 'config.yaml'}") == config
-
-
-def test_nothing_given():
-    assert parse("") == RunConfig()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from molf.cli import main
 from molf.cli.sweep import parse_sweep
 from molf.errors import MolfError, UsageError
 from molf.integrations.checkpoint_folder import checkpoints
-from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
 from molf.study.grids.local import LocalEngine
@@ -130,8 +129,8 @@ def test_a_dry_run_lists_and_starts_nothing(model_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
-    line = f"sweep --model_name_or_path {model_folder} /no/such/model {SMALL} --method fft --jobs 2 --output_root out"
+def test_real_runs_one_of_which_fails(model_folder, in_process, tmp_path, capsys):
+    line = f"sweep --model_name_or_path {model_folder} /no/such/model {SMALL} --method fft --output_root out"
     assert main(shlex.split(line)) == 1
     captured = capsys.readouterr()
     assert "out/fft-model failed with status 1" in captured.out
@@ -144,29 +143,22 @@ def test_real_runs_one_of_which_fails(model_folder, tmp_path, capsys):
     assert (tmp_path / "out" / "fft-tiny.log").stat().st_mtime_ns == started
 
 
-def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, monkeypatch):
+def test_runs_on_two_processes_go_on_when_killed_and_equal_one_process(model_folder, monkeypatch):
     settings = (
-        f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 20 "
+        f"--model_name_or_path {model_folder} {SMALL} --method molf --ranks 4 --per_device_batch_size 1 --max_steps 10 "
         "--learning_rate 1e-2 --adam_epsilon 1e-3 --save_strategy steps --save_steps 1 --save_total_limit 2"
     )
     line = f"{settings} --nproc_per_node 2 --keep_models --output_root out"
     _, (spec,) = parse_sweep(shlex.split(line))
     spec.write_settings()
 
-    def interrupted(interrupt):
-        """Attempt the run and interrupt it when it has left another checkpoint; return its status."""
-        before = checkpoints(spec.folder)
-        attempt = Attempt(spec, keep_model=True)
-        with ThreadPoolExecutor() as pool:
-            status = pool.submit(attempt)
-            while not status.done() and checkpoints(spec.folder) == before:
-                time.sleep(0.02)
-            interrupt(attempt)
-        assert spec.state == "interrupted", spec.log_file.read_text()
-        return status.result()
-
-    assert interrupted(Attempt.stop) == PREEMPTED
-    assert interrupted(lambda attempt: attempt._process.kill()) == -signal.SIGKILL
+    attempt = Attempt(spec, keep_model=True)
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(attempt)
+        while not status.done() and not checkpoints(spec.folder):
+            time.sleep(0.02)
+        attempt._process.kill()  # torchrun
+    assert spec.state == "interrupted" and status.result() == -signal.SIGKILL, spec.log_file.read_text()
     with pytest.raises(MolfError, match=r"an unfinished run with nproc_per_node=2 \(here 1\)"):
         run_grid([replace(spec, processes=1)], LocalEngine())
     start, in_use_at_start = Attempt._run, []
@@ -180,17 +172,12 @@ def test_runs_on_two_processes_stop_go_on_and_equal_one_process(model_folder, mo
     assert in_use_at_start == [False]
     assert "stopped by the end of the process that launched it" in spec.log_file.read_text()
     result = read_result(spec.folder)
-    assert (result.training.steps, result.training.processes) == (20, 2)
+    assert (result.training.steps, result.training.processes) == (10, 2)
     with pytest.raises(MolfError, match=r"a run with nproc_per_node=2 \(here 1\)"):
         checked_result(replace(spec, processes=1))
 
     assert main(["train", *shlex.split(f"{settings} --gradient_accumulation_steps 2 --output_dir one")]) == 0
     two, one = weights(spec.folder), weights("one")
     for name, tensor in one.items():
-        # As in one step, but twenty times.
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=20 * TOLERANCE[torch.float32])
-
-
-def test_help(capsys):
-    assert main(["sweep", "--help"]) == 0
-    assert "--engine local|slurm" in capsys.readouterr().out
+        # As in one step, but ten times.
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=10 * TOLERANCE[torch.float32])

@@ -20,7 +20,7 @@ def test_routing_records_the_decision():
     assert all(len(names) == 2 for names in routing.winners().values())
 
 
-@pytest.mark.parametrize("score", ["epd", "pfn", AllAlike()], ids=str)
+@pytest.mark.parametrize("score", ["epd", "pfn", pytest.param(AllAlike(), id="equal")], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_ties_go_to_the_earlier_experts(score, top_k):
     """All gradients are zero, or all scores are equal."""

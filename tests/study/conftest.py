@@ -1,10 +1,14 @@
+import json
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from molf.study.run.job import make_trainer
 from small import tiny_llama
-from small_runs import small_run
+from small_runs import carry_out, small_run
 from tiny_checkpoints import SIZES, TOKENS, byte_tokenizer
 
 CORPUS = [
@@ -23,9 +27,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(CORPUS, 320, bos=True)
 
 
-@pytest.fixture
-def tiny_model(tiny_tokenizer) -> LlamaForCausalLM:
-    """A random causal language model whose answers vary enough to tell inputs apart, and are printable ASCII."""
+def varied_model(tokenizer) -> LlamaForCausalLM:
     model = tiny_llama(
         seed=0,
         vocab_size=320,
@@ -35,7 +37,7 @@ def tiny_model(tiny_tokenizer) -> LlamaForCausalLM:
         initializer_range=0.3,
         attention_dropout=0.5,  # so that a model left in training mode is noticed
     )
-    texts = tiny_tokenizer.batch_decode([[token] for token in range(model.config.vocab_size)])
+    texts = tokenizer.batch_decode([[token] for token in range(model.config.vocab_size)])
     odd = [token for token, text in enumerate(texts) if not (text.isascii() and text.isprintable())]
     with torch.no_grad():
         model.lm_head.weight[odd] = 0  # a logit of 0 is never the largest
@@ -43,19 +45,57 @@ def tiny_model(tiny_tokenizer) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def saved_model(tiny_model, tiny_tokenizer, tmp_path) -> str:
-    """The folder of the tiny model and its tokenizer, as ``save_pretrained`` leaves them."""
-    folder = tmp_path / "tiny"
-    tiny_model.save_pretrained(folder)
+def tiny_model(tiny_tokenizer) -> LlamaForCausalLM:
+    """A random causal language model whose answers vary enough to tell inputs apart, and are printable ASCII."""
+    return varied_model(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shared_model(tiny_tokenizer, tmp_path_factory) -> str:
+    """The folder of the tiny model and its tokenizer, as ``save_pretrained`` leaves them; for tests that only read it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    varied_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
-def settings(saved_model, tmp_path, monkeypatch):
+def saved_model(shared_model, tmp_path) -> str:
+    """A copy of the tiny model's folder."""
+    return shutil.copytree(shared_model, str(tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(shared_model, tmp_path_factory):
+    """Finished runs of ``settings`` with some changes, evaluated before too, with a checkpoint after every second step.
+
+    A run is carried out when a test first asks for it; tests that change its folder take a ``copy``.
+    """
+    runs = {}
+
+    def run(**changes):
+        key = json.dumps(changes, sort_keys=True)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("finished") / "run"
+            saved = small_run(shared_model, folder) | {"save_strategy": "steps", "save_steps": 2, "eval_before": True}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("LOG_FILE", raising=False)
+                runs[key] = SimpleNamespace(result=carry_out(saved, **changes), folder=folder)
+        return runs[key]
+
+    def copy(folder, **changes):
+        shutil.copytree(run(**changes).folder, folder)
+        return folder
+
+    run.copy = copy
+    return run
+
+
+@pytest.fixture
+def settings(shared_model, tmp_path, monkeypatch):
     """Settings of a run of four steps on eight facts."""
     monkeypatch.delenv("LOG_FILE", raising=False)
-    return small_run(saved_model, tmp_path / "run")
+    return small_run(shared_model, tmp_path / "run")
 
 
 @pytest.fixture

@@ -44,11 +44,7 @@ class CompareOptions(GridOptions):
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Carry out ``molf compare``.
-
-    Raises:
-        MolfError: The settings make no comparison. Or runs failed or are not finished; the others are shown first.
-    """
+    """Carry out ``molf compare``."""
     if "--help" in argv or "-h" in argv:
         return console().print(_HELP)
     options, comparison = parse_comparison(argv)
@@ -67,11 +63,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def parse_comparison(argv: Sequence[str]) -> tuple[CompareOptions, "Comparison"]:
-    """Build a comparison from files and flags, and return it with the options.
-
-    Raises:
-        UsageError: A setting is unknown, misplaced or not usable.
-    """
+    """Build a comparison from files and flags, and return it with the options."""
     methods, options = read_grid(argv, CompareOptions, per_run=["seed"])
     candidates = {name: _candidates(name, settings) for name, settings in methods.items()}
 

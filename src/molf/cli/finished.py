@@ -9,11 +9,7 @@ from molf.errors import MolfError
 
 
 def results(argv: Sequence[str]) -> None:
-    """``molf results``: any number of runs in one table.
-
-    Raises:
-        MolfError: No result is readable, or with ``--strict`` one is not. The readable ones are shown before.
-    """
+    """``molf results``: any number of runs in one table."""
     parser = argparse.ArgumentParser(
         prog="molf results", description="Gather the results of any number of runs.", allow_abbrev=False
     )
@@ -83,6 +79,5 @@ def export(argv: Sequence[str]) -> None:
 
     from molf.study.run.export import export_run
 
-    exported = export_run(given.run, given.to, given.output_dir, given.dtype)
-    for note in [*exported.notes, f"written to {exported.folder}"]:
+    for note in export_run(given.run, given.to, given.output_dir, given.dtype):
         console().print(note)

@@ -95,9 +95,6 @@ def read_grid(
 
     Returns:
         The settings of each method's runs, by the name to show, and the options.
-
-    Raises:
-        UsageError: A setting is unknown, misplaced or not usable.
     """
     first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
     flags = read_flags(argv[first:])
@@ -152,16 +149,7 @@ def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> dict[str, di
 
 
 def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]]) -> Iterator[RunConfig]:
-    """Yield the run of every combination of the axes' values.
-
-    Args:
-        name: Whose settings these are, for errors.
-        settings: The settings that all runs share.
-        axes: Values to combine, by setting.
-
-    Raises:
-        UsageError: A setting is unknown or does not fit.
-    """
+    """Yield the run of every combination of the axes' values."""
     for values in product(*axes.values()):
         point = {**settings, **dict(zip(axes, values, strict=True))}
         yield parse_run([], preset=canonical(point.items(), setting_types(), f"the settings of {name}"))
@@ -192,17 +180,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def check_ended(failures: Sequence[Failure], unfinished: Sequence[str], retry: str, log: Callable[[str], None]) -> None:
-    """Show why runs failed.
-
-    Args:
-        failures: Runs that failed.
-        unfinished: Runs that should have ended and did not.
-        retry: What runs failed ones again, in words.
-        log: Called with the end of each log.
-
-    Raises:
-        MolfError: There are such runs.
-    """
+    """Show why runs failed."""
     for failure in failures:
         log(str(failure))
     problems = [f"{len(failures)} runs failed: {retry} runs them again"] if failures else []

@@ -67,9 +67,6 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
     """Split a command line into names and values.
 
     A flag without a value gives True, with one value a string, with several a list of strings.
-
-    Raises:
-        UsageError: There is a word before the first flag.
     """
     found: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -80,16 +77,11 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
             found[-1][1].append(token)
         else:
             raise UsageError(f"unexpected {token!r}; settings are given as --name value")
-    return [(name, _unwrap(values)) for name, values in found]
+    return [(name, values if len(values) > 1 else values[0] if values else True) for name, values in found]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file: one flat mapping of setting to value.
-
-    Raises:
-        UsageError: The file is not such a mapping.
-        MolfError: There is no such file.
-    """
+    """Read a configuration file: one flat mapping of setting to value."""
     if not isinstance(path, str | Path):
         raise UsageError(f"--{CONFIG_FLAG} takes one file at a time, got {path!r}")
     if not Path(path).is_file():
@@ -114,12 +106,6 @@ def print_help(command: str) -> None:
         f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of settings by the same names; flags override it"
     )
     parser.print_help()
-
-
-def _unwrap(values: list[str]) -> Any:
-    if not values:
-        return True
-    return values[0] if len(values) == 1 else values
 
 
 def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -153,7 +139,8 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
         value = _items(given) if is_list(hints[name]) else given
         if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
-        if value is None or value == [] or isinstance(value, dict) or _plain_list(value, hints[name]):
+        plain_list = isinstance(value, list) and not is_list(hints[name]) and allows(hints[name], list)
+        if value is None or value == [] or isinstance(value, dict) or plain_list:
             # argparse cannot parse these: they keep their value.
             if not allows(hints[name], type(value)):
                 raise UsageError(f"{name} cannot be {value!r}")
@@ -162,10 +149,6 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
             tokens += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     parsed = vars(parser.parse_args(tokens))
     return {name: direct[name] if name in direct else parsed[name] for name in settings}
-
-
-def _plain_list(value: Any, hint: Any) -> bool:
-    return isinstance(value, list) and not is_list(hint) and allows(hint, list)
 
 
 def _items(value: Any) -> Any:

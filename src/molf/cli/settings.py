@@ -36,9 +36,6 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
             value counts.
         known: The names of all fields.
         where: Where the settings come from, for error messages.
-
-    Raises:
-        UsageError: A name is unknown, or a field has different values under two names.
     """
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -47,7 +44,8 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
         name = PUBLISHED_NAMES.get(spelled, spelled)
         if name not in known:
             raise UsageError(f"unknown setting {given!r} in {where}{suggestion(spelled, [*known, *PUBLISHED_NAMES])}")
-        value = _own_value(name, value)
+        if isinstance(value, str):
+            value = PUBLISHED_VALUES.get(name, {}).get(value, value)
         if name in values and given_as[name] != spelled and values[name] != value:
             raise UsageError(
                 f"{given_as[name]} and {spelled} in {where} are two names of one setting, but have different values, "
@@ -55,11 +53,6 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
             )
         values[name], given_as[name] = value, spelled
     return values
-
-
-def _own_value(name: str, value: Any) -> Any:
-    translations = PUBLISHED_VALUES.get(name, {})
-    return translations.get(value, value) if isinstance(value, str) else value
 
 
 def config_types() -> list[Any]:

@@ -36,11 +36,7 @@ class SweepOptions(GridOptions):
 
 
 def sweep(argv: Sequence[str]) -> None:
-    """Carry out ``molf sweep``.
-
-    Raises:
-        MolfError: The settings make no sweep. Or runs failed or are not finished; the others are shown first.
-    """
+    """Carry out ``molf sweep``."""
     if "--help" in argv or "-h" in argv:
         return console().print(_HELP)
     options, specs = parse_sweep(argv)
@@ -63,11 +59,7 @@ def sweep(argv: Sequence[str]) -> None:
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[SweepOptions, list[RunSpec]]:
-    """Return the runs that files and flags stand for, with the options.
-
-    Raises:
-        UsageError: A setting is unknown, misplaced or not usable.
-    """
+    """Return the runs that files and flags stand for, with the options."""
     methods, options = read_grid(argv, SweepOptions, default_methods=["molf"])
     specs = []
     for method, settings in methods.items():

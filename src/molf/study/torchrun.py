@@ -19,9 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is the status of a process that failed (128 + n for one that crashed with signal n), or 75 if all were stopped. If one was
     killed, this process kills itself too.
-
-    Args:
-        argv: The arguments of ``torchrun``; ``sys.argv`` by default.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
     from torch.distributed import run

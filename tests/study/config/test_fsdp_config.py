@@ -25,15 +25,12 @@ def test_sharded_runs_write_shards_and_recompute_by_fsdp(given, resolved):
     assert not config.gradient_checkpointing, "which would gather a block's weights once more"
 
 
-def test_what_is_asked_of_fsdp_is_kept(resolved, tmp_path):
+def test_what_is_asked_of_fsdp_is_kept(resolved):
     asked = '{"state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": false, "reshard_after_forward": false}'
     config = resolved(fsdp="True", fsdp_config=asked)
     assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
     assert config.fsdp_plugin_args["activation_checkpointing"] is False
     assert config.fsdp_plugin_args["reshard_after_forward"] is False
-    (tmp_path / "fsdp.json").write_text(asked, encoding="utf-8")
-    config = resolved(fsdp_config=str(tmp_path / "fsdp.json"), gradient_checkpointing=False)
-    assert config.fsdp_plugin_args["state_dict_type"] == "FULL_STATE_DICT"
 
 
 def test_a_file_is_read_as_what_is_in_it(resolved, tmp_path):
@@ -66,11 +63,14 @@ def test_what_is_no_object_is_named(given, words, fsdp, resolved):
 
 
 @pytest.mark.parametrize("prefix", ["", "fsdp_"])
-def test_a_misspelt_key_is_refused_with_the_nearest(prefix, resolved):
-    name = f"{prefix}reshard_after_foward"
+def test_keys_are_taken_with_and_without_prefix_and_misspelt_ones_refused(prefix, resolved):
+    right, name = f"{prefix}reshard_after_forward", f"{prefix}reshard_after_foward"
+    assert resolved(fsdp_config={right: False}).fsdp_plugin_args["reshard_after_forward"] is False
     words = f"unknown key '{name}' in fsdp_config; did you mean 'reshard_after_forward'?"
     with pytest.raises(ValueError, match=re.escape(words)):
         resolved(fsdp_config={"version": 2, name: False})
+    with pytest.raises(ValueError, match="unknown key 'use_orig_params' in fsdp_config"):  # of version 1
+        resolved(fsdp_config={"use_orig_params": True})
 
 
 def test_all_keys_that_transformers_documents_are_known(resolved):
@@ -83,13 +83,3 @@ def test_all_keys_that_transformers_documents_are_known(resolved):
     documented = transformers.TrainingArguments.__doc__.split("fsdp_config (`str` or `dict`")[1].split("> DeepSpeed")[0]
     documented = set(re.findall(r"- (\w+) \(", documented)) - {"xla_fsdp_settings"}
     assert len(documented) >= 10 and documented <= listed
-
-
-def test_each_key_is_taken_with_and_without_prefix(resolved):
-    for key in ("reshard_after_forward", "fsdp_reshard_after_forward"):
-        assert resolved(fsdp_config={key: False}).fsdp_plugin_args["reshard_after_forward"] is False
-
-
-def test_a_key_of_version_1_is_refused(resolved):
-    with pytest.raises(ValueError, match="unknown key 'use_orig_params' in fsdp_config"):
-        resolved(fsdp_config={"use_orig_params": True})

@@ -5,38 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerControl
 
 from forked import on_two_ranks
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import Preempted, StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.results.routing import ROUTING_FILE
-from small_runs import carry_out, weights
+from small_runs import SignalAt, carry_out, weights
 
 
-class SignalAt(TrainerCallback):
-    """Sends this process a signal in the middle of a step."""
-
-    def __init__(self, step, number):
-        self.step, self.number = step, number
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-
-
-@pytest.mark.parametrize(
-    ("number", "strategy"), [(signal.SIGTERM, "no"), (signal.SIGTERM, "epoch"), (signal.SIGUSR1, "no")]
-)
-def test_a_stopped_run_goes_on_where_it_was(number, strategy, settings, callbacks):
+@pytest.mark.parametrize(("number", "strategy"), [(signal.SIGTERM, "epoch"), (signal.SIGUSR1, "no")])
+def test_a_stopped_run_goes_on_where_it_was(number, strategy, finished, settings, callbacks):
     """Signalled in the second of four steps, which is also the last of an epoch."""
-    carry_out(settings)
-    folder = Path(settings["output_dir"])
-    whole = weights(folder)
+    folder, whole = Path(settings["output_dir"]), weights(finished(method="molf").folder)
     callbacks.append(SignalAt(1, number))
     with pytest.raises(Preempted, match="75") as stopped:
-        carry_out(settings, save_strategy=strategy, overwrite=True)
+        carry_out(settings, save_strategy=strategy)
     assert f"stopped by {number.name} after step 2 of 4" in stopped.value.message
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / "result.json").exists()

@@ -12,12 +12,7 @@ from molf.study.engine.evaluate import evaluate
 from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.results.routing import ROUTING_FILE
-from small_runs import carry_out, weights
-
-
-class NoStep(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        raise AssertionError("nothing was to be trained again")
+from small_runs import NoStep, carry_out, weights
 
 
 class SignalAtTheEnd(TrainerCallback):
@@ -44,15 +39,15 @@ def stopped_in_evaluation(settings, monkeypatch, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"method": method} for method in ("molf", "molf_e", "fft", "dora", "adalora", "pissa", "eva")),
-        {"lora_dropout": 0.1},
-        {"dtype": "bfloat16", "eval_before": True},
+        *({"method": method} for method in ("molf", "molf_e", "pissa")),
+        {"method": "molf", "lora_dropout": 0.1},
+        {"method": "molf", "dtype": "bfloat16"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_stopped_in_its_evaluation_a_run_is_only_evaluated(changes, settings, callbacks, monkeypatch, tmp_path):
-    whole = carry_out(settings, **changes, output_dir=str(tmp_path / "whole"))
-    folder = Path(settings["output_dir"])
+def test_stopped_in_its_evaluation_a_run_is_only_evaluated(changes, settings, callbacks, monkeypatch, finished):
+    whole, there = vars(finished(**changes)).values()
+    folder, settings = Path(settings["output_dir"]), settings | {"eval_before": True}
     stopped_in_evaluation(settings, monkeypatch, **changes)
     assert not checkpoints(folder)
     callbacks.append(NoStep())
@@ -61,10 +56,11 @@ def test_stopped_in_its_evaluation_a_run_is_only_evaluated(changes, settings, ca
     assert result.routing == whole.routing
     spent = {"seconds": 0.0, "tokens_per_second": None}
     assert replace(result.training, **spent) == replace(whole.training, **spent)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    assert all(torch.equal(tensor, weights(tmp_path / "whole")[name]) for name, tensor in weights(folder).items())
-    if (folder / ROUTING_FILE).exists():
-        assert (folder / ROUTING_FILE).read_text() == (tmp_path / "whole" / ROUTING_FILE).read_text()
+    left = {path.name for path in there.iterdir()} - {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in folder.iterdir()} == left
+    assert all(torch.equal(tensor, weights(there)[name]) for name, tensor in weights(folder).items())
+    if ROUTING_FILE in left:
+        assert (folder / ROUTING_FILE).read_text() == (there / ROUTING_FILE).read_text()
 
 
 def test_told_to_stop_after_the_last_step_the_model_is_saved_first(settings, callbacks):

@@ -157,10 +157,3 @@ def test_a_run_that_the_scheduler_stops_asks_to_be_requeued(tmp_path):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert asked == [signal.SIGUSR1] and checkpoints(spec.folder)
-
-
-def test_the_environment_of_a_run(tmp_path):
-    spec = fake_run(tmp_path, "finish")
-    attempt = Attempt(spec, environment={"PYTHONHOME": "/no/such/place"})
-    assert attempt() != 0
-    assert "/no/such/place" in spec.log_file.read_text()

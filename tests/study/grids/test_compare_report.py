@@ -6,14 +6,13 @@ import pytest
 from molf.study.grids.compare import Contender, Outcome
 from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
 from molf.study.grids.spec import Failure
-from molf.study.results.result import Result, Training
+from molf.study.results.result import Result
 from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 def result(value, seconds=60.0):
-    training = Training(6, 1.0, 2.5, 800, 801.0, 1000, 900, 64)
-    metrics = {"score": Metric(value, 12), "other": Metric(value / 2, 12)}
-    return Result({}, "score", metrics, None, "rows", "CPU", {"molf": "0.1.0"}, None, seconds, 2**30, training)
+    return small_result(metrics={"score": Metric(value, 12), "other": Metric(value / 2, 12)}, seconds=seconds)
 
 
 def contender(method, *values, name=None):

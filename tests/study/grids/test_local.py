@@ -14,22 +14,7 @@ from molf.study.grids.local import LocalEngine, visible_devices
 TESTS = Path(__file__).parents[2]
 
 
-def test_all_cells_end_however_they_do(tmp_path):
-    specs = [fake_run(tmp_path, behaviour) for behaviour in ("finish", "fail", "kill")]
-    specs += [fake_run(tmp_path, "finish", f"more{number}") for number in range(3)]
-    ended = list(LocalEngine(jobs=2).run(specs))
-    assert {spec.name for spec in ended} == {spec.name for spec in specs}
-    assert [spec.name for spec in specs if spec.state == "finished"] == ["finish", "more0", "more1", "more2"]
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_models_may_be_kept(tmp_path):
-    spec = fake_run(tmp_path, "finish")
-    assert list(LocalEngine(keep_models=True).run([spec])) == [spec]
-    assert (spec.folder / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_runs_save_when_what_started_them_is_stopped_or_killed(number, tmp_path):
     code = (
         "from pathlib import Path; from fake_runs import fake_run; from molf.study.grids.local import LocalEngine\n"
@@ -86,12 +71,6 @@ def test_enough_devices(tmp_path):
     assert len(list(LocalEngine(2, tuple("0123")).run(specs))) == 2
     assert sorted((spec.folder / "devices").read_text() for spec in specs) == ["0,1", "2,3"]
     assert list(LocalEngine(4, ("0",)).run([])) == []
-
-
-def test_a_run_sees_one_gpu_of_several_also_when_it_runs_alone(tmp_path):
-    spec = fake_run(tmp_path, "finish")
-    list(LocalEngine(1, ("4", "6")).run([spec]))
-    assert (spec.folder / "devices").read_text() == "4"
 
 
 def test_the_devices_that_may_be_used(monkeypatch):

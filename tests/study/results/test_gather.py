@@ -1,15 +1,12 @@
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 from pyarrow import parquet
 
-from fake_runs import RESULT
+from fake_runs import RESULT, write_rows
 from molf.study.results.gather import append_csv, gather
+from served import CONTEXT
 
 
 def leave(folder, **config):
@@ -68,19 +65,11 @@ def test_nothing_to_gather(tmp_path):
         gather([tmp_path / "nowhere"])
 
 
-# A process that adds rows "WRITER-0", "WRITER-1", ... with one of four columns.
-WRITER = """
-import sys
-from pathlib import Path
-from molf.study.results.gather import append_csv
-path, writer, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-for number in range(rows):
-    append_csv(path, {"row": f"{writer}-{number}", f"column {int(writer) % 4}": "x" * 50})
-"""
-
-
 def writer(path, name, rows):
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(name), str(rows)])
+    """Start a process that adds rows "NAME-0", "NAME-1", ... with one of four columns."""
+    process = CONTEXT.Process(target=write_rows, args=(path, name, rows))
+    process.start()
+    return process
 
 
 def rows_of(path):
@@ -116,12 +105,14 @@ def test_a_row_with_a_known_key_is_replaced(tmp_path):
     assert [list(row.values()) for row in rows_of(path)] == [["1", "", ""], ["x1", "x2", ""], ["4", "x1", "5"]]
 
 
-def test_32_writers_at_once_lose_no_row(tmp_path):
+def test_8_writers_at_once_lose_no_row(tmp_path):
     path = tmp_path / "log.csv"
-    writers = [writer(path, name, 3) for name in range(32)]
-    assert {process.wait() for process in writers} == {0}
+    writers = [writer(path, name, 3) for name in range(8)]
+    for process in writers:
+        process.join()
+    assert {process.exitcode for process in writers} == {0}
     rows = rows_of(path)
-    assert sorted(row["row"] for row in rows) == sorted(f"{name}-{number}" for name in range(32) for number in range(3))
+    assert sorted(row["row"] for row in rows) == sorted(f"{name}-{number}" for name in range(8) for number in range(3))
     assert set(rows[0]) == {"row", *(f"column {number}" for number in range(4))}
     for row in rows:
         assert row[f"column {int(row['row'].partition('-')[0]) % 4}"] == "x" * 50
@@ -134,9 +125,9 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
         victim = writer(path, name, 1_000_000)
         before = len(rows_of(path))
         while len(rows_of(path)) < before + 20:
-            assert victim.poll() is None
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
+            assert victim.is_alive()
+        victim.kill()
+        victim.join()
     append_csv(path, {"row": "last"})
     rows = [row["row"] for row in rows_of(path)]
     assert (rows[0], rows[-1]) == ("first", "last")

@@ -26,6 +26,8 @@ def test_a_result_survives_its_file(result, tmp_path):
     path = write_result(tmp_path, result)
     assert path.name == "result.json"
     assert read_result(tmp_path) == read_result(path) == result
+    score = json.loads(path.read_text())["metrics"]["score"]
+    assert score == {"value": 50.0, "n": 12, "low": 40.0, "high": 60.5}
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -59,11 +61,6 @@ def test_what_is_no_result_is_refused(content, tmp_path):
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         read_result(tmp_path)
-
-
-def test_result_json_is_plain(result, tmp_path):
-    content = json.loads(write_result(tmp_path, result).read_text())
-    assert content["metrics"]["score"] == {"value": 50.0, "n": 12, "low": 40.0, "high": 60.5}
 
 
 @pytest.fixture

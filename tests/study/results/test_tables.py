@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from molf.study.results.routing import RoutingSummary
-from molf.study.results.tables import draw_routing, metrics_table, runs_table, share_grid, smoothed
+from molf.study.results.tables import draw_routing, metrics_table, runs_table, share_grid
 from molf.tasks.base import Metric
 from small_runs import small_result
 
@@ -71,11 +71,6 @@ def test_grid_by_depth_and_projection():
 def test_layers_of_one_cell_are_averaged():
     grid, _, _ = share_grid({"h.0.experts.a.up": {"fft": 1.0}, "h.0.experts.b.up": {"fft": 0.0}})
     assert grid.tolist() == [[0.5]]
-
-
-def test_smoothing():
-    assert smoothed([1.0, 0.0, 0.0, 1.0], 2) == [1.0, 0.5, 0.0, 0.5]
-    assert smoothed([1.0, 0.0], 1) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("steps", [1, 50])

@@ -8,18 +8,6 @@ from molf.study.sizing.parameters import Count, base_count
 from molf.tasks import Split
 
 
-@pytest.fixture
-def settings(saved_model, tmp_path):
-    return {
-        "model_name_or_path": saved_model,
-        "sample": True,
-        "limit": 8,
-        "ranks": [2, 4],
-        "lora_rank": 4,
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
 def test_a_plan_writes_nothing(settings, tmp_path):
     plan = make_plan(RunConfig.from_dict(settings))
     assert not (tmp_path / "run").exists()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.study.config.run_config import RunConfig
-from molf.study.results.result import Result, Training, write_result
+from molf.study.results.result import write_result
 from molf.study.run.export import adapter_folders, export_run, load_experts
-from molf.tasks.base import Metric
+from small_runs import small_result
 
 
 @pytest.fixture
@@ -28,11 +29,9 @@ def run(saved_model, tmp_path):
 
 def finish(run, saved_model, trainable=0):
     """Write the run's result."""
-    training = Training(6, 1.0, 2.5, 800, 801.0, 1000, trainable, 64)
     config = RunConfig.from_dict({"model_name_or_path": saved_model, "output_dir": str(run)}).resolved()
-    metrics = {"score": Metric(50.0, 12)}
-    fields = (config.to_dict(), "score", metrics, None, "the sample", "CPU", {"molf": "0.1.0"}, None, 90.0, 2**30)
-    write_result(run, Result(*fields, training=training))
+    training = replace(small_result().training, trainable_parameters=trainable)
+    write_result(run, small_result(config=config.to_dict(), training=training, metrics_before=None))
 
 
 def logits(model):
@@ -44,28 +43,32 @@ def logits(model):
 def test_both_exports_compute_what_the_experts_do(run, saved_model):
     expected = logits(load_experts(adapter_folders(run), saved_model)[0])
     adapter, merged = export_run(run, "peft"), export_run(run, "merged")
-    assert (adapter.folder, adapter.rank, adapter.largest_difference) == (run / "export-peft", 8, None)
-    assert (merged.folder, merged.rank, merged.largest_difference) == (run / "export-merged", None, 0.0)
+    assert adapter[0] == "One PEFT LoRA of rank 8 and scale 1." and adapter[-1] == f"written to {run / 'export-peft'}"
+    assert "cast to float32; the cast changed no weight by more than 0." in merged[0]
     base = AutoModelForCausalLM.from_pretrained(saved_model)
     assert (logits(base) - expected).abs().max() > 0.1
-    loaded = PeftModel.from_pretrained(base, adapter.folder)
+    loaded = PeftModel.from_pretrained(base, run / "export-peft")
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-5)
-    plain = AutoModelForCausalLM.from_pretrained(merged.folder)
+    plain = AutoModelForCausalLM.from_pretrained(run / "export-merged")
     torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-5)
-    for folder in (adapter.folder, merged.folder):
+    for folder in (run / "export-peft", run / "export-merged"):
         assert AutoTokenizer.from_pretrained(folder)("capital") == AutoTokenizer.from_pretrained(saved_model)("capital")
 
 
 def test_the_cards(run, saved_model, tmp_path):
     unfinished = export_run(run, "peft", tmp_path / "a")
     assert f"Trained from the model {saved_model}." in (tmp_path / "a/README.md").read_text()
-    assert "--max-lora-rank 8" in unfinished.notes[-1]
+    assert "--max-lora-rank 8" in unfinished[1]
     finish(run, saved_model)
     export_run(run, "peft", tmp_path / "b")
     card = (tmp_path / "b/README.md").read_text()
-    assert "library_name: peft" in card and "| score |  | 50.00 | 12 |" in card and "rank 8 and scale 1" in card
+    assert (
+        "library_name: peft" in card
+        and "| score |  | 50.00 (40.00, 60.50) | 12 |" in card
+        and "rank 8 and scale 1" in card
+    )
     half = export_run(run, "merged", tmp_path / "c", "bfloat16")
-    assert half.largest_difference > 0
+    assert "cast to bfloat16" in half[0] and "by more than 0." in half[0] and "than 0.\n" not in half[0]
     card = (tmp_path / "c/README.md").read_text()
     assert "library_name: transformers" in card and "cast to bfloat16" in card
 

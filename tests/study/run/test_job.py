@@ -25,6 +25,7 @@ def test_limits_of_rows(saved_model, tmp_path):
     assert (len(few.split.train), len(few.split.eval), len(few.eval_rows)) == (6, 6, 4)
     assert few.eval_rows == few.split.eval[:4]
     assert len(job(saved_model, tmp_path, task="med", sample=True, limit=3, eval_limit=4).eval_rows) == 3
+    assert len(job(saved_model, tmp_path, task="med", sample=True, limit=6, selection_limit=2).eval_rows) == 2
 
 
 def test_few_shot_examples_stand_before_every_prompt(saved_model, tmp_path):

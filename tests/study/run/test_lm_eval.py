@@ -7,9 +7,7 @@ from statistics import fmean
 import pytest
 import yaml
 
-from molf.study.config.run_config import RunConfig
 from molf.study.run.export import export_run
-from molf.study.run.train import run
 
 TASK = {
     "task": "edits",
@@ -50,16 +48,13 @@ def score(folder, **model_args):
     return found["results"]["edits"]["acc,none"], answers
 
 
-def test_lm_eval_agrees_with_our_evaluation(saved_model, tmp_path):
-    folder = tmp_path / "run"
-    settings = {"model_name_or_path": saved_model, "task": "fact", "sample": True, "limit": 8, "method": "molf_e"}
-    settings |= {"ranks": [2, 4], "lora_learning_rate": 1e-2, "output_dir": str(folder), "disable_tqdm": True}
-    result = run(RunConfig.from_dict(settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}))
+def test_lm_eval_agrees_with_our_evaluation(finished, shared_model, tmp_path):
+    result, folder = vars(finished(method="molf_e")).values()
     with gzip.open(folder / "predictions.jsonl.gz", "rt", encoding="utf-8") as file:
         pairs = [json.loads(line)["answers"][:2] for line in file]  # the edit's own prompt, new and true target
     write_task(tmp_path / "task", pairs)
     export_run(folder, "peft", tmp_path / "adapter")
-    for model_args in ({"pretrained": str(folder)}, {"pretrained": saved_model, "peft": str(tmp_path / "adapter")}):
+    for model_args in ({"pretrained": str(folder)}, {"pretrained": shared_model, "peft": str(tmp_path / "adapter")}):
         accuracy, answers = score(tmp_path / "task", **model_args)
         wins, mean_wins = [], []
         for pair in pairs:

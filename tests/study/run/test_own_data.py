@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from molf.study.config.run_config import RunConfig
 from molf.study.results.result import check_predictions
-from molf.study.run.train import run
 from small_runs import carry_out
 
 PAIRS = [
@@ -32,17 +30,8 @@ def test_rows_are_learned_and_every_number_can_be_traced(own, tmp_path):
     assert result.data_origin == f"{own['data_path']}, evaluation: {own['eval_path']}"
     assert (result.training.dropped_examples, result.training.truncated_examples) == (0, 0)
     check_predictions(tmp_path / "run", result)
-    alone = run(
-        RunConfig.from_dict(
-            {
-                **own,
-                "model_name_or_path": str(tmp_path / "run"),
-                "data_path": None,
-                "only_eval": True,
-                "output_dir": str(tmp_path / "eval"),
-            }
-        )
-    )
+    elsewhere = {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "eval")}
+    alone = carry_out(own, **elsewhere, data_path=None, only_eval=True)
     assert alone.metrics == result.metrics
 
 

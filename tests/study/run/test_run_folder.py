@@ -12,25 +12,24 @@ from molf.study.run.run_folder import check_folder, report_full_disk, run_id
 from small_runs import FILES, carry_out
 
 
-def test_a_finished_run_is_not_overwritten_silently(settings):
-    carry_out(settings, save_strategy="epoch")
-    folder = Path(settings["output_dir"])
+def test_a_finished_run_is_not_overwritten_silently(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf_e")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=r"holds a finished run; pass --overwrite"):
         carry_out(settings)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    carry_out(settings, method="fft", overwrite=True)
-    assert {path.name for path in folder.iterdir()} == FILES, "neither checkpoints nor routing of the replaced run"
+    carry_out(settings, method="fft", overwrite=True, eval_limit=1)
+    left = {path.name for path in folder.iterdir()}
+    assert left == FILES, "neither checkpoints nor routing nor experts of the replaced run"
 
 
-def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(settings):
-    carry_out(settings, save_strategy="epoch")
-    folder = Path(settings["output_dir"])
+def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
     (folder / "result.json").unlink()
     with pytest.raises(ValueError, match="holds an unfinished run that can resume; pass --overwrite"):
         carry_out(settings)
     assert len(list(folder.glob("checkpoint-*"))) == 2
-    assert carry_out(settings, resume_from_checkpoint="True").training.steps == 4
+    assert carry_out(settings, resume_from_checkpoint="True", eval_limit=1).training.steps == 4
 
 
 def test_the_model_to_be_trained_is_not_written_over(settings):
@@ -40,7 +39,9 @@ def test_the_model_to_be_trained_is_not_written_over(settings):
 
 def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
     """A requeued job may find that it had finished."""
-    carry_out(settings)
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    (folder / "result.json").touch()
     with pytest.raises(ValueError, match="holds a finished run"):
         carry_out(settings, resume_from_checkpoint=True)
 

@@ -43,8 +43,3 @@ def test_facts_are_chosen_by_other_facts():
     assert chosen.train == chosen.eval == task.load(sample=True, limit=50).train[20:]
     with pytest.raises(ValueError, match="there are 980;"):
         load_split(task, TaskConfig(sample=True, limit=20, selection_limit=981), seed=0)
-
-
-def test_a_limit_of_nothing():
-    with pytest.raises(ValueError, match="selection_limit=0 must be at least 1"):
-        TaskConfig(selection_limit=0)

@@ -36,7 +36,7 @@ CASES = {
     "full": {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
     "ddp": {"fsdp": False},
 }
-ALIKE = ["molf", "molf_e", "pissa"]
+ALIKE = ["molf", "molf_e", "pissa", "ddp"]
 """Those that do the same on one process: no dropout, whose random numbers are each rank's own, and float32 throughout."""
 
 

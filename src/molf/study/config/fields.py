@@ -1,6 +1,5 @@
 """How a field of the configuration is declared: its default, its help on the command line, and what it shapes."""
 
-import copy
 from dataclasses import field
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ def setting(default: Any, help: str, shapes: Level = "training") -> Any:
     """
     metadata: dict[str, Any] = {"help": help, SHAPES: shapes}
     if isinstance(default, list):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

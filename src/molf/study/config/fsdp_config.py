@@ -10,9 +10,6 @@ from typing import Any
 from molf.errors import MolfError
 from molf.study.config.run_config import suggestion
 
-_PREFIX = "fsdp_"
-"""The Trainer takes every key with and without it."""
-
 _KEYS = (
     "activation_checkpointing",
     "auto_wrap_policy",
@@ -27,16 +24,13 @@ _KEYS = (
     "xla_fsdp_grad_ckpt",
     "xla_fsdp_v2",
 )
-"""What the Trainer reads for FSDP2."""
+"""What the Trainer reads for FSDP2, with or without ``fsdp_`` in front."""
 
 
 def resolve_fsdp(config: Any) -> None:
     """Complete a trainer's FSDP settings, in place, before the Trainer's own ``__post_init__`` reads them.
 
     By default every rank saves its own shards, and FSDP recomputes the activations.
-
-    Args:
-        config: The trainer's settings.
 
     Raises:
         MolfError: ``fsdp_config`` is not a JSON object, or has a key that the Trainer does not read.
@@ -47,7 +41,7 @@ def resolve_fsdp(config: Any) -> None:
     if not config.fsdp:
         return
     for key in given:
-        if (bare := key.removeprefix(_PREFIX)) not in _KEYS:
+        if (bare := key.removeprefix("fsdp_")) not in _KEYS:
             raise MolfError(
                 f"unknown key {key!r} in fsdp_config{suggestion(bare, _KEYS)} (the Trainer reads {', '.join(_KEYS)})"
             )
@@ -60,17 +54,17 @@ def resolve_fsdp(config: Any) -> None:
 
 def _read(given: Any) -> dict[str, Any]:
     """Return the object, which may be given as JSON or as the name of a JSON file."""
-    found = given
-    if isinstance(given, str):
-        if not given.startswith("{") and not Path(given).is_file():
+    text = given
+    if isinstance(given, str) and not given.startswith("{"):
+        if not Path(given).is_file():
             raise MolfError(f"fsdp_config={given} is neither a JSON object nor a file; give one of them")
-        text = given if given.startswith("{") else Path(given).read_text(encoding="utf-8")
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise MolfError(
-                f"fsdp_config={text} is not a JSON object ({error}); give one, or the name of a JSON file"
-            ) from error
+        text = Path(given).read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise MolfError(
+            f"fsdp_config={text} is not a JSON object ({error}); give one, or the name of a JSON file"
+        ) from error
     if not isinstance(found, dict):
         raise MolfError(
             f"fsdp_config={given} is not a JSON object but {type(found).__name__}; give one, or leave it out"

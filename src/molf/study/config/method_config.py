@@ -102,7 +102,10 @@ class MethodConfig:
             raise MolfError("use_rslora=False with method rslora: leave it out or use method lora")
         if self.method == "adalora" and self.use_rslora:
             raise MolfError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
-        self._check_molf_only()
+        molf_only = ("optim_bits", "optimizer_in_backward", "fused", "match_lora_rate")
+        wrong = [f"{name}={value}" for name in molf_only if (value := getattr(self, name)) not in (32, False, None)]
+        if wrong and not self.routes:
+            raise MolfError(f"{', '.join(wrong)} with method {self.method}: only MoLF has it; leave it out")
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
@@ -134,17 +137,6 @@ class MethodConfig:
         experts = len(ranks) + bool(self.fft_expert)
         if self.routes and not 1 <= self.top_k <= experts:
             raise MolfError(f"top_k={self.top_k}: choose between 1 and {experts}, the number of experts")
-
-    def _check_molf_only(self) -> None:
-        given = {
-            "optim_bits": self.optim_bits == 8,
-            "optimizer_in_backward": self.optimizer_in_backward,
-            "fused": bool(self.fused),
-            "match_lora_rate": self.match_lora_rate,
-        }
-        wrong = [f"{name}={getattr(self, name)}" for name, is_given in given.items() if is_given]
-        if wrong and not self.routes:
-            raise MolfError(f"{', '.join(wrong)} with method {self.method}: only MoLF has it; leave it out")
 
     @property
     def routes(self) -> bool:

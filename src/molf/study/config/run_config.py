@@ -157,11 +157,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "RunConfig":
-        """Build a configuration from flat settings, such as those of ``to_dict`` or a YAML file.
-
-        Args:
-            settings: Values by field name. A name that is in no section is a setting of the trainer.
-        """
+        """Build a configuration from flat settings; a name that is in no section is a setting of the trainer."""
         rest = dict(settings)
         sections = {
             section: kind(**{f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest})
@@ -188,7 +184,8 @@ class RunConfig:
         """The given ``run_name``, or one built from the settings that usually differ between runs."""
         if given := self.train.get("run_name"):
             return str(given)
-        parts = ["eval" if self.output.only_eval else self.method.method, self._model_label(), self.task.task]
+        model = Path((self.model.model_name_or_path or "model").rsplit(":", 1)[-1]).name
+        parts = ["eval" if self.output.only_eval else self.method.method, model, self.task.task]
         if self.task.limit is not None:
             parts.append(f"n{self.task.limit}")
         if not self.output.only_eval:
@@ -201,10 +198,6 @@ class RunConfig:
         given = self.train.get("resume_from_checkpoint") or False
         words: dict[str, bool] = {"true": True, "false": False}
         return words.get(str(given).lower(), given)
-
-    def _model_label(self) -> str:
-        name = self.model.model_name_or_path or "model"
-        return Path(name.rsplit(":", 1)[-1]).name
 
     def _rate_labels(self) -> list[str]:
         method, rate = self.method, self.train["learning_rate"]

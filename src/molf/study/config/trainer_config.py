@@ -19,6 +19,10 @@ _NOT_LISTED = ("azure_ml", "flyte")
 """Trackers that transformers does not always list as available, even if they are."""
 
 
+def _published(name: str, help: str) -> Any:
+    return setting(PUBLISHED_RECIPE[name], help)
+
+
 @dataclass
 class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
     """``trl.SFTConfig`` with the defaults of the published recipe, and bf16 autocast if the accelerator supports it."""
@@ -26,32 +30,21 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
     _argument_group_name: ClassVar[str] = "training (every field of trl.SFTConfig)"
 
     # What each of them shapes is in TRAINER_LEVELS, which needs no TRL.
-    learning_rate: float = setting(
-        PUBLISHED_RECIPE["learning_rate"],
-        "Learning rate of full-rank updates, and of LoRA ones unless lora_learning_rate is given.",
+    learning_rate: float = _published(
+        "learning_rate", "Learning rate of full-rank updates, and of LoRA ones unless lora_learning_rate is given."
     )
-    weight_decay: float = setting(PUBLISHED_RECIPE["weight_decay"], "Weight decay of full-rank updates.")
-    per_device_train_batch_size: int = setting(
-        PUBLISHED_RECIPE["per_device_train_batch_size"], "Examples per device and micro-step."
+    weight_decay: float = _published("weight_decay", "Weight decay of full-rank updates.")
+    per_device_train_batch_size: int = _published("per_device_train_batch_size", "Examples per device and micro-step.")
+    gradient_accumulation_steps: int = _published("gradient_accumulation_steps", "Micro-steps per optimizer step.")
+    num_train_epochs: float = _published("num_train_epochs", "Passes over the training rows.")
+    lr_scheduler_type: str = _published("lr_scheduler_type", "Schedule of all learning rates: cosine, linear, ...")
+    warmup_steps: float = _published("warmup_steps", "Warm-up, in steps; below 1 a share of all steps.")
+    max_grad_norm: float = _published("max_grad_norm", "Largest gradient norm before clipping; 0 for no clipping.")
+    seed: int = _published("seed", "Seed of every random choice of the run.")
+    report_to: None | str | list[str] = _published(
+        "report_to", "Experiment tracker: none, tensorboard, wandb, trackio, ..."
     )
-    gradient_accumulation_steps: int = setting(
-        PUBLISHED_RECIPE["gradient_accumulation_steps"], "Micro-steps per optimizer step."
-    )
-    num_train_epochs: float = setting(PUBLISHED_RECIPE["num_train_epochs"], "Passes over the training rows.")
-    lr_scheduler_type: str = setting(
-        PUBLISHED_RECIPE["lr_scheduler_type"], "Schedule of all learning rates: cosine, linear, ..."
-    )
-    warmup_steps: float = setting(PUBLISHED_RECIPE["warmup_steps"], "Warm-up, in steps; below 1 a share of all steps.")
-    max_grad_norm: float = setting(
-        PUBLISHED_RECIPE["max_grad_norm"], "Largest gradient norm before clipping; 0 for no clipping."
-    )
-    seed: int = setting(PUBLISHED_RECIPE["seed"], "Seed of every random choice of the run.")
-    report_to: None | str | list[str] = setting(
-        PUBLISHED_RECIPE["report_to"], "Experiment tracker: none, tensorboard, wandb, trackio, ..."
-    )
-    save_strategy: str = setting(
-        PUBLISHED_RECIPE["save_strategy"], "When to write checkpoint-N folders: no, steps or epoch."
-    )
+    save_strategy: str = _published("save_strategy", "When to write checkpoint-N folders: no, steps or epoch.")
 
     bf16: bool | None = setting(
         None, "bfloat16 autocast; where unset, on accelerators that have bfloat16 unless fp16 is set."
@@ -81,9 +74,6 @@ class TrainConfig(SFTConfig):  # type: ignore[misc]  # TRL is not typed
 
 def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """Build the trainer's settings.
-
-    Args:
-        settings: Values by field name.
 
     Raises:
         MolfError: A name is not a field of ``TrainConfig``, ``fsdp_config`` is not usable, a tracker of ``report_to`` is unknown

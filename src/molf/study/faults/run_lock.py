@@ -20,9 +20,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     POSIX locks end with their process, are not inherited by children, and work over NFS. ``filelock`` has no byte ranges, which
     let each rank hold its own part. Without support for locks, a warning is logged and nothing is kept out.
 
-    Args:
-        folder: The run's folder, which need not exist.
-
     Raises:
         MolfError: The same rank of another run works there.
     """

@@ -14,9 +14,6 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     """Save and stop after the step in which any process of the run was asked to stop.
 
     Processes that torchrun launched also stop when it is gone: nobody could stop them then, or know that they still run.
-
-    Args:
-        request: What the signals of this process set.
     """
 
     def __init__(self, request: StopRequest):

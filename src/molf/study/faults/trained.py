@@ -19,12 +19,7 @@ TRAINED_FILE = ".trained.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training.
-
-    Attributes:
-        training: Its measurements.
-        metrics_before: Metrics of the model before training, if they were measured.
-    """
+    """The measurements of a finished training, and the metrics of the model before it, if they were measured."""
 
     training: Training
     metrics_before: dict[str, Metric] | None
@@ -33,9 +28,8 @@ class Trained:
 def note_trained(config: RunConfig, trained: Trained) -> None:
     """Note that the model in the run's folder is fully trained."""
     with atomic_write(config.output_dir / TRAINED_FILE) as partial:
-        partial.write_text(
-            json.dumps({"config": config.to_dict(), **asdict(trained)}, indent=1, default=str), encoding="utf-8"
-        )
+        noted = {"config": config.to_dict(), **asdict(trained)}
+        partial.write_text(json.dumps(noted, indent=1, default=str), encoding="utf-8")
 
 
 def forget_trained(config: RunConfig) -> None:

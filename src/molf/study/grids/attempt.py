@@ -72,7 +72,9 @@ class Attempt:
                 for weights in self.spec.folder.rglob("*.safetensors"):
                     weights.unlink()
             elif status > 0 and status != PREEMPTED:
-                self._record_failure(status)
+                with atomic_write(self.spec.beside(FAILED)) as partial:
+                    failed = {"status": status, "host": socket.gethostname()}
+                    partial.write_text(json.dumps(failed) + "\n", encoding="utf-8")
             return status
 
     def stop(self) -> None:
@@ -133,10 +135,6 @@ class Attempt:
         if self.requeue_signal is not None:
             time.sleep(self.grace)
             signal.raise_signal(self.requeue_signal)
-
-    def _record_failure(self, status: int) -> None:
-        with atomic_write(self.spec.beside(FAILED)) as partial:
-            partial.write_text(json.dumps({"status": status, "host": socket.gethostname()}) + "\n", encoding="utf-8")
 
 
 def _lock(file: IO[str]) -> bool:

@@ -47,11 +47,7 @@ class Comparison:
 
     @property
     def task(self) -> str:
-        """The task's name.
-
-        Raises:
-            MolfError: The candidates have different tasks.
-        """
+        """The task's name."""
         (name, *others) = {config.task.task for own in self.candidates.values() for config in own.values()}
         if others:
             raise MolfError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
@@ -117,18 +113,13 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
     (``molf.study.run.selection``); a tie goes to the earlier candidate. Then the chosen settings run on the task's own rows, once
     per seed. Runs that failed in an earlier call are tried again.
 
-    Args:
-        comparison: What to compare.
-        engine: Where to run it.
-        log: Called with a line of progress.
-
     Raises:
         MolfError: A folder holds a run with other settings.
     """
     metric = comparison.metric or get_task(comparison.task).headline
     candidates = comparison.candidates
     contested = [(name, label) for name, own in candidates.items() if len(own) > 1 for label in own]
-    trials = {key: selection_spec(comparison, *key) for key in contested}
+    trials = {key: _spec(comparison, *key, comparison.seeds[0], select=True) for key in contested}
     tried = _run([*trials.values()], engine, log)
     selection: dict[str, dict[str, float]] = {name: {} for name in candidates}
     for (name, label), spec in trials.items():
@@ -144,13 +135,20 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
         for label in own
         if comparison.all_rates or label == chosen[name]
     ]
-    finals = {key: final_specs(comparison, *key) for key in wanted}
+    finals = {key: [_spec(comparison, *key, seed) for seed in comparison.seeds] for key in wanted}
     done = _run([spec for specs in finals.values() for spec in specs], engine, log)
     runs: dict[str, dict[str, list[Result]]] = {name: {} for name in candidates}
     for (name, label), specs in finals.items():
         runs[name][label] = [done.results[spec.name] for spec in specs if spec.name in done.results]
     contenders = [
-        Contender(name, _method(own), chosen[name], selection[name], runs[name].pop(chosen[name] or "", []), runs[name])
+        Contender(
+            name,
+            own[next(iter(own))].method.method,
+            chosen[name],
+            selection[name],
+            runs[name].pop(chosen[name] or "", []),
+            runs[name],
+        )
         for name, own in candidates.items()
     ]
     return Outcome(metric, contenders, tried.failures + done.failures, tried.unfinished + done.unfinished)
@@ -166,28 +164,15 @@ def best(values: dict[str, float]) -> str | None:
     return max(usable, key=lambda label: usable[label]) if usable else None
 
 
-def selection_spec(comparison: Comparison, name: str, label: str) -> RunSpec:
-    """Return the run that a candidate is judged by."""
+def _spec(comparison: Comparison, name: str, label: str, seed: int, select: bool = False) -> RunSpec:
+    """Return the run of a candidate with a seed: on the rows to choose settings by, or on the task's own."""
     config = comparison.candidates[name][label]
+    config = replace(config, train=config.train | {"seed": seed})
+    if not select:
+        return make_spec(comparison.folder, f"{name}-{label}-s{seed}", config, comparison.processes)
     task = replace(config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False)
-    folder, seed = comparison.folder / "selection", comparison.seeds[0]
-    return _with_seed(comparison, folder, f"{name}-{label}", replace(config, task=task), seed)
-
-
-def final_specs(comparison: Comparison, name: str, label: str) -> list[RunSpec]:
-    """Return the runs that a contender is judged by, one per seed."""
-    config = comparison.candidates[name][label]
-    return [
-        _with_seed(comparison, comparison.folder, f"{name}-{label}-s{seed}", config, seed) for seed in comparison.seeds
-    ]
-
-
-def _with_seed(comparison: Comparison, parent: Path, name: str, config: RunConfig, seed: int) -> RunSpec:
-    return make_spec(parent, name, replace(config, train=config.train | {"seed": seed}), comparison.processes)
-
-
-def _method(candidates: dict[str, RunConfig]) -> str:
-    return next(iter(candidates.values())).method.method
+    folder = comparison.folder / "selection"
+    return make_spec(folder, f"{name}-{label}", replace(config, task=task), comparison.processes)
 
 
 def _value(result: Result, metric: str) -> float:

@@ -153,9 +153,13 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
         "failures": [asdict(failure) for failure in outcome.failures],
         "unfinished": outcome.unfinished,
     }
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value.to_dict()
+
     texts = {
         ".csv": pd.DataFrame(rows_of(outcome), dtype=object).to_csv(index=False),
-        ".json": json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n",
+        ".json": json.dumps(record, indent=2, ensure_ascii=False, default=plain) + "\n",
         ".md": markdown(outcome),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,10 +168,6 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
             partial.write_text(text, encoding="utf-8")
     draw_bars(outcome, folder / f"{NAME}.png")
     return [folder / f"{NAME}{suffix}" for suffix in (*texts, ".png")]
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value.to_dict()
 
 
 def draw_bars(outcome: Outcome, path: Path) -> None:

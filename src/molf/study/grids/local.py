@@ -29,9 +29,6 @@ class LocalEngine:
         """Carry out runs and yield each one when it has ended, however it ended.
 
         When this is interrupted, it tells the runs to save and end, and waits for them.
-
-        Raises:
-            MolfError: There are GPUs, but not one per process.
         """
         self._check_devices(max((spec.processes for spec in specs), default=0))
         slots: SimpleQueue[int] = SimpleQueue()

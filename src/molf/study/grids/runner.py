@@ -72,11 +72,7 @@ def run_grid(
 
 
 def check_names(specs: Sequence[RunSpec]) -> None:
-    """Refuse runs that would overwrite each other.
-
-    Raises:
-        MolfError: There are no runs, or two have one name.
-    """
+    """Refuse runs that would overwrite each other."""
     if not specs:
         raise MolfError("there is nothing to run")
     names = [spec.name for spec in specs]

@@ -29,17 +29,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between two looks at the que
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What each job asks for; the cluster's default if None.
+    """What each job asks for, by the names of ``sbatch`` or submitit; the cluster's default if None.
 
     Attributes:
-        partition: Partition.
         time: Time limit in minutes. A run that reaches it is saved and requeued, and resumes.
-        gpus_per_node: Number of GPUs.
-        cpus_per_task: Number of CPUs.
-        mem_gb: Memory in GB.
-        account: Account to charge.
-        qos: Quality of service.
-        constraint: Features that a node must have.
         array_parallelism: How many jobs of an array may run at a time.
         signal_delay_s: How many seconds before the time limit a run is told to save.
         setup: Shell commands to run first, such as ``module load cuda``.
@@ -97,9 +90,6 @@ class SlurmEngine:
         """Submit the runs that are not in the queue yet, and yield each one when it has left the queue.
 
         Interrupting this leaves the jobs alone; the next call finds them in the queue.
-
-        Raises:
-            MolfError: There is no SLURM here, it refuses the jobs, or a job would not have one GPU per process.
         """
         self._check_gpus(specs)
         for program in ("sbatch", "squeue", "srun", "scontrol"):
@@ -133,10 +123,11 @@ class SlurmEngine:
         executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=_MAX_TIMEOUTS)
         executor.update_parameters(job_name=f"molf-{self.folder.parent.name}", **self.settings.parameters())
         grace = max(1.0, self.settings.signal_delay_s * 0.8)
-        attempts = [
-            Attempt(spec, self.keep_models, grace=grace, requeue_signal=_SIGNAL, environment=self._environment(spec))
-            for spec in specs
-        ]
+        cpus = None if "OMP_NUM_THREADS" in os.environ else self.settings.cpus_per_task
+        attempts = []
+        for spec in specs:
+            threads = {} if cpus is None else {"OMP_NUM_THREADS": str(max(1, cpus // spec.processes))}
+            attempts.append(Attempt(spec, self.keep_models, grace, _SIGNAL, threads))
         try:
             with environment_variables(SUBMITIT_PREEMPT_SIGNAL=_SIGNAL.name.removeprefix("SIG")), executor.batch():
                 jobs = [executor.submit(attempt) for attempt in attempts]
@@ -146,12 +137,6 @@ class SlurmEngine:
             with atomic_write(spec.beside(JOB)) as partial:
                 partial.write_text(json.dumps({"job": job.job_id}) + "\n", encoding="utf-8")
         self.log(f"submitted {len(specs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
-
-    def _environment(self, spec: RunSpec) -> dict[str, str]:
-        cpus = self.settings.cpus_per_task
-        if cpus is None or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, cpus // spec.processes))}
 
     def _ended(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
         waiting, missed, pause, shown = list(specs), Counter[str](), _FIRST_PAUSE, ""
@@ -185,11 +170,7 @@ def queued_jobs() -> dict[str, str] | None:
 
 
 def largest_array() -> int:
-    """Return how many jobs an array may have on this cluster.
-
-    Raises:
-        MolfError: SLURM does not say.
-    """
+    """Return how many jobs an array may have on this cluster."""
     answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     if (found := re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)) is None:
         raise MolfError(f"scontrol does not say how large an array may be; try again ({answer.stderr.strip()})")

@@ -20,14 +20,7 @@ _TAIL = 15  # lines of a failed run's log to show
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed.
-
-    Attributes:
-        cell: Name of the run.
-        status: Exit status of its process.
-        log: Its log file.
-        tail: The last lines of the log.
-    """
+    """A run that failed."""
 
     cell: str
     status: int

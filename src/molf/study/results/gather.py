@@ -56,9 +56,6 @@ class Gathered:
 def gather(places: Iterable[Path]) -> Gathered:
     """Read all results in folders, at any depth.
 
-    Args:
-        places: Folders, or ``result.json`` files.
-
     Raises:
         MolfError: A place does not exist, or none has a result in it.
     """

@@ -85,11 +85,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
-        """Build a result from the values of ``to_dict``.
-
-        Raises:
-            TypeError: Fields are missing or unknown.
-        """
+        """Build a result from the values of ``to_dict``."""
         before, training = values.get("metrics_before"), values.get("training")
         typed = {
             "metrics": as_metrics(values.get("metrics", {})),
@@ -149,10 +145,6 @@ def read_result(folder: Path) -> Result:
 
 def check_predictions(folder: Path, result: Result) -> None:
     """Compute the metrics of a run again from its predictions.
-
-    Args:
-        folder: The run's folder.
-        result: Its result.
 
     Raises:
         MolfError: The predictions are missing or not usable, or give other metrics.

@@ -35,9 +35,6 @@ def read_routing(path: Path) -> RoutingSummary:
     If a step was logged twice, as after resuming, the later line counts. At a learning rate of 0, as at the start of a warm-up,
     all scores are 0: such steps decide nothing and are left out, unless all steps are of that kind.
 
-    Args:
-        path: The log, one JSON object per line.
-
     Raises:
         MolfError: The log is empty, or a line has another format.
     """

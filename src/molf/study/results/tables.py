@@ -2,11 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -42,11 +43,7 @@ def metrics_table(result: Result) -> Table:
 
 
 def runs_table(results: Mapping[str, Result]) -> Table:
-    """Return one row per run: its main metric, the share of updates that full fine-tuning won, speed, memory, time.
-
-    Args:
-        results: Results by the label to show.
-    """
+    """Return one row per run: its main metric, the share of updates that full fine-tuning won, speed, memory, time."""
     table = Table(title="runs", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=12)
     for column in ("method", "task", "metric"):
@@ -78,9 +75,6 @@ def _number(value: float | None, style: str) -> str:
 def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
     """Arrange the share of steps that full fine-tuning won by layer depth and projection.
 
-    Args:
-        by_module: Shares of wins per layer name and expert, as in ``RoutingSummary``.
-
     Returns:
         Shares [depth, kind], NaN if a depth has no such layer; the labels of depths; the kinds.
     """
@@ -101,11 +95,6 @@ def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
 
     The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
     layers that each expert won, by step.
-
-    Args:
-        summary: The routing of a run.
-        path: The PNG file to write.
-        title: Heading of the picture.
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -130,14 +119,10 @@ def _draw_grid(figure: Figure, axes: Any, summary: RoutingSummary) -> None:
 def _draw_steps(axes: Any, summary: RoutingSummary) -> None:
     window = max(1, len(summary.steps) // 20)
     for expert, series in summary.by_step.items():
-        (line,) = axes.plot(summary.steps, smoothed(series, window), linewidth=2, label=expert)
+        smooth = pd.Series(series).rolling(window, min_periods=1).mean()
+        (line,) = axes.plot(summary.steps, smooth, linewidth=2, label=expert)
         if window > 1:
             axes.plot(summary.steps, series, color=line.get_color(), alpha=0.25, linewidth=0.8)
     axes.set(title="Share of layers won, by step", xlabel="step", ylabel="share of layers", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(title="expert" if window == 1 else f"expert (mean of {window} steps)")
-
-
-def smoothed(series: Sequence[float], window: int) -> list[float]:
-    """Return the moving average over each value and up to ``window - 1`` values before it."""
-    return [float(np.mean(series[max(0, end - window) : end])) for end in range(1, len(series) + 1)]

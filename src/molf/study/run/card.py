@@ -35,20 +35,16 @@ LIBRARY_LABELS = {"transformers": "a plain `transformers` checkpoint", "peft": "
 
 
 def model_card(result: Result, library: Literal["transformers", "peft"] = "transformers") -> str:
-    """Write the model card of a trained model, in Markdown with a YAML header.
-
-    Args:
-        result: The run that trained the model.
-        library: The library that loads the model.
-    """
+    """Write the model card of a trained model, in Markdown with a YAML header."""
     config = result.config
     base = hub_id(config)
+    own = config.get("sample") or config.get("data_path")
     data = ModelCardData(
         base_model=base,
         library_name=library,
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(("molf", config["method"], config["task"]))),
-        datasets=_hub_datasets(config),
+        datasets=[HUB_DATASETS[config["task"]]] if config["task"] in HUB_DATASETS and not own else None,
     )
     measurements = {name: value for name, value in result.row().items() if name not in config}
     return f"""---
@@ -83,12 +79,6 @@ def hub_id(config: dict[str, Any]) -> str | None:
         return bundled.lookup(name).upstream
     is_id = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
     return name if is_id and not Path(name).exists() else None
-
-
-def _hub_datasets(config: dict[str, Any]) -> list[str] | None:
-    """Return the public data set of the task, unless the run used the sample or data of the user's own."""
-    own = config.get("sample") or config.get("data_path")
-    return [HUB_DATASETS[config["task"]]] if config["task"] in HUB_DATASETS and not own else None
 
 
 def _metrics(result: Result) -> str:

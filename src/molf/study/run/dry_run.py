@@ -37,9 +37,6 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Load everything that a run needs, tokenise its rows, and report instead of training. No file is left.
 
-    Args:
-        config: The run.
-
     Raises:
         MolfError: A setting, the data or the model does not allow the run.
     """
@@ -82,11 +79,7 @@ def seen_in_training(split: Split) -> int:
 
 
 def contradictions(examples: Sequence[dict[str, Any]]) -> int:
-    """Count the prompts that occur with different completions.
-
-    Args:
-        examples: Each with a ``prompt`` and a ``completion``.
-    """
+    """Count the prompts that occur with different completions."""
     completions = defaultdict(set)
     for example in examples:
         completions[example["prompt"]].add(example["completion"])

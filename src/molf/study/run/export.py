@@ -1,7 +1,5 @@
 """The export of a MoLF-Efficient run: one LoRA adapter, or merged weights."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,28 +10,11 @@ from molf.errors import MolfError
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
 from molf.study.config.run_config import ModelConfig
 from molf.study.methods.adapters import ADAPTERS_FOLDER
-from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.results.result import RESULT_FILE, read_result
 from molf.study.run.card import model_card
 from molf.study.run.models import load_model_and_tokenizer
 
 _CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A finished export.
-
-    Attributes:
-        folder: Its folder.
-        rank: Rank of the adapter, or None for merged weights.
-        largest_difference: Largest change of a merged weight by the cast, or None for an adapter.
-        notes: What to know about it, one sentence each.
-    """
-
-    folder: Path
-    rank: int | None
-    largest_difference: float | None
-    notes: list[str]
 
 
 def export_run(
@@ -41,7 +22,7 @@ def export_run(
     to: Literal["peft", "merged"],
     output_dir: Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-) -> Exported:
+) -> list[str]:
     """Write the LoRA experts of a run as one PEFT adapter, or merge them into their base model.
 
     The base model is loaded in float32, and the experts from the run's ``adapters`` folder.
@@ -52,54 +33,57 @@ def export_run(
         output_dir: Where to write; by default ``export-peft`` or ``export-merged`` in the run's folder.
         dtype: Data type of merged weights.
 
+    Returns:
+        What to know about the export, one sentence each.
+
     Raises:
         MolfError: The run has no adapters or trained other weights too, the folder is not empty, or the base model cannot be
             loaded.
     """
     folders = adapter_folders(run)
     result = read_result(run) if (run / RESULT_FILE).is_file() else None
-    _check_adapters_are_all(run, result)
+    training = result.training if result else None
+    if training is not None and training.trainable_parameters:
+        raise MolfError(
+            f"{run} trained {training.trainable_parameters:,} parameters of the base model besides its LoRA experts, and an "
+            f"export of the experts would lose them; use {run} itself, which is a plain merged checkpoint"
+        )
     folder = output_dir or run / f"export-{to}"
-    base = result.config["model_name_or_path"] if result else _named_base(next(iter(folders.values())))
+    adapter = PeftConfig.from_pretrained(str(next(iter(folders.values()))))
+    base = str(result.config["model_name_or_path"] if result else adapter.base_model_name_or_path)
     model, tokenizer = load_experts(folders, base)
     with whole_folder(folder) as partial:
-        rank, difference = None, None
         if to == "peft":
-            rank = export_peft(model, partial)
+            notes = _notes(export_peft(model, partial))
         else:
-            difference = export_merged(model, partial, getattr(torch, dtype))
+            cast = export_merged(model, partial, getattr(torch, dtype))
+            notes = [f"Merged in float32, then cast to {dtype}; the cast changed no weight by more than {cast:.3g}."]
         tokenizer.save_pretrained(partial)
-        notes = _notes(rank, difference, dtype)
-        (partial / "README.md").write_text(_card(run, result, base, rank, notes), encoding="utf-8")
-    return Exported(folder, rank, difference, notes)
+        library: Literal["peft", "transformers"] = "peft" if to == "peft" else "transformers"
+        if result is not None:
+            card = model_card(result, library)
+        else:  # the run is not finished, so there are no metrics
+            card = (
+                f"---\nlibrary_name: {library}\ntags:\n- molf\n---\n\n# {run.name}\n\nTrained from the model {base}.\n"
+            )
+        (partial / "README.md").write_text(f"{card}\n## Export\n\n{' '.join(notes)}\n", encoding="utf-8")
+    return [*notes, f"written to {folder}"]
 
 
 def adapter_folders(run: Path) -> dict[str, Path]:
-    """Return the folder of each adapter of a run, by the adapter's name.
-
-    Raises:
-        MolfError: There is none.
-    """
+    """Return the folder of each adapter of a run, by the adapter's name."""
     root = run / ADAPTERS_FOLDER
     found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_CONFIG}"))}
     if not found:
-        plain = (run / "config.json").is_file()
-        what = (
-            "It is a plain checkpoint, which needs no export"
-            if plain
-            else "Give the folder of a run with --method molf_e"
-        )
+        what = "Give the folder of a run with --method molf_e"
+        if (run / "config.json").is_file():
+            what = "It is a plain checkpoint, which needs no export"
         raise MolfError(f"{run} has no LoRA experts to export: there is no {ADAPTERS_FOLDER}/NAME/{_CONFIG}. {what}")
     return found
 
 
 def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
-    """Load a base model in float32 with all of its adapters active, and its tokenizer.
-
-    Args:
-        folders: Folder of each adapter, by name.
-        base: Name of the base model.
-    """
+    """Load a base model in float32 with all of its adapters active, and its tokenizer."""
     (first, folder), *others = folders.items()
     model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=base))
     wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
@@ -109,34 +93,10 @@ def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
     return wrapped.eval(), tokenizer
 
 
-def _named_base(folder: Path) -> str:
-    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-
-
-def _check_adapters_are_all(run: Path, result: Result | None) -> None:
-    training = result.training if result else None
-    if training is not None and training.trainable_parameters:
-        raise MolfError(
-            f"{run} trained {training.trainable_parameters:,} parameters of the base model besides its LoRA experts, and an "
-            f"export of the experts would lose them; use {run} itself, which is a plain merged checkpoint"
-        )
-
-
-def _notes(rank: int | None, difference: float | None, dtype: str) -> list[str]:
-    if rank is None:
-        return [f"Merged in float32, then cast to {dtype}; the cast changed no weight by more than {difference:.3g}."]
+def _notes(rank: int) -> list[str]:
     served = vllm_max_lora_rank(rank)
     limit = f"--max-lora-rank {served}" if served else "a higher rank than it supports, so use the merged checkpoint"
     return [
         f"One PEFT LoRA of rank {rank} and scale 1.",
         f"To serve it, vLLM (whose default is rank 16) needs {limit}.",
     ]
-
-
-def _card(run: Path, result: Result | None, base: str, rank: int | None, notes: Sequence[str]) -> str:
-    library: Literal["transformers", "peft"] = "transformers" if rank is None else "peft"
-    if result is not None:
-        card = model_card(result, library)
-    else:  # the run is not finished, so there are no metrics
-        card = f"---\nlibrary_name: {library}\ntags:\n- molf\n---\n\n# {run.name}\n\nTrained from the model {base}.\n"
-    return f"{card}\n## Export\n\n{' '.join(notes)}\n"

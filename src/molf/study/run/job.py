@@ -33,15 +33,7 @@ from molf.tasks.few_shot import with_examples
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on.
-
-    Attributes:
-        config: The resolved settings.
-        model: The loaded model.
-        tokenizer: Its tokenizer.
-        task: The benchmark.
-        split: Its rows.
-    """
+    """What a run works on."""
 
     config: RunConfig
     model: Any
@@ -66,11 +58,7 @@ class Job:
 
 
 def load_job(config: RunConfig) -> Job:
-    """Load what a run works on.
-
-    Raises:
-        MolfError: The task, its data or the model cannot be loaded, or the processes and devices do not fit the run.
-    """
+    """Load what a run works on."""
     if not config.output.only_eval:
         check_processes(build_train_config(config.train))
     locate(config.model.model_name_or_path)  # fails before any data is fetched
@@ -102,13 +90,10 @@ def job_recipe(job: Job) -> Recipe:
 
 
 class StudyTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
-    """TRL's SFT trainer with complete checkpoints.
-
-    Attributes:
-        cut: What ``max_length`` cuts off the training data.
-    """
+    """TRL's SFT trainer with complete checkpoints."""
 
     cut: CutTargets
+    """What ``max_length`` cuts off the training data."""
 
 
 def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **settings: Any) -> StudyTrainer:
@@ -119,9 +104,6 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         recipe: The method.
         stop: Stop the training when this says so.
         **settings: Trainer settings that override all others.
-
-    Raises:
-        MolfError: A setting cannot be used, there is nothing to train, or the model cannot be sharded as asked.
     """
     examples = job.examples
     if not examples:
@@ -137,12 +119,14 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     asked = args.assistant_only_loss
     if conversations:
         args.assistant_only_loss = False  # the labels say it already, and TRL would look for conversations
+    callbacks: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
+    callbacks += [] if stop is None else [StopAtStep(stop)]
     trainer = StudyTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         processing_class=job.tokenizer,
-        callbacks=_callbacks(recipe, stop),
+        callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     args.assistant_only_loss = asked
@@ -155,12 +139,6 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
         initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer
-
-
-def _callbacks(recipe: Recipe, stop: StopRequest | None) -> list[TrainerCallback]:
-    """Return the callbacks that the method and a stop request need."""
-    own: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
-    return own if stop is None else [*own, StopAtStep(stop)]
 
 
 def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:

@@ -25,10 +25,6 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
 
     A tokenizer without a padding token pads with its end-of-text token; no token is ever added.
 
-    Args:
-        config: What to load and how.
-        trust_remote_code: Whether code that ships with a Hub model may run.
-
     Raises:
         MolfError: No model is named, it cannot be loaded, or its tokenizer has no token to pad with.
     """
@@ -57,9 +53,6 @@ def use_chat_template(tokenizer: Any, path: str) -> None:
     Args:
         tokenizer: The tokenizer.
         path: A Jinja file (``.jinja``, ``.j2``), or a folder or Hub id of a tokenizer with the template.
-
-    Raises:
-        MolfError: The file or tokenizer cannot be read.
     """
     with _explained(f"chat_template_path={path} is neither a Jinja file nor a tokenizer", path):
         if path.endswith((".jinja", ".j2")):

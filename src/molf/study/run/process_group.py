@@ -19,7 +19,7 @@ def all_wait() -> Iterator[None]:
     The default group gives up after ``ddp_timeout``, half an hour. Rank 0 may save or evaluate for longer, so the others wait in
     a gloo group of its own, which also needs no device.
     """
-    if not _initialized():
+    if not distributed.is_initialized():
         yield
         return
     group = distributed.new_group(backend="gloo", timeout=_LONG)
@@ -30,7 +30,7 @@ def all_wait() -> Iterator[None]:
 
 def true_on_all_ranks(flag: bool) -> bool:
     """Return whether a flag is true on every rank; all must make this call."""
-    if not _initialized():
+    if not distributed.is_initialized():
         return flag
     flags: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(flags, flag)
@@ -39,7 +39,7 @@ def true_on_all_ranks(flag: bool) -> bool:
 
 def from_rank_0(make: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result on every rank."""
-    if not _initialized():
+    if not distributed.is_initialized():
         return make()
     made: list[Any] = [make() if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(made)
@@ -54,10 +54,6 @@ def leave_process_group() -> None:
     outlives the group waits for its threads while it holds Python's lock, which they may need. Skip this after an error: it would
     deadlock with ranks that are still waiting here.
     """
-    if _initialized():
+    if distributed.is_initialized():
         gc.collect()
         distributed.destroy_process_group()
-
-
-def _initialized() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

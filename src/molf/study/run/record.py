@@ -25,26 +25,14 @@ from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_
 
 @dataclass(frozen=True)
 class Start:
-    """What must be read at the start of a run.
-
-    Attributes:
-        time: The time.
-        commit: The commit of the source, which may change while the run goes on.
-    """
+    """The time and the commit of the source at the start of a run; the source may change while it goes on."""
 
     time: float = field(default_factory=time.perf_counter)
     commit: str | None = field(default_factory=lambda: source_commit())
 
 
 def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained | None = None) -> Result:
-    """Put the result of a run together.
-
-    Args:
-        job: What the run worked on.
-        start: Its start.
-        evaluation: The evaluation of its model.
-        trained: Its training; None for a run that only evaluates.
-    """
+    """Put the result of a run together."""
     log = job.config.output_dir / ROUTING_FILE
     routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
     return Result(

@@ -87,11 +87,7 @@ def run_id(folder: Path) -> str:
 
 @contextmanager
 def report_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a ``MolfError`` that says what to do.
-
-    Args:
-        folder: Where the block writes.
-    """
+    """Turn the error of a full disk into a ``MolfError`` that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -6,16 +6,7 @@ from molf.tasks import Row, Split, Task
 
 
 def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
-    """Load the rows of a run.
-
-    Args:
-        task: The benchmark.
-        config: Which of its rows; with ``selection_limit`` those of ``selection_split``.
-        seed: Seed of tasks that split or choose at random.
-
-    Raises:
-        MolfError: The data cannot be loaded, or there are too few rows to choose settings on.
-    """
+    """Load the rows of a run."""
     split = task.load(config.data_path, sample=config.sample, limit=config.limit, seed=seed)
     if config.selection_limit is None:
         return split
@@ -30,14 +21,6 @@ def selection_split(split: Split, everything: list[Row], count: int) -> Split:
 
     The last ``count`` training rows are held out for evaluation. A benchmark that evaluates the very rows it trains on, such as
     edits of facts, would measure something else that way: there the first ``count`` other rows serve as both.
-
-    Args:
-        split: The rows of the final runs.
-        everything: All training rows.
-        count: Number of rows to evaluate on.
-
-    Raises:
-        MolfError: There are not enough rows.
     """
     evaluated = {row_key(row) for row in split.eval}
     same = split.train == split.eval

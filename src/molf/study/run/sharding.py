@@ -37,11 +37,7 @@ class TrainedShards(CheckpointPart):
         save(_trained(model), checkpoint_id=folder / FOLDER_NAME)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Load the weights of a checkpoint into a model with the same method.
-
-        Raises:
-            MolfError: The checkpoint has no such weights.
-        """
+        """Load the weights of a checkpoint into a model with the same method."""
         if not (folder / FOLDER_NAME).is_dir():
             raise MolfError(
                 f"{folder} has no {FOLDER_NAME}, so no sharded run with adapters wrote it: use the settings of the checkpoint, "
@@ -57,11 +53,7 @@ def _trained(model: nn.Module) -> dict[str, Any]:
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Check, before anything is loaded, that the processes fit the devices and the sharding.
-
-    Raises:
-        MolfError: One process sees several GPUs, or is to shard a model alone.
-    """
+    """Check, before anything is loaded, that the processes fit the devices and the sharding."""
     if args.n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which multiplies the batch
         raise MolfError(
             f"{args.n_gpu} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to train on one of them, or start a "
@@ -75,15 +67,7 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def check_sharding(trainer: Any, recipe: Recipe) -> None:
-    """Check that a model which is to be sharded can be, and will be.
-
-    Args:
-        trainer: The trainer. The run's settings or ``accelerate launch`` may have asked it to shard.
-        recipe: The method.
-
-    Raises:
-        MolfError: The method, the device or a setting does not allow it.
-    """
+    """Check that a model which is to be sharded can be, and will be."""
     if not trainer.is_fsdp_enabled:
         if trainer.args.fsdp:
             raise MolfError(
@@ -112,11 +96,6 @@ def check_sharding(trainer: Any, recipe: Recipe) -> None:
 
 def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:
     """Gather the trained model on the CPU of rank 0; every rank must make this call.
-
-    Args:
-        trainer: The trainer, whose model stays sharded.
-        config: The run.
-        recipe: Its method.
 
     Returns:
         A model with the trained weights and adapters on rank 0, None on the others.

@@ -81,21 +81,13 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What training leaves on a rank once the trainer is gone.
+    """What training leaves on a rank once the trainer is gone."""
 
-    Attributes:
-        main: Whether this is rank 0.
-        device: The device of this rank.
-        done: How far training came, in words.
-        trained: The finished training; None if it was stopped.
-        model: The plain trained model; None on ranks that do not have it.
-    """
-
-    main: bool
+    main: bool  # whether this is rank 0
     device: torch.device
-    done: str
-    trained: Trained | None
-    model: Any
+    done: str  # how far training came, in words
+    trained: Trained | None  # None if it was stopped
+    model: Any  # plain and trained; None on ranks that do not have it
 
 
 def _train(job: Job, stop: StopRequest) -> _Outcome:
@@ -201,11 +193,7 @@ def _evaluate_before(job: Job, trainer: StudyTrainer) -> Evaluation | None:
 
 
 def _evaluate_on_ranks(job: Job, main: bool, device: torch.device, source: str) -> Evaluation | None:
-    """Evaluate on all ranks if all have the model, otherwise on rank 0 alone, and leave the process group.
-
-    Returns:
-        The evaluation; None on a rank that took no part.
-    """
+    """Evaluate on all ranks if all have the model, otherwise on rank 0 alone (None elsewhere), and leave the group."""
     shard = true_on_all_ranks(job.model is not None and _ranks_share(job))
     if not shard:
         leave_process_group()

@@ -48,22 +48,17 @@ def tokenize_training_data(
 ) -> tuple[Dataset, CutTargets]:
     """Tokenise training examples on rank 0 and send them to the others.
 
-    Args:
-        tokenizer: The tokenizer.
-        examples: Examples of one form: prompt and completion, messages, or text.
-        args: The trainer's settings.
-
     Returns:
         Rows with ``input_ids`` and ``labels``, not cut yet, and what the trainer will cut.
-
-    Raises:
-        MolfError: An example has no target even in full, or the chat template does not fit.
     """
 
     def tokenize() -> tuple[Dataset, CutTargets]:
         tokens = tokenize_examples(tokenizer, examples)
         _warn_of_untrained_stop(tokenizer, examples)
-        return _rows(tokens, all_in_loss=_all_in_loss(examples[0], args)), cut_targets(tokens, args)
+        # Whether the user wants the loss on prompts, or on what others than the assistant say, too.
+        chat = "messages" in examples[0]
+        all_in_loss = not args.assistant_only_loss if chat else args.completion_only_loss is False
+        return _rows(tokens, all_in_loss), cut_targets(tokens, args)
 
     return from_rank_0(tokenize)
 
@@ -81,11 +76,6 @@ def cut_targets(examples: Sequence[ExampleIds], args: TrainConfig) -> CutTargets
     left = [(sum(example.in_loss[kept]), sum(example.in_loss)) for example in examples]
     dropped = sum(kept == 0 for kept, _ in left)
     return CutTargets(args.max_length, dropped, sum(0 < kept < whole for kept, whole in left))
-
-
-def _all_in_loss(example: Mapping[str, Any], args: TrainConfig) -> bool:
-    """Say whether the user wants the loss on prompts, or on what others than the assistant say, too."""
-    return (not args.assistant_only_loss) if "messages" in example else args.completion_only_loss is False
 
 
 def _rows(examples: Sequence[ExampleIds], all_in_loss: bool) -> Dataset:
