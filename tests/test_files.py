@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from molf.errors import MolfError
 from molf.files import atomic_folder, atomic_write
 
 
@@ -16,6 +17,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         partial.write_text("third")
         raise RuntimeError
     assert target.read_text() == "second" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "x.csv", tmp_path):
+        with pytest.raises(MolfError, match=f"cannot write {target}: .*; choose another path"), atomic_write(target):
+            raise AssertionError("nothing is written")
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import pydoc
+import re
 import shlex
 import subprocess
 import sys
@@ -115,13 +116,35 @@ def test_the_demo_runs_twice(model_folder, capsys):
         ("train --model_name_or_path /no/folder --sample", 1, "does not exist"),
         ("eval --config no.yaml", 1, "no.yaml"),
         ("report nothing", 1, "no finished run"),
+        ("train --config binary.yaml", 2, "binary.yaml is not valid YAML"),
+        ("train --config broken.yaml", 2, "broken.yaml, line 3, column 2 is not valid YAML"),
+        ("train --config", 2, "--config needs one file, got none"),
+        ("plan --model_name_or_path nobody/none", 1, "cannot load the configuration of 'nobody/none'"),
+        ("train MODEL --bf16 True --fp16 True", 1, "the trainer does not take these settings"),
+        ("train MODEL --lr_scheduler_type wavy", 1, "wavy"),
+        ("train MODEL --per_device_train_batch_size 0", 1, "per_device_train_batch_size=0 must be at least 1"),
+        ("train MODEL --gradient_accumulation_steps 0", 1, "gradient_accumulation_steps=0 must be at least 1"),
+        ("train MODEL --learning_rate nan", 1, "learning_rate=nan must be a finite number"),
+        ("train MODEL --max_steps -5", 1, "max_steps=-5 must be at least 1"),
+        ("train MODEL --num_train_epochs 0", 1, "num_train_epochs=0.0 must be above 0"),
+        ("train MODEL --eval_strategy steps", 1, "eval_strategy is not supported"),
+        ("train MODEL --limit 4 --max_length 1", 1, "leaves no target of the 4 training rows"),
+        ("train MODEL --limit 4 --ranks 4096 --dry_run", 1, "ranks=(4096,) exceeds"),
+        ("train MODEL --chat_template_path broken.jinja", 1, "Unexpected end of template"),
+        ("train MODEL --method fft --match_lora_rate True", 2, "only MoLF has it"),
+        ("results . --csv file/x.csv", 1, "cannot write file/x.csv"),
     ],
 )
 def test_mistakes_are_one_message(line, status, message, model_folder, capsys):
-    assert call(line) == status
+    Path("binary.yaml").write_bytes(b"\xff\xfe")
+    Path("broken.yaml").write_text("a: [1,\n2\nb: 3\n")
+    Path("broken.jinja").write_text("{% if x %}")
+    Path("file").write_text("")
+    Path("result.json").write_text(json.dumps(RESULT))
+    assert call(line.replace("MODEL", f"--model_name_or_path {model_folder} --task fact --sample")) == status
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("molf ")
+    assert re.split("[\r\n]", error.strip())[-1].startswith("molf ")
     assert "Traceback" not in error
 
 
@@ -166,8 +189,9 @@ def test_a_failure_of_other_code_keeps_its_traceback(monkeypatch):
 
 
 def test_a_missing_library_gives_the_command(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "molf.cli.commands")
-    monkeypatch.setitem(sys.modules, "molf.cli.parsing", None)
+    for module in ("molf.cli.commands", "molf.cli.show"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
     assert call("train") == 1
     assert "pip install 'molf[train]'" in capsys.readouterr().err
 

@@ -53,11 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the commands are {known}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[arguments.command][0].partition(".")
-    try:
-        command = getattr(importlib.import_module(f"molf.cli.{module}"), function)
-    except ModuleNotFoundError as error:
-        print(f"molf: {error}; install what the commands need: pip install 'molf[train]'", file=sys.stderr)
-        return 1
+
+    def command(argv: list[str]) -> None:
+        getattr(importlib.import_module(f"molf.cli.{module}"), function)(argv)
+
     return _call(arguments.command, command, arguments.arguments, show_traceback)
 
 
@@ -67,6 +66,11 @@ def _call(name: str, command: Callable[[list[str]], None], argv: list[str], show
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         command(argv)
+    except ModuleNotFoundError as error:
+        if show_traceback or (error.name or "").partition(".")[0] == "molf":
+            raise
+        print(f"molf {name}: {error}; install what the commands need: pip install 'molf[train]'", file=sys.stderr)
+        return 1
     except MolfError as error:
         if show_traceback:
             traceback.print_exception(error)

@@ -80,16 +80,19 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
     return [(name, values if len(values) > 1 else values[0] if values else True) for name, values in found]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: Any) -> dict[str, Any]:
     """Read a configuration file: one flat mapping of setting to value."""
     if not isinstance(path, str | Path):
-        raise UsageError(f"--{CONFIG_FLAG} takes one file at a time, got {path!r}")
+        given = "none" if path is True else repr(path)
+        raise UsageError(f"--{CONFIG_FLAG} needs one file, got {given}")
     if not Path(path).is_file():
         raise MolfError(f"there is no configuration file {path}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise UsageError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} must hold one mapping of setting to value, such as 'learning_rate: 5e-5'")
     return content

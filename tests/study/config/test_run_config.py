@@ -67,6 +67,18 @@ def test_output_dir_is_named_after_what_differs():
     assert RunConfig.from_dict(base).output_dir.parent.name == "root"
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"match_lora_rate": True}, "molf-m-fact-r128-epd-lr5e-05-lora-matched-cosine-s42"),
+        ({"top_k": 2}, "molf-m-fact-r128-epd-k2-lr5e-05-lora5e-05-cosine-s42"),
+    ],
+)
+def test_a_name_tells_matched_rates_and_top_k(changes, name):
+    config = RunConfig.from_dict({"model_name_or_path": "m", "task": "fact", "method": "molf", **changes})
+    assert config.run_name == name
+
+
 def test_a_given_folder_and_name_win():
     config = RunConfig.from_dict({"output_dir": "here", "run_name": "mine"}).resolved()
     assert str(config.output_dir) == "here"

@@ -43,6 +43,10 @@ def test_the_same_and_what_may_change(tmp_path):
         ),
         ({"data": DATA[:1]}, r"=2 examples of fact, SHA-256 \w{12} \(here 1 examples of fact, SHA-256 \w{12}\)"),
         ({"data": DATA[::-1]}, "training_data=2 examples of fact"),
+        ({"max_grad_norm": 3.0}, r"max_grad_norm=1.0 \(here 3.0\)"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.0 \(here 0.1\)"),
+        ({"adam_beta2": 0.95}, r"adam_beta2=0.999 \(here 0.95\)"),
+        ({"lora_weight_decay": 0.5}, r"lora_weight_decay=0.01 \(here 0.5\)"),
     ],
 )
 def test_what_differs_is_named(changes, words, tmp_path):

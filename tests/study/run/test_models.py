@@ -77,5 +77,5 @@ def test_a_chat_template_comes_from_a_file_or_from_another_tokenizer(tiny_tokeni
     use_chat_template(own, str(tmp_path / "other"))
     assert own.chat_template == "of another"
     for missing in ("missing.jinja", str(tmp_path / "missing")):
-        with pytest.raises(OSError, match="is neither a Jinja file nor a tokenizer"):
+        with pytest.raises(OSError, match="is neither a Jinja template nor a tokenizer"):
             use_chat_template(own, missing)

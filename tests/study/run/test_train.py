@@ -232,6 +232,15 @@ def test_a_run_that_fails_is_not_finished_and_checkpoints_are_removed_on_request
     assert (folder / "result.json").exists() and not [path for path in folder.iterdir() if path.is_dir()]
 
 
+def test_a_finished_run_that_is_started_again_is_left_as_it_is(finished, settings, caplog):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = carry_out(read_result(folder).config, resume_from_checkpoint="True", output_dir=str(folder))
+    assert again == read_result(folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert "nothing is left to do" in caplog.text
+
+
 def test_evaluation_only(finished, settings, tmp_path):
     result = carry_out(settings, only_eval=True, eval_limit=3)
     folder = Path(settings["output_dir"])

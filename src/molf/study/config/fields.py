@@ -23,7 +23,7 @@ def setting(default: Any, help: str, shapes: Level = "training") -> Any:
     Args:
         default: The default; a list is copied for every configuration.
         help: What ``molf COMMAND --help`` says.
-        shapes: What two runs with different values may not have in common.
+        shapes: What changes when this setting changes.
     """
     metadata: dict[str, Any] = {"help": help, SHAPES: shapes}
     if isinstance(default, list):
@@ -37,7 +37,8 @@ _TRAINER: dict[Level, str] = {
         logging_steps logging_strategy logging_first_step save_strategy save_steps save_total_limit
     """,
     "checkpoint": """
-        learning_rate weight_decay lr_scheduler_type warmup_steps seed data_seed
+        learning_rate weight_decay lr_scheduler_type lr_scheduler_kwargs warmup_steps seed data_seed
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim label_smoothing_factor bf16 fp16
         max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss chat_template_path
         shuffle_dataset dataloader_drop_last train_sampling_strategy
     """,

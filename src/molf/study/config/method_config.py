@@ -38,7 +38,7 @@ class MethodConfig:
     lora_learning_rate: float | None = setting(
         None, "Learning rate of LoRA weights; learning_rate if unset.", shapes="checkpoint"
     )
-    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.")
+    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.", shapes="checkpoint")
     lora_alpha: float | None = setting(
         None,
         "LoRA alpha; by default 32 for molf and molf_e; for the others such that the scale is 2 (1 for pissa): "
@@ -56,15 +56,17 @@ class MethodConfig:
         "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; by default for molf, molf_e and rslora only.",
         shapes="checkpoint",
     )
-    loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.")
-    top_k: int = setting(1, "molf: how many experts of a layer are updated per step.")
+    loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.", shapes="checkpoint")
+    top_k: int = setting(1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint")
     score: Literal["epd", "pfn", "descent", "random"] = setting(
         "epd",
         "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
+        shapes="checkpoint",
     )
     match_lora_rate: bool = setting(
         False,
-        "molf: at every step and layer, the LoRA rate at which its step promises the descent of full fine-tuning's.",
+        "molf: set LoRA's rate at every step and layer so that its step promises the same decrease of the loss as the "
+        "full-rank step.",
         shapes="checkpoint",
     )
     target_modules: list[str] = setting(
@@ -79,10 +81,14 @@ class MethodConfig:
     )
     fft_expert: bool | None = setting(None, "Whether full fine-tuning is an expert of molf; molf without it is molf_e.")
     optim_bits: Literal[32, 8] = setting(
-        32, "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter."
+        32,
+        "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter.",
+        shapes="checkpoint",
     )
     bf16_update: Literal["split", "stochastic"] = setting(
-        "split", "molf, bfloat16 weights: keep their low bits beside them, or round stochastically."
+        "split",
+        "molf, bfloat16 weights: keep their low bits beside them, or round stochastically.",
+        shapes="checkpoint",
     )
     optimizer_in_backward: bool = setting(
         False,

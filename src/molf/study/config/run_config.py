@@ -207,9 +207,11 @@ class RunConfig:
             return [f"lr{rate:g}", schedule]
         if not method.routes:
             return [f"r{method.lora_rank}", f"lr{lora_rate:g}", schedule]
-        rates = [f"lora{lora_rate:g}"] if method.method == "molf_e" else [f"lr{rate:g}", f"lora{lora_rate:g}"]
+        lora = "lora-matched" if method.match_lora_rate else f"lora{lora_rate:g}"
+        rates = [lora] if method.method == "molf_e" else [f"lr{rate:g}", lora]
+        top_k = [f"k{method.top_k}"] if method.top_k != 1 else []
         dropout = [f"drop{method.lora_dropout:g}"] if method.lora_dropout else []
-        return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *dropout, *rates, schedule]
+        return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *top_k, *dropout, *rates, schedule]
 
     def resolved(self) -> "RunConfig":
         """Return the same configuration with ``output_dir`` and ``run_name`` filled in."""

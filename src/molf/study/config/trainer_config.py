@@ -1,5 +1,6 @@
 """The trainer's settings: TRL's ``SFTConfig`` with the defaults of the published recipe."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -89,7 +90,34 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
             "model by FSDP2 instead: torchrun --nproc_per_node N -m molf train --fsdp True ..."
         )
     _check_trackers(settings.get("report_to"))
-    return TrainConfig(**settings)
+    _check_numbers(settings)
+    try:
+        return TrainConfig(**settings)
+    except MolfError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise MolfError(f"the trainer does not take these settings: {str(error).strip().splitlines()[0]}") from error
+
+
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    for name in _AT_LEAST_ONE:
+        value = settings.get(name)
+        if value is not None and value < 1:
+            raise MolfError(f"{name}={value} must be at least 1")
+    rate, steps, epochs = (settings.get(name) for name in ("learning_rate", "max_steps", "num_train_epochs"))
+    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        raise MolfError(f"learning_rate={rate} must be a finite number, 0 or more")
+    if steps is not None and steps < 1 and steps != -1:
+        raise MolfError(f"max_steps={steps} must be at least 1, or -1 to train for num_train_epochs")
+    if epochs is not None and not epochs > 0:
+        raise MolfError(f"num_train_epochs={epochs} must be above 0; `molf eval` evaluates without training")
+    if str(getattr(settings.get("eval_strategy"), "value", settings.get("eval_strategy") or "no")) != "no":
+        raise MolfError(
+            "eval_strategy is not supported: a run evaluates its task after training, and with --eval_before before it"
+        )
 
 
 def _check_trackers(report_to: None | str | list[str]) -> None:

@@ -35,7 +35,6 @@ class Gathered:
 
     def write_csv(self, path: Path) -> None:
         """Write the table as CSV; what a result does not have is empty."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
             self.table.to_csv(partial, index=False)
 
@@ -48,7 +47,6 @@ class Gathered:
         for name, column in table.items():
             if infer_dtype(column, skipna=True) in ("mixed", "mixed-integer"):
                 table[name] = column.map(str, na_action="ignore")
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
             table.to_parquet(partial, index=False)
 

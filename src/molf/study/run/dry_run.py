@@ -44,6 +44,7 @@ def make_plan(config: RunConfig) -> Plan:
     job = load_job(config)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
         trainer = make_trainer(job, job_recipe(job), output_dir=scratch)
+        trainer.create_optimizer()  # checks rates and ranks against the model
     return Plan(
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),

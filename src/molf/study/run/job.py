@@ -129,6 +129,10 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
+    if not len(trainer.train_dataset):
+        raise MolfError(
+            f"max_length={args.max_length} leaves no target of the {len(examples)} training rows: give a larger --max_length"
+        )
     args.assistant_only_loss = asked
     trainer.cut = cut
     check_sharding(trainer, recipe)

@@ -15,10 +15,11 @@ from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import checkpoints, remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
+from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
-from molf.study.results.result import RESULT_FILE, read_result
+from molf.study.results.result import RESULT_FILE, Result, read_result
 
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
@@ -51,6 +52,16 @@ def check_folder(config: RunConfig) -> None:
             f"{folder} holds {'a finished run' if finished else 'an unfinished run that can resume'}; pass --overwrite to "
             "replace it, --resume_from_checkpoint True to resume from what it saved last, or another --output_dir"
         )
+
+
+def finished_result(config: RunConfig) -> Result | None:
+    """Return the result of this very run if it is finished and asked to resume: nothing is left to do."""
+    file = config.output_dir / RESULT_FILE
+    if config.output.overwrite or config.output.only_eval or config.resume_from is not True or not file.is_file():
+        return None
+    result = read_result(config.output_dir)
+    same = result.training is not None and not differing(result.config, config, "evaluation")
+    return result if same else None
 
 
 def _check_writable(folder: Path) -> None:

@@ -25,7 +25,7 @@ from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_tra
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
-from molf.study.run.run_folder import check_folder, clear_folder, report_full_disk, run_id
+from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
 from molf.study.sizing.parameters import base_count, count_parameters
 
@@ -50,6 +50,9 @@ def run(config: RunConfig) -> Result | None:
     """
     config = config.resolved()
     check_folder(config)
+    if (done := finished_result(config)) is not None:
+        _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
+        return done
     if config.task.generation_backend == "vllm":
         require_vllm()
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:

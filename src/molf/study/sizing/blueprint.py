@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from molf.integrations.bundled import locate
+from molf.integrations.loading import explained
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import TrainConfig
 from molf.study.methods.adapters import add_adapters
@@ -36,7 +37,8 @@ class Blueprint:
         if model_config is None:
             trust = bool(config.train.get("trust_remote_code", False))
             source = locate(config.model.model_name_or_path)
-            model_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            with explained(f"cannot load the configuration of {config.model.model_name_or_path!r}", source):
+                model_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         with torch.device("meta"):
             dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
             plain = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
