@@ -120,7 +120,7 @@ def test_a_written_configuration_is_read_back(tmp_path):
         ("--limit 0", "limit=0"),
         ("--warmup_steps 10 --warm_up_ratio 0.1", "two names of one setting"),
         ("train.yaml --seed 1", "unexpected 'train.yaml'"),
-        ("--config", "takes one file"),
+        ("--config", "needs one file, got none"),
     ],
 )
 def test_mistakes_are_explained(line, message):

@@ -21,6 +21,7 @@ PUBLISHED_NAMES: dict[str, str] = {
     "warm_up_ratio": "warmup_steps",
     "warmup_ratio": "warmup_steps",
     "ckpt_dir_root": "output_root",
+    "lora_lr": "lora_learning_rate",  # its name in Python
 }
 """Alias -> field."""
 

@@ -76,8 +76,8 @@ def locate(name: str | None) -> str:
     if not folder.exists() and not name.startswith(("/", ".", "~")):
         return name
     if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.exists() else "does not exist"
-        raise MolfError(f"model_name_or_path={name!r}: the folder {what}; give a folder that save_pretrained wrote")
+        what = "has no config.json" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
+        raise MolfError(f"model_name_or_path={name!r} {what}; give a folder that save_pretrained wrote")
     return str(folder)
 
 

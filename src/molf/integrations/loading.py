@@ -34,7 +34,10 @@ def explained(failure: str, source: str) -> Iterator[None]:
 def _reason(error: BaseException, source: str) -> str:
     causes = list(_chain(error))
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__).removeprefix("Error ")
-    if Path(source).exists() or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return "the folder has no tokenizer files; save the tokenizer there too (tokenizer.save_pretrained)"
+    if folder.exists() or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
         return first_line
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (

@@ -171,7 +171,7 @@ def adamw_update_(
         if values[0].dtype == torch.float64:
             moments = [(m.clone(), v.clone()) for m, v in moments]
         zeros = workspace.zeros_like(values)
-        _fused([TensorState(p, g, m, v) for p, g, (m, v) in zip(values, zeros, moments, strict=True)], step)
+        _torch_adamw_([TensorState(p, g, m, v) for p, g, (m, v) in zip(values, zeros, moments, strict=True)], step)
         for value, (i, piece) in zip(values, batch, strict=True):
             store(value, piece.param, piece.low, noise, tensors[i].param)
 
@@ -181,7 +181,7 @@ def adamw_(tensors: Sequence[TensorState], rates: Rates, noise: Noise | None = N
     for batch in _blocks(tensors):
         values = [load(piece.param, piece.low) for _, piece in batch]
         updated = [_dequantized(piece._replace(param=value)) for value, (_, piece) in zip(values, batch, strict=True)]
-        _fused(updated, rates)
+        _torch_adamw_(updated, rates)
         for new, (i, piece) in zip(updated, batch, strict=True):
             store(new.param, piece.param, piece.low, noise, tensors[i].param)
             _write_back_(new, piece)
@@ -193,7 +193,7 @@ def _update_moments_(
     """Update the moments of flat pieces and return ``u = m / (sqrt(v) + eps)`` of each, in scratch memory."""
     rates = Rates(lr=-1.0, weight_decay=-1.0, betas=betas, eps=eps, t=math.inf)
     scratch = workspace.empty_like([piece.exp_avg for piece in pieces])
-    _fused([piece._replace(param=u) for u, piece in zip(scratch, pieces, strict=True)], rates)
+    _torch_adamw_([piece._replace(param=u) for u, piece in zip(scratch, pieces, strict=True)], rates)
     return scratch
 
 
@@ -215,7 +215,7 @@ def _write_back_(updated: TensorState, kept: TensorState) -> None:
     quantize_(updated.exp_avg_sq.view_as(kept.exp_avg_sq), kept.exp_avg_sq, kept.exp_avg_sq_absmax, signed=False)
 
 
-def _fused(pieces: Sequence[TensorState], rates: Rates) -> None:
+def _torch_adamw_(pieces: Sequence[TensorState], rates: Rates) -> None:
     """Call PyTorch's fused AdamW on flat pieces; ``t = inf`` turns the bias corrections off."""
     step = torch.full((), min(rates.t, _INFINITE_STEP), dtype=torch.float32, device=pieces[0].param.device)
     grads = [piece.grad for piece in pieces]
