@@ -28,6 +28,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SLOW = ("test_pretrained.py", "test_sharding.py", "test_sweep_command.py", "test_bundled.py", "test_faults.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file on one worker, because they share fixtures, and so all tests that need SLURM."""
     for item in items:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import MutableMapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -49,17 +48,24 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
+        self._lrs: tuple[float, ...] | None = None
 
     @property
     def step(self) -> float:
         """The layer's step count."""
         return float(self._state[self.group["params"][0]]["step"])
 
-    @cached_property
+    @property
     def lrs(self) -> tuple[float, ...]:
-        """The experts' learning rates, which matched rates replace. Syncs if ``lr`` is a tensor on a device."""
-        lr = float(self.group["lr"])
-        return tuple(lr * ratio for ratio in self.lr_ratios)
+        """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
+        if self._lrs is None:
+            lr = float(self.group["lr"])
+            self._lrs = tuple(lr * ratio for ratio in self.lr_ratios)
+        return self._lrs
+
+    def set_lrs(self, lrs: Sequence[float]) -> None:
+        """Replace the experts' learning rates at this step by matched ones."""
+        self._lrs = tuple(lrs)
 
     @staticmethod
     @abc.abstractmethod

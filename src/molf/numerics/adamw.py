@@ -108,7 +108,7 @@ class Workspace:
 def update_moments_and_score_(
     tensors: Sequence[TensorState], betas: tuple[float, float], eps: float, score: Score, workspace: Workspace
 ) -> list[Tensor]:
-    """Phase 1: update the moments of every tensor and return the score's sum and the descent of each, tensors ``[2]``.
+    """Phase 1: update the moments of every tensor; return the score's sum and the descent of each, ``[2]``, or ``[1]`` if equal.
 
     ``m += (1-b1)(g-m)`` and ``v = b2 v + (1-b2) g*g``. 8-bit moments are updated in scratch memory only.
 
@@ -118,7 +118,9 @@ def update_moments_and_score_(
     """
     # An empty shard contributes zero.
     sums = {
-        i: torch.zeros(2, dtype=master_dtype(tensor.param.dtype), device=tensor.param.device)
+        i: torch.zeros(
+            1 if score.sums_descent else 2, dtype=master_dtype(tensor.param.dtype), device=tensor.param.device
+        )
         for i, tensor in enumerate(tensors)
         if not local(tensor.param).numel()
     }
@@ -126,8 +128,8 @@ def update_moments_and_score_(
         updated = [_dequantized(piece) for _, piece in batch]
         for u, piece, (i, _) in zip(_update_moments_(updated, betas, eps, workspace), updated, batch, strict=True):
             descent = torch.dot(piece.exp_avg, u)
-            own = descent if score.sums_descent else score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)
-            part = torch.stack([own, descent])
+            own = [] if score.sums_descent else [score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)]
+            part = torch.stack([*own, descent])
             sums[i] = sums[i] + part if i in sums else part
     return [sums[i] for i in range(len(tensors))]
 

@@ -154,14 +154,14 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
     # The step's only sync. Host tensors name their device, because the default device may be another one.
     parts = torch.stack([part.to(sums[0].device) for part in sums])
     on_host = context.ranks.sum_parts(parts, sharded).cpu().double()
-    sums_by_expert = torch.zeros(*shape, 2, dtype=torch.float64, device="cpu")
+    sums_by_expert = torch.zeros(*shape, on_host.shape[1], dtype=torch.float64, device="cpu")
     sums_by_expert.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
-    total, descent = sums_by_expert.unbind(-1)
+    total, descent = sums_by_expert[..., 0], sums_by_expert[..., -1]
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
     if layers[0].group.get("matched_lr"):  # like the experts, equal in all groups
         lr = matched_rates(lr, descent)
         for layer, rates in zip(layers, lr.tolist(), strict=True):
-            layer.lrs = tuple(rates)
+            layer.set_lrs(rates)
     steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
     return Evidence(tuple(layer.name for layer in layers), total, sizes, lr, descent, steps)
 

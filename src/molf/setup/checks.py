@@ -46,7 +46,7 @@ def check_options(
     if bf16_update not in BF16_UPDATES:
         raise MolfError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
     if not (fused is None or isinstance(fused, bool)):
-        raise MolfError(f"fused={fused!r}: use True, False or None, which decides by itself")
+        raise MolfError(f"fused={fused!r}: use True, False, or None, which decides by itself")
 
 
 def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:

@@ -179,7 +179,7 @@ def checked_ranks(
     if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
     if len(set(ranks)) < len(ranks):
-        raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur once")
+        raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur only once")
     given: Any = lora_alpha
     several = isinstance(given, Sequence) and not isinstance(given, str)
     alphas: tuple[Any, ...] = tuple(given) if several else (given,) * len(ranks)

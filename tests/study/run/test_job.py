@@ -61,7 +61,7 @@ def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations
     bare = job(saved_model, tmp_path, task="custom", data_path=conversations)
     with pytest.raises(ValueError, match="no chat template; pass one with --chat_template_path"):
         make_trainer(bare, Recipe(train={}))
-    with pytest.raises(OSError, match="chat_template_path=missing.jinja is neither a Jinja file nor a tokenizer"):
+    with pytest.raises(OSError, match="chat_template_path=missing.jinja is neither a Jinja template nor a tokenizer"):
         job(saved_model, tmp_path, task="custom", data_path=conversations, chat_template_path="missing.jinja")
 
 
