@@ -25,16 +25,22 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 # Slow files start first, so that all workers end together.
-SLOW = ("test_pretrained.py", "test_sharding.py", "test_sweep_command.py", "test_bundled.py", "test_faults.py")
+SLOW = (
+    "test_pretrained.py",
+    "test_sharding.py",
+    "test_distributed.py",
+    "test_sweep_command.py",
+    "test_compare_command.py",
+    "test_bundled.py",
+    "test_compiles.py",
+    "test_kills.py",
+    "test_benchmarks.py",
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file on one worker, because they share fixtures, and so all tests that need SLURM."""
-    for item in items:
-        own = "slurm" if "cluster" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(own))
-    items.sort(key=lambda item: "cluster" not in item.fixturenames and item.path.name not in SLOW)
+    """Start the tests of SLURM and the slow files first. Workers take whole files (``--dist loadfile``): fixtures are shared."""
+    items.sort(key=lambda item: ("cluster" not in item.fixturenames, item.path.name not in SLOW))
 
 
 def pytest_collection_finish():
