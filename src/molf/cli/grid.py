@@ -58,7 +58,7 @@ class GridOptions(SlurmSettings):
                 raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
 
     def make_engine(self, log: Callable[[str], None], wait: bool = True) -> "Engine":
-        """Return where to carry out the runs."""
+        """Return what executes the runs."""
         if self.engine == "slurm":
             settings = SlurmSettings(**{name: getattr(self, name) for name in _SLURM})
             return SlurmEngine(Path(self.output_root) / "jobs", settings, self.keep_models, wait, log)

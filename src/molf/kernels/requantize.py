@@ -150,7 +150,7 @@ def requantize_(
         seed: As in ``winners.move_winners_``.
     """
     for (dtype, how), group in groupby(sorted(entries, key=_kind), key=_kind):
-        own, name = list(group), f"settle.{dtype}.{how}"
+        own, name = list(group), f"requantize.{dtype}.{how}"
         quantized = [entry.quantized for entry in own]
         weights = [entry.param for entry in own if entry.param is not None]
         lows = [entry.low for entry in own if entry.low is not None]

@@ -18,7 +18,7 @@ from molf.study.results.result import Result, read_result
 
 
 class Engine(Protocol):
-    """Where runs are carried out."""
+    """Executes runs: on this machine or on a cluster."""
 
     def run(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
         """Carry out runs and yield each one when it has ended, however it ended."""
