@@ -5,7 +5,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, Sequ
 import molf.errors
 from molf import MoLF, param_groups
 from molf.scores import EPD
-from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
+from sharding import adapted
+from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, wide, zero_gradients
 
 
 def test_routing_records_the_decision():
@@ -247,3 +248,22 @@ def test_scores_of_a_wrong_shape_are_refused():
     model, optimizer = routed_mlp(score=Short())
     with pytest.raises(molf.errors.MolfError, match=r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"):
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (mlp, {"ranks": (2, 3)}),
+        (mlp, {"ranks": (2, 3), "optimizer_in_backward": True}),
+        (lambda: wide(torch.float32), {"ranks": (2, 3), "optim_bits": 8}),
+        (lambda: adapted(freeze=False, dtype=torch.float64), {}),
+    ],
+    ids=["merged", "in backward", "8 bits", "branched"],
+)
+def test_matched_experts_promise_the_same_descent(make, options):
+    model = make()
+    optimizer = MoLF(model, lr=1e-3, lora_lr="matched", score="descent", **options)
+    for t in range(4):
+        train(model, optimizer, [t])
+        scores = optimizer.routing.scores
+        torch.testing.assert_close(scores, scores[:, :1].expand_as(scores), rtol=1e-5, atol=0)
