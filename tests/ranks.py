@@ -46,12 +46,12 @@ from small import Prefer, mlp
 COMPARED = {  # with one process
     "ddp_merged": (mlp, ddp, MERGED),
     "ddp_accumulating": (mlp, ddp, {**MERGED, "max_grad_norm": 0.1}, 2),
-    "ddp_branched": (lambda: adapted(freeze=True), ddp, RATES),
+    "ddp_branched": (lambda: adapted(freeze=True), ddp, {**RATES, "lora_lr": "matched"}),
     "fsdp_merged": (mlp, fsdp, MERGED),
     "fsdp_two_winners_clipped": (mlp, fsdp, {**MERGED, "top_k": 2, "max_grad_norm": 0.1}),
     "fsdp_pfn_accumulating": (mlp, fsdp, {**MERGED, "score": "pfn"}, 2),
     "fsdp_made_before_sharding": (mlp, fsdp, MERGED, 1, True),
-    "fsdp_branched": (lambda: adapted(freeze=True), fsdp, {**RATES, "max_grad_norm": 0.1}),
+    "fsdp_branched": (lambda: adapted(freeze=True), fsdp, {**RATES, "lora_lr": "matched", "max_grad_norm": 0.1}),
     "fsdp_branched_beside_the_base": (lambda: adapted(freeze=False), fsdp, {**RATES, "top_k": 2}),
     "hsdp_merged": (mlp, hsdp, {**MERGED, "max_grad_norm": 0.1}),
 }

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from molf.scores import EPD, PFN, SCORES, Evidence, Random, Score, get_score, matched_rates
+from molf.scores import EPD, PFN, SCORES, Evidence, Random, Score, get_score
 
 EPS = 1e-3
 
@@ -75,7 +75,7 @@ def test_own_score_needs_term_and_finish_only():
 
 def test_names_lead_to_scores():
     assert {name: get_score(name).name for name in SCORES} == {
-        name: name for name in ("epd", "pfn", "descent", "random")
+        name: name for name in ("epd", "pfn", "descent", "random", "coherence")
     }
 
 
@@ -95,16 +95,6 @@ def test_random_routing_gives_every_expert_its_share():
     scores = Random().scores(evidence([str(i) for i in range(3000)], [7] * 3000, experts=3))
     shares = torch.bincount(scores.argmax(1), minlength=3) / 3000
     assert (shares - 1 / 3).abs().max() < 0.03
-
-
-def test_matched_rates_promise_one_descent():
-    lr = torch.tensor([[0.1, 5.0, 7.0]], dtype=torch.float64)
-    descent = torch.tensor([[8.0, 2.0, 16.0]], dtype=torch.float64)
-    rates = matched_rates(lr, descent)
-    assert torch.allclose(rates * descent, torch.full_like(lr, 0.8))
-    nothing = torch.tensor([[8.0, 0.0, 1e-9], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    bounded = matched_rates(lr.expand(2, 3), nothing)
-    assert bounded.tolist() == [pytest.approx([0.1, 10.0, 10.0]), pytest.approx([0.1, 0.1, 0.0])]
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,6 @@ class ReferenceMoLF:
                 dA, dB = expert.scale * B.value.T @ G, expert.scale * G @ A.value.T
                 self._observe(A, dA)
                 self._observe(B, dB)
-        if group.get("matched_lr"):
-            for expert in experts[1:]:
-                expert.lr_ratio = min(100.0, self._descent(experts[0]) / max(self._descent(expert), 1e-300))
         self.scores[name] = {e.name: self._score(e, group["lr"] * e.lr_ratio) for e in experts}
         best = sorted(experts, key=lambda e: -self.scores[name][e.name])[: self.top_k]  # sorted() keeps ties in order
         self.winners[name] = [e.name for e in best]

@@ -23,10 +23,7 @@ from torch import Tensor
 
 from molf.errors import MolfError
 
-__all__ = ["EPD", "PFN", "SCORES", "Descent", "Evidence", "Random", "Score", "get_score", "matched_rates"]
-
-MAX_RATE_RATIO = 100.0
-"""Bound of a matched LoRA rate, as a multiple of ``lr``."""
+__all__ = ["EPD", "PFN", "SCORES", "Descent", "Evidence", "Random", "Score", "get_score"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +45,6 @@ class Evidence:
     lr: Tensor
     descent: Tensor
     steps: Tensor
-
-
-def matched_rates(lr: Tensor, descent: Tensor) -> Tensor:
-    """Return LoRA rates at which each expert's step promises what the ``fft`` expert's does: ``lr D_fft / D_i``, bounded.
-
-    Args:
-        lr: Rates ``[M, E]``, the ``fft`` expert's in the first column.
-        descent: ``D [M, E]`` of ``Evidence``.
-    """
-    ratio = (descent[:, :1] / descent).nan_to_num(nan=1.0, posinf=MAX_RATE_RATIO).clamp(max=MAX_RATE_RATIO)
-    ratio[:, 0] = 1.0
-    return lr[:, :1] * ratio
 
 
 class Score(abc.ABC):
@@ -154,6 +139,28 @@ class Descent(EPD):
         return lr * total
 
 
+class Coherence(Score):
+    """Agreement between batches: the promised descent as a share of what it would be had all past gradients agreed.
+
+    ``sum m^2 / (sqrt(v) + eps) / sum sqrt(v)``, between 0 and 1 after bias correction: a mean of ``m^2 / v``, weighted by
+    ``sqrt(v)``. Size, rate, scale and number of elements cancel.
+    """
+
+    name = "coherence"
+
+    def term(self, m: Tensor, v: Tensor, eps: float) -> Tensor:
+        """Return ``sqrt(v)``."""
+        return v.sqrt()
+
+    def finish(self, total: Tensor, n: Tensor, lr: Tensor) -> Tensor:
+        """Not used: the score needs the descent."""
+        raise NotImplementedError
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Return ``descent / sum sqrt(v)``, 0 without a gradient."""
+        return (evidence.descent / evidence.total).nan_to_num(nan=0.0)
+
+
 class Random(EPD):
     """Random routing, the control: a function of seed, module name and step count, so that a resumed run repeats it."""
 
@@ -172,7 +179,7 @@ class Random(EPD):
         return torch.stack(rows)
 
 
-SCORES: dict[str, Score] = {"epd": EPD(), "pfn": PFN(), "descent": Descent(), "random": Random()}
+SCORES: dict[str, Score] = {"epd": EPD(), "pfn": PFN(), "descent": Descent(), "random": Random(), "coherence": Coherence()}
 
 
 def get_score(score: str | Score) -> Score:

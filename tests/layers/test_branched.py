@@ -59,6 +59,27 @@ def test_merged_equals_branched(options):
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "max_grad_norm": 0.5}, {"score": "pfn"}], ids=str)
+def test_with_matched_rates_the_scale_of_an_adapter_changes_nothing(options):
+    plain = tiny_llama(torch.float64)
+    models, optimizers = [plain], []
+    for alpha in (2.0, 8.0):
+        models.append(add_lora_experts(copy.deepcopy(plain), ranks=(2, 6), lora_alpha=alpha, freeze_base=False))
+    for model in models:
+        ranks = {"ranks": (2, 6)} if model is plain else {}
+        optimizers.append(MoLF(model, lr=2e-3, lora_lr="matched", lora_weight_decay=0.1, **ranks, **options))
+    for module, experts in optimizers[0].experts.items():
+        for name, expert in experts.items():
+            if name != "fft":
+                for optimizer in optimizers[1:]:
+                    optimizer.experts[module][name].assign(A=expert.A)
+    winners = [train(model, optimizer) for model, optimizer in zip(models, optimizers, strict=True)]
+    assert winners[0] == winners[1] == winners[2]
+    ids = torch.arange(12).view(1, 12)
+    for model in models[1:]:
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_one_lora_expert_on_a_frozen_base_equals_peft_lora_with_adamw(build):
     base = build(torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,24 +49,17 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
-        self._lrs: tuple[float, ...] | None = None
 
     @property
     def step(self) -> float:
         """The layer's step count."""
         return float(self._state[self.group["params"][0]]["step"])
 
-    @property
+    @functools.cached_property
     def lrs(self) -> tuple[float, ...]:
         """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
-        if self._lrs is None:
-            lr = float(self.group["lr"])
-            self._lrs = tuple(lr * ratio for ratio in self.lr_ratios)
-        return self._lrs
-
-    def set_lrs(self, lrs: Sequence[float]) -> None:
-        """Replace the experts' learning rates at this step by matched ones."""
-        self._lrs = tuple(lrs)
+        lr = float(self.group["lr"])
+        return tuple(lr * ratio for ratio in self.lr_ratios)
 
     @staticmethod
     @abc.abstractmethod
@@ -104,6 +98,10 @@ class RoutedLayer(abc.ABC):
     def gradients(self) -> list[Tensor]:
         """Return the gradients that backward left on parameters."""
         return [p.grad for p in self.group["params"] if p.grad is not None]
+
+    def level_gradients_(self) -> None:
+        """Bring the gradients that backward left into the units of levelled scales, in place."""
+        return  # only adapters have other units
 
     def derived_tensors(self) -> list[TensorState]:
         """Return the tensors whose gradients are computed from others, and not left on a parameter by backward."""

@@ -2,6 +2,10 @@
 
 Used if the base is frozen (MoLF-Efficient) or quantised, or if LoRA has dropout. The adapters are PEFT's. This module sees only
 their parameters, so it needs torch alone.
+
+The model holds ``B`` under the adapter's scale ``s``. With matched LoRA rates the step is the one at the levelled scale ``s*``
+(``level_scale``), under which the same product has ``B* = (s / s*) B``. With ``c = s* / s``, the gradient of ``B*`` is ``c dB``, and
+a change of ``B*`` is ``c`` times as large in ``B``.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params
 from molf.numerics.adamw import Rates, TensorState
-from molf.numerics.distributed import local_part, shard_rows_like
+from molf.numerics.distributed import local, local_part, shard_rows_like
 
 __all__ = ["BranchedLayer"]
 
@@ -55,6 +59,20 @@ class BranchedLayer(RoutedLayer):
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
             self._write(p, local_part(value, p))
 
+    def level_gradients_(self) -> None:
+        """Turn the gradients of B into those of ``B*``."""
+        for p, factor in zip(self._b_params, self._b_factors, strict=True):
+            if p.grad is not None and factor != 1:
+                local(p.grad).mul_(factor)
+
+    @property
+    def _b_params(self) -> list[Tensor]:
+        return list(self.group["params"][len(self.base) + 1 :: 2])
+
+    @property
+    def _b_factors(self) -> tuple[float, ...]:
+        return tuple(self.group.get("b_factors", (1.0,) * len(self.group["ranks"])))
+
     def _expert_tensors(self, i: int) -> list[TensorState]:
         if self.experts[i] == "fft":
             own = self.base
@@ -64,8 +82,14 @@ class BranchedLayer(RoutedLayer):
         return [self._tensor(p) for p in own if p.grad is not None]
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
-        """Return the winners' parameters; a bias is not decayed."""
-        return [(self._rates(i, decayed=x.param.ndim > 1), x) for i in winners for x in self.tensors(i)]
+        """Return the winners' parameters; a bias is not decayed, and B moves ``c`` times as far as ``B*``."""
+        factors = dict(zip(map(id, self._b_params), self._b_factors, strict=True))
+        work = []
+        for i in winners:
+            for x in self.tensors(i):
+                rates, factor = self._rates(i, decayed=x.param.ndim > 1), factors.get(id(x.param), 1.0)
+                work.append((rates._replace(lr=rates.lr * factor, weight_decay=rates.weight_decay / factor), x))
+        return work
 
     def finish_update(self) -> None:
         """Nothing is left to do: the parameters are the experts."""

@@ -56,8 +56,8 @@ class MoLF(torch.optim.Optimizer):
             later.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
-        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``. ``"matched"``: at every step
-            and layer, the rate at which the LoRA step promises the descent of the ``fft`` step.
+        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``. ``"matched"``: a LoRA
+            step is as long as a full-rank one at ``lr``, whatever ``lora_alpha`` and the rank (``molf.param_groups``).
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices (never of norms and biases).
         lora_weight_decay: Decoupled decay of A and B.
         betas: Decay rates of the two moments.
@@ -65,7 +65,7 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: One number, or one for each rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
-        score: ``"epd"`` (default), ``"pfn"``, ``"descent"``, ``"random"``, or a ``molf.Score``.
+        score: ``"epd"`` (default), ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.

@@ -17,7 +17,7 @@ __all__ = ["SkippedSteps", "check_compatible", "restore_state", "with_tuples"]
 
 # Entries that are replicated under sharding: A and its moments.
 _REPLICATED = (".A", ".A.exp_avg", ".A.exp_avg_sq")
-_TAGS = ("module", "form", "ranks", "experts", "scales", "matched_lr")
+_TAGS = ("module", "form", "ranks", "experts", "scales", "b_factors")
 
 
 def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:

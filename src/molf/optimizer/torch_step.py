@@ -28,7 +28,7 @@ from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
 from molf.numerics.gradients import check_dense, norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
-from molf.scores import Evidence, matched_rates
+from molf.scores import Evidence
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
@@ -44,6 +44,8 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
         ordinary: Groups of parameters that take plain AdamW.
         context: Of this step.
     """
+    for layer in layers:
+        layer.level_gradients_()
     dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
     dense += [grad for layer in layers for grad in layer.gradients()]
     norm = prepare_gradients(dense, layers, context)
@@ -127,7 +129,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
 
 
 def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
-    """Count the step, update all moments, set matched LoRA rates, and return what the score decides by."""
+    """Count the step, update all moments, and return what the score decides by."""
     shape = (len(layers), len(layers[0].experts))
     sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
     sums: list[Tensor] = []
@@ -158,10 +160,6 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
     sums_by_expert.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
     total, descent = sums_by_expert[..., 0], sums_by_expert[..., -1]
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
-    if layers[0].group.get("matched_lr"):  # like the experts, equal in all groups
-        lr = matched_rates(lr, descent)
-        for layer, rates in zip(layers, lr.tolist(), strict=True):
-            layer.set_lrs(rates)
     steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
     return Evidence(tuple(layer.name for layer in layers), total, sizes, lr, descent, steps)
 

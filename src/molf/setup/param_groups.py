@@ -20,7 +20,7 @@ from molf.errors import MolfError
 from molf.setup.discovery import check_rank, routed_linears
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
-__all__ = ["checked_ranks", "expert_names", "is_number", "lora_scales", "param_groups"]
+__all__ = ["checked_ranks", "expert_names", "is_number", "level_scale", "lora_scales", "param_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,16 @@ def lora_scales(ranks: Sequence[int], alphas: Sequence[float], use_rslora: bool)
     """Return the scale ``s`` of every LoRA expert: ``alpha / sqrt(r)`` rank-stabilised, else ``alpha / r``."""
     power = 0.5 if use_rslora else 1.0
     return tuple(alpha / r**power for alpha, r in zip(alphas, ranks, strict=True))
+
+
+def level_scale(rank: int, n_in: int) -> float:
+    """Return the scale ``s* = sqrt(3 in / r)`` at which a LoRA step is as long as a full-rank step of the same rate.
+
+    The first step moves every element of ``W [out, in]``, or of ``B [out, r]``, by ``lr``. Its Frobenius norm is
+    ``lr sqrt(out in)``, or ``s lr sqrt(out r / 3)`` in the mean, because ``A`` has variance ``1 / (3 in)`` (Kaiming-uniform,
+    a = sqrt 5).
+    """
+    return math.sqrt(3 * n_in / rank)
 
 
 def param_groups(
@@ -62,8 +72,8 @@ def param_groups(
             plain models only.
         lr: Learning rate of ``fft`` experts and of everything that is not routed.
         lora_lr: Learning rate of the LoRA experts, None for ``lr``. Kept as a ratio to ``lr``, so it follows its schedule.
-            ``"matched"`` computes it at every step and layer so that a LoRA step promises the descent of the ``fft`` step:
-            ``lr D_fft / D_i`` with ``D = sum m^2 / (sqrt(v) + eps)``, at most 100 times ``lr``.
+            ``"matched"`` makes a LoRA step as long as a full-rank step at ``lr``, whatever ``lora_alpha`` and the rank: experts
+            step as at the scale ``level_scale``.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.
@@ -84,7 +94,6 @@ def param_groups(
         "weight_decay": weight_decay,
         "lora_lr_ratio": _ratio(lr, fixed_lora_lr),
         "lora_weight_decay": lora_weight_decay,
-        **({"matched_lr": True} if matched else {}),
     }
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
@@ -92,15 +101,12 @@ def param_groups(
         lora = {"ranks": ranks, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
         _refuse_lora_options({**lora, "target_modules": target_modules, "exclude_modules": exclude_modules})
         routed = adapted_groups(model)
+        if matched:
+            routed = [{**group, "b_factors": _b_factors(group)} for group in routed]
     else:
         ranks, alphas = checked_ranks(ranks, lora_alpha)
-        scales = lora_scales(ranks, alphas, use_rslora)
+        scales = None if matched else lora_scales(ranks, alphas, use_rslora)
         routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
-    if matched and routed[0]["experts"][0] != "fft":
-        raise MolfError(
-            'lora_lr="matched" matches LoRA\'s step to that of the fft expert, and the base of this model is frozen: give a '
-            "number"
-        )
     for name, p in model.named_parameters():
         if p.requires_grad:
             _check_parameter(name, p)
@@ -115,8 +121,9 @@ def param_groups(
 
 
 def _merged_groups(
-    linears: dict[str, nn.Linear], ranks: tuple[int, ...], scales: tuple[float, ...]
+    linears: dict[str, nn.Linear], ranks: tuple[int, ...], scales: tuple[float, ...] | None
 ) -> list[dict[str, Any]]:
+    """Return the groups of layers; without ``scales`` each has its levelled ones."""
     for name, linear in sorted(linears.items(), key=lambda item: max(item[1].weight.shape)):
         check_rank(name, linear, ranks)
     return [
@@ -126,10 +133,17 @@ def _merged_groups(
             "form": "merged",
             "experts": expert_names(ranks),
             "ranks": ranks,
-            "scales": scales,
+            "scales": scales or tuple(level_scale(r, linear.weight.shape[1]) for r in ranks),
         }
         for name, linear in linears.items()
     ]
+
+
+def _b_factors(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return ``s* / s`` of each adapter."""
+    lora_a = group["params"][-2 * len(group["ranks"]) :: 2]
+    adapters = zip(group["ranks"], group["scales"], lora_a, strict=True)
+    return tuple(level_scale(r, A.shape[1]) / scale for r, scale, A in adapters)
 
 
 def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:

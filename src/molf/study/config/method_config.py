@@ -58,15 +58,14 @@ class MethodConfig:
     )
     loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.", shapes="checkpoint")
     top_k: int = setting(1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint")
-    score: Literal["epd", "pfn", "descent", "random"] = setting(
+    score: Literal["epd", "pfn", "descent", "random", "coherence"] = setting(
         "epd",
         "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
         shapes="checkpoint",
     )
     match_lora_rate: bool = setting(
         False,
-        "molf: set LoRA's rate at every step and layer so that its step promises the same decrease of the loss as the "
-        "full-rank step.",
+        "molf, molf_e: make a LoRA step as long as a full-rank step at learning_rate, whatever lora_alpha and the rank.",
         shapes="checkpoint",
     )
     target_modules: list[str] = setting(
@@ -115,9 +114,10 @@ class MethodConfig:
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
-        if self.match_lora_rate and (efficient or self.lora_learning_rate is not None):
-            reason = "molf_e, which trains no base" if efficient else f"lora_learning_rate={self.lora_learning_rate}"
-            raise MolfError(f"match_lora_rate=True with {reason}: leave one of them out")
+        if self.match_lora_rate and self.lora_learning_rate is not None:
+            raise MolfError(
+                f"match_lora_rate=True with lora_learning_rate={self.lora_learning_rate}: leave one of them out"
+            )
         if self.routes:
             self.fft_expert = not efficient
         if self.use_rslora is None:
