@@ -179,7 +179,13 @@ class Random(EPD):
         return torch.stack(rows)
 
 
-SCORES: dict[str, Score] = {"epd": EPD(), "pfn": PFN(), "descent": Descent(), "random": Random(), "coherence": Coherence()}
+SCORES: dict[str, Score] = {
+    "epd": EPD(),
+    "pfn": PFN(),
+    "descent": Descent(),
+    "random": Random(),
+    "coherence": Coherence(),
+}
 
 
 def get_score(score: str | Score) -> Score:

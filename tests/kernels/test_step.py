@@ -174,9 +174,9 @@ def test_layers_that_missed_steps_draw_no_noise_again(monkeypatch):
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_adapters_as_experts(freeze, top_k):
-    pair = twins(adapted(freeze, torch.float32), ranks=None, top_k=top_k, **RATES)
+@pytest.mark.parametrize(("top_k", "lora_lr"), [(1, 2e-2), (2, 2e-2), (2, "matched")])
+def test_adapters_as_experts(freeze, top_k, lora_lr):
+    pair = twins(adapted(freeze, torch.float32), ranks=None, top_k=top_k, **{**RATES, "lora_lr": lora_lr})
     for t in range(4):
         give_gradients([model for model, _ in pair], t)
         for _, optimizer in pair:

@@ -37,8 +37,6 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
     if type(score) not in (EPD, PFN):
         raise _refusal(f"the kernels know the scores epd and pfn, not {type(score).__name__}")
     routed = [group for group in groups if "module" in group]
-    if any(group.get("b_factors") for group in routed):
-        raise _refusal('the kernels know one rate for A and B, and lora_lr="matched" gives adapters two')
     weights = {group["params"][0].dtype for group in routed}
     if any(p.dtype not in DTYPES for group in groups for p in group["params"]) or len(weights) > 1:
         found = ", ".join(sorted({str(p.dtype) for group in groups for p in group["params"]}))

@@ -17,6 +17,7 @@ from molf.kernels.requantize import QuantizedStep
 from molf.kernels.tables import Rate
 from molf.kernels.winners import Step
 from molf.layers.base import RoutedLayer
+from molf.layers.branched import BranchedLayer
 from molf.layers.merged import MergedLayer
 from molf.numerics.adamw import TensorState
 from molf.numerics.bf16 import SEED_STRIDE
@@ -215,10 +216,13 @@ class StepPlan:
         if isinstance(layer, MergedLayer):
             self._add_merged(layer, number, first, rates)
             return
-        for e, lr in enumerate(rates):
+        assert isinstance(layer, BranchedLayer)
+        for e, ratio in enumerate(layer.lr_ratios):
             decay = layer.group["weight_decay" if layer.experts[e] == "fft" else "lora_weight_decay"]
             for tensor in layer.tensors(e):
-                self._add(tensor, first + e, number, lr, decay if tensor.param.ndim > 1 else 0.0)
+                factor = layer.b_factor(tensor.param)
+                lr = self._rate(layer.group, ratio * factor)
+                self._add(tensor, first + e, number, lr, decay / factor if tensor.param.ndim > 1 else 0.0)
 
     def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Rate]) -> None:
         weight, *biases = layer.tensors(0)

@@ -19,7 +19,7 @@ from molf.kernels.quantized import score_quantized
 from molf.kernels.requantize import requantize_
 from molf.kernels.tables import Tables
 from molf.kernels.winners import move_winners_
-from molf.layers.base import RoutedLayer
+from molf.layers.base import RoutedLayer, level_gradients_
 from molf.numerics.context import StepContext
 from molf.numerics.gradients import norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
@@ -53,6 +53,7 @@ class FusedStep:
             context: Of the step.
             seed: For stochastic rounding, equal at every step.
         """
+        level_gradients_(layers)
         tables = self._tables
         # Triton launches on the current device, wherever the tensors are. On a CPU this does nothing.
         with torch.cuda.device_of(tables.buffer):  # type: ignore[no-untyped-call]

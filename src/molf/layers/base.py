@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from molf.numerics.bf16 import Noise, load, master_dtype, store
 from molf.numerics.distributed import check_row_sharded, local, local_part, shard_rows_like
 from molf.numerics.quantization import block_count, is_quantizable
 
-__all__ = ["LoraPair", "RoutedLayer", "init_moments", "init_step", "quantized_params"]
+__all__ = ["LoraPair", "RoutedLayer", "init_moments", "init_step", "level_gradients_", "quantized_params"]
 
 
 class LoraPair(NamedTuple):
@@ -99,9 +99,9 @@ class RoutedLayer(abc.ABC):
         """Return the gradients that backward left on parameters."""
         return [p.grad for p in self.group["params"] if p.grad is not None]
 
-    def level_gradients_(self) -> None:
-        """Bring the gradients that backward left into the units of levelled scales, in place."""
-        return  # only adapters have other units
+    def unlevelled(self) -> list[tuple[Tensor, float]]:
+        """Return gradients that backward left in other units than those of levelled scales, with the factors to multiply by."""
+        return []
 
     def derived_tensors(self) -> list[TensorState]:
         """Return the tensors whose gradients are computed from others, and not left on a parameter by backward."""
@@ -167,6 +167,13 @@ class RoutedLayer(abc.ABC):
     def _write(self, p: Tensor, value: Tensor) -> None:
         """Set this rank's part of a parameter."""
         self._store(p, self._load(p).copy_(value))
+
+
+def level_gradients_(layers: Iterable[RoutedLayer]) -> None:
+    """Bring the gradients that backward left into the units of levelled scales, in place."""
+    work = [own for layer in layers for own in layer.unlevelled()]
+    if work:
+        torch._foreach_mul_([local(grad) for grad, _ in work], [factor for _, factor in work])
 
 
 def quantized_params(group: dict[str, Any], optim_bits: int) -> list[bool]:

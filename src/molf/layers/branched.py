@@ -4,8 +4,8 @@ Used if the base is frozen (MoLF-Efficient) or quantised, or if LoRA has dropout
 their parameters, so it needs torch alone.
 
 The model holds ``B`` under the adapter's scale ``s``. With matched LoRA rates the step is the one at the levelled scale ``s*``
-(``level_scale``), under which the same product has ``B* = (s / s*) B``. With ``c = s* / s``, the gradient of ``B*`` is ``c dB``, and
-a change of ``B*`` is ``c`` times as large in ``B``.
+(``level_scale``), under which the same product has ``B* = (s / s*) B``. With ``c = s* / s``, the gradient of ``B*`` is ``c dB``,
+and a change of ``B*`` is ``c`` times as large in ``B``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params
 from molf.numerics.adamw import Rates, TensorState
-from molf.numerics.distributed import local, local_part, shard_rows_like
+from molf.numerics.distributed import local_part, shard_rows_like
 
 __all__ = ["BranchedLayer"]
 
@@ -59,11 +59,17 @@ class BranchedLayer(RoutedLayer):
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
             self._write(p, local_part(value, p))
 
-    def level_gradients_(self) -> None:
-        """Turn the gradients of B into those of ``B*``."""
-        for p, factor in zip(self._b_params, self._b_factors, strict=True):
-            if p.grad is not None and factor != 1:
-                local(p.grad).mul_(factor)
+    def unlevelled(self) -> list[tuple[Tensor, float]]:
+        """Return the gradients of B, which become those of ``B*``."""
+        return [
+            (p.grad, factor)
+            for p, factor in zip(self._b_params, self._b_factors, strict=True)
+            if p.grad is not None and factor != 1
+        ]
+
+    def b_factor(self, p: Tensor) -> float:
+        """Return ``c`` of a parameter: how many times as far it moves as in the units of levelled scales; 1 unless it is a B."""
+        return next((c for q, c in zip(self._b_params, self._b_factors, strict=True) if q is p), 1.0)
 
     @property
     def _b_params(self) -> list[Tensor]:
@@ -83,11 +89,10 @@ class BranchedLayer(RoutedLayer):
 
     def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
         """Return the winners' parameters; a bias is not decayed, and B moves ``c`` times as far as ``B*``."""
-        factors = dict(zip(map(id, self._b_params), self._b_factors, strict=True))
         work = []
         for i in winners:
             for x in self.tensors(i):
-                rates, factor = self._rates(i, decayed=x.param.ndim > 1), factors.get(id(x.param), 1.0)
+                rates, factor = self._rates(i, decayed=x.param.ndim > 1), self.b_factor(x.param)
                 work.append((rates._replace(lr=rates.lr * factor, weight_decay=rates.weight_decay / factor), x))
         return work
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.layers.base import RoutedLayer
+from molf.layers.base import RoutedLayer, level_gradients_
 from molf.numerics.adamw import (
     Rates,
     TensorState,
@@ -44,8 +44,7 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
         ordinary: Groups of parameters that take plain AdamW.
         context: Of this step.
     """
-    for layer in layers:
-        layer.level_gradients_()
+    level_gradients_(layers)
     dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
     dense += [grad for layer in layers for grad in layer.gradients()]
     norm = prepare_gradients(dense, layers, context)
