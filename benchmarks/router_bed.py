@@ -4,8 +4,8 @@ python benchmarks/router_bed.py FOLDER            run what is missing; the first
 python benchmarks/router_bed.py FOLDER --table    print the table of what is there
 
 A small Llama is pretrained on the packaged true facts, medical questions and SQL (query first, then its question), and
-fine-tuned on rows it has not seen: `facts` (64 counterfactual edits; held out: their paraphrases), `few` (64 rows of
-text-to-SQL, many epochs: here restraint should pay) and `sql` (480 rows, two epochs). Every contender has one learning rate.
+fine-tuned on rows it has not seen: `facts` (64 counterfactual edits; held out: their paraphrases), `few` (48 rows of
+text-to-SQL, many epochs: here restraint should pay) and `sql` (256 rows, two epochs). Every contender has one learning rate.
 The figure is the held-out loss.
 """
 
@@ -30,7 +30,7 @@ from molf.scores import EPD, Evidence
 
 Pair = tuple[str, str]
 RATES = (3e-4, 1e-3, 3e-3)
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3)
 MATCHED: dict[str, Any] = {"lora_lr": "matched"}
 
 
@@ -52,9 +52,9 @@ def contenders() -> dict[str, dict[str, Any]]:
         "lora r32 matched": {"ranks": (32,), "score": LoraOnly(), **MATCHED},
         "both r32 matched": {"ranks": (32,), "top_k": 2, **MATCHED},
     }
-    for rank, score in itertools.product((8, 32), ("random", "epd", "descent", "coherence")):
+    for rank, score in itertools.product((8, 32), ("random", "epd", "coherence")):
         fixed[f"{score} r{rank} matched"] = {"ranks": (rank,), "score": score, **MATCHED}
-    for alpha, score in itertools.product((8, 32, 128), ("random", "epd")):
+    for alpha, score in itertools.product((8, 128), ("random", "epd")):
         fixed[f"{score} r32 alpha {alpha}"] = {"ranks": (32,), "score": score, "lora_alpha": float(alpha)}
     return fixed
 
@@ -101,8 +101,8 @@ def data() -> tuple[list[str], dict[str, Setting]]:
             [fact(r, prompt, "target_new") for r in edits for prompt in r["paraphrase_prompts"]],
             epochs=10,
         ),
-        "few": Setting([sql(row) for row in queries[:64]], [sql(row) for row in queries[600:800]], epochs=12),
-        "sql": Setting([sql(row) for row in queries[64:544]], [sql(row) for row in queries[600:800]], epochs=2),
+        "few": Setting([sql(row) for row in queries[:48]], [sql(row) for row in queries[700:800]], epochs=8),
+        "sql": Setting([sql(row) for row in queries[48:304]], [sql(row) for row in queries[700:800]], epochs=2),
     }
 
 
@@ -159,7 +159,10 @@ def pretrained(folder: Path, texts: list[str]) -> ByteLevelBPETokenizer:
     sizes = {"vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-    train(model, tokenizer, [("", text) for text in texts], epochs=2, size=32, ranks=(), lr=2e-3)
+    short = [
+        ("", text) for text in texts if len(text) < 200
+    ]  # characters: long rows would fill the others with padding
+    train(model, tokenizer, short, epochs=1, size=32, ranks=(), lr=2e-3)
     model.save_pretrained(folder / "base")
     return tokenizer
 

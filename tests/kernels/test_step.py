@@ -37,7 +37,8 @@ def give_gradients(models, t, without=()):
 
 
 @pytest.mark.parametrize(
-    ("score", "top_k", "max_grad_norm"), [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None)]
+    ("score", "top_k", "max_grad_norm"),
+    [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None), ("descent", 1, None), ("random", 1, None)],
 )
 def test_fused_equals_plain(score, top_k, max_grad_norm):
     pair = twins(mlp(torch.float32), score=score, top_k=top_k, max_grad_norm=max_grad_norm)

@@ -191,7 +191,7 @@ def test_conv1d_of_gpt2(freeze_base):
     twin = copy.deepcopy(model)
     # The gradient of a key's bias is zero but for rounding, which a small eps would blow up to a step.
     rates = {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-4}
-    optimizer = MoLF(model, **rates, lora_weight_decay=0.0, top_k=2 if freeze_base else 3)
+    optimizer = MoLF(model, **rates, lora_lr=1e-2, lora_weight_decay=0.0, top_k=2 if freeze_base else 3)
     assert len(optimizer.experts) == 8
     assert len(optimizer.param_groups[-1]["experts"]) == (2 if freeze_base else 3)
     train(model, optimizer, 4)

@@ -52,11 +52,13 @@ def test_ordinary_groups_come_first():
     assert [group.get("module") for group in param_groups(nn.Sequential(nn.Linear(3, 3)), ranks=(2,))] == ["0"]
 
 
-def test_defaults_are_the_published_recipe():
+def test_defaults_are_the_published_recipe_at_matched_rates():
     group = param_groups(nn.Sequential(nn.Linear(200, 200)))[0]
     recipe = {"lr": 5e-5, "weight_decay": 0.1, "lora_weight_decay": 0.01, "ranks": (128,)}
     assert recipe.items() <= group.items()
-    assert group["scales"] == pytest.approx((32 / 128**0.5,)) and group["lora_lr_ratio"] == 1.0
+    assert group["scales"] == pytest.approx(((3 * 200 / 128) ** 0.5,)) and group["lora_lr_ratio"] == 1.0
+    published = param_groups(nn.Sequential(nn.Linear(200, 200)), lora_lr=None)[0]
+    assert published["scales"] == pytest.approx((32 / 128**0.5,)) and published["lora_lr_ratio"] == 1.0
     assert param_groups(mlp(), ranks=(2,), lr=1e-3, lora_lr=4e-3)[-1]["lora_lr_ratio"] == pytest.approx(4.0)
 
 

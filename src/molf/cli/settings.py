@@ -25,6 +25,9 @@ PUBLISHED_NAMES: dict[str, str] = {
 }
 """Alias -> field."""
 
+PUBLISHED_METHOD = ("mode", "molf_score_fn", "molf_topk", "molf_lora_ranks", "molf_fft", "molf_freeze_non_linear")
+"""Aliases that nobody uses but with the published settings: they choose the published recipe."""
+
 PUBLISHED_VALUES: dict[str, dict[str, str]] = {"score": {"true_projected": "epd", "projected": "pfn"}}
 """Field -> published value -> our value."""
 
@@ -53,6 +56,8 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
                 f"{values[name]!r} and {value!r}; keep one of them"
             )
         values[name], given_as[name] = value, spelled
+    if set(given_as.values()) & set(PUBLISHED_METHOD):
+        values.setdefault("recipe", "published")
     return values
 
 

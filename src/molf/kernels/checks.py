@@ -15,7 +15,7 @@ from molf.errors import MolfError
 from molf.layers.base import RoutedLayer
 from molf.numerics.distributed import local
 from molf.numerics.gradients import check_dense
-from molf.scores import EPD, PFN, Score
+from molf.scores import EPD, PFN, Descent, Random, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]
 
@@ -34,8 +34,8 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
     """
     if not _has_triton():
         raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
-    if type(score) not in (EPD, PFN):
-        raise _refusal(f"the kernels know the scores epd and pfn, not {type(score).__name__}")
+    if type(score) not in (EPD, PFN, Descent, Random):
+        raise _refusal(f"the kernels know the scores epd, pfn, descent and random, not {type(score).__name__}")
     routed = [group for group in groups if "module" in group]
     weights = {group["params"][0].dtype for group in routed}
     if any(p.dtype not in DTYPES for group in groups for p in group["params"]) or len(weights) > 1:

@@ -23,6 +23,7 @@ from molf.layers.base import RoutedLayer, level_gradients_
 from molf.numerics.context import StepContext
 from molf.numerics.gradients import norm_over_shards, total_norm
 from molf.routing import Outcome, Routing, choose
+from molf.scores import Evidence
 
 __all__ = ["FusedStep"]
 
@@ -95,9 +96,12 @@ class FusedStep:
             context.ranks.sum_(totals)
         n = self._tables.numbers("scores.n", plan.sizes[: plan.routed], torch.float64)
         lr = self._tables.rates("scores.lr", plan.rates, torch.float64)
-        scores = context.score.finish(totals.view(shape), n.view(shape), lr.view(shape))
-        chosen = context.ranks.broadcast_decision(choose(scores, context.top_k), self._tables.device)
         names = tuple(layer.name for layer in layers)
+        total = totals.view(shape)
+        descent = total if context.score.sums_descent else torch.full_like(total, torch.nan)  # not asked for
+        steps = torch.stack(plan.counts[: len(layers)]).double()
+        scores = context.score.scores(Evidence(names, total, n.view(shape), lr.view(shape), descent, steps))
+        chosen = context.ranks.broadcast_decision(choose(scores, context.top_k), self._tables.device)
         return Routing(names, layers[0].experts, scores, chosen, scalars.go.bool())
 
 

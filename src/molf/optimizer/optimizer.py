@@ -56,8 +56,9 @@ class MoLF(torch.optim.Optimizer):
             later.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
-        lora_lr: Learning rate of LoRA experts; None means ``lr``. It follows the schedule of ``lr``. ``"matched"``: a LoRA
-            step is as long as a full-rank one at ``lr``, whatever ``lora_alpha`` and the rank (``molf.param_groups``).
+        lora_lr: ``"matched"``: a LoRA step is as long as a full-rank one at ``lr``, whatever ``lora_alpha`` and the rank
+            (``molf.param_groups``). Or a learning rate of its own, which follows the schedule of ``lr``; None for ``lr``, as
+            published.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices (never of norms and biases).
         lora_weight_decay: Decoupled decay of A and B.
         betas: Decay rates of the two moments.
@@ -100,7 +101,7 @@ class MoLF(torch.optim.Optimizer):
         *,
         ranks: Sequence[int] | None = None,
         lr: float | Tensor = 5e-5,
-        lora_lr: float | str | None = None,
+        lora_lr: float | str | None = "matched",
         weight_decay: float = 0.1,
         lora_weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),

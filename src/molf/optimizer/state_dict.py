@@ -17,7 +17,8 @@ __all__ = ["SkippedSteps", "check_compatible", "restore_state", "with_tuples"]
 
 # Entries that are replicated under sharding: A and its moments.
 _REPLICATED = (".A", ".A.exp_avg", ".A.exp_avg_sq")
-_TAGS = ("module", "form", "ranks", "experts", "scales", "b_factors")
+_TAGS = ("module", "form", "ranks", "experts")
+_SCALES = ("scales", "b_factors")  # compared last: with matched rates they follow from the shapes
 
 
 def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -53,15 +54,21 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], o
             )
         )
     for own, other in zip(groups, saved, strict=False):
-        for tag in _TAGS:
-            if own.get(tag) != other.get(tag):
-                raise MolfError(
-                    f"this optimizer state belongs to other experts: {own.get('module')} has {tag}={other.get(tag)} in the state "
-                    f"and {tag}={own.get(tag)} here; construct MoLF with the values of the saved run"
-                )
+        _check_tags(own, other, _TAGS)
     for own, other in zip(groups, saved, strict=False):
         for p, quantized, key in zip(own["params"], quantized_params(own, optim_bits), other["params"], strict=False):
             _check_tensors(own.get("module", "an ordinary parameter"), p, quantized, state_dict["state"].get(key, {}))
+    for own, other in zip(groups, saved, strict=False):
+        _check_tags(own, other, _SCALES)
+
+
+def _check_tags(own: dict[str, Any], saved: dict[str, Any], tags: Sequence[str]) -> None:
+    for tag in tags:
+        if own.get(tag) != saved.get(tag):
+            raise MolfError(
+                f"this optimizer state belongs to other experts: {own.get('module')} has {tag}={saved.get(tag)} in the state "
+                f"and {tag}={own.get(tag)} here; construct MoLF with the values of the saved run"
+            )
 
 
 def _check_tensors(where: str, p: Tensor, quantized: bool, saved: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def param_groups(
     *,
     ranks: Sequence[int] | None = None,
     lr: float | torch.Tensor = 5e-5,
-    lora_lr: float | str | None = None,
+    lora_lr: float | str | None = "matched",
     weight_decay: float = 0.1,
     lora_weight_decay: float = 0.01,
     lora_alpha: float | Sequence[float] = 32.0,
@@ -71,9 +71,9 @@ def param_groups(
         ranks: Rank of each LoRA expert beside ``fft``; None means ``(128,)``, ``()`` means none. The LoRA options are for
             plain models only.
         lr: Learning rate of ``fft`` experts and of everything that is not routed.
-        lora_lr: Learning rate of the LoRA experts, None for ``lr``. Kept as a ratio to ``lr``, so it follows its schedule.
-            ``"matched"`` makes a LoRA step as long as a full-rank step at ``lr``, whatever ``lora_alpha`` and the rank: experts
-            step as at the scale ``level_scale``.
+        lora_lr: ``"matched"`` makes a LoRA step as long as a full-rank step at ``lr``, whatever ``lora_alpha`` and the rank:
+            experts step as at the scale ``level_scale``. A number is the rate of the LoRA experts, None stands for ``lr``. It
+            is kept as a ratio to ``lr``, so it follows its schedule.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.

@@ -63,18 +63,19 @@ def test_output_dir_is_named_after_what_differs():
         )
     ]
     assert len(set(names)) == len(names)
-    assert names[0] == "molf-Small-1B-fact-r128-epd-lr5e-05-lora5e-05-cosine-s42"
+    assert names[0] == "molf-Small-1B-fact-r128-epd-lr5e-05-cosine-s42"
     assert RunConfig.from_dict(base).output_dir.parent.name == "root"
 
 
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"match_lora_rate": True}, "molf-m-fact-r128-epd-lr5e-05-lora-matched-cosine-s42"),
-        ({"top_k": 2}, "molf-m-fact-r128-epd-k2-lr5e-05-lora5e-05-cosine-s42"),
+        ({"recipe": "published"}, "molf-m-fact-r128-epd-lr5e-05-lora5e-05-cosine-s42"),
+        ({"top_k": 2}, "molf-m-fact-r128-epd-k2-lr5e-05-cosine-s42"),
+        ({"method": "molf_e"}, "molf_e-m-fact-r32_128-epd-lr5e-05-cosine-s42"),
     ],
 )
-def test_a_name_tells_matched_rates_and_top_k(changes, name):
+def test_a_name_tells_rates_and_top_k(changes, name):
     config = RunConfig.from_dict({"model_name_or_path": "m", "task": "fact", "method": "molf", **changes})
     assert config.run_name == name
 

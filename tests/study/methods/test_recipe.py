@@ -110,7 +110,9 @@ def test_molf_with_dropout_has_its_experts_in_the_model():
 
 def test_one_learning_rate_serves_both_unless_lora_has_its_own():
     train = TRAIN | {"learning_rate": 1e-4}
-    assert method_recipe(MethodConfig(), train, LLAMA).molf["lora_lr"] == 1e-4
+    assert method_recipe(MethodConfig(), train, LLAMA).molf["lora_lr"] == "matched"
+    assert method_recipe(MethodConfig(recipe="published"), train, LLAMA).molf["lora_lr"] == 1e-4
+    assert method_recipe(MethodConfig(lora_learning_rate=2e-4), train, LLAMA).molf["lora_lr"] == 2e-4
     assert method_recipe(MethodConfig(method="lora"), train, LLAMA).train["learning_rate"] == 1e-4
     own = MethodConfig(method="lora", lora_learning_rate=5e-4)
     assert method_recipe(own, train, LLAMA).train == {"learning_rate": 5e-4, "weight_decay": 0.01}

@@ -14,7 +14,8 @@ Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "
 class MethodConfig:
     """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or a PEFT adapter.
 
-    Defaults that depend on the method are filled in: ``ranks``, ``use_rslora``, ``fft_expert``, ``freeze_non_linear``.
+    Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``use_rslora``, ``fft_expert``,
+    ``freeze_non_linear``.
 
     Raises:
         MolfError: A setting is out of range or contradicts the method.
@@ -26,6 +27,12 @@ class MethodConfig:
         "molf",
         "molf routes the update of each layer; molf_e does so on a frozen base; the others are baselines.",
         shapes="checkpoint",
+    )
+    recipe: Literal["default", "published"] = setting(
+        "default",
+        "published: the paper's settings of molf and molf_e wherever none is given. Flags by their published names (--mode, "
+        "--molf_topk, ...) choose it, too.",
+        shapes="nothing",  # by itself: the settings that it fills in do
     )
     ranks: list[int] | None = setting(
         None,
@@ -63,9 +70,10 @@ class MethodConfig:
         "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
         shapes="checkpoint",
     )
-    match_lora_rate: bool = setting(
-        False,
-        "molf, molf_e: make a LoRA step as long as a full-rank step at learning_rate, whatever lora_alpha and the rank.",
+    match_lora_rate: bool | None = setting(
+        None,
+        "molf, molf_e: make a LoRA step as long as a full-rank step at learning_rate, whatever lora_alpha and the rank; by "
+        "default unless lora_learning_rate is given or the recipe is the published one.",
         shapes="checkpoint",
     )
     target_modules: list[str] = setting(
@@ -114,6 +122,8 @@ class MethodConfig:
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
+        if self.match_lora_rate is None:
+            self.match_lora_rate = self.routes and self.recipe == "default" and self.lora_learning_rate is None
         if self.match_lora_rate and self.lora_learning_rate is not None:
             raise MolfError(
                 f"match_lora_rate=True with lora_learning_rate={self.lora_learning_rate}: leave one of them out"

@@ -207,8 +207,8 @@ class RunConfig:
             return [f"lr{rate:g}", schedule]
         if not method.routes:
             return [f"r{method.lora_rank}", f"lr{lora_rate:g}", schedule]
-        lora = "lora-matched" if method.match_lora_rate else f"lora{lora_rate:g}"
-        rates = [lora] if method.method == "molf_e" else [f"lr{rate:g}", lora]
+        lora = [] if method.match_lora_rate else [f"lora{lora_rate:g}"]
+        rates = lora if lora and method.method == "molf_e" else [f"lr{rate:g}", *lora]
         top_k = [f"k{method.top_k}"] if method.top_k != 1 else []
         dropout = [f"drop{method.lora_dropout:g}"] if method.lora_dropout else []
         return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *top_k, *dropout, *rates, schedule]
