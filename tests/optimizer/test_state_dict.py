@@ -95,7 +95,7 @@ def test_state_of_another_model(layers, words):
     other_model = mlp(torch.float32)
     for i, layer in layers.items():
         other_model.add_module(str(i), copy.deepcopy(layer))
-    other = MoLF(other_model, ranks=(2, 3))
+    other = MoLF(other_model, ranks=(2, 3), lora_lr=3e-3)
     before = snapshot(other_model, other)
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(optimizer.state_dict())
