@@ -3,7 +3,7 @@ import json
 import pytest
 
 from molf.integrations.routing_log import FILE_NAME
-from molf.study.results.routing import ROUTING_FILE, read_routing
+from molf.study.results.routing import ROUTING_FILE, RoutingSummary, read_routing
 
 LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")
 
@@ -29,6 +29,17 @@ def test_shares(tmp_path):
     assert summary.by_step == {"fft": [0.5, 1.0, 0.0], "lora_r8": [0.5, 0.0, 1.0]}
     assert summary.by_module[LAYERS[0]] == pytest.approx({"fft": 2 / 3, "lora_r8": 1 / 3})
     assert summary.shares() == pytest.approx({"fft": 0.5, "lora_r8": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("shares", "explained"),
+    [((1, 1, 0, 0), 1.0), ((1, 0, 1, 0), 0.0), ((1, 1, 1, 0), 1 / 3), ((1, 1, 1, 1), None)],
+    ids=str,
+)
+def test_how_much_of_the_map_the_kind_of_projection_explains(shares, explained):
+    names = ("0.q_proj", "1.q_proj", "0.k_proj", "1.k_proj")
+    summary = RoutingSummary([1], {}, {name: {"fft": float(own)} for name, own in zip(names, shares, strict=True)})
+    assert summary.explained_by_kind() == (None if explained is None else pytest.approx(explained))
 
 
 def test_a_step_that_decided_nothing_is_left_out(tmp_path):

@@ -1,6 +1,8 @@
 """Summary of the routing log of a MoLF run: which experts won."""
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,21 @@ class RoutingSummary:
     def shares(self) -> dict[str, float]:
         """Return each expert's share over all layers and steps."""
         return {expert: sum(series) / len(series) for expert, series in self.by_step.items()}
+
+    def explained_by_kind(self) -> float | None:
+        """Return how much of the variance of the layers' ``fft`` share their kind (``q_proj``, ...) explains, between 0 and 1.
+
+        Scores see the shape of a layer as well as the data: near 1, the map says little about the data. None if all are alike.
+        """
+        kinds: dict[str, list[float]] = defaultdict(list)
+        for module, shares in self.by_module.items():
+            kinds[module.rpartition(".")[2]].append(shares.get("fft", 0.0))
+        every = [share for own in kinds.values() for share in own]
+        total = statistics.pvariance(every)
+        if total < 1e-12:
+            return None
+        within = sum(len(own) * statistics.pvariance(own) for own in kinds.values()) / len(every)
+        return 1 - within / total
 
 
 def read_routing(path: Path) -> RoutingSummary:

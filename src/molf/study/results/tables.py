@@ -112,7 +112,9 @@ def _draw_grid(figure: Figure, axes: Any, summary: RoutingSummary) -> None:
     axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
     every = max(1, len(depths) // 16)
     axes.set_yticks(range(0, len(depths), every), depths[::every])
-    axes.set(title="Share of steps won by full fine-tuning", ylabel="layer depth")
+    explained = summary.explained_by_kind()
+    kind = "" if explained is None else f"\nthe kind of projection explains {explained:.0%}"
+    axes.set(title=f"Share of steps won by full fine-tuning{kind}", ylabel="layer depth")
     figure.colorbar(image, ax=axes, label="FFT share")
 
 
