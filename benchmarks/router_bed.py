@@ -55,7 +55,12 @@ def contenders() -> dict[str, dict[str, Any]]:
     for rank, score in itertools.product((8, 32), ("random", "epd", "coherence")):
         fixed[f"{score} r{rank} matched"] = {"ranks": (rank,), "score": score, **MATCHED}
     for alpha, score in itertools.product((8, 128), ("random", "epd")):
-        fixed[f"{score} r32 alpha {alpha}"] = {"ranks": (32,), "score": score, "lora_alpha": float(alpha)}
+        fixed[f"{score} r32 alpha {alpha}"] = {
+            "ranks": (32,),
+            "score": score,
+            "lora_lr": None,
+            "lora_alpha": float(alpha),
+        }
     return fixed
 
 
