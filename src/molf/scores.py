@@ -1,10 +1,11 @@
-"""Routing scores: the two of the paper, two controls, and the base class for your own.
+"""Routing scores: the two of the paper, three others, and the base class for your own.
 
 A score estimates how much loss an expert's next step removes, from its raw Adam moments ``m`` and ``v`` over all its N elements:
 
     EPD (Tang et al. 2026, Eq. 10)   score = (lr / N) * sum m^2 / (sqrt(v) + eps)
     PFN (Tang et al. 2026, Eq. 11)   score = sqrt( sum (m / (sqrt(v) + eps))^2 / N )
     descent                          score = lr * sum m^2 / (sqrt(v) + eps), EPD without 1 / N
+    coherence                        sum m^2 / (sqrt(v) + eps) / sum sqrt(v): how far past gradients agreed
     random                           every expert is equally likely: the control of every comparison
 
 Bias correction is left out: it scales all experts of a layer by the same factor.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from molf.errors import MolfError
 
-__all__ = ["EPD", "PFN", "SCORES", "Descent", "Evidence", "Random", "Score", "get_score"]
+__all__ = ["EPD", "PFN", "SCORES", "Coherence", "Descent", "Evidence", "Random", "Score", "get_score"]
 
 
 @dataclass(frozen=True)
