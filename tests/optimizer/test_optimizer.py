@@ -192,6 +192,21 @@ def test_a_matched_lora_step_is_as_long_as_a_full_rank_step(rank):
 
 
 @pytest.mark.parametrize(
+    ("score", "low", "high"), [("epd", 1.5, 4.0), ("descent", 0.0, 0.5), ("coherence", 0.95, 1.05)], ids=str
+)
+def test_what_shape_alone_makes_of_a_score_at_matched_rates(score, low, high):
+    """LoRA's score as a multiple of that of ``fft``, if all gradients are noise."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    optimizer = MoLF(model, ranks=(16,), lr=1e-3, score=score)
+    for _ in range(5):
+        model[0].weight.grad = torch.randn(256, 256)
+        optimizer.step()
+    (fft, lora) = optimizer.routing.scores[0].tolist()
+    assert low < lora / fft < high
+
+
+@pytest.mark.parametrize(
     ("lora_lr", "words"), [("match", 'give a number, None for lr, or "matched"'), (-1.0, "0 or more")], ids=str
 )
 def test_wrong_lora_rates(lora_lr, words):
