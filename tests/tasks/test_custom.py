@@ -9,6 +9,7 @@ import pytest
 from molf.errors import MolfError
 from molf.tasks import ExampleTokens, TargetScores, custom
 from molf.tasks.custom import Custom
+from molf.tasks.records import located_splits
 
 PAIRS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
 CHATS = [
@@ -108,6 +109,33 @@ def test_a_data_set_of_the_hub(monkeypatch):
     assert load("someone/things", eval_path="extra").eval == PAIRS[8:]
 
 
+def test_splits_that_mean_the_same_are_all_read_or_one_by_its_name(monkeypatch):
+    def hub_splits(name, advice):
+        return located_splits({"train_sft": PAIRS[:4], "validation": PAIRS[4:7], "dev": PAIRS[7:8]}, name), name
+
+    monkeypatch.setattr("molf.tasks.custom.hub_splits", hub_splits)
+    split = load("a/b", train_split="train_sft")
+    assert (split.train, split.eval) == (PAIRS[:4], PAIRS[4:8])
+    assert split.origin == "a/b, its train_sft split, evaluation: its validation and dev split"
+    assert load("a/b", train_split="train_sft", eval_path="validation").eval == PAIRS[4:7]
+    assert load("a/b", train_split="dev", eval_path="train_sft").train == PAIRS[7:8]
+    assert load("a/b", train_split="dev").eval == PAIRS[4:7]
+    with pytest.raises(MolfError, match="a/b: no train split, only train_sft, validation, dev; .*--train_split"):
+        load("a/b")
+    with pytest.raises(MolfError, match="a/b: no train_gen split, only train_sft"):
+        load("a/b", train_split="train_gen")
+    with pytest.raises(MolfError, match="--eval_path dev is the split to train on"):
+        load("a/b", train_split="dev", eval_path="dev")
+
+
+def test_a_named_training_split_needs_data_with_splits(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(MolfError, match="a.jsonl: no train_sft split, only rows without one"):
+        load(path, train_split="train_sft")
+    with pytest.raises(MolfError, match="task custom needs --data_path"):
+        load(None, eval_path=path, train_split="train_sft")
+
+
 def test_what_makes_no_sense_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS[:1])
     with pytest.raises(MolfError, match="custom has no sample in the package"):
@@ -163,6 +191,23 @@ def test_rows_keep_the_columns_of_their_form():
     assert kept({**PAIR, "messages": None}) == [PAIR]  # as a file with columns for all forms has it
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_conversations_keep_what_their_template_gets():
+    more = {"tools": json.dumps(TOOLS), "chat_template_kwargs": {"thinking": True}}
+    assert kept({"messages": CHAT, **more}, {"messages": CHAT, "tools": TOOLS}, {"messages": CHAT, "tools": None}) == [
+        {"messages": CHAT, "tools": TOOLS, "chat_template_kwargs": {"thinking": True}},
+        {"messages": CHAT, "tools": TOOLS},
+        {"messages": CHAT},
+    ]
+
+
+def test_unused_columns_are_told(caplog):
+    kept({**PAIR, "id": 3, "source": "x"}, {**PAIR, "id": 4})
+    assert caplog.messages == ["f: columns that are not used: id, source"]
+
+
 def says(*messages):
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
@@ -199,7 +244,7 @@ def test_bad_cells_are_named(record, message):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"messages": []}, ": empty"),
+        ({"messages": []}, ", column 'messages': empty"),
         ({"messages": "Hi"}, "must be a list of messages with role and content, found a string"),
         ({"messages": ["Hi"]}, "message 1: must be an object with role and content, found a string"),
         (says(("human", "Hi")), "message 1: role must be one of system, user, assistant, found 'human'"),
@@ -212,6 +257,13 @@ def test_bad_cells_are_named(record, message):
             says(("user", "Hi"), ("system", "x"), ("assistant", "y")),
             "message 2: only the first message may have role 'system'",
         ),
+        ({"messages": CHAT, "tools": "f("}, ", column 'tools': not JSON"),
+        ({"messages": CHAT, "tools": '{"f": 1}'}, ", column 'tools': must be a list, found an object"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": "x"},
+            "column 'chat_template_kwargs': must be an object, found a str",
+        ),
+        ({**PAIR, "tools": TOOLS}, "tools go to a chat template, and only conversations have one"),
         (
             {"messages": [{"role": "user", "content": "x", "tools": "y"}]},
             "message 1: only role and content are supported, found tools",
@@ -219,7 +271,7 @@ def test_bad_cells_are_named(record, message):
     ],
 )
 def test_bad_conversations_are_named(record, message):
-    with pytest.raises(MolfError, match=f"f.jsonl, line 1, column 'messages'.*{re.escape(message)}"):
+    with pytest.raises(MolfError, match=f"f.jsonl, line 1.*{re.escape(message)}"):
         kept(record)
 
 

@@ -1,9 +1,11 @@
 """A user's own data: prompts with completions, conversations, or plain texts."""
 
+import json
+import logging
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +14,9 @@ import numpy as np
 from molf.errors import MolfError
 from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, TargetScores
 from molf.tasks.downloads import hub_splits
+from molf.tasks.formats import Located, is_readable, json_name
 from molf.tasks.metrics import percentage, statistic
-from molf.tasks.records import SUFFIXES, UNNAMED, Located, Splits, json_name, local_splits
+from molf.tasks.records import UNNAMED, Splits, local_splits, split_names
 
 DEFAULT_EVAL_FRACTION = 0.1
 ROW_SCHEMAS: dict[tuple[str, ...], str] = {
@@ -23,6 +26,10 @@ ROW_SCHEMAS: dict[tuple[str, ...], str] = {
 }
 """The columns of each kind of row, and its name."""
 ROLES = ("system", "user", "assistant")
+TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+"""Optional columns of conversations, which the chat template gets."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,12 +39,14 @@ class Custom:
     Attributes:
         eval_path: What to evaluate on: a file, a folder, a Hub id, or the name of a split of the data.
         eval_fraction: Instead, the share of the rows to hold out, chosen by the seed.
+        train_split: The name of the split to train on, if it is not called ``train``.
     """
 
     name: str = field(default="custom", init=False)
     headline: str = field(default="token_accuracy", init=False)
     eval_path: str | None = None
     eval_fraction: float | None = None
+    train_split: str | None = None
 
     def __post_init__(self) -> None:
         if self.eval_path is not None and self.eval_fraction is not None:
@@ -57,30 +66,43 @@ class Custom:
         if sample:
             raise MolfError("task custom has no sample in the package; pass your data as --data_path")
         if data_path is None:
-            if self.eval_path is None:
+            if self.eval_path is None or self.train_split is not None:
                 raise MolfError(
                     "task custom needs --data_path: a file, a folder or a Hub id to train on, or --eval_path to evaluate only"
                 )
-            records, origin = _evaluation_rows(self.eval_path)
+            records, origin = _evaluation_rows(self.eval_path, {}, [])
             return Split([], _rows(records, limit, origin), origin)
         found, origin = _splits(data_path)
-        train = _pick(found, "train", origin)
-        named = self.eval_path or next((name for name in ("validation", "test") if name in found), None)
-        if self.eval_fraction is None and named is not None:
-            if named in found:
-                records, eval_origin = found[named], f"evaluation: its {named} split"
-            else:
-                records, eval_origin = _evaluation_rows(named)
-            rows, eval_rows = _rows(train, limit, origin), _rows(records, limit, eval_origin)
-            if rows[0].keys() != eval_rows[0].keys():
+        train = self._training_splits(found, origin)
+        records = chain(*(found.pop(name) for name in train))  # what is left may be evaluated on
+        if self.train_split:
+            origin += f", its {self.train_split} split"
+        default = split_names(found, "validation") or split_names(found, "test")
+        held = _asked(found, self.eval_path) if self.eval_path else default
+        if self.eval_fraction is None and (held or self.eval_path):
+            held_out, eval_origin = _evaluation_rows(self.eval_path, found, held)
+            rows, eval_rows = _rows(records, limit, origin), _rows(held_out, limit, eval_origin)
+            if _schema(rows[0], origin) != _schema(eval_rows[0], eval_origin):
                 raise MolfError(
                     f"{origin}, {eval_origin}: the training rows have {', '.join(rows[0])}, the evaluation rows "
                     f"{', '.join(eval_rows[0])}"
                 )
             return Split(rows, eval_rows, f"{origin}, {eval_origin}")
         fraction = self.eval_fraction or DEFAULT_EVAL_FRACTION
-        rows, held_out = _hold_out(_rows(train, None, origin), fraction, seed, origin)
-        return Split(rows[:limit], held_out[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
+        rows, eval_rows = _hold_out(_rows(records, None, origin), fraction, seed, origin)
+        return Split(rows[:limit], eval_rows[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
+
+    def _training_splits(self, found: Splits, origin: str) -> list[str]:
+        default = split_names(found, "train") or split_names(found, UNNAMED)
+        train = _asked(found, self.train_split) if self.train_split else default
+        if not train:
+            there = ", ".join(filter(None, found)) or "rows without one"
+            raise MolfError(
+                f"{origin}: no {self.train_split or 'train'} split, only {there}; name the one to train on with --train_split"
+            )
+        if self.eval_path in train:
+            raise MolfError(f"--eval_path {self.eval_path} is the split to train on; pass another, or --eval_fraction")
+        return train
 
     def example(self, row: Row) -> dict[str, Any]:
         """Return the row, which already is a training example."""
@@ -124,22 +146,27 @@ def _ratio(columns: list[np.ndarray]) -> np.ndarray:
 def _splits(name: str) -> tuple[Splits, str]:
     """Return the records of a file, a folder or a data set on the Hub, and their origin."""
     path = Path(name).expanduser()
-    is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith(SUFFIXES)
+    is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not is_readable(name)
     if is_id and not path.exists():
         return hub_splits(name, "Or pass a local file or folder.")
     return local_splits(path), name
 
 
-def _pick(found: Splits, split: str, origin: str) -> Iterable[Located]:
-    if split not in found and UNNAMED not in found:
-        raise MolfError(f"{origin}: no {split} split, only {', '.join(found)}")
-    return found[split] if split in found else found[UNNAMED]
+def _asked(found: Splits, name: str) -> list[str]:
+    """Return the names of the splits that a user means: the one of exactly this name, or all that mean it."""
+    return [name] if name in found else split_names(found, name)
 
 
-def _evaluation_rows(eval_path: str) -> tuple[Iterable[Located], str]:
-    """Return the records of a source that is only evaluated on, and their origin."""
-    found, origin = _splits(eval_path)
-    return _pick(found, "validation" if "validation" in found else "test", origin), f"evaluation: {origin}"
+def _evaluation_rows(eval_path: str | None, found: Splits, held: list[str]) -> tuple[Iterable[Located], str]:
+    """Return the records of the held splits or, if there are none, of ``eval_path``, and their origin."""
+    origin = f"its {' and '.join(held)} split"
+    if not held:
+        assert eval_path is not None
+        found, origin = _splits(eval_path)
+        held = next(filter(None, (split_names(found, name) for name in ("validation", "test", UNNAMED))), [])
+        if not held:
+            raise MolfError(f"{origin}: no validation or test split, only {', '.join(found)}")
+    return chain.from_iterable(found[name] for name in held), f"evaluation: {origin}"
 
 
 def _hold_out(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple[list[Row], list[Row]]:
@@ -156,6 +183,7 @@ def _rows(records: Iterable[Located], limit: int | None, origin: str) -> list[Ro
     """Return the first rows, each with the columns of its schema only, which must be that of the first row."""
     rows: list[Row] = []
     columns: tuple[str, ...] = ()
+    ignored: dict[str, None] = {}
     for where, record in islice(records, limit):
         found = _schema(record, where)
         columns = columns or found
@@ -165,10 +193,33 @@ def _rows(records: Iterable[Located], limit: int | None, origin: str) -> list[Ro
                 f"({', '.join(columns)}); all rows must have the same columns"
             )
         check = _messages if columns == ("messages",) else _text
-        rows.append({column: check(record[column], f"{where}, column {column!r}") for column in columns})
+        row = {column: check(record[column], f"{where}, column {column!r}") for column in columns}
+        rows.append(row | _template_arguments(record, columns, where))
+        ignored |= dict.fromkeys(name for name in record if name not in rows[-1])
     if not rows:
         raise MolfError(f"{origin}: no records")
+    if ignored:
+        _log.warning("%s: columns that are not used: %s", origin, ", ".join(ignored))
     return rows
+
+
+def _template_arguments(record: Row, columns: tuple[str, ...], where: str) -> Row:
+    """Return what the row gives its chat template besides messages, as TRL reads it: ``tools`` may be JSON text."""
+    given = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name) is not None}
+    if given and columns != ("messages",):
+        raise MolfError(
+            f"{where}: {', '.join(given)} go to a chat template, and only conversations have one; remove them"
+        )
+    for name, value in given.items():
+        if name == "tools" and isinstance(value, str):
+            try:
+                given[name] = json.loads(value)
+            except ValueError as error:
+                raise MolfError(f"{where}, column 'tools': not JSON ({error})") from error
+        if not isinstance(given[name], TEMPLATE_COLUMNS[name]):
+            expected = json_name(TEMPLATE_COLUMNS[name]())
+            raise MolfError(f"{where}, column {name!r}: must be {expected}, found {json_name(given[name])}")
+    return given
 
 
 def _schema(record: Row, where: str) -> tuple[str, ...]:

@@ -128,6 +128,20 @@ def test_unfit_chat_templates_are_told(tokenizer):
         tokenize_examples(tokenizer, conversation)
 
 
+def test_a_template_gets_the_tools_and_the_variables_of_its_row(tokenizer):
+    said = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    tokenizer.chat_template = "{{ tools[0].name if tools }}{{ mood }}" + said
+    given = {"tools": [{"name": "king"}], "chat_template_kwargs": {"mood": "Rome"}}
+    found = tokenize_examples(tokenizer, [chat("Who?", "x") | given, chat("Who?", "x")])
+    assert [tokenizer.decode(one.ids) for one in found] == ["kingRomex", "x"]
+    taken = chat("Who?", "x") | {"chat_template_kwargs": {"tokenize": False}}
+    with pytest.raises(ValueError, match="conversation 2: tokenize cannot be set there"):
+        tokenize_examples(tokenizer, [chat("Who?", "x"), taken])
+    tokenizer.chat_template = "{{ 1 // (messages | length - 2) }}" + said
+    with pytest.raises(ValueError, match="rejects the messages .*Who.* of conversation 1: .*zero"):
+        tokenize_examples(tokenizer, [chat("Who?", "x")])
+
+
 def test_a_known_template_without_marks_is_replaced_by_its_variant_for_training(tokenizer):
     from trl.chat_template_utils import qwen3_instruct_2507_chat_template as known
 

@@ -65,7 +65,7 @@ def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations
         job(saved_model, tmp_path, task="custom", data_path=conversations, chat_template_path="missing.jinja")
 
 
-@pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5)])
+@pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5), ("train_split", "x")])
 def test_benchmarks_say_themselves_what_they_are_evaluated_on(saved_model, tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}={value} is for the task custom; the task fact has its own"):
         job(saved_model, tmp_path, sample=True, **{name: value})

@@ -88,6 +88,9 @@ class TaskConfig:
     eval_fraction: float | None = setting(
         None, "Task custom: share of the rows to hold out and evaluate on; 0.1 if there is no other evaluation data."
     )
+    train_split: str | None = setting(
+        None, "Task custom: name of the split of data_path to train on, if it is not called train."
+    )
     sample: bool = setting(False, "Use the small sample inside the package instead of the full data.")
     limit: int | None = setting(None, "Use at most this many rows of each split.")
     few_shot: int = setting(0, "Begin every prompt with this many training rows as examples, chosen by the seed.")

@@ -1,11 +1,11 @@
 """The tokens of training examples, exactly as TRL's ``SFTTrainer`` makes them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
@@ -33,7 +33,7 @@ def tokenize_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Map
         return []
     if "messages" in examples[0]:
         template = training_template(tokenizer)
-        return [_conversation(tokenizer, template, example["messages"]) for example in examples]
+        return [_conversation(tokenizer, template, row, number) for number, row in enumerate(examples, start=1)]
     if "text" in examples[0]:
         ids = tokenize(tokenizer, texts := [_with_end(tokenizer, example["text"]) for example in examples])
         return [ExampleIds(ids[text], (True,) * len(ids[text])) for text in texts]
@@ -53,17 +53,29 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Sequence[Mapping[str, str]]
+    tokenizer: PreTrainedTokenizerBase, template: str | None, example: Mapping[str, Any], number: int
 ) -> ExampleIds:
+    messages = list(example["messages"])
+    shown = repr(messages)
+    row = f"the messages {shown if len(shown) <= 500 else f'{shown[:500]}...'} of conversation {number}"
+    variables = dict(example.get("chat_template_kwargs") or {})
+    if taken := variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters:
+        raise MolfError(f"chat_template_kwargs beside {row}: {', '.join(sorted(taken))} cannot be set there; remove it")
     try:
         found = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=example.get("tools"),
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **variables,
         )
-    except TemplateError as error:
-        raise MolfError(f"the chat template rejects the messages {list(messages)!r}: {error}") from error
+    except Exception as error:  # a template is a program; whatever it raises, this row is the reason
+        raise MolfError(f"the chat template rejects {row}: {str(error) or type(error).__name__}") from error
     in_loss = tuple(map(bool, found["assistant_masks"]))
     if not any(in_loss):
-        raise MolfError(f"the chat template marks no assistant token in the messages {list(messages)!r}")
+        raise MolfError(f"the chat template marks no assistant token in {row}")
     return ExampleIds(tuple(found["input_ids"]), in_loss)
 
 

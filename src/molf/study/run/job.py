@@ -76,10 +76,12 @@ def load_job(config: RunConfig) -> Job:
 def _task(config: TaskConfig) -> Task:
     task = get_task(config.task)
     if isinstance(task, Custom):
-        return replace(task, eval_path=config.eval_path, eval_fraction=config.eval_fraction)
-    for name in ("eval_path", "eval_fraction"):
+        return replace(
+            task, eval_path=config.eval_path, eval_fraction=config.eval_fraction, train_split=config.train_split
+        )
+    for name in ("eval_path", "eval_fraction", "train_split"):
         if (value := getattr(config, name)) is not None:
-            raise MolfError(f"{name}={value} is for the task custom; the task {task.name} has its own evaluation data")
+            raise MolfError(f"{name}={value} is for the task custom; the task {task.name} has its own splits")
     return task
 
 
