@@ -162,6 +162,8 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
         dropped_examples=trainer.cut.dropped,
         truncated_examples=trainer.cut.truncated,
         processes=trainer.args.world_size,
+        best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+        validation_loss=_validation_loss(trainer),
     )
 
 
@@ -169,6 +171,15 @@ def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
     """Return how many tokens this start trained on: TRL counts from 0 at every start, and a checkpoint brings its old log."""
     counts = [entry["num_tokens"] for entry in log_history if "num_tokens" in entry and entry["step"] > since]
     return int(max(counts)) if counts else None
+
+
+def _validation_loss(trainer: StudyTrainer) -> float | None:
+    """Return the loss on the held-out rows: the best one if its weights are kept, else the last one."""
+    if trainer.args.load_best_model_at_end:
+        best: float | None = trainer.state.best_metric
+        return best
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return losses[-1] if losses else None
 
 
 def _evaluate_only(config: RunConfig) -> Result | None:
