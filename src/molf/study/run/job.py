@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
@@ -12,7 +13,7 @@ from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
 from molf.study.config.run_config import RunConfig, TaskConfig
-from molf.study.config.trainer_config import build_train_config, evaluates_in_training
+from molf.study.config.trainer_config import TrainConfig, build_train_config, evaluates_in_training
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
@@ -22,7 +23,9 @@ from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.run.model_limits import check_evaluation_rows, check_training_rows
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template
+from molf.study.run.process_group import from_rank_0
 from molf.study.run.selection import load_split, validation_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
 from molf.study.run.training_data import CutTargets, tokenize_training_data
@@ -127,6 +130,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     held_out = None
     if job.validation:
         held_out, _ = tokenize_training_data(job.tokenizer, [job.task.example(row) for row in job.validation], args)
+    from_rank_0(lambda: _check_rows(job, rows, held_out, args))
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -164,6 +168,14 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
         initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer
+
+
+def _check_rows(job: Job, rows: Dataset, held_out: Dataset | None, args: TrainConfig) -> None:
+    """Check that the model can read all rows, now rather than in some step or after the training."""
+    check_training_rows(job.model, job.tokenizer, rows, args)
+    if held_out is not None:
+        check_training_rows(job.model, job.tokenizer, held_out, args, kind="validation")
+    check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
 
 
 def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:
