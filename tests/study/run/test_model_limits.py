@@ -4,11 +4,24 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    ElectraConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MambaConfig,
+    RobertaConfig,
+)
 
 from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.run.dry_run import make_plan
+from molf.study.run.model_limits import check_causal
 from small_runs import carry_out
 
 MARKED = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}\
@@ -44,6 +57,57 @@ def data(tmp_path):
 
 def plan(settings, **changes):
     return make_plan(RunConfig.from_dict(settings | changes))
+
+
+def small(kind, **more):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 320,
+    }
+    return AutoModelForCausalLM.from_config(kind(**sizes, max_position_embeddings=64, **more))
+
+
+GEMMA = {"head_dim": 8, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        (BertConfig, {}),
+        (RobertaConfig, {}),
+        (ElectraConfig, {}),
+        (Gemma3TextConfig, {"use_bidirectional_attention": True} | GEMMA),
+    ],
+)
+def test_a_model_that_sees_later_tokens_is_refused(kind, more):
+    with pytest.raises(MolfError, match="is no causal language model"):
+        check_causal(small(kind, **more).train())
+
+
+@pytest.mark.parametrize(
+    "kind, more", [(BertConfig, {"is_decoder": True}), (Gemma3TextConfig, GEMMA), (MambaConfig, {})]
+)
+def test_other_models_are_as_before(kind, more):
+    model = small(kind, **more).train()
+    model.config._attn_implementation = "flash_attention_2"  # which needs a GPU
+    model.model_dropout = torch.nn.Dropout().eval()
+    state = torch.get_rng_state()
+    check_causal(model)
+    assert (
+        model.training and not model.model_dropout.training and model.config._attn_implementation == "flash_attention_2"
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("changes", [{}, {"only_eval": True}])
+def test_an_encoder_is_refused_before_anything_is_computed(settings, tmp_path, shared_model, changes):
+    small(BertConfig).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(shared_model).save_pretrained(tmp_path / "bert")
+    with pytest.raises(MolfError, match="BertLMHeadModel of .*bert' is no causal language model"):
+        carry_out(settings | changes, model_name_or_path=str(tmp_path / "bert"))
 
 
 LONG = "The king " * 30

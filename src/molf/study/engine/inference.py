@@ -54,7 +54,7 @@ def answer(
     generations = [request for request in distinct if isinstance(request, Generate)]
     targets = _targets(tokenizer, distinct)
     answers: dict[Request, Answer] = {}
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         scores = score_targets(
             model, chain.from_iterable(targets.values()), batch_tokens=batch_tokens, progress=progress
         )
@@ -105,7 +105,7 @@ def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in evaluation mode; on exit, restore every module's own training flag."""
     training = [module for module in model.modules() if module.training]
     model.eval()

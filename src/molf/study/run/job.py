@@ -23,7 +23,7 @@ from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
-from molf.study.run.model_limits import check_evaluation_rows, check_training_rows
+from molf.study.run.model_limits import check_causal, check_evaluation_rows, check_training_rows
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.process_group import from_rank_0
 from molf.study.run.selection import load_split, validation_split
@@ -171,7 +171,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
 
 
 def _check_rows(job: Job, rows: Dataset, held_out: Dataset | None, args: TrainConfig) -> None:
-    """Check that the model can read all rows, now rather than in some step or after the training."""
+    """Check that the model can take all rows, now rather than in some step or after the training."""
+    check_causal(job.model)
     check_training_rows(job.model, job.tokenizer, rows, args)
     if held_out is not None:
         check_training_rows(job.model, job.tokenizer, held_out, args, kind="validation")

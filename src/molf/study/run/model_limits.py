@@ -1,15 +1,41 @@
-"""What a model can read, checked against all rows before the training: its tokens and its positions."""
+"""What a model can do, checked before the training: predict the next token, and read all tokens and positions of the rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from molf.errors import MolfError
 from molf.study.config.trainer_config import TrainConfig
-from molf.study.engine.inference import positions_needed
+from molf.study.engine.inference import evaluation_mode, positions_needed
 from molf.tasks import Row, Task
+
+_SEES_LATER = 1e-3
+"""Relative change of logits from which a model sees later tokens: causal models have 0, random encoders 0.007 or more."""
+
+
+def check_causal(model: Any) -> None:
+    """Check that a model does not see the tokens that it is to predict.
+
+    An encoder such as BERT loads as a causal model with a mere warning. It would learn to copy the next token.
+    """
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    if "flash" in str(attention):  # runs on accelerators only, where the model is not yet
+        config._attn_implementation = "eager"
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            ids = torch.tensor([[4, *[later] * 7] for later in (5, 6)], device=model.device)
+            one, other = model(input_ids=ids).logits[:, 0].float()
+    finally:
+        config._attn_implementation = attention
+    if (one - other).abs().max() > _SEES_LATER * one.abs().max():
+        raise MolfError(
+            f"{type(model).__name__} of {model.config.name_or_path!r} is no causal language model: what it predicts after a "
+            "token changes with the tokens that follow, so it would see what it is to predict; use a decoder such as Llama"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.result import Result, Training
 from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
-from molf.study.run.model_limits import check_evaluation_rows
+from molf.study.run.model_limits import check_causal, check_evaluation_rows
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
@@ -188,6 +188,7 @@ def _evaluate_only(config: RunConfig) -> Result | None:
     job = load_job(config)
     args = build_train_config(config.train)
     main, device = args.process_index == 0, args.device
+    check_causal(job.model)
     check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
     evaluation = _evaluate_on_ranks(job, main, device, job.source)
     if evaluation is None or not main:
