@@ -82,9 +82,21 @@ def load_job(config: RunConfig) -> Job:
         task, split = with_examples(task, split, config.task.few_shot, seed)
     split, validation = validation_split(split, config.task) if validates else (split, [])
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    if not config.output.only_eval:
+        _refuse_quantised(model, config)
     if template := config.train.get("chat_template_path"):
         use_chat_template(tokenizer, str(template))
     return Job(config, model, tokenizer, task, split, validation)
+
+
+def _refuse_quantised(model: Any, config: RunConfig) -> None:
+    kind = getattr(model, "quantization_method", None)
+    if kind is not None:
+        raise MolfError(
+            f"the weights of {config.model.model_name_or_path} are quantised ({getattr(kind, 'value', kind)}), but a run ends "
+            "with a plain checkpoint, for which its adapters are merged into the weights: use the model's unquantised weights, "
+            "or train its adapters in your own script (add_lora_experts, MoLF, export_peft)"
+        )
 
 
 def _task(config: TaskConfig) -> Task:
