@@ -1,11 +1,9 @@
 """A user's own data: prompts with completions, conversations, or plain texts."""
 
-import json
-import logging
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,22 +12,12 @@ import numpy as np
 from molf.errors import MolfError
 from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, TargetScores
 from molf.tasks.downloads import hub_splits
-from molf.tasks.formats import Located, is_readable, json_name
+from molf.tasks.formats import Located, is_readable
 from molf.tasks.metrics import percentage, statistic
 from molf.tasks.records import UNNAMED, Splits, local_splits, split_names
+from molf.tasks.schemas import checked_rows, schema_of
 
 DEFAULT_EVAL_FRACTION = 0.1
-ROW_SCHEMAS: dict[tuple[str, ...], str] = {
-    ("prompt", "completion"): "a prompt and its completion",
-    ("messages",): "a conversation",
-    ("text",): "a text",
-}
-"""The columns of each kind of row, and its name."""
-ROLES = ("system", "user", "assistant")
-TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
-"""Optional columns of conversations, which the chat template gets."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +59,7 @@ class Custom:
                     "task custom needs --data_path: a file, a folder or a Hub id to train on, or --eval_path to evaluate only"
                 )
             records, origin = _evaluation_rows(self.eval_path, {}, [])
-            return Split([], _rows(records, limit, origin), origin)
+            return Split([], checked_rows(records, limit, origin), origin)
         found, origin = _splits(data_path)
         train = self._training_splits(found, origin)
         records = chain(*(found.pop(name) for name in train))  # what is left may be evaluated on
@@ -81,15 +69,15 @@ class Custom:
         held = _asked(found, self.eval_path) if self.eval_path else default
         if self.eval_fraction is None and (held or self.eval_path):
             held_out, eval_origin = _evaluation_rows(self.eval_path, found, held)
-            rows, eval_rows = _rows(records, limit, origin), _rows(held_out, limit, eval_origin)
-            if _schema(rows[0], origin) != _schema(eval_rows[0], eval_origin):
+            rows, eval_rows = checked_rows(records, limit, origin), checked_rows(held_out, limit, eval_origin)
+            if schema_of(rows[0], origin) != schema_of(eval_rows[0], eval_origin):
                 raise MolfError(
                     f"{origin}, {eval_origin}: the training rows have {', '.join(rows[0])}, the evaluation rows "
                     f"{', '.join(eval_rows[0])}"
                 )
             return Split(rows, eval_rows, f"{origin}, {eval_origin}")
         fraction = self.eval_fraction or DEFAULT_EVAL_FRACTION
-        rows, eval_rows = _hold_out(_rows(records, None, origin), fraction, seed, origin)
+        rows, eval_rows = _hold_out(checked_rows(records, None, origin), fraction, seed, origin)
         return Split(rows[:limit], eval_rows[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
 
     def _training_splits(self, found: Splits, origin: str) -> list[str]:
@@ -177,100 +165,3 @@ def _hold_out(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     kept = [row for number, row in enumerate(rows) if number not in held_out]
     return kept, [row for number, row in enumerate(rows) if number in held_out]
-
-
-def _rows(records: Iterable[Located], limit: int | None, origin: str) -> list[Row]:
-    """Return the first rows, each with the columns of its schema only, which must be that of the first row."""
-    rows: list[Row] = []
-    columns: tuple[str, ...] = ()
-    ignored: dict[str, None] = {}
-    for where, record in islice(records, limit):
-        found = _schema(record, where)
-        columns = columns or found
-        if found != columns:
-            raise MolfError(
-                f"{where}: {ROW_SCHEMAS[found]} ({', '.join(found)}), but the first row is {ROW_SCHEMAS[columns]} "
-                f"({', '.join(columns)}); all rows must have the same columns"
-            )
-        check = _messages if columns == ("messages",) else _text
-        row = {column: check(record[column], f"{where}, column {column!r}") for column in columns}
-        rows.append(row | _template_arguments(record, columns, where))
-        ignored |= dict.fromkeys(name for name in record if name not in rows[-1])
-    if not rows:
-        raise MolfError(f"{origin}: no records")
-    if ignored:
-        _log.warning("%s: columns that are not used: %s", origin, ", ".join(ignored))
-    return rows
-
-
-def _template_arguments(record: Row, columns: tuple[str, ...], where: str) -> Row:
-    """Return what the row gives its chat template besides messages, as TRL reads it: ``tools`` may be JSON text."""
-    given = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name) is not None}
-    if given and columns != ("messages",):
-        raise MolfError(
-            f"{where}: {', '.join(given)} go to a chat template, and only conversations have one; remove them"
-        )
-    for name, value in given.items():
-        if name == "tools" and isinstance(value, str):
-            try:
-                given[name] = json.loads(value)
-            except ValueError as error:
-                raise MolfError(f"{where}, column 'tools': not JSON ({error})") from error
-        if not isinstance(given[name], TEMPLATE_COLUMNS[name]):
-            expected = json_name(TEMPLATE_COLUMNS[name]())
-            raise MolfError(f"{where}, column {name!r}: must be {expected}, found {json_name(given[name])}")
-    return given
-
-
-def _schema(record: Row, where: str) -> tuple[str, ...]:
-    """Return the columns of the one schema that a row follows."""
-    begun = [columns for columns in ROW_SCHEMAS if any(record.get(column) is not None for column in columns)]
-    if not begun:
-        schemas = "; ".join(" and ".join(columns) for columns in ROW_SCHEMAS)
-        there = ", ".join(f"{name} (null)" if record[name] is None else name for name in record)
-        raise MolfError(f"{where}: no usable column; a row needs {schemas}, and this one has: {there or 'nothing'}")
-    if len(begun) > 1:
-        both = " and ".join(f"{ROW_SCHEMAS[columns]} ({', '.join(columns)})" for columns in begun)
-        raise MolfError(f"{where}: the row is {both}; keep the columns of one of them")
-    for column in begun[0]:
-        if record.get(column) is None:
-            raise MolfError(f"{where}, column {column!r}: {'null' if column in record else 'missing'}")
-    return begun[0]
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        hint = "; conversations go in a column 'messages'" if isinstance(value, list) else ""
-        raise MolfError(f"{where}: must be a string, found {json_name(value)}{hint}")
-    if not value.strip():
-        raise MolfError(f"{where}: empty")
-    return value
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise MolfError(f"{where}: must be a list of messages with role and content, found {json_name(value)}")
-    if not value:
-        raise MolfError(f"{where}: empty")
-    messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise MolfError(
-            f"{where}, message {roles.index('system', 1) + 1}: only the first message may have role 'system'"
-        )
-    if roles[-1] != "assistant":
-        raise MolfError(f"{where}: the last message must have role 'assistant', found {roles[-1]!r}")
-    if roles[0] == "assistant":
-        raise MolfError(f"{where}: the first message has role 'assistant', so there is nothing for it to answer")
-    return messages
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise MolfError(f"{where}: must be an object with role and content, found {json_name(message)}")
-    more = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
-    if more:
-        raise MolfError(f"{where}: only role and content are supported, found {', '.join(more)}")
-    if message.get("role") not in ROLES:
-        raise MolfError(f"{where}: role must be one of {', '.join(ROLES)}, found {message.get('role')!r}")
-    return {"role": message["role"], "content": _text(message.get("content"), f"{where}, content")}
