@@ -127,7 +127,7 @@ def test_the_demo_runs_twice(model_folder, capsys):
         ("train MODEL --learning_rate nan", 1, "learning_rate=nan must be a finite number"),
         ("train MODEL --max_steps -5", 1, "max_steps=-5 must be at least 1"),
         ("train MODEL --num_train_epochs 0", 1, "num_train_epochs=0.0 must be above 0"),
-        ("train MODEL --eval_strategy steps", 1, "eval_strategy is not supported"),
+        ("train MODEL --load_best_model_at_end True", 1, "load_best_model_at_end needs evaluations during training"),
         ("train MODEL --limit 4 --max_length 1", 1, "leaves no target of the 4 training rows"),
         ("train MODEL --limit 4 --ranks 4096 --dry_run", 1, "ranks=(4096,) exceeds"),
         ("train MODEL --chat_template_path broken.jinja", 1, "Unexpected end of template"),

@@ -1,14 +1,14 @@
 import csv
 import json
 import math
-import re
 
 import datasets
 import pytest
 
 from molf.errors import MolfError
-from molf.tasks import ExampleTokens, TargetScores, custom
+from molf.tasks import ExampleTokens, TargetScores
 from molf.tasks.custom import Custom
+from molf.tasks.records import located_splits
 
 PAIRS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
 CHATS = [
@@ -108,6 +108,33 @@ def test_a_data_set_of_the_hub(monkeypatch):
     assert load("someone/things", eval_path="extra").eval == PAIRS[8:]
 
 
+def test_splits_that_mean_the_same_are_all_read_or_one_by_its_name(monkeypatch):
+    def hub_splits(name, advice):
+        return located_splits({"train_sft": PAIRS[:4], "validation": PAIRS[4:7], "dev": PAIRS[7:8]}, name), name
+
+    monkeypatch.setattr("molf.tasks.custom.hub_splits", hub_splits)
+    split = load("a/b", train_split="train_sft")
+    assert (split.train, split.eval) == (PAIRS[:4], PAIRS[4:8])
+    assert split.origin == "a/b, its train_sft split, evaluation: its validation and dev split"
+    assert load("a/b", train_split="train_sft", eval_path="validation").eval == PAIRS[4:7]
+    assert load("a/b", train_split="dev", eval_path="train_sft").train == PAIRS[7:8]
+    assert load("a/b", train_split="dev").eval == PAIRS[4:7]
+    with pytest.raises(MolfError, match="a/b: no train split, only train_sft, validation, dev; .*--train_split"):
+        load("a/b")
+    with pytest.raises(MolfError, match="a/b: no train_gen split, only train_sft"):
+        load("a/b", train_split="train_gen")
+    with pytest.raises(MolfError, match="--eval_path dev is the split to train on"):
+        load("a/b", train_split="dev", eval_path="dev")
+
+
+def test_a_named_training_split_needs_data_with_splits(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(MolfError, match="a.jsonl: no train_sft split, only rows without one"):
+        load(path, train_split="train_sft")
+    with pytest.raises(MolfError, match="task custom needs --data_path"):
+        load(None, eval_path=path, train_split="train_sft")
+
+
 def test_what_makes_no_sense_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS[:1])
     with pytest.raises(MolfError, match="custom has no sample in the package"):
@@ -140,87 +167,6 @@ def test_unusable_rows_are_named_with_file_line_and_column(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,completion\n"a\nb",c\nd,\n')
     with pytest.raises(MolfError, match="a.csv, line 4, column 'completion': empty"):
         load(str(tmp_path / "a.csv"))
-
-
-# --- schemas ---
-
-
-def kept(*records):
-    return custom._rows(((f"f.jsonl, line {number}", one) for number, one in enumerate(records, start=1)), None, "f")
-
-
-PAIR = {"prompt": "Q:", "completion": " A"}
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def test_rows_keep_the_columns_of_their_form():
-    assert kept({**PAIR, "id": 3}, {"completion": " B", "prompt": "R:"}) == [PAIR, {"prompt": "R:", "completion": " B"}]
-    assert kept({"text": "One.", "score": 0.5}) == [{"text": "One."}]
-    system = {"role": "system", "content": "Be kind.", "tool_calls": None}
-    assert kept({"messages": [system, *CHAT, *CHAT]}) == [
-        {"messages": [{"role": "system", "content": "Be kind."}, *CHAT, *CHAT]}
-    ]
-    assert kept({**PAIR, "messages": None}) == [PAIR]  # as a file with columns for all forms has it
-
-
-def says(*messages):
-    return {"messages": [{"role": role, "content": content} for role, content in messages]}
-
-
-@pytest.mark.parametrize(
-    "record, message",
-    [
-        ({"prompt": "", "completion": " A"}, "line 2, column 'prompt': empty"),
-        ({"prompt": "Q:", "completion": " \n"}, "line 2, column 'completion': empty"),
-        ({"prompt": "Q:", "completion": None}, "line 2, column 'completion': null"),
-        ({"prompt": "Q:"}, "line 2, column 'completion': missing"),
-        ({"prompt": 3, "completion": "A"}, "line 2, column 'prompt': must be a string, found an integer"),
-        (
-            {"prompt": CHAT, "completion": CHAT},
-            "must be a string, found a list; conversations go in a column 'messages'",
-        ),
-        (
-            {"text": None, "id": 1},
-            "line 2: no usable column; a row needs prompt and completion; messages; text, .* text (null), id",
-        ),
-        ({}, "line 2: no usable column; .* has: nothing"),
-        (
-            {**PAIR, "text": "x"},
-            "line 2: the row is a prompt and its completion (prompt, completion) and a text (text); keep",
-        ),
-        ({"text": "x"}, "line 2: a text (text), but the first row is a prompt and its completion (prompt, completion)"),
-    ],
-)
-def test_bad_cells_are_named(record, message):
-    with pytest.raises(MolfError, match=re.escape(message).replace(r"\.\*", ".*")):
-        kept(PAIR, record)
-
-
-@pytest.mark.parametrize(
-    "record, message",
-    [
-        ({"messages": []}, ": empty"),
-        ({"messages": "Hi"}, "must be a list of messages with role and content, found a string"),
-        ({"messages": ["Hi"]}, "message 1: must be an object with role and content, found a string"),
-        (says(("human", "Hi")), "message 1: role must be one of system, user, assistant, found 'human'"),
-        ({"messages": [{"content": "Hi"}]}, "message 1: role must be one of system, user, assistant, found None"),
-        (says(("user", "Hi"), ("assistant", " ")), "message 2, content: empty"),
-        (says(("user", None)), "message 1, content: must be a string, found null"),
-        (says(("user", "Hi")), "the last message must have role 'assistant', found 'user'"),
-        (says(("assistant", "Hi")), "the first message has role 'assistant'"),
-        (
-            says(("user", "Hi"), ("system", "x"), ("assistant", "y")),
-            "message 2: only the first message may have role 'system'",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "x", "tools": "y"}]},
-            "message 1: only role and content are supported, found tools",
-        ),
-    ],
-)
-def test_bad_conversations_are_named(record, message):
-    with pytest.raises(MolfError, match=f"f.jsonl, line 1, column 'messages'.*{re.escape(message)}"):
-        kept(record)
 
 
 # --- asking and scoring ---

@@ -1,57 +1,18 @@
 import gzip
 import json
+import os
 import re
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from molf.errors import MolfError
-from molf.tasks.records import UNNAMED, check_fields, local_splits, records_of
+from molf.tasks.records import UNNAMED, check_fields, local_splits, located_splits, split_names
 
 
 def read(path):
     """All records of a file or folder."""
     return [record for _, record in local_splits(path)[UNNAMED]]
-
-
-RECORDS = [{"id": 1, "text": "one"}, {"id": 2, "text": "line\u2028separator"}]
-
-
-def dump(records: list[dict], lines: bool) -> bytes:
-    text = "\n".join(json.dumps(r, ensure_ascii=False) for r in records) if lines else json.dumps(records)
-    return text.encode()
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
-def test_every_format_gives_the_same_records(tmp_path, name):
-    data = dump(RECORDS, lines=".jsonl" in name)
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert read(path) == RECORDS
-
-
-def test_parquet_gives_the_same_records(tmp_path):
-    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
-    assert list(records_of(tmp_path / "a.parquet")) == [
-        (f"{tmp_path / 'a.parquet'}, row {number}", record) for number, record in enumerate(RECORDS, start=1)
-    ]
-
-
-def test_csv_records_are_named_by_the_line_they_begin_on(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('prompt,completion\n"two\nlines",b\nc,"say ""d"", please"\n', newline="")
-    assert list(records_of(path)) == [
-        (f"{path}, line 2", {"prompt": "two\nlines", "completion": "b"}),
-        (f"{path}, line 4", {"prompt": "c", "completion": 'say "d", please'}),
-    ]
-
-
-def test_blank_lines_byte_order_mark_and_windows_line_ends_are_harmless(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"id": 1}\r\n\r\n{"id": 2}\r\n')
-    assert read(path) == [{"id": 1}, {"id": 2}]
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
@@ -63,30 +24,45 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     assert read(tmp_path) == [{"id": 1}, {"id": 2}]
 
 
+def test_every_format_of_a_folder_and_linked_folders_are_read(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    write(folder / "a.JSONL", 1)
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b"n\n2\n"))
+    write(elsewhere / "deep" / "c.jsonl", 3)
+    (folder / "linked").symlink_to(elsewhere)
+    assert [row["n"] for row in read(folder)] == [1, "2", 3]
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "notes.txt", "b.jsonl.lz4", "deep/c.xlsx", "d.parquet.gz"])
+def test_what_a_folder_has_and_is_not_read_is_refused_by_name(tmp_path, name):
+    write(tmp_path / "train.jsonl", 1)
+    write(tmp_path / name)
+    with pytest.raises(MolfError, match=f"{name}: cannot tell the format; .* Move it out"):
+        local_splits(tmp_path)
+
+
 @pytest.mark.parametrize(
-    "name, data, message",
-    [
-        ("a.jsonl", b'{"id": 1}\n{"id": \n', "a.jsonl, line 2: not JSON: Expecting value at column"),
-        ("a.json", b'[{"id": 1},\n{"id" 2}]', "a.json: not JSON: .* at line 2, column 7"),
-        ("a.json", b'{"id": 1}', "a.json: expected one list of records, found an object"),
-        ("a.json", b"[{}, 3]", "a.json, record 2: expected an object with named fields, found an integer"),
-        ("a.jsonl", b'{"id": 1}\n["id"]', "a.jsonl, line 2: expected an object with named fields, found a list"),
-        ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl, line 2: not UTF-8"),
-        ("a.xlsx", b"", "a.xlsx: cannot tell the format; .* .jsonl.gz"),
-        ("a.csv", b"p,c\n1,2\n3\n", "a.csv, line 3: 1 cells, but the header has 2 columns"),
-        ("a.csv", b"p,c\n1,2,3,4\n", "a.csv, line 2: 4 cells, but the header has 2 columns"),
-        ("a.csv", b'p,c\n"1" x,2\n', "a.csv, line 2: not CSV: ',' expected after"),
-        ("a.csv", b'p,c\n1,2\n"3,4\n', "a.csv, line 3: not CSV: unexpected end of data"),
-        ("a.parquet", b"p,c\n1,2\n", "a.parquet: not a complete Parquet file"),
-        ("a.jsonl.gz", b'{"id": 1}', "a.jsonl.gz: not a complete gzip file"),
-        # mtime: the name of a test must not hold the time at which it was collected
-        ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: not a complete gzip file"),
-    ],
+    "target, message", [("nowhere", "a.jsonl: not a file"), (".", "a.jsonl: a link to a folder that it is")]
 )
-def test_unusable_files_say_where_and_why(tmp_path, name, data, message):
-    (tmp_path / name).write_bytes(data)
+def test_links_that_lead_nowhere_or_back_are_refused(tmp_path, target, message):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / target)
     with pytest.raises(MolfError, match=message):
-        read(tmp_path / name)
+        local_splits(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "train.jsonl", 1)
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(MolfError, match="closed: cannot be read: Permission denied"):
+        local_splits(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +129,20 @@ def saved(folder):
     both = datasets.DatasetDict({"train": of([{"n": 1}, {"n": 2}]), "valid": of([{"n": 3}])})
     both.save_to_disk(folder / "both")
     both["train"].save_to_disk(folder / "one")
+
+
+def test_splits_that_mean_the_same_keep_their_names():
+    found = located_splits({"train": [{"n": 1}], "Validation": [{"n": 2}], "dev": [{"n": 3}], "TEST": [{"n": 4}]}, "d")
+    assert numbers(found) == {"train": [1], "Validation": [2], "dev": [3], "test": [4]}
+    assert split_names(found, "validation") == ["Validation", "dev"]
+
+
+def test_a_damaged_saved_folder_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    saved(tmp_path)
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"")
+    with pytest.raises(MolfError, match="one: `datasets` cannot read it"):
+        local_splits(tmp_path / "one")
 
 
 def test_folders_that_datasets_saved(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, config_types, is_list, setting_types
+from molf.cli.yaml_text import load_yaml
 from molf.errors import MolfError, UsageError
 from molf.study.config.fields import SHAPES
 from molf.study.config.run_config import RunConfig
@@ -88,7 +89,7 @@ def read_yaml(path: Any) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MolfError(f"there is no configuration file {path}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -161,7 +162,7 @@ def _items(value: Any) -> Any:
         return words if value is not None else None
     if words[0].startswith("["):
         try:
-            return yaml.safe_load(" ".join(words))
+            return load_yaml(" ".join(words))
         except yaml.YAMLError as error:
             raise UsageError(f"{' '.join(words)!r} is not a list such as [32,128]") from error
     return [part.strip() for word in words for part in word.split(",")]

@@ -48,4 +48,5 @@ def show_plan(plan: "Plan") -> None:
     out.print(memory_table(plan.needs))
     for warning in plan.warnings:
         out.print(f"warning: {warning}", style="yellow")
-    out.print(f"dry run: nothing was trained; {plan.rows[0]} training rows, {plan.rows[1]} evaluation rows")
+    held_out = f", {plan.held_out} rows held out for validation" if plan.held_out else ""
+    out.print(f"dry run: nothing was trained; {plan.rows[0]} training rows, {plan.rows[1]} evaluation rows{held_out}")

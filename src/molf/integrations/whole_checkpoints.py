@@ -74,6 +74,8 @@ class WholeCheckpoints:
     control: Any
     accelerator: Any
     model: Any
+    model_wrapped: Any
+    is_fsdp_enabled: bool
 
     def find_checkpoint(self, resume_from: str | bool | None) -> Path | None:
         """Clean up the run's folder and return the checkpoint to resume from, the same on every process.
@@ -148,6 +150,16 @@ class WholeCheckpoints:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         for part in self.parts:
             part.restore(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        # The Trainer's own would load one adapter and no parts.
+        best = Path(self.state.best_model_checkpoint)
+        if problem := f"there is no folder {best}" if not best.is_dir() else verify(best):
+            raise MolfError(
+                f"load_best_model_at_end: {best} is not a complete checkpoint: {problem}; resume without load_best_model_at_end "
+                "to keep the model of the last step"
+            )
+        self._load_from_checkpoint(str(best), self.model_wrapped if self.is_fsdp_enabled else None)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # The Trainer would take one more step after resuming from the checkpoint of the last step inside an epoch.

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +12,12 @@ import numpy as np
 from molf.errors import MolfError
 from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, TargetScores
 from molf.tasks.downloads import hub_splits
+from molf.tasks.formats import Located, is_readable
 from molf.tasks.metrics import percentage, statistic
-from molf.tasks.records import SUFFIXES, UNNAMED, Located, Splits, json_name, local_splits
+from molf.tasks.records import UNNAMED, Splits, local_splits, split_names
+from molf.tasks.schemas import checked_rows, schema_of
 
 DEFAULT_EVAL_FRACTION = 0.1
-ROW_SCHEMAS: dict[tuple[str, ...], str] = {
-    ("prompt", "completion"): "a prompt and its completion",
-    ("messages",): "a conversation",
-    ("text",): "a text",
-}
-"""The columns of each kind of row, and its name."""
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass
@@ -32,12 +27,14 @@ class Custom:
     Attributes:
         eval_path: What to evaluate on: a file, a folder, a Hub id, or the name of a split of the data.
         eval_fraction: Instead, the share of the rows to hold out, chosen by the seed.
+        train_split: The name of the split to train on, if it is not called ``train``.
     """
 
     name: str = field(default="custom", init=False)
     headline: str = field(default="token_accuracy", init=False)
     eval_path: str | None = None
     eval_fraction: float | None = None
+    train_split: str | None = None
 
     def __post_init__(self) -> None:
         if self.eval_path is not None and self.eval_fraction is not None:
@@ -57,30 +54,43 @@ class Custom:
         if sample:
             raise MolfError("task custom has no sample in the package; pass your data as --data_path")
         if data_path is None:
-            if self.eval_path is None:
+            if self.eval_path is None or self.train_split is not None:
                 raise MolfError(
                     "task custom needs --data_path: a file, a folder or a Hub id to train on, or --eval_path to evaluate only"
                 )
-            records, origin = _evaluation_rows(self.eval_path)
-            return Split([], _rows(records, limit, origin), origin)
+            records, origin = _evaluation_rows(self.eval_path, {}, [])
+            return Split([], checked_rows(records, limit, origin), origin)
         found, origin = _splits(data_path)
-        train = _pick(found, "train", origin)
-        named = self.eval_path or next((name for name in ("validation", "test") if name in found), None)
-        if self.eval_fraction is None and named is not None:
-            if named in found:
-                records, eval_origin = found[named], f"evaluation: its {named} split"
-            else:
-                records, eval_origin = _evaluation_rows(named)
-            rows, eval_rows = _rows(train, limit, origin), _rows(records, limit, eval_origin)
-            if rows[0].keys() != eval_rows[0].keys():
+        train = self._training_splits(found, origin)
+        records = chain(*(found.pop(name) for name in train))  # what is left may be evaluated on
+        if self.train_split:
+            origin += f", its {self.train_split} split"
+        default = split_names(found, "validation") or split_names(found, "test")
+        held = _asked(found, self.eval_path) if self.eval_path else default
+        if self.eval_fraction is None and (held or self.eval_path):
+            held_out, eval_origin = _evaluation_rows(self.eval_path, found, held)
+            rows, eval_rows = checked_rows(records, limit, origin), checked_rows(held_out, limit, eval_origin)
+            if schema_of(rows[0], origin) != schema_of(eval_rows[0], eval_origin):
                 raise MolfError(
                     f"{origin}, {eval_origin}: the training rows have {', '.join(rows[0])}, the evaluation rows "
                     f"{', '.join(eval_rows[0])}"
                 )
             return Split(rows, eval_rows, f"{origin}, {eval_origin}")
         fraction = self.eval_fraction or DEFAULT_EVAL_FRACTION
-        rows, held_out = _hold_out(_rows(train, None, origin), fraction, seed, origin)
-        return Split(rows[:limit], held_out[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
+        rows, eval_rows = _hold_out(checked_rows(records, None, origin), fraction, seed, origin)
+        return Split(rows[:limit], eval_rows[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")
+
+    def _training_splits(self, found: Splits, origin: str) -> list[str]:
+        default = split_names(found, "train") or split_names(found, UNNAMED)
+        train = _asked(found, self.train_split) if self.train_split else default
+        if not train:
+            there = ", ".join(filter(None, found)) or "rows without one"
+            raise MolfError(
+                f"{origin}: no {self.train_split or 'train'} split, only {there}; name the one to train on with --train_split"
+            )
+        if self.eval_path in train:
+            raise MolfError(f"--eval_path {self.eval_path} is the split to train on; pass another, or --eval_fraction")
+        return train
 
     def example(self, row: Row) -> dict[str, Any]:
         """Return the row, which already is a training example."""
@@ -124,22 +134,27 @@ def _ratio(columns: list[np.ndarray]) -> np.ndarray:
 def _splits(name: str) -> tuple[Splits, str]:
     """Return the records of a file, a folder or a data set on the Hub, and their origin."""
     path = Path(name).expanduser()
-    is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith(SUFFIXES)
+    is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not is_readable(name)
     if is_id and not path.exists():
         return hub_splits(name, "Or pass a local file or folder.")
     return local_splits(path), name
 
 
-def _pick(found: Splits, split: str, origin: str) -> Iterable[Located]:
-    if split not in found and UNNAMED not in found:
-        raise MolfError(f"{origin}: no {split} split, only {', '.join(found)}")
-    return found[split] if split in found else found[UNNAMED]
+def _asked(found: Splits, name: str) -> list[str]:
+    """Return the names of the splits that a user means: the one of exactly this name, or all that mean it."""
+    return [name] if name in found else split_names(found, name)
 
 
-def _evaluation_rows(eval_path: str) -> tuple[Iterable[Located], str]:
-    """Return the records of a source that is only evaluated on, and their origin."""
-    found, origin = _splits(eval_path)
-    return _pick(found, "validation" if "validation" in found else "test", origin), f"evaluation: {origin}"
+def _evaluation_rows(eval_path: str | None, found: Splits, held: list[str]) -> tuple[Iterable[Located], str]:
+    """Return the records of the held splits or, if there are none, of ``eval_path``, and their origin."""
+    origin = f"its {' and '.join(held)} split"
+    if not held:
+        assert eval_path is not None
+        found, origin = _splits(eval_path)
+        held = next(filter(None, (split_names(found, name) for name in ("validation", "test", UNNAMED))), [])
+        if not held:
+            raise MolfError(f"{origin}: no validation or test split, only {', '.join(found)}")
+    return chain.from_iterable(found[name] for name in held), f"evaluation: {origin}"
 
 
 def _hold_out(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple[list[Row], list[Row]]:
@@ -150,76 +165,3 @@ def _hold_out(rows: list[Row], fraction: float, seed: int, origin: str) -> tuple
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     kept = [row for number, row in enumerate(rows) if number not in held_out]
     return kept, [row for number, row in enumerate(rows) if number in held_out]
-
-
-def _rows(records: Iterable[Located], limit: int | None, origin: str) -> list[Row]:
-    """Return the first rows, each with the columns of its schema only, which must be that of the first row."""
-    rows: list[Row] = []
-    columns: tuple[str, ...] = ()
-    for where, record in islice(records, limit):
-        found = _schema(record, where)
-        columns = columns or found
-        if found != columns:
-            raise MolfError(
-                f"{where}: {ROW_SCHEMAS[found]} ({', '.join(found)}), but the first row is {ROW_SCHEMAS[columns]} "
-                f"({', '.join(columns)}); all rows must have the same columns"
-            )
-        check = _messages if columns == ("messages",) else _text
-        rows.append({column: check(record[column], f"{where}, column {column!r}") for column in columns})
-    if not rows:
-        raise MolfError(f"{origin}: no records")
-    return rows
-
-
-def _schema(record: Row, where: str) -> tuple[str, ...]:
-    """Return the columns of the one schema that a row follows."""
-    begun = [columns for columns in ROW_SCHEMAS if any(record.get(column) is not None for column in columns)]
-    if not begun:
-        schemas = "; ".join(" and ".join(columns) for columns in ROW_SCHEMAS)
-        there = ", ".join(f"{name} (null)" if record[name] is None else name for name in record)
-        raise MolfError(f"{where}: no usable column; a row needs {schemas}, and this one has: {there or 'nothing'}")
-    if len(begun) > 1:
-        both = " and ".join(f"{ROW_SCHEMAS[columns]} ({', '.join(columns)})" for columns in begun)
-        raise MolfError(f"{where}: the row is {both}; keep the columns of one of them")
-    for column in begun[0]:
-        if record.get(column) is None:
-            raise MolfError(f"{where}, column {column!r}: {'null' if column in record else 'missing'}")
-    return begun[0]
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        hint = "; conversations go in a column 'messages'" if isinstance(value, list) else ""
-        raise MolfError(f"{where}: must be a string, found {json_name(value)}{hint}")
-    if not value.strip():
-        raise MolfError(f"{where}: empty")
-    return value
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise MolfError(f"{where}: must be a list of messages with role and content, found {json_name(value)}")
-    if not value:
-        raise MolfError(f"{where}: empty")
-    messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise MolfError(
-            f"{where}, message {roles.index('system', 1) + 1}: only the first message may have role 'system'"
-        )
-    if roles[-1] != "assistant":
-        raise MolfError(f"{where}: the last message must have role 'assistant', found {roles[-1]!r}")
-    if roles[0] == "assistant":
-        raise MolfError(f"{where}: the first message has role 'assistant', so there is nothing for it to answer")
-    return messages
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise MolfError(f"{where}: must be an object with role and content, found {json_name(message)}")
-    more = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
-    if more:
-        raise MolfError(f"{where}: only role and content are supported, found {', '.join(more)}")
-    if message.get("role") not in ROLES:
-        raise MolfError(f"{where}: role must be one of {', '.join(ROLES)}, found {message.get('role')!r}")
-    return {"role": message["role"], "content": _text(message.get("content"), f"{where}, content")}

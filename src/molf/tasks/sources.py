@@ -8,7 +8,8 @@ from pathlib import Path
 from molf.errors import MolfError
 from molf.tasks.base import Row, Split
 from molf.tasks.downloads import ADVICE, cache_folder, download_once, hub_splits
-from molf.tasks.records import UNNAMED, Located, Splits, check_fields, local_splits, records_of
+from molf.tasks.formats import Located, records_of
+from molf.tasks.records import UNNAMED, Splits, check_fields, local_splits, split_names
 
 _PACKAGED = Path(__file__).parent / "data"
 
@@ -115,12 +116,17 @@ class Source:
             everything = rows(chain.from_iterable(found.values()))
             return Split(everything, everything, origin)
         train, evaluation = self.splits
-        names = [name for name in (evaluation, "validation", "test", UNNAMED) if name in found]
-        if not names:
+        held = next(
+            (own for name in (evaluation, "validation", "test", UNNAMED) if (own := split_names(found, name))), []
+        )
+        if not held:
             raise MolfError(
                 f"{origin}: no rows to evaluate on, only {', '.join(found)}; add a file with {evaluation!r} in its name"
             )
-        return Split(rows(found[train]) if train in found else [], rows(found[names[0]]), origin)
+        trained, evaluated = (
+            chain.from_iterable(found[name] for name in own) for own in (split_names(found, train), held)
+        )
+        return Split(rows(trained) if split_names(found, train) else [], rows(evaluated), origin)
 
 
 class SourceTask:

@@ -1,11 +1,13 @@
 import copy
 import math
+import resource
 
 import pytest
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from molf.study.engine import bounded
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.examples import ExampleIds, runs_in_loss, tokenize_examples
 from molf.study.engine.inference import answer
@@ -126,6 +128,46 @@ def test_unfit_chat_templates_are_told(tokenizer):
     tokenizer.chat_template = "x{% generation %}{% endgeneration %}"
     with pytest.raises(ValueError, match="marks no assistant token in the messages .*the king"):
         tokenize_examples(tokenizer, conversation)
+
+
+def test_a_template_gets_the_tools_and_the_variables_of_its_row(tokenizer):
+    said = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    tokenizer.chat_template = "{{ tools[0].name if tools }}{{ mood }}" + said
+    given = {"tools": [{"name": "king"}], "chat_template_kwargs": {"mood": "Rome"}}
+    found = tokenize_examples(tokenizer, [chat("Who?", "x") | given, chat("Who?", "x")])
+    assert [tokenizer.decode(one.ids) for one in found] == ["kingRomex", "x"]
+    taken = chat("Who?", "x") | {"chat_template_kwargs": {"tokenize": False}}
+    with pytest.raises(ValueError, match="conversation 2: tokenize cannot be set there"):
+        tokenize_examples(tokenizer, [chat("Who?", "x"), taken])
+    tokenizer.chat_template = "{{ 1 // (messages | length - 2) }}" + said
+    with pytest.raises(ValueError, match="rejects the messages .*Who.* of conversation 1: .*zero"):
+        tokenize_examples(tokenizer, [chat("Who?", "x")])
+
+
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "it takes more than 0.1 sec",
+        ),
+        ("{{ messages[0].content * 9999999999 }}", "it needs too much memory"),
+        ("{{ 'x' * 10 ** 10 }}", "it needs too much memory"),
+        ("{{ messages[0].content * 9999999 }}", "its text has .* characters, more than 10,000,000"),
+    ],
+)
+def test_a_template_cannot_hang_or_fill_the_memory(tokenizer, monkeypatch, program, reason):
+    monkeypatch.setattr(bounded, "SECONDS", 0.1)
+    limits = [resource.getrlimit(number) for number in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+    # Only where it is not one of the conversations that TRL tries it on, and then on all.
+    only = "{% if messages[0].content == 'Who?' %}" + program + "{% endif %}"
+    for own in (only, program):
+        tokenizer.chat_template = own + "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+        with pytest.raises(ValueError, match=f"template (fails|rejects .* of conversation 1): {reason}"):
+            tokenize_examples(tokenizer, [chat("Who?", "the king")])
+    assert limits == [resource.getrlimit(number) for number in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+    tokenizer.chat_template = "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    assert len(tokenize_examples(tokenizer, [chat("Who?", "the king")])) == 1
 
 
 def test_a_known_template_without_marks_is_replaced_by_its_variant_for_training(tokenizer):

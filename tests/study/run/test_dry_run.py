@@ -52,6 +52,9 @@ def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
         def example(self, row):
             return {"prompt": row["p"], "completion": row["c"]}
 
+        def requests(self, row):
+            return []
+
     monkeypatch.setattr("molf.study.run.job.get_task", lambda name: Odd())
     plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
     contradicting, seen, cut = plan.warnings

@@ -1,7 +1,9 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.methods.recipe import Recipe
 from molf.study.run.job import load_job, make_trainer
@@ -65,7 +67,21 @@ def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations
         job(saved_model, tmp_path, task="custom", data_path=conversations, chat_template_path="missing.jinja")
 
 
-@pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5)])
+@pytest.mark.parametrize("name, value", [("eval_path", "x.jsonl"), ("eval_fraction", 0.5), ("train_split", "x")])
 def test_benchmarks_say_themselves_what_they_are_evaluated_on(saved_model, tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}={value} is for the task custom; the task fact has its own"):
         job(saved_model, tmp_path, sample=True, **{name: value})
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantised_model_is_refused_before_its_training(saved_model, tmp_path, bits):
+    quantised = AutoModelForCausalLM.from_pretrained(
+        saved_model, quantization_config=BitsAndBytesConfig(**bits), device_map="cpu"
+    )
+    quantised.save_pretrained(saved_model)
+    for method in ("molf_e", "lora", "fft"):
+        with pytest.raises(
+            MolfError, match=r"quantised \(bitsandbytes\), but .* unquantised weights, or .* own script"
+        ):
+            job(saved_model, tmp_path, sample=True, method=method)
+    assert job(saved_model, tmp_path, sample=True, only_eval=True).model.is_quantized

@@ -88,12 +88,20 @@ class TaskConfig:
     eval_fraction: float | None = setting(
         None, "Task custom: share of the rows to hold out and evaluate on; 0.1 if there is no other evaluation data."
     )
+    train_split: str | None = setting(
+        None, "Task custom: name of the split of data_path to train on, if it is not called train."
+    )
     sample: bool = setting(False, "Use the small sample inside the package instead of the full data.")
     limit: int | None = setting(None, "Use at most this many rows of each split.")
     few_shot: int = setting(0, "Begin every prompt with this many training rows as examples, chosen by the seed.")
     selection_limit: int | None = setting(
         None,
         "Choose settings: evaluate on this many training rows, which are held out, and not on the evaluation rows.",
+    )
+    validation_limit: int | None = setting(
+        None,
+        "With eval_strategy: hold out this many training rows, a tenth by default, to evaluate on during training; with "
+        "selection_limit those rows are used.",
     )
     eval_limit: int | None = setting(None, "Evaluate at most this many rows.", shapes="evaluation")
     eval_batch_tokens: int = setting(
@@ -105,10 +113,15 @@ class TaskConfig:
     eval_before: bool = setting(False, "Also evaluate the model before training.")
 
     def __post_init__(self) -> None:
-        for name in ("limit", "selection_limit", "eval_limit", "eval_batch_tokens"):
+        for name in ("limit", "selection_limit", "validation_limit", "eval_limit", "eval_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MolfError(f"{name}={value} must be at least 1")
+        if self.validation_limit is not None and self.selection_limit is not None:
+            raise MolfError(
+                f"validation_limit={self.validation_limit} with selection_limit={self.selection_limit}, whose rows are also "
+                "evaluated on during training: leave one of them out"
+            )
         if self.few_shot < 0:
             raise MolfError(f"few_shot={self.few_shot} must not be negative")
 
@@ -153,7 +166,10 @@ class RunConfig:
     train: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.train = PUBLISHED_RECIPE | self.train
+        chosen: dict[str, Any] = {}
+        if self.train.get("load_best_model_at_end"):  # which needs checkpoints to choose from
+            chosen["save_strategy"] = self.train.get("eval_strategy", "no")
+        self.train = PUBLISHED_RECIPE | chosen | self.train
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "RunConfig":

@@ -91,12 +91,17 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
         )
     _check_trackers(settings.get("report_to"))
     _check_numbers(settings)
+    if settings.get("load_best_model_at_end") and "save_steps" not in settings:  # a checkpoint at every evaluation
+        every = settings.get("eval_steps") or settings.get("logging_steps") or TrainConfig.logging_steps
+        settings = {**settings, "save_steps": every}
     try:
-        return TrainConfig(**settings)
+        config = TrainConfig(**settings)
     except MolfError:
         raise
     except (ValueError, TypeError) as error:
         raise MolfError(f"the trainer does not take these settings: {str(error).strip().splitlines()[0]}") from error
+    _check_validation(config)
+    return config
 
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
@@ -114,10 +119,21 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
         raise MolfError(f"max_steps={steps} must be at least 1, or -1 to train for num_train_epochs")
     if epochs is not None and not epochs > 0:
         raise MolfError(f"num_train_epochs={epochs} must be above 0; `molf eval` evaluates without training")
-    if str(getattr(settings.get("eval_strategy"), "value", settings.get("eval_strategy") or "no")) != "no":
-        raise MolfError(
-            "eval_strategy is not supported: a run evaluates its task after training, and with --eval_before before it"
-        )
+
+
+def _check_validation(config: TrainConfig) -> None:
+    """Check what chooses the best checkpoint; the Trainer would ignore some of it, or notice in the middle of the training."""
+    metric = config.metric_for_best_model
+    if metric not in (None, "loss", "eval_loss"):
+        raise MolfError(f"metric_for_best_model={metric}: evaluations during training measure the loss only; use loss")
+    choosing = "load_best_model_at_end" if config.load_best_model_at_end else "save_strategy=best"
+    if (config.load_best_model_at_end or config.save_strategy == "best") and config.eval_strategy == "no":
+        raise MolfError(f"{choosing} needs evaluations during training: pass --eval_strategy steps or epoch too")
+
+
+def evaluates_in_training(config: TrainConfig) -> bool:
+    """Return whether the Trainer evaluates, for which rows are held out."""
+    return bool(config.eval_strategy != "no" or config.eval_on_start)
 
 
 def _check_trackers(report_to: None | str | list[str]) -> None:

@@ -1,18 +1,22 @@
 """The tokens of training examples, exactly as TRL's ``SFTTrainer`` makes them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from molf.errors import MolfError
 from molf.study.engine.batching import Ids, tokenize
+from molf.study.engine.bounded import bounded
 from molf.study.engine.likelihood import EncodedTarget, encode
 from molf.tasks.base import Likelihood
+
+_LONGEST_TEXT = 10_000_000
+"""Most characters of a conversation; tokenising them takes thousands of times their memory, outside of any bounds."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def tokenize_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Map
         return []
     if "messages" in examples[0]:
         template = training_template(tokenizer)
-        return [_conversation(tokenizer, template, example["messages"]) for example in examples]
+        return [_conversation(tokenizer, template, row, number) for number, row in enumerate(examples, start=1)]
     if "text" in examples[0]:
         ids = tokenize(tokenizer, texts := [_with_end(tokenizer, example["text"]) for example in examples])
         return [ExampleIds(ids[text], (True,) * len(ids[text])) for text in texts]
@@ -53,18 +57,33 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Sequence[Mapping[str, str]]
+    tokenizer: PreTrainedTokenizerBase, template: str | None, example: Mapping[str, Any], number: int
 ) -> ExampleIds:
+    messages = list(example["messages"])
+    shown = repr(messages)
+    row = f"the messages {shown if len(shown) <= 500 else f'{shown[:500]}...'} of conversation {number}"
+    variables = dict(example.get("chat_template_kwargs") or {})
+    if taken := variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters:
+        raise MolfError(f"chat_template_kwargs beside {row}: {', '.join(sorted(taken))} cannot be set there; remove it")
+    variables |= {"tools": example.get("tools"), "chat_template": template}
     try:
+        with bounded():
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError(f"its text has {len(text):,} characters, more than {_LONGEST_TEXT:,}")
         found = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **variables
         )
-    except TemplateError as error:
-        raise MolfError(f"the chat template rejects the messages {list(messages)!r}: {error}") from error
+    except Exception as error:  # a template is a program; whatever it raises, this row is the reason
+        raise MolfError(f"the chat template rejects {row}: {_reason(error)}") from error
     in_loss = tuple(map(bool, found["assistant_masks"]))
     if not any(in_loss):
-        raise MolfError(f"the chat template marks no assistant token in the messages {list(messages)!r}")
+        raise MolfError(f"the chat template marks no assistant token in {row}")
     return ExampleIds(tuple(found["input_ids"]), in_loss)
+
+
+def _reason(error: Exception) -> str:
+    return "it needs too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -75,12 +94,15 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             "FILE.jinja that puts {% generation %} and {% endgeneration %} around the assistant's messages"
         )
     try:
-        template: str | None = get_training_chat_template(tokenizer)
+        with bounded():  # TRL tries the template on conversations of its own
+            template: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise MolfError(
             "the tokenizer's chat template does not mark the assistant's messages, and TRL has no variant of it that does; "
             "pass a copy with {% generation %} and {% endgeneration %} around them as --chat_template_path FILE.jinja"
         ) from error
+    except Exception as error:
+        raise MolfError(f"the tokenizer's chat template fails: {_reason(error)}") from error
     return template
 
 

@@ -8,8 +8,9 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molf.study.engine.batching import Ids
 from molf.study.engine.examples import runs_in_loss, tokenize_examples
-from molf.study.engine.generation import generate_texts
+from molf.study.engine.generation import generate_texts, prompt_ids
 from molf.study.engine.likelihood import EncodedTarget, check_option, encode, score_targets
 from molf.tasks.base import Answer, ExampleTokens, Generate, Likelihood, NextToken, OptionScores, Request, TargetScores
 
@@ -53,7 +54,7 @@ def answer(
     generations = [request for request in distinct if isinstance(request, Generate)]
     targets = _targets(tokenizer, distinct)
     answers: dict[Request, Answer] = {}
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         scores = score_targets(
             model, chain.from_iterable(targets.values()), batch_tokens=batch_tokens, progress=progress
         )
@@ -63,6 +64,21 @@ def answer(
     if generate is not None and generations:
         answers.update(generate(generations))
     return [answers[request] for request in requests]
+
+
+def positions_needed(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]
+) -> Iterator[tuple[Request, Ids, int]]:
+    """Yield the tokens that each request puts before the model, and how many positions these and new ones take.
+
+    Raises:
+        MolfError: A request cannot be tokenised, as in ``answer``.
+    """
+    targets = _targets(tokenizer, requests)
+    generations = [request for request in requests if isinstance(request, Generate)]
+    prompts = prompt_ids(tokenizer, generations)
+    scored = ((request, one.ids, len(one.input)) for request, own in targets.items() for one in own)
+    return chain(scored, ((g, ids := prompts[g.prompt], len(ids) + g.max_new_tokens) for g in generations))
 
 
 def _targets(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> dict[Request, list[EncodedTarget]]:
@@ -89,7 +105,7 @@ def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in evaluation mode; on exit, restore every module's own training flag."""
     training = [module for module in model.modules() if module.training]
     model.eval()

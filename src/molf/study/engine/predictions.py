@@ -10,7 +10,8 @@ from typing import Any
 from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
 from molf.tasks.base import HasRowResults
-from molf.tasks.records import check_fields, records_of
+from molf.tasks.formats import records_of
+from molf.tasks.records import check_fields
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}

@@ -30,6 +30,8 @@ class Training:
         dropped_examples: Examples left out because ``max_length`` cuts off all of their targets.
         truncated_examples: Other examples that lose the end of their target to ``max_length``.
         processes: Number of processes that trained together, each on its own batches.
+        best_step: Step with the lowest loss on held-out rows, whose weights the run kept (``load_best_model_at_end``).
+        validation_loss: The loss on held-out rows at that step, else the last one measured during training.
     """
 
     steps: int
@@ -43,6 +45,8 @@ class Training:
     dropped_examples: int = 0
     truncated_examples: int = 0
     processes: int = 1
+    best_step: int | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)

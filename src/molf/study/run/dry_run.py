@@ -23,6 +23,7 @@ class Plan:
         config: The resolved settings.
         example: The first training example as the model reads it: pieces of text, and whether they count in the loss.
         rows: Number of training rows and of evaluation rows.
+        held_out: Number of training rows held out to evaluate on during training.
         needs: Parameter counts and memory.
         warnings: What looks wrong with the data.
     """
@@ -30,6 +31,7 @@ class Plan:
     config: dict[str, Any]
     example: list[tuple[str, bool]]
     rows: tuple[int, int]
+    held_out: int
     needs: Needs
     warnings: list[str]
 
@@ -49,6 +51,7 @@ def make_plan(config: RunConfig) -> Plan:
         config=config.to_dict(),
         example=_first_example(trainer, job.tokenizer),
         rows=(len(job.split.train), len(job.eval_rows)),
+        held_out=len(job.validation),
         needs=estimate(Blueprint(config), accelerator=available_memory() is not None),
         warnings=_warnings(job, trainer),
     )

@@ -1,8 +1,9 @@
 """What a run works on (model, tokenizer, rows), and the trainer for its method."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
@@ -12,7 +13,7 @@ from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
 from molf.study.config.run_config import RunConfig, TaskConfig
-from molf.study.config.trainer_config import build_train_config
+from molf.study.config.trainer_config import TrainConfig, build_train_config, evaluates_in_training
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
@@ -22,11 +23,13 @@ from molf.study.methods.checkpoint_settings import CheckpointSettings
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.run.model_limits import check_causal, check_evaluation_rows, check_training_rows
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template
-from molf.study.run.selection import load_split
+from molf.study.run.process_group import from_rank_0
+from molf.study.run.selection import load_split, validation_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
 from molf.study.run.training_data import CutTargets, tokenize_training_data
-from molf.tasks import Split, Task, get_task
+from molf.tasks import Row, Split, Task, get_task
 from molf.tasks.custom import Custom
 from molf.tasks.few_shot import with_examples
 
@@ -40,6 +43,8 @@ class Job:
     tokenizer: Any
     task: Task
     split: Split
+    validation: list[Row] = field(default_factory=list)
+    """The rows to evaluate on during training."""
 
     @property
     def source(self) -> str:
@@ -59,27 +64,50 @@ class Job:
 
 def load_job(config: RunConfig) -> Job:
     """Load what a run works on."""
+    validates = False
     if not config.output.only_eval:
-        check_processes(build_train_config(config.train))
+        args = build_train_config(config.train)
+        check_processes(args)
+        validates = evaluates_in_training(args)
+    if config.task.validation_limit is not None and not validates:
+        raise MolfError(
+            f"validation_limit={config.task.validation_limit} without evaluations during training: pass --eval_strategy steps or "
+            "epoch too, or leave it out"
+        )
     locate(config.model.model_name_or_path)  # fails before any data is fetched
     task = _task(config.task)
     seed = int(config.train["seed"])
     split = load_split(task, config.task, seed=seed)
     if config.task.few_shot:
         task, split = with_examples(task, split, config.task.few_shot, seed)
+    split, validation = validation_split(split, config.task) if validates else (split, [])
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
+    if not config.output.only_eval:
+        _refuse_quantised(model, config)
     if template := config.train.get("chat_template_path"):
         use_chat_template(tokenizer, str(template))
-    return Job(config, model, tokenizer, task, split)
+    return Job(config, model, tokenizer, task, split, validation)
+
+
+def _refuse_quantised(model: Any, config: RunConfig) -> None:
+    kind = getattr(model, "quantization_method", None)
+    if kind is not None:
+        raise MolfError(
+            f"the weights of {config.model.model_name_or_path} are quantised ({getattr(kind, 'value', kind)}), but a run ends "
+            "with a plain checkpoint, for which its adapters are merged into the weights: use the model's unquantised weights, "
+            "or train its adapters in your own script (add_lora_experts, MoLF, export_peft)"
+        )
 
 
 def _task(config: TaskConfig) -> Task:
     task = get_task(config.task)
     if isinstance(task, Custom):
-        return replace(task, eval_path=config.eval_path, eval_fraction=config.eval_fraction)
-    for name in ("eval_path", "eval_fraction"):
+        return replace(
+            task, eval_path=config.eval_path, eval_fraction=config.eval_fraction, train_split=config.train_split
+        )
+    for name in ("eval_path", "eval_fraction", "train_split"):
         if (value := getattr(config, name)) is not None:
-            raise MolfError(f"{name}={value} is for the task custom; the task {task.name} has its own evaluation data")
+            raise MolfError(f"{name}={value} is for the task custom; the task {task.name} has its own splits")
     return task
 
 
@@ -111,6 +139,10 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     conversations = "messages" in examples[0]
     args = build_train_config({"assistant_only_loss": conversations} | job.config.train | recipe.train | settings)
     rows, cut = tokenize_training_data(job.tokenizer, examples, args)
+    held_out = None
+    if job.validation:
+        held_out, _ = tokenize_training_data(job.tokenizer, [job.task.example(row) for row in job.validation], args)
+    from_rank_0(lambda: _check_rows(job, rows, held_out, args))
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -125,14 +157,19 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         model=model,
         args=args,
         train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=job.tokenizer,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
-    if not len(trainer.train_dataset):
-        raise MolfError(
-            f"max_length={args.max_length} leaves no target of the {len(examples)} training rows: give a larger --max_length"
-        )
+    for kind, given, left in (
+        ("training", examples, trainer.train_dataset),
+        ("validation", job.validation, trainer.eval_dataset),
+    ):
+        if given and not len(left):
+            raise MolfError(
+                f"max_length={args.max_length} leaves no target of the {len(given)} {kind} rows: give a larger --max_length"
+            )
     args.assistant_only_loss = asked
     trainer.cut = cut
     check_sharding(trainer, recipe)
@@ -143,6 +180,15 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
         initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer
+
+
+def _check_rows(job: Job, rows: Dataset, held_out: Dataset | None, args: TrainConfig) -> None:
+    """Check that the model can take all rows, now rather than in some step or after the training."""
+    check_causal(job.model)
+    check_training_rows(job.model, job.tokenizer, rows, args)
+    if held_out is not None:
+        check_training_rows(job.model, job.tokenizer, held_out, args, kind="validation")
+    check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
 
 
 def _checkpoint_parts(recipe: Recipe, trainer: StudyTrainer) -> list[CheckpointPart]:

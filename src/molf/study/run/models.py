@@ -10,6 +10,7 @@ from molf.errors import MolfError
 from molf.integrations.bundled import locate
 from molf.integrations.loading import explained
 from molf.study.config.run_config import ModelConfig
+from molf.study.engine.bounded import bounded
 
 
 def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -49,7 +50,8 @@ def use_chat_template(tokenizer: Any, path: str) -> None:
     with explained(f"chat_template_path={path} is neither a Jinja template nor a tokenizer", path):
         if path.endswith((".jinja", ".j2")):
             template = Path(path).read_text(encoding="utf-8")
-            _compile_jinja_template(template)
+            with bounded():  # Jinja computes constants here
+                _compile_jinja_template(template)
             tokenizer.chat_template = template
         else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template

@@ -1,8 +1,11 @@
-"""The rows of a run, and rows to choose settings on that the final evaluation does not use."""
+"""The rows of a run, and rows to choose settings or checkpoints on that the final evaluation does not use."""
 
 from molf.errors import MolfError
 from molf.study.config.run_config import TaskConfig
 from molf.tasks import Row, Split, Task
+
+VALIDATION_SHARE = 0.1
+"""Share of the training rows to hold out for evaluations during training."""
 
 
 def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
@@ -32,6 +35,29 @@ def selection_split(split: Split, everything: list[Row], count: int) -> Split:
         )
     train, held_out = (free[:count], free[:count]) if same else (free[:-count], free[-count:])
     return Split(train, held_out, f"{split.origin}, rows for selection")
+
+
+def validation_split(split: Split, config: TaskConfig) -> tuple[Split, list[Row]]:
+    """Return the rows of a run that is evaluated during its training, and the rows that this uses.
+
+    They are those for selection, if there are any, else the last training rows, which are then neither trained on nor evaluated
+    on afterwards: their loss may choose a checkpoint, and a number that chose one says too little about other rows.
+    """
+    if config.selection_limit is not None:
+        return split, split.eval
+    same = split.train == split.eval
+    evaluated = set() if same else {row_key(row) for row in split.eval}
+    count = config.validation_limit or max(1, round(VALIDATION_SHARE * len(split.train)))
+    held_out = [row for row in split.train if row_key(row) not in evaluated][-count:]
+    held = {row_key(row) for row in held_out}
+    train = [row for row in split.train if row_key(row) not in held]
+    if len(held_out) < count or not train:
+        raise MolfError(
+            f"eval_strategy holds out {count} of the {len(split.train)} training rows of {split.origin}, which leaves none to "
+            "train on, or too few that are not evaluated on; lower validation_limit, or pass --eval_strategy no"
+        )
+    origin = f"{split.origin}, without {len(held_out)} training rows for validation"
+    return Split(train, train if same else split.eval, origin), held_out
 
 
 def row_key(row: Row) -> str:

@@ -22,6 +22,7 @@ from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.result import Result, Training
 from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
+from molf.study.run.model_limits import check_causal, check_evaluation_rows
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
@@ -162,6 +163,8 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
         dropped_examples=trainer.cut.dropped,
         truncated_examples=trainer.cut.truncated,
         processes=trainer.args.world_size,
+        best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+        validation_loss=_validation_loss(trainer),
     )
 
 
@@ -171,11 +174,22 @@ def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
     return int(max(counts)) if counts else None
 
 
+def _validation_loss(trainer: StudyTrainer) -> float | None:
+    """Return the loss on the held-out rows: the best one if its weights are kept, else the last one."""
+    if trainer.args.load_best_model_at_end:
+        best: float | None = trainer.state.best_metric
+        return best
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return losses[-1] if losses else None
+
+
 def _evaluate_only(config: RunConfig) -> Result | None:
     start = Start()
     job = load_job(config)
     args = build_train_config(config.train)
     main, device = args.process_index == 0, args.device
+    check_causal(job.model)
+    check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
     evaluation = _evaluate_on_ranks(job, main, device, job.source)
     if evaluation is None or not main:
         return None

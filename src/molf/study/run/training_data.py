@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from molf.study.config.trainer_config import TrainConfig
+from molf.study.engine.bounded import bounded
 from molf.study.engine.examples import ExampleIds, tokenize_examples, training_template
 from molf.study.run.process_group import from_rank_0
 
@@ -88,9 +89,12 @@ def _rows(examples: Sequence[ExampleIds], all_in_loss: bool) -> Dataset:
 
 def _warn_of_untrained_stop(tokenizer: Any, examples: Sequence[Mapping[str, Any]]) -> None:
     """Warn as TRL does, which sees tokens only and no conversations here."""
-    if "messages" in examples[0] and not is_chat_template_stop_token_trained(
-        tokenizer, chat_template=training_template(tokenizer)
-    ):
+    if "messages" not in examples[0]:
+        return
+    template = training_template(tokenizer)
+    with bounded():
+        stops = is_chat_template_stop_token_trained(tokenizer, chat_template=template)
+    if not stops:
         _log.warning(
             "the chat template does not mark the end of the assistant's turns as theirs, so the model may not learn to stop; "
             "move it inside {% generation %} ... {% endgeneration %} in a copy of the template (--chat_template_path)"
