@@ -1,7 +1,10 @@
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -103,6 +106,7 @@ QUERIES = {
     "SELECT a FROM t WHERE b = 'a;b'": [],
     "SELECT CAST(x'ff' AS TEXT)": [("\udcff",)],
     "SELECT 9e999": [(float("inf"),)],
+    "SELECT value FROM json_each('[1, 2]')": [(1,), (2,)],
     "DELETE FROM t WHERE a = 1": [("t",), ("t", 2, "y")],
     "CREATE TABLE u AS SELECT b FROM t; DROP TABLE t": [("u",), ("u", "x"), ("u", "y")],
     "SELECT count(*) FROM t": [(2,)],  # every query has a database of its own
@@ -176,7 +180,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(broken, act, error):
 def test_a_worker_ends_when_its_parent_is_gone():
     code = (
         "import os, signal, subprocess\nfrom molf.tasks.sql_sandbox import SqlSandbox\n"
-        "process = SqlSandbox()._start('/')\n"
+        "process = SqlSandbox()._start()\n"
         "print(process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -227,7 +231,45 @@ def test_any_text_and_any_words_of_sql_end_in_an_answer(texts, words):
         assert (found.rows is None) != found.ok and (found.error is None) == found.ok
 
 
-def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MolfError, match="does not start.*/bin/false"):
+@pytest.mark.parametrize(
+    ("target", "value", "match"),
+    [
+        ("sys.executable", "/bin/false", "does not start.*/bin/false"),
+        ("sys.executable", "/no/python", "does not start.*/no/python"),
+        ("tempfile.tempdir", "/no/folder", "does not start.*/no/folder"),
+    ],
+)
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch, target, value, match):
+    monkeypatch.setattr(target, value)
+    with pytest.raises(MolfError, match=match):
         SANDBOX.execute("", "SELECT 1")
+
+
+def test_a_deleted_temporary_folder_fails_no_query(monkeypatch):
+    popen = subprocess.Popen
+
+    def start(*args, cwd, **kwargs):
+        process = popen(*args, cwd=cwd, **kwargs)
+        shutil.rmtree(cwd)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    queries = ["SELECT 1", HOSTILE["long text by format"][0], "SELECT 2"]
+    found = SqlSandbox(1, Limits(seconds=0.3)).execute_many(("", sql) for sql in queries)
+    assert [e.rows for e in found] == [[(1,)], None, [(2,)]]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_workers_of_its_own():
+    wanted = [[(i,)] for i in range(300)]
+
+    def right(_=None):
+        return [e.rows for e in SANDBOX.execute_many(("", f"SELECT {i}") for i in range(300))] == wanted
+
+    with ThreadPoolExecutor() as pool:
+        answers = pool.submit(right)
+        time.sleep(0.1)  # its worker answers
+        child = os.fork()
+        if not child:
+            os._exit(0 if right() else 1)
+        assert right() and answers.result() and os.waitpid(child, 0)[1] == 0

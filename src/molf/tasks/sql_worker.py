@@ -15,7 +15,7 @@ import resource
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,7 +36,7 @@ _SQLITE_LIMITS = {  # sqlite3.SQLITE_LIMIT_*
     "LENGTH": 4 * MEBIBYTE, "COLUMN": 1000, "EXPR_DEPTH": 500, "COMPOUND_SELECT": 100, "VDBE_OP": 250_000,
     "ATTACHED": 0, "LIKE_PATTERN_LENGTH": 1000, "TRIGGER_DEPTH": 10, "WORKER_THREADS": 0,
 }  # fmt: skip
-_EMPTY = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*(?s:.*?)\*/)*")
+_BLANK = re.compile(r"\s+|;+|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 
 
 class TooMuch(Exception):
@@ -102,11 +102,19 @@ def statements(script: str) -> Iterator[str]:
             found += 1
             if found > _MAX_STATEMENTS:
                 raise TooMuch(f"more than {_MAX_STATEMENTS} statements")
-            if not _EMPTY.fullmatch(statement):
+            if not _is_blank(statement):
                 yield statement
             statement = ""
-    if not _EMPTY.fullmatch(statement := statement + pieces[-1]):
+    if not _is_blank(statement := statement + pieces[-1]):
         yield statement
+
+
+def _is_blank(statement: str) -> bool:
+    """Return whether a statement is white space and comments; piece by piece, because one pattern for all backtracks."""
+    end = 0
+    while piece := _BLANK.match(statement, end):
+        end = piece.end()
+    return end == len(statement)
 
 
 def run(database: sqlite3.Connection, script: str, max_rows: int, max_bytes: int) -> list[list[Any]] | None:
@@ -119,31 +127,36 @@ def run(database: sqlite3.Connection, script: str, max_rows: int, max_bytes: int
     return rows
 
 
-def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[Any]]:
+def fetch(found: Iterable[Sequence[Any]], max_rows: int, max_bytes: int) -> list[list[Any]]:
     """Return the rows of a result."""
     rows: list[list[Any]] = []
     size = 0
-    for row in cursor:
+    for row in found:
         if len(rows) == max_rows:
             raise TooMuch(f"more than {max_rows} rows")
-        size += sum(8 + len(value) if isinstance(value, str | bytes) else 8 for value in row)
+        size += sum(map(_size, row))
         if size > max_bytes:
             raise TooMuch(f"a result of more than {max_bytes} bytes")
         rows.append([{"blob": value.hex()} if isinstance(value, bytes) else value for value in row])
     return rows
 
 
+def _size(value: Any) -> int:
+    text = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    return 8 + (len(text) if isinstance(text, bytes) else 0)
+
+
 def contents(database: sqlite3.Connection, max_rows: int, max_bytes: int) -> list[list[Any]]:
-    """Return all rows of all tables, each led by its table's name."""
+    """Return all rows of all tables, each led by its table's name; the limits hold for all of them together."""
     names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    found: list[list[Any]] = [[name] for name in names]
-    for name in names:
-        quoted = name.replace('"', '""')
-        rows = fetch(database.execute(f'SELECT * FROM "{quoted}"'), max_rows, max_bytes)
-        found += [[name, *row] for row in rows]
-        if len(found) > max_rows:
-            raise TooMuch(f"more than {max_rows} rows in all tables")
-    return found
+
+    def led_by_names() -> Iterator[Sequence[Any]]:
+        yield from ((name,) for name in names)
+        for name in names:
+            quoted = name.replace('"', '""')
+            yield from ((name, *row) for row in database.execute(f'SELECT * FROM "{quoted}"'))
+
+    return fetch(led_by_names(), max_rows, max_bytes)
 
 
 def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
