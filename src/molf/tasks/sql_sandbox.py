@@ -8,7 +8,8 @@ working folder that is gone. What contains it, from the inside out:
   program sizes (Python 3.11 and later).
 - A progress handler ends a query at its time limit. Results are bounded in rows and bytes.
 - The operating system lets the worker open no file and no socket, write to no file, and use no more memory than its limit
-  (Linux; macOS ignores the memory limit, so SQLite's own heap limit is set as well).
+  (Linux; macOS ignores the memory limit, so SQLite's own heap limit is set as well). A worker of root becomes nobody.
+- With pyseccomp and libseccomp (Linux), the system refuses every call but those for memory, time and its open pipes.
 - This process kills and replaces a worker that does not answer in time or not in the agreed form. Answers are JSON of
   bounded size, checked before use.
 """
@@ -28,6 +29,7 @@ from typing import Any, cast
 
 from molf.errors import MolfError
 from molf.tasks import sql_worker
+from molf.tasks.sql_filter import filter_program
 from molf.tasks.sql_worker import MEBIBYTE
 
 _GRACE_SECONDS = 1.0  # for a worker to end a query by itself
@@ -128,11 +130,12 @@ class SqlSandbox:
         return found
 
     def _start(self) -> subprocess.Popen[bytes]:
+        given = json.dumps(asdict(self.limits)), filter_program().hex()
         try:
             # The worker's folder is gone as soon as it has started, so nothing can be put there.
             with tempfile.TemporaryDirectory(prefix="molf-sql-") as folder:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), json.dumps(asdict(self.limits))],
+                    [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), *given],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

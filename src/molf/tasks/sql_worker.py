@@ -1,12 +1,14 @@
 """The process that runs a model's SQL, with the standard library and SQLite in memory only.
 
-Run as a script by ``molf.tasks.sql_sandbox``, which describes the containment. Reads one line of JSON per query from standard
-input and answers each with one line on standard output. The first line out says that the limits are in place.
+Run as a script by ``molf.tasks.sql_sandbox``, which describes the containment, with the limits as JSON and the filter
+of system calls in hex digits, empty if there is none. Reads one line of JSON per query from standard input and answers each with
+one line on standard output. The first line out says that the limits are in place.
 
     in   {"context": "CREATE TABLE ...", "sql": "SELECT ..."}
     out  {"rows": [[1, "a", null, {"blob": "00ff"}], ...]}  or  {"error": "no such column: x"}
 """
 
+import ctypes
 import json
 import math
 import os
@@ -37,6 +39,8 @@ _SQLITE_LIMITS = {  # sqlite3.SQLITE_LIMIT_*
     "ATTACHED": 0, "LIKE_PATTERN_LENGTH": 1000, "TRIGGER_DEPTH": 10, "WORKER_THREADS": 0,
 }  # fmt: skip
 _BLANK = re.compile(r"\s+|;+|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_NOBODY = 65534
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
 
 
 class TooMuch(Exception):
@@ -44,13 +48,36 @@ class TooMuch(Exception):
 
 
 def limit_process(memory_bytes: int) -> None:
-    """Limit memory, and forbid opening and writing files, core dumps and child processes."""
+    """Limit memory, and forbid opening and writing files, core dumps and child processes, also to root."""
     # SQLite obeys this everywhere; macOS does not enforce its memory limit.
     database = sqlite3.connect(":memory:")
     database.execute(f"PRAGMA hard_heap_limit = {memory_bytes // 2}")
     database.close()
-    for name, value in {"AS": memory_bytes, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 3}.items():
+    for name, value in {"AS": memory_bytes, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 0}.items():
         lower_limit(name, value)
+    if os.geteuid() == 0:
+        with suppress(OSError):  # in some containers root may not change its user
+            os.setgroups([])
+            os.setgid(_NOBODY)
+            os.setuid(_NOBODY)  # gives up all capabilities, too
+
+
+class _Program(ctypes.Structure):  # struct sock_fprog, of instructions of 8 bytes
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def filter_calls(program: bytes) -> None:
+    """Let Linux refuse system calls for good, as a program of ``sql_filter`` says; an empty one refuses none.
+
+    Some containers forbid filters. What else contains the process then still does.
+    """
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+        prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if program:
+            whole = _Program(len(program) // 8, program)
+            prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(whole), 0, 0)
 
 
 def limit_cpu(seconds: float) -> None:
@@ -204,6 +231,7 @@ def main() -> None:
     answer({"context": "CREATE TABLE t (x)", "sql": "SELECT x FROM t"}, limits)
     json.dumps({"rows": [[0.5, None, "\udcff"]]}).encode()
     limit_process(limits["memory"])
+    filter_calls(bytes.fromhex(sys.argv[2]))
     reply({})
     while line := source.readline():
         limit_cpu(limits["seconds"])
