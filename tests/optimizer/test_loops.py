@@ -1,11 +1,13 @@
 """The ways in which training loops call an optimizer, and what may happen to a model meanwhile."""
 
+import pytest
 import torch
 from torch import nn
 
 from conftest import TOLERANCE
 from molf import MoLF, param_groups
-from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train
+from molf.errors import MolfError
+from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train, wide
 
 
 def test_closure():
@@ -88,6 +90,36 @@ def test_later_groups_are_trained():
     extra.grad = torch.ones_like(extra)
     optimizer.step()
     assert (extra < 1).all() and optimizer.param_groups[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ({"params": torch.ones(2, dtype=torch.float16)}, "parameter 0 of the group is torch.float16: train float32"),
+        ({"params": [torch.ones(2), torch.ones(2, dtype=torch.complex64)]}, "parameter 1 of the group is torch.complex64"),
+        ({"params": torch.ones(3, 2).T}, "not contiguous"),
+        ({"params": torch.ones(2), "lr": -1.0}, "lr=-1.0"),
+        ({"params": torch.ones(2), "lr": float("nan")}, "lr=nan"),
+        ({"params": torch.ones(2), "weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"params": torch.ones(2), "betas": (0.9, 1.0)}, "betas="),
+        ({"params": torch.ones(2), "eps": 0.0}, "eps="),
+        ({"params": torch.ones(2, dtype=torch.float64)}, "optim_bits=8 with float64"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("later", [True, False])
+def test_groups_that_cannot_be_trained_are_refused(group, words, later):
+    torch.manual_seed(0)
+    model, options = wide(), {"optim_bits": 8}
+    given = group["params"] if isinstance(group["params"], list) else [group["params"]]
+    group = {**group, "params": [nn.Parameter(p) for p in given]}
+    groups = param_groups(model, ranks=(2,))
+    optimizer = MoLF(groups, **options)
+    with pytest.raises(MolfError, match=words):
+        if later:
+            optimizer.add_param_group(group)
+        else:
+            MoLF([*groups, group], **options)
+    assert len(optimizer.param_groups) == len(groups)
 
 
 def test_the_model_stays_an_ordinary_model():

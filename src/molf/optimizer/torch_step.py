@@ -7,6 +7,7 @@ bounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from molf.numerics.adamw import (
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
-from molf.numerics.gradients import check_dense, norm_over_shards, total_norm
+from molf.numerics.gradients import check_dense, exact_norm, norm_over_shards
 from molf.routing import Outcome, Routing, choose
 from molf.scores import Evidence, matched_rates
 
@@ -58,8 +59,9 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
 def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
     """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
 
-    The norm is not finite if a gradient is not. Clipping counts the gradients of all experts, ``dW``, ``dA`` and ``dB``: in
-    the merged form nobody outside can see the LoRA ones. Without clipping the norm is that of the dense gradients.
+    The norm is not finite if a gradient is not, or if it is not clipped and its square is not. Clipping counts the gradients
+    of all experts, ``dW``, ``dA`` and ``dB``: in the merged form nobody outside can see the LoRA ones. Without clipping the
+    norm is that of the dense gradients.
 
     Args:
         dense: Gradients that backward left on parameters.
@@ -76,12 +78,12 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     if context.grad_scale is not None:
         torch._foreach_mul_(parts, context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
-    norm = _reduce_over_shards(dense, layers, context) if sharded else total_norm(parts)
+    norm = _reduce_over_shards(dense, layers, context) if sharded else exact_norm(parts, max_norm is not None)
     if max_norm is None or not norm.isfinite():
         return norm
     lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
     if not sharded:
-        norm = total_norm([*parts, *lora])
+        norm = exact_norm([*parts, *lora], clipped=True)
     torch._foreach_mul_([*parts, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -100,7 +102,7 @@ def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], 
     parts = [(local(grad), is_sharded(grad)) for grad in dense]
     parts += [(x.grad, is_sharded(x.param)) for x in lora if x.grad is not None]
     own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
-    return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks)
+    return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks, partial(exact_norm, clipped=clipped))
 
 
 def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
