@@ -145,6 +145,31 @@ def test_a_compiled_model_trains_alike():
     assert_same_bits(model, optimizer, twin, other)
 
 
+def test_small_layers_share_calls_and_no_bit(monkeypatch):
+    calls, kernel = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+
+    def ended(layers):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in layers))
+        optimizer = MoLF(model, ranks=(2, 3), score="pfn", lr=1e-2)
+        for t in range(3):
+            torch.manual_seed(t)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            calls.clear()
+            optimizer.step()
+        return model, optimizer
+
+    layers = [(7, 5), (33, 32), (3, 9)] * 5
+    together = ended(layers)
+    assert len(calls) <= 6  # three experts' moments and steps, not those of every layer
+    monkeypatch.setattr("molf.optimizer.torch_step._CPU_CHUNK", 0)
+    alone = ended(layers)
+    assert_same_bits(*alone, *together)
+    assert alone[1].routing.scores.equal(together[1].routing.scores)
+
+
 def test_layers_updated_together_are_layers_updated_alone(monkeypatch):
     """An accelerator updates many layers at once, a CPU one after the other."""
     alone, together = routed_mlp(top_k=2), routed_mlp(top_k=2)

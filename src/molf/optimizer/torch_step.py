@@ -33,8 +33,8 @@ from molf.scores import Evidence, matched_rates
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
-# Weight elements whose layers share launches on an accelerator. A CPU takes layer by layer while a layer is in the cache.
-_CHUNK = 1 << 26
+# Weight elements whose layers share launches. On a CPU a layer, or several small ones, should stay in the cache.
+_CHUNK, _CPU_CHUNK = 1 << 26, 1 << 17
 
 
 def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext) -> Outcome:
@@ -131,7 +131,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
 def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
     """Count the step, update all moments, set matched LoRA rates, and return what the score decides by."""
     shape = (len(layers), len(layers[0].experts))
-    sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    sizes = [[0] * shape[1] for _ in layers]
     sums: list[Tensor] = []
     owners: list[tuple[int, int]] = []
     sharded: list[bool] = []
@@ -142,14 +142,16 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
         # Expert by expert: the weight's gradient is still in the cache when the LoRA gradients are computed from it.
         for e in range(shape[1]):
             tensors: list[TensorState] = []
+            firsts: set[int] = set()
             for m, layer in enumerate(chunk, start=first):
                 own = layer.tensors(e)
+                firsts.add(len(tensors))
                 tensors += own
                 owners += [(m, e)] * len(own)
                 sharded += [is_sharded(x.param) for x in own]
-                sizes[m, e] = sum(x.param.numel() for x in own)
-            group = chunk[0].group
-            sums += update_moments_and_score_(tensors, group["betas"], group["eps"], context.score, workspace)
+                sizes[m][e] = sum(x.param.numel() for x in own)
+            betas, eps = chunk[0].group["betas"], chunk[0].group["eps"]
+            sums += update_moments_and_score_(tensors, betas, eps, context.score, workspace, firsts)
         for layer in chunk:
             layer.drop_grads()
         first += len(chunk)
@@ -165,7 +167,8 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
         for layer, rates in zip(layers, lr.tolist(), strict=True):
             layer.set_lrs(rates)
     steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
-    return Evidence(tuple(layer.name for layer in layers), total, sizes, lr, descent, steps)
+    n = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    return Evidence(tuple(layer.name for layer in layers), total, n, lr, descent, steps)
 
 
 def _move_winners(
@@ -192,13 +195,15 @@ def _move_winners(
 def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     """Yield runs of layers that share launches; within a run ``betas`` and ``eps`` are equal."""
     chunk: list[RoutedLayer] = []
+    taken = 0
     for layer in layers:
-        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        budget = _CPU_CHUNK if layer.group["params"][0].device.type == "cpu" else _CHUNK
         same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
-        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
+        if chunk and (not same or taken + layer.numel > budget):
             yield chunk
-            chunk = []
+            chunk, taken = [], 0
         chunk.append(layer)
+        taken += layer.numel
     yield chunk
 
 
