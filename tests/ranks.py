@@ -38,6 +38,7 @@ from sharding import (
     furthest,
     given,
     hsdp,
+    in_part,
     my_rows,
     train,
 )
@@ -56,7 +57,7 @@ COMPARED = {  # with one process
     "hsdp_merged": (mlp, hsdp, {**MERGED, "max_grad_norm": 0.1}),
 }
 ON_FOUR_RANKS = {"hsdp_merged"}  # replicated shards
-ON_TWO_RANKS = {"fused_backward", "fused_low_parts"}  # slow in the interpreter
+ON_TWO_RANKS = {"fused_backward", "fused_low_parts", "fused_in_part"}  # slow in the interpreter
 
 
 class Checks(EightBits, Fused):
@@ -155,6 +156,20 @@ class Checks(EightBits, Fused):
         optimizer, alone = MoLF(model, **options), MoLF(plain, process_group=self._alone, **options)
         same = all(given(t, model, optimizer, plain, alone) for t in range(5))
         return {"apart": furthest(exact(model, optimizer), exact(plain, alone)), "same winners": same}
+
+    def in_part(self):
+        """With a shard of one layer only, given gradients move all layers as in one process."""
+        ends = {}
+        for build, options in ((mlp, {**MERGED, "max_grad_norm": 0.1}), (partial(adapted, freeze=False), RATES)):
+            plain = build()
+            model = in_part(copy.deepcopy(plain))
+            torch.manual_seed(5)
+            optimizer = MoLF(model, **options)
+            torch.manual_seed(5)
+            alone = MoLF(plain, process_group=self._alone, **options)
+            same = all([given(t, model, optimizer, plain, alone) for t in range(5)])
+            ends[build is mlp] = furthest(everything(model, optimizer), everything(plain, alone)) if same else None
+        return {"merged": ends[True], "branched": ends[False]}
 
     def stochastic_rounding(self):
         """Shards round with random numbers of their own, replicas alike; a repeated step is the same."""

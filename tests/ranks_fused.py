@@ -16,7 +16,7 @@ from dispatch_modes import NoScalarReads, NoSyncs
 from fused import DEVICE  # noqa: F401 - with a faster interpreter
 from molf import MoLF
 from molf.numerics.distributed import find_ranks, full, local
-from sharding import AdaptedLinear, error_of, everything, exact, give, hsdp, my_rows, train
+from sharding import AdaptedLinear, error_of, everything, exact, give, hsdp, in_part, my_rows, train
 
 # With a small eps the first step of an element whose gradient is all but 0 would be a matter of rounding.
 OPTIONS = {"ranks": (2,), "lr": 1e-2, "lora_lr": 2e-3, "eps": 1e-2}
@@ -133,6 +133,9 @@ class Fused:
         """Two winners, clipped, by PFN, with a loss scale; on four ranks replicated shards."""
         how = {"top_k": 2, "max_grad_norm": 0.5, "score": "pfn"}
         return Three(self._alone, small, hsdp if self._size == 4 else fully_shard, **how).given(4, scaled)
+
+    def fused_in_part(self):
+        return Three(self._alone, small, in_part, max_grad_norm=0.5).given(2)
 
     def fused_adapters(self):
         return Three(self._alone, adapted, ranks=None).given(2)

@@ -52,6 +52,11 @@ def fsdp(model, **how):
     return fully_shard(model, **how)
 
 
+def in_part(model):
+    fully_shard(model[1])
+    return model
+
+
 def hsdp(model):
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
     return fsdp(model, mesh=mesh)

@@ -11,6 +11,7 @@ import communication
 import eval_speed
 import gpu
 import gpu_kernels
+import many_layers
 import optimizer_step
 import plan_vs_measured
 import sql_rows
@@ -45,6 +46,15 @@ def test_step_time_refuses_odd_tokens(monkeypatch, capsys, tokens):
 def test_optimizer_step(monkeypatch, capsys, bits):
     report = last_line(optimizer_step, monkeypatch, capsys, "--optim_bits", bits)
     assert set(report) == {"fft_wins", "lora_wins"} and min(report.values()) > 0
+
+
+def test_many_layers(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["many_layers", "--layers", "4", "--size", "8", "--rank", "2", "--rounds", "1", "--json"]
+    )
+    many_layers.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report) == {"molf/adamw", "one_by_one/adamw", "molf/one_by_one"} and min(report.values()) > 0
 
 
 def test_plan_vs_measured(monkeypatch, capsys):

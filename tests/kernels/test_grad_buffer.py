@@ -33,7 +33,8 @@ def test_gradients_of_pairs_are_aligned_and_disjoint(ranks):
     assert starts[-1][0] + starts[-1][1] <= plan.buffer.memory.nbytes
 
 
-def test_gradients_of_A_and_norms_are_reduced_in_one_piece():
+def test_gradients_of_A_and_norms_are_reduced_in_one_piece(monkeypatch):
+    monkeypatch.setattr("molf.kernels.grad_buffer.is_sharded", lambda _: True)
     layers, _ = stepped((4,))
     buffer = GradBuffer(layers, 3, CPU)
     buffer.memory[:] = 0

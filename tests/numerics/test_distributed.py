@@ -17,7 +17,7 @@ from small import mlp
 
 # How far apart several ranks and one process may end in float64.
 APART = 1e-10
-FUSED = ["fused_backward", "fused_scaled", "fused_adapters", "fused_low_parts", "fused_8_bits"]
+FUSED = ["fused_backward", "fused_scaled", "fused_adapters", "fused_low_parts", "fused_8_bits", "fused_in_part"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -95,6 +95,11 @@ def test_experts_of_a_sharded_model_are_read_whole(reports):
     for report in reports("views_are_whole"):
         assert report["shapes"] == [[13, 7], [3, 7], [13, 3], [13]]
         assert report["apart"] <= APART
+
+
+@pytest.mark.parametrize("form", ["merged", "branched"])
+def test_a_model_that_is_sharded_in_part_moves_whole(reports, form):
+    assert all(report[form] is not None and report[form] <= APART for report in reports("in_part"))
 
 
 def test_sharded_low_parts(reports):

@@ -176,6 +176,47 @@ def test_every_skipped_step_counts_and_is_logged(caplog):
     assert fresh.skipped_steps == 3
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_finite_gradients_whose_norm_overflows_are_finite(in_backward):
+    model = mlp(torch.float32)
+    optimizer = MoLF(model, ranks=(2,), optimizer_in_backward=in_backward)
+    weights = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e19)
+    numel = sum(p.numel() for p in model.parameters())
+    optimizer.step()
+    assert optimizer.skipped_steps == 0 and optimizer.grad_norm.item() == pytest.approx(1e19 * numel**0.5)
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert p.isfinite().all() and (p.ndim < 2 or not p.equal(before))  # biases belong to one expert
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e33])
+def test_gradients_of_any_size_are_clipped(size, dtype):
+    model = mlp(dtype)
+    twin, optimizer, other = pair_of(model, max_grad_norm=1.0, bf16_update="stochastic")
+    for m, o, factor in ((model, optimizer, size), (twin, other, 1.0)):
+        for t in range(2):
+            o.zero_grad()
+            loss_of(m, t).backward()
+            for p in m.parameters():
+                p.grad.mul_(1e4 * factor)
+            o.step()
+    assert optimizer.skipped_steps == 0 and optimizer.routing.winners() == other.routing.winners()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_without_clipping_a_gradient_too_large_to_square_is_skipped(caplog):
+    model = mlp(torch.float32)
+    optimizer = MoLF(model, ranks=(2,))
+    train(model, optimizer, 1)
+    before = snapshot(model, optimizer)
+    model[1].weight.grad[0, 0] = 1e20
+    optimizer.step()
+    assert not differing(before, snapshot(model, optimizer)) and "or its square, is not finite" in caplog.text
+
+
 def scaled_step(model, optimizer, scaler, t, unscale=False, spoil=False, loss=None):
     optimizer.zero_grad()
     scaler.scale(loss_of(model, t) if loss is None else loss).backward()

@@ -1,11 +1,13 @@
 """The ways in which training loops call an optimizer, and what may happen to a model meanwhile."""
 
+import pytest
 import torch
 from torch import nn
 
 from conftest import TOLERANCE
 from molf import MoLF, param_groups
-from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train
+from molf.errors import MolfError
+from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train, wide
 
 
 def test_closure():
@@ -90,6 +92,36 @@ def test_later_groups_are_trained():
     assert (extra < 1).all() and optimizer.param_groups[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ({"params": torch.ones(2, dtype=torch.float16)}, "parameter 0 of the group is torch.float16: train float32"),
+        ({"params": [torch.ones(2), torch.ones(2, dtype=torch.complex64)]}, "parameter 1 of the group is torch.complex64"),
+        ({"params": torch.ones(3, 2).T}, "not contiguous"),
+        ({"params": torch.ones(2), "lr": -1.0}, "lr=-1.0"),
+        ({"params": torch.ones(2), "lr": float("nan")}, "lr=nan"),
+        ({"params": torch.ones(2), "weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"params": torch.ones(2), "betas": (0.9, 1.0)}, "betas="),
+        ({"params": torch.ones(2), "eps": 0.0}, "eps="),
+        ({"params": torch.ones(2, dtype=torch.float64)}, "optim_bits=8 with float64"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("later", [True, False])
+def test_groups_that_cannot_be_trained_are_refused(group, words, later):
+    torch.manual_seed(0)
+    model, options = wide(), {"optim_bits": 8}
+    given = group["params"] if isinstance(group["params"], list) else [group["params"]]
+    group = {**group, "params": [nn.Parameter(p) for p in given]}
+    groups = param_groups(model, ranks=(2,))
+    optimizer = MoLF(groups, **options)
+    with pytest.raises(MolfError, match=words):
+        if later:
+            optimizer.add_param_group(group)
+        else:
+            MoLF([*groups, group], **options)
+    assert len(optimizer.param_groups) == len(groups)
+
+
 def test_the_model_stays_an_ordinary_model():
     model = tiny_llama()
     kinds, names = [type(m) for m in model.modules()], list(model.state_dict())
@@ -111,6 +143,31 @@ def test_a_compiled_model_trains_alike():
     assert list(other.experts) == list(optimizer.experts)
     assert train(model, optimizer, 3) == train(compiled, other, 3)
     assert_same_bits(model, optimizer, twin, other)
+
+
+def test_small_layers_share_calls_and_no_bit(monkeypatch):
+    calls, kernel = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+
+    def ended(layers):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in layers))
+        optimizer = MoLF(model, ranks=(2, 3), score="pfn", lr=1e-2)
+        for t in range(3):
+            torch.manual_seed(t)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            calls.clear()
+            optimizer.step()
+        return model, optimizer
+
+    layers = [(7, 5), (33, 32), (3, 9)] * 5
+    together = ended(layers)
+    assert len(calls) <= 6  # three experts' moments and steps, not those of every layer
+    monkeypatch.setattr("molf.optimizer.torch_step._CPU_CHUNK", 0)
+    alone = ended(layers)
+    assert_same_bits(*alone, *together)
+    assert alone[1].routing.scores.equal(together[1].routing.scores)
 
 
 def test_layers_updated_together_are_layers_updated_alone(monkeypatch):

@@ -128,6 +128,19 @@ def test_targets_that_do_not_work(target, exclude, words):
         found(nested(), target, exclude)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_layers_are_not_routed(shape):
+    model = nn.Sequential(nn.Linear(*shape), nn.Linear(3, 3))
+    assert found(model) == ["1"]
+    optimizer = MoLF(model, ranks=(2,))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = model[0].bias.detach().clone()
+    optimizer.step()
+    assert shape[1] == 0 or (model[0].bias < before).all()
+
+
 @pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 1), nn.Embedding(3, 2)], ids=lambda m: type(m).__name__)
 def test_other_kinds_of_layers(layer):
     kind = type(layer).__name__
@@ -170,7 +183,10 @@ def layer_with(weight):
     ("build", "words"),
     [
         (lambda: nn.Sequential(nn.ReLU()), "weights are none"),
-        (lambda: mlp().requires_grad_(False), r"weights of all 3 matching layers are frozen \(1, .*add_lora_experts"),
+        (
+            lambda: mlp().requires_grad_(False),
+            r"weights of all 3 matching layers are frozen or empty \(1, .*add_lora_experts",
+        ),
         (two_layers_with_one_weight, r"the weight of a is shared \(a\.weight = b\.weight\)"),
         (
             lambda: layer_with(torch.zeros(8, 1, dtype=torch.uint8)),

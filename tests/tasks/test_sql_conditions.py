@@ -71,6 +71,15 @@ def test_of_conditions_that_exclude_each_other_one_is_satisfied():
     assert satisfying == ["x", "y"] and "X" in missing
 
 
+@pytest.mark.parametrize(
+    ("pattern", "value", "found"),
+    [("[*]_%", "[*]x\n", True), ("[*]_%", "*x", False), ("A?", "ab", False), ("%a" * 40 + "%b", "a" * 99, False)],
+)
+def test_patterns(pattern, value, found):
+    assert Condition("like", pattern).holds(value, as_number=False) is found
+    assert Condition("not like", pattern).holds(value, as_number=False) is not found
+
+
 def test_boundaries_are_among_the_values():
     satisfying, missing = split_values([Condition(">", 25)], as_number=True)
     assert satisfying[0] == 26 and missing[0] == 25

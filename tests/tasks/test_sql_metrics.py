@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from sacrebleu import corpus_bleu as their_bleu
 
@@ -19,6 +21,7 @@ from molf.tasks.sql_metrics import corpus_bleu, exact_match, extract_sql, logic_
         ("SELECT a FROM t\n\nThis selects a.", "SELECT a FROM t"),
         ("WITH w AS (SELECT 1)\n\nSELECT * FROM w", "WITH w AS (SELECT 1)\n\nSELECT * FROM w"),
         ("(SELECT 1) UNION SELECT 2", "(SELECT 1) UNION SELECT 2"),
+        ("SELECT a\n \n\n  \nThis selects a.\n\nAnd more.", "SELECT a"),
         ("no idea", "no idea"),
         ("SELECT 'open; FROM t", "SELECT 'open"),
         ("", ""),
@@ -26,6 +29,13 @@ from molf.tasks.sql_metrics import corpus_bleu, exact_match, extract_sql, logic_
 )
 def test_the_query_in_what_a_model_wrote(text, sql):
     assert extract_sql(text) == sql
+
+
+@pytest.mark.parametrize("piece", ["\n", " \n", "\n ", "'\"", "```", "(", "a.", "\t"])
+def test_long_texts_take_no_time(piece):
+    began = time.monotonic()
+    exact_match(extract_sql("SELECT 1" + piece * 60_000 + "x"), "SELECT 1")
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,14 @@
+import errno
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +16,7 @@ from hypothesis import strategies as st
 
 from molf.errors import MolfError
 from molf.tasks import sql_worker
+from molf.tasks.sql_filter import filter_program
 from molf.tasks.sql_sandbox import Limits, SqlSandbox
 
 CONTEXT = "CREATE TABLE t (a INTEGER, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y');"
@@ -103,6 +110,7 @@ QUERIES = {
     "SELECT a FROM t WHERE b = 'a;b'": [],
     "SELECT CAST(x'ff' AS TEXT)": [("\udcff",)],
     "SELECT 9e999": [(float("inf"),)],
+    "SELECT value FROM json_each('[1, 2]')": [(1,), (2,)],
     "DELETE FROM t WHERE a = 1": [("t",), ("t", 2, "y")],
     "CREATE TABLE u AS SELECT b FROM t; DROP TABLE t": [("u",), ("u", "x"), ("u", "y")],
     "SELECT count(*) FROM t": [(2,)],  # every query has a database of its own
@@ -176,7 +184,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(broken, act, error):
 def test_a_worker_ends_when_its_parent_is_gone():
     code = (
         "import os, signal, subprocess\nfrom molf.tasks.sql_sandbox import SqlSandbox\n"
-        "process = SqlSandbox()._start('/')\n"
+        "process = SqlSandbox()._start()\n"
         "print(process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -189,6 +197,7 @@ def test_a_worker_ends_when_its_parent_is_gone():
 
 
 def test_no_process_is_left(monkeypatch):
+    SANDBOX.execute("", "")
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(
@@ -198,16 +207,68 @@ def test_no_process_is_left(monkeypatch):
     assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
+ESCAPES = {  # what code that runs inside a worker might try, after closing a descriptor
+    "read a file": "open('/etc/passwd')",
+    "write a file": "open('new.txt', 'w')",
+    "open a socket": "socket.socket()",
+    "fork": "os.fork()",
+    "memory": "bytearray(2**30)",
+    "raise a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))",
+    "become root": "os.setuid(0)",
+}
+MORE_ESCAPES = {  # only the filter refuses these, to a process of the same user
+    "delete a file": "os.unlink(FILE)",
+    "empty a file": "os.truncate(FILE, 0)",
+    "rename a file": "os.rename(FILE, FILE + 'x')",
+    "look at a file": "os.stat(FILE)",
+    "make a folder": "os.mkdir(FILE + 'y')",
+    "another program": "os.execve('/bin/true', ['true'], {})",
+    "signal its parent": "os.kill(os.getppid(), 0)",
+    "executable memory": "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
+    "limits of another": "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+}
+
+
+def refused(attempts, file, program=""):
+    """Return the attempts that the system refuses to a process that is confined as a worker is, and its error numbers."""
+    lines = [
+        "import json, mmap, os, resource, socket",
+        "from molf.tasks.sql_worker import filter_calls, limit_process",
+        f"limit_process(2**29); filter_calls(bytes.fromhex('{program}')); os.close(2); FILE = {str(file)!r}",
+        "found = {}",
+        f"for name, attempt in {attempts!r}.items():",
+        "    try: eval(attempt)",
+        "    except (OSError, ValueError, MemoryError) as error: found[name] = getattr(error, 'errno', None)",
+        "print(json.dumps(found))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's limits are those of Linux")
-def test_the_system_lets_a_worker_open_nothing():
-    code = (
-        "from molf.tasks.sql_worker import limit_process\nimport socket\nlimit_process(2**29)\n"
-        "for act in (lambda: open('/etc/passwd'), lambda: open('new.txt', 'w'), lambda: socket.socket(), "
-        "lambda: bytearray(2**30)):\n"
-        "    try:\n        act()\n    except (OSError, MemoryError) as error:\n        print(type(error).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["OSError", "OSError", "OSError", "MemoryError"]
+def test_limits_hold_whatever_runs_inside_a_worker(tmp_path):
+    assert refused(ESCAPES, tmp_path / "file").keys() == ESCAPES.keys()
+
+
+@pytest.mark.skipif(not filter_program(), reason="needs Linux, pyseccomp and libseccomp")
+def test_the_filter_refuses_what_limits_allow(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    assert refused(ESCAPES, tmp_path / "file", filter_program().hex()).keys() == ESCAPES.keys()
+    found = refused(MORE_ESCAPES, tmp_path / "file", filter_program().hex())
+    assert found == dict.fromkeys(MORE_ESCAPES, errno.EPERM)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_have_no_rights():
+    worker = SANDBOX._start()
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines())
+    with worker:
+        worker.kill()
+    assert int(status["CapEff"], 16) == 0 and "0" not in status["Uid"].split()
+    assert int(status["NoNewPrivs"]) == 1
+    if filter_program():
+        assert int(status["Seccomp"]) == 2
 
 
 FRAGMENTS = [
@@ -227,7 +288,46 @@ def test_any_text_and_any_words_of_sql_end_in_an_answer(texts, words):
         assert (found.rows is None) != found.ok and (found.error is None) == found.ok
 
 
-def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MolfError, match="does not start.*/bin/false"):
+@pytest.mark.parametrize(
+    ("target", "value", "match"),
+    [
+        ("sys.executable", "/bin/false", "does not start.*/bin/false"),
+        ("sys.executable", "/no/python", "does not start.*/no/python"),
+        ("tempfile.tempdir", "/no/folder", "does not start.*/no/folder"),
+    ],
+)
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch, target, value, match):
+    monkeypatch.setattr(target, value)
+    with pytest.raises(MolfError, match=match):
         SANDBOX.execute("", "SELECT 1")
+
+
+def test_a_deleted_temporary_folder_fails_no_query(monkeypatch):
+    SANDBOX.execute("", "")  # looks for libseccomp with a process of its own
+    popen = subprocess.Popen
+
+    def start(*args, cwd, **kwargs):
+        process = popen(*args, cwd=cwd, **kwargs)
+        shutil.rmtree(cwd)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    queries = ["SELECT 1", HOSTILE["long text by format"][0], "SELECT 2"]
+    found = SqlSandbox(1, Limits(seconds=0.3)).execute_many(("", sql) for sql in queries)
+    assert [e.rows for e in found] == [[(1,)], None, [(2,)]]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_workers_of_its_own():
+    wanted = [[(i,)] for i in range(300)]
+
+    def right(_=None):
+        return [e.rows for e in SANDBOX.execute_many(("", f"SELECT {i}") for i in range(300))] == wanted
+
+    with ThreadPoolExecutor() as pool:
+        answers = pool.submit(right)
+        time.sleep(0.1)  # its worker answers
+        child = os.fork()
+        if not child:
+            os._exit(0 if right() else 1)
+        assert right() and answers.result() and os.waitpid(child, 0)[1] == 0

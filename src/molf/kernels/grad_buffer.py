@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molf.kernels.addresses import ALIGNMENT
 from molf.layers.merged import MergedLayer
-from molf.numerics.distributed import local
+from molf.numerics.distributed import is_sharded, local
 
 __all__ = ["GradBuffer"]
 
@@ -19,8 +19,8 @@ _DTYPE = torch.float32
 class GradBuffer:
     """The float32 memory of one step.
 
-        | dA of every pair | a norm per shard | dB of every pair |
-        |------ summed over the shards -------|
+        | dA of sharded layers | a norm per shard | all dB, dA of whole layers |
+        |-------- summed over the shards ---------|
 
     Each gradient is aligned to 16 bytes. Sizes that are no multiples of 4 leave gaps of arbitrary content.
 
@@ -36,17 +36,19 @@ class GradBuffer:
     """
 
     def __init__(self, layers: Sequence[MergedLayer], shards: int, device: torch.device):
-        sizes = [
-            [_aligned(r * n) for r in layer.group["ranks"] for n in local(layer.base[0]).shape] for layer in layers
-        ]
-        size_A, size_B = (sum(sum(own[side::2]) for own in sizes) for side in (1, 0))
-        self._next = {True: 0, False: _aligned(size_A + shards)}
-        self.memory = torch.empty(self._next[False] + size_B, dtype=_DTYPE, device=device)
-        self.reduced = self.memory[: size_A + shards]
-        self.norms = self.reduced[size_A:].zero_()
+        sizes = {True: 0, False: 0}
+        for layer in layers:
+            rows, columns = local(layer.base[0]).shape
+            for r in layer.group["ranks"]:
+                sizes[is_sharded(layer.base[0])] += _aligned(r * columns)
+                sizes[False] += _aligned(r * rows)
+        self._next = {True: 0, False: _aligned(sizes[True] + shards)}
+        self.memory = torch.empty(self._next[False] + sizes[False], dtype=_DTYPE, device=device)
+        self.reduced = self.memory[: sizes[True] + shards]
+        self.norms = self.reduced[sizes[True] :].zero_()
 
     def take(self, like: Tensor, reduced: bool) -> Tensor:
-        """Return uninitialised memory for the gradient of A (``reduced``) or of this rank's rows of B."""
+        """Return uninitialised memory for a gradient, to be summed over the shards or not."""
         first = self._next[reduced]
         self._next[reduced] += _aligned(like.numel())
         return self.memory[first : first + like.numel()].view_as(like)

@@ -238,7 +238,7 @@ class StepPlan:
             updates = self._count(layer.base[0], f"{name}.wins")
             A, B = (layer.pair_tensor(e, key) for key in "AB")
             rows = local(B.param)
-            dA, dB = self.buffer.take(A.param, reduced=True), self.buffer.take(rows, reduced=False)
+            dA, dB = self.buffer.take(A.param, is_sharded(layer.base[0])), self.buffer.take(rows, reduced=False)
             pairs.append(UpdatedPair(A.param, rows, dA, dB, scale, updates))
             self.update_counts.append((updates, first + e))
             self.products.append(Product(grad, A.param, rows, scale, updates, dA, dB))

@@ -162,7 +162,9 @@ class MergedLayer(RoutedLayer):
         return sum(pair.A.numel() for pair in self.pairs if pair.b_is_nonzero) if is_sharded(self.base[0]) else 0
 
     def write_grads_into(self, out: Tensor) -> None:
-        """Compute the pairs' gradients, with those of A in ``out``."""
+        """Compute the pairs' gradients, with those of A in ``out``; a layer that is whole on every rank needs no sum."""
+        if not is_sharded(self.base[0]):
+            return
         sizes = [pair.A.numel() if pair.b_is_nonzero else 0 for pair in self.pairs]
         for i, dA in enumerate(torch.split(out, sizes)):
             pair = self._local_pairs[i]

@@ -10,14 +10,14 @@ rounded ``v`` could make an update far too large. So phase 1 discards the new 8-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import local
+from molf.numerics.distributed import is_sharded, local
 from molf.numerics.quantization import BLOCK, block_count, dequantize, quantize_
 from molf.scores import Score
 
@@ -34,6 +34,7 @@ __all__ = [
 # Elements per block. CPU: a few 4 MB arrays share the last-level cache. Accelerator: fewer launches.
 _CPU_BLOCK = 1 << 20
 _ACCELERATOR_BLOCK = 1 << 26
+_ALIGNMENT = 64  # bytes: that of PyTorch's memory on a CPU
 # Dequantized moments need about 20 bytes an element.
 _ACCELERATOR_BLOCK_8BIT = 1 << 24
 
@@ -70,6 +71,8 @@ class TensorState(NamedTuple):
     @property
     def local(self) -> TensorState:
         """This rank's shard of every tensor."""
+        if not (is_sharded(self.param) or is_sharded(self.exp_avg)):
+            return self
         return TensorState(*(None if x is None else local(x) for x in self))  # type: ignore[arg-type]
 
 
@@ -89,24 +92,38 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    def empty_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return flat tensors of the given sizes with arbitrary finite content; all inputs share device and dtype."""
-        return self._split("any", tensors)
+    def empty_like(self, tensors: Sequence[Tensor], aligned: Sequence[bool]) -> list[Tensor]:
+        """Return flat tensors of the given sizes with arbitrary finite content; all inputs share device and dtype.
+
+        Args:
+            tensors: Of the sizes.
+            aligned: Which of them to align like a tensor of its own; the others follow their predecessor without a gap.
+        """
+        return self._split("any", tensors, aligned)
 
     def zeros_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return flat zero tensors of the given sizes. Do not write to them."""
-        return self._split("zeros", tensors)
+        return self._split("zeros", tensors, [False] * len(tensors))
 
-    def _split(self, content: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        sizes = [x.numel() for x in tensors]
+    def _split(self, content: str, tensors: Sequence[Tensor], aligned: Sequence[bool]) -> list[Tensor]:
         key = (content, tensors[0].device, tensors[0].dtype)
-        if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
-            self._buffers[key] = torch.zeros(sum(sizes), device=key[1], dtype=key[2])
-        return list(torch.split(self._buffers[key][: sum(sizes)], sizes))
+        step, end, ranges = _ALIGNMENT // tensors[0].itemsize, 0, []
+        for x, far in zip(tensors, aligned, strict=True):
+            start = -(-end // step) * step if far else end
+            end = start + x.numel()
+            ranges.append(slice(start, end))
+        if key not in self._buffers or self._buffers[key].numel() < end:
+            self._buffers[key] = torch.zeros(end, device=key[1], dtype=key[2])
+        return [self._buffers[key][own] for own in ranges]
 
 
 def update_moments_and_score_(
-    tensors: Sequence[TensorState], betas: tuple[float, float], eps: float, score: Score, workspace: Workspace
+    tensors: Sequence[TensorState],
+    betas: tuple[float, float],
+    eps: float,
+    score: Score,
+    workspace: Workspace,
+    firsts: Container[int] = (),
 ) -> list[Tensor]:
     """Phase 1: update the moments of every tensor; return the score's sum and the descent of each, ``[2]``, or ``[1]`` if equal.
 
@@ -114,7 +131,8 @@ def update_moments_and_score_(
 
     PyTorch's fused AdamW kernel does this in one pass over memory: with bias corrections of 1 (a huge step count),
     lr = weight decay = -1 and a scratch tensor as the parameter, it decays the scratch to zero and leaves
-    ``u = m / (sqrt(v) + eps)`` in it, which is what the scores are made of. The descent is ``sum m u``.
+    ``u = m / (sqrt(v) + eps)`` in it, which is what the scores are made of. The descent is ``sum m u``. How a sum rounds depends
+    on the alignment of ``u``; with the first tensor of each layer in ``firsts``, it does not depend on the layers before.
     """
     # An empty shard contributes zero.
     sums = {
@@ -126,10 +144,11 @@ def update_moments_and_score_(
     }
     for batch in _blocks(tensors):
         updated = [_dequantized(piece) for _, piece in batch]
-        for u, piece, (i, _) in zip(_update_moments_(updated, betas, eps, workspace), updated, batch, strict=True):
-            descent = torch.dot(piece.exp_avg, u)
-            own = [] if score.sums_descent else [score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps)]
-            part = torch.stack([*own, descent])
+        scratch = _update_moments_(updated, betas, eps, workspace, [i in firsts for i, _ in batch])
+        for u, piece, (i, _) in zip(scratch, updated, batch, strict=True):
+            part = torch.dot(piece.exp_avg, u).view(1)
+            if not score.sums_descent:
+                part = torch.cat([score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps).view(1), part])
             sums[i] = sums[i] + part if i in sums else part
     return [sums[i] for i in range(len(tensors))]
 
@@ -140,7 +159,7 @@ def requantize_moments_(
     """Phase 2 for losers with 8-bit moments: update the moments and write them back."""
     for batch in _blocks(tensors):
         updated = [_dequantized(piece) for _, piece in batch]
-        _update_moments_(updated, betas, eps, workspace)
+        _update_moments_(updated, betas, eps, workspace, [False] * len(batch))
         for piece, (_, kept) in zip(updated, batch, strict=True):
             _write_back_(piece, kept)
 
@@ -190,11 +209,15 @@ def adamw_(tensors: Sequence[TensorState], rates: Rates, noise: Noise | None = N
 
 
 def _update_moments_(
-    pieces: Sequence[TensorState], betas: tuple[float, float], eps: float, workspace: Workspace
+    pieces: Sequence[TensorState],
+    betas: tuple[float, float],
+    eps: float,
+    workspace: Workspace,
+    aligned: Sequence[bool],
 ) -> list[Tensor]:
     """Update the moments of flat pieces and return ``u = m / (sqrt(v) + eps)`` of each, in scratch memory."""
     rates = Rates(lr=-1.0, weight_decay=-1.0, betas=betas, eps=eps, t=math.inf)
-    scratch = workspace.empty_like([piece.exp_avg for piece in pieces])
+    scratch = workspace.empty_like([piece.exp_avg for piece in pieces], aligned)
     _torch_adamw_([piece._replace(param=u) for u, piece in zip(scratch, pieces, strict=True)], rates)
     return scratch
 
@@ -263,9 +286,14 @@ def _blocks(tensors: Sequence[TensorState]) -> Iterator[list[tuple[int, TensorSt
 def _pieces(tensor: TensorState, budget: int) -> Iterator[TensorState]:
     """Cut a tensor into flat pieces; codes and their maxima keep their rows and are cut where a row or a block ends."""
     size = tensor.param.numel()
-    rows = len(tensor.param) if tensor.is_quantized else 1
     if not size:
         return
+    if size <= budget and not tensor.is_quantized:
+        p, grad, m, v, low, _, _ = tensor
+        grad = None if grad is None else grad.contiguous().view(-1)
+        yield TensorState(p.view(-1), grad, m.view(-1), v.view(-1), None if low is None else low.view(-1))
+        return
+    rows = len(tensor.param) if tensor.is_quantized else 1
     n = size // rows
     wide = [None if x is None else (x.contiguous() if x is tensor.grad else x).view(rows, -1) for x in tensor]
     for top in range(0, rows, max(1, budget // n)):

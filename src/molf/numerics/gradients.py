@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from molf.errors import MolfError
+from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import Ranks, local
 
-__all__ = ["all_zero", "check_dense", "norm_over_shards", "total_norm"]
+__all__ = ["all_zero", "check_dense", "exact_norm", "norm_over_shards", "total_norm"]
 
 
 def norm_over_shards(
@@ -20,6 +21,7 @@ def norm_over_shards(
     flat: Tensor,
     norms: Tensor,
     ranks: Ranks,
+    exact: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Tensor:
     """All-reduce a flat buffer and return the norm of all gradients, in one collective.
 
@@ -32,13 +34,15 @@ def norm_over_shards(
         flat: The buffer to sum over the shards.
         norms: The part of ``flat`` for the norms, one element a shard, zeros.
         ranks: The ranks that hold shards.
+        exact: Computes the norm where float32 overflows, with a sync; None for ``total_norm`` alone.
     """
     if sharded:
-        norms[ranks.shard_index] = total_norm(sharded)
+        norms[ranks.shard_index] = (exact or total_norm)(sharded)
     if overflow is not None:
         norms[ranks.shard_index].masked_fill_(overflow.to(norms.device).bool().view(()), torch.inf)
     ranks.sum_(flat)
-    return total_norm([norms, *whole])
+    norm = total_norm([norms, *whole])
+    return norm if exact is None or norm.isfinite() else exact([norms.double(), *whole])
 
 
 def check_dense(gradients: Sequence[Tensor]) -> None:
@@ -63,8 +67,28 @@ def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, 0-dim float64 on the device of the first."""
-    norms = torch._foreach_norm(list(tensors))
+    """Return the norm of all tensors together, 0-dim float64 on the device of the first; infinite if their dtype overflows."""
+    return _joined(torch._foreach_norm(list(tensors)))
+
+
+def exact_norm(gradients: Sequence[Tensor], clipped: bool) -> Tensor:
+    """Return ``total_norm`` of gradients, also where sums of their squares overflow float32. Syncs.
+
+    Args:
+        gradients: At least one.
+        clipped: Whether the gradients will be clipped. If not, one whose own square overflows counts as infinite: so would its
+            second moment be, for good.
+    """
+    norm = total_norm(gradients)
+    if norm.isfinite():
+        return norm
+    largest = torch._foreach_norm([grad for grad in gradients if grad.numel()], torch.inf)
+    if clipped or all(x.to(master_dtype(x.dtype)).square().isfinite() for x in largest):
+        norm = _joined(torch._foreach_norm(list(gradients), dtype=torch.float64))
+    return norm
+
+
+def _joined(norms: Sequence[Tensor]) -> Tensor:
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for norm in norms:
         kinds.setdefault((norm.device, norm.dtype), []).append(norm)

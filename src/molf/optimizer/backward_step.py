@@ -141,8 +141,8 @@ class BackwardStep:
         skipped = [unit for unit, outcome in pending.outcomes.items() if outcome.taken is False]
         if skipped:
             logger.warning(
-                "Skipped %d of %d layers and other parameters, the first is %s: a gradient is not finite. Their weights and "
-                "moments are unchanged.",
+                "Skipped %d of %d layers and other parameters, the first is %s: a gradient, or its square, is not finite. "
+                "Their weights and moments are unchanged.",
                 len(skipped),
                 len(pending.outcomes),
                 _name(self._group(pending, skipped[0])),

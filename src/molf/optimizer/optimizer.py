@@ -25,6 +25,7 @@ from molf.routing import Routing
 from molf.scores import Score, get_score
 from molf.setup.checks import (
     NO_GRADIENTS_KEPT,
+    check_added_group,
     check_backward_step,
     check_given_groups,
     check_optim_bits,
@@ -191,7 +192,8 @@ class MoLF(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Decide, then move the winners.
 
-        A step with a non-finite gradient is skipped whole (moments too), counted in ``skipped_steps`` and logged. With
+        A step with a non-finite gradient is skipped whole (moments too), counted in ``skipped_steps`` and logged. So is one whose
+        gradient has a square that overflows, unless it is clipped, and a fused step whose norm does (1.8e19 in float32). With
         ``optimizer_in_backward`` the layers have moved in backward, and this completes the step.
 
         Args:
@@ -309,8 +311,17 @@ class MoLF(torch.optim.Optimizer):
             after.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of ordinary parameters."""
+        """Add a group of ordinary parameters.
+
+        Raises:
+            MolfError: If a parameter has a dtype or a layout that cannot be trained, or an option a value that is not allowed.
+        """
         super().add_param_group(param_group)
+        try:
+            check_added_group(self.param_groups[-1], self.optim_bits)
+        except MolfError:
+            self.param_groups.pop()
+            raise
         if self._backward_step is not None:
             self._backward_step.register_hooks(len(self.param_groups) - 1, self.param_groups[-1])
 

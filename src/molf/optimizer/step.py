@@ -38,7 +38,8 @@ def step_all(context: StepContext) -> Outcome:
     outcome = step_groups(context.groups, context.with_noise())
     if outcome.taken is False and context.ranks.is_leader:
         logger.warning(
-            "Skipped a step because a gradient is not finite (%d skipped so far). Weights and moments are unchanged.",
+            "Skipped a step because a gradient, or its square, is not finite (%d skipped so far). Weights and moments are "
+            "unchanged.",
             context.groups[0]["skipped_steps"] + 1,
         )
     return outcome

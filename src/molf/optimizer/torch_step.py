@@ -7,6 +7,7 @@ bounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ from molf.numerics.adamw import (
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
-from molf.numerics.gradients import check_dense, norm_over_shards, total_norm
+from molf.numerics.gradients import check_dense, exact_norm, norm_over_shards
 from molf.routing import Outcome, Routing, choose
 from molf.scores import Evidence
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
-# Weight elements whose layers share launches on an accelerator. A CPU takes layer by layer while a layer is in the cache.
-_CHUNK = 1 << 26
+# Weight elements whose layers share launches. On a CPU a layer, or several small ones, should stay in the cache.
+_CHUNK, _CPU_CHUNK = 1 << 26, 1 << 17
 
 
 def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext) -> Outcome:
@@ -59,8 +60,9 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
 def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
     """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
 
-    The norm is not finite if a gradient is not. Clipping counts the gradients of all experts, ``dW``, ``dA`` and ``dB``: in
-    the merged form nobody outside can see the LoRA ones. Without clipping the norm is that of the dense gradients.
+    The norm is not finite if a gradient is not, or if it is not clipped and its square is not. Clipping counts the gradients
+    of all experts, ``dW``, ``dA`` and ``dB``: in the merged form nobody outside can see the LoRA ones. Without clipping the
+    norm is that of the dense gradients.
 
     Args:
         dense: Gradients that backward left on parameters.
@@ -77,12 +79,12 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     if context.grad_scale is not None:
         torch._foreach_mul_(parts, context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
-    norm = _reduce_over_shards(dense, layers, context) if sharded else total_norm(parts)
+    norm = _reduce_over_shards(dense, layers, context) if sharded else exact_norm(parts, max_norm is not None)
     if max_norm is None or not norm.isfinite():
         return norm
     lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
     if not sharded:
-        norm = total_norm([*parts, *lora])
+        norm = exact_norm([*parts, *lora], clipped=True)
     torch._foreach_mul_([*parts, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -101,7 +103,7 @@ def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], 
     parts = [(local(grad), is_sharded(grad)) for grad in dense]
     parts += [(x.grad, is_sharded(x.param)) for x in lora if x.grad is not None]
     own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
-    return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks)
+    return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks, partial(exact_norm, clipped=clipped))
 
 
 def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
@@ -130,7 +132,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
 def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
     """Count the step, update all moments, and return what the score decides by."""
     shape = (len(layers), len(layers[0].experts))
-    sizes = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    sizes = [[0] * shape[1] for _ in layers]
     sums: list[Tensor] = []
     owners: list[tuple[int, int]] = []
     sharded: list[bool] = []
@@ -141,14 +143,16 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
         # Expert by expert: the weight's gradient is still in the cache when the LoRA gradients are computed from it.
         for e in range(shape[1]):
             tensors: list[TensorState] = []
+            firsts: set[int] = set()
             for m, layer in enumerate(chunk, start=first):
                 own = layer.tensors(e)
+                firsts.add(len(tensors))
                 tensors += own
                 owners += [(m, e)] * len(own)
                 sharded += [is_sharded(x.param) for x in own]
-                sizes[m, e] = sum(x.param.numel() for x in own)
-            group = chunk[0].group
-            sums += update_moments_and_score_(tensors, group["betas"], group["eps"], context.score, workspace)
+                sizes[m][e] = sum(x.param.numel() for x in own)
+            betas, eps = chunk[0].group["betas"], chunk[0].group["eps"]
+            sums += update_moments_and_score_(tensors, betas, eps, context.score, workspace, firsts)
         for layer in chunk:
             layer.drop_grads()
         first += len(chunk)
@@ -160,7 +164,8 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
     total, descent = sums_by_expert[..., 0], sums_by_expert[..., -1]
     lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
     steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
-    return Evidence(tuple(layer.name for layer in layers), total, sizes, lr, descent, steps)
+    n = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    return Evidence(tuple(layer.name for layer in layers), total, n, lr, descent, steps)
 
 
 def _move_winners(
@@ -187,13 +192,15 @@ def _move_winners(
 def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     """Yield runs of layers that share launches; within a run ``betas`` and ``eps`` are equal."""
     chunk: list[RoutedLayer] = []
+    taken = 0
     for layer in layers:
-        budget = 0 if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        budget = _CPU_CHUNK if layer.group["params"][0].device.type == "cpu" else _CHUNK
         same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
-        if chunk and (not same or sum(member.numel for member in chunk) + layer.numel > budget):
+        if chunk and (not same or taken + layer.numel > budget):
             yield chunk
-            chunk = []
+            chunk, taken = [], 0
         chunk.append(layer)
+        taken += layer.numel
     yield chunk
 
 

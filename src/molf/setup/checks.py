@@ -14,10 +14,11 @@ from molf.layers.base import quantized_params
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.setup.param_groups import is_number, param_groups
+from molf.setup.param_groups import check_numbers, check_parameter, is_number, param_groups
 
 __all__ = [
     "NO_GRADIENTS_KEPT",
+    "check_added_group",
     "check_backward_step",
     "check_given_groups",
     "check_optim_bits",
@@ -57,17 +58,21 @@ def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
     """
     if type(optim_bits) is not int or optim_bits not in OPTIM_BITS:
         raise MolfError(f"optim_bits={optim_bits!r}: use one of {list(OPTIM_BITS)}")
-    if optim_bits == 8 and any(p.dtype == torch.float64 for group in groups for p in group["params"]):
-        raise MolfError(
-            "optim_bits=8 with float64 weights: 8-bit moments would void their precision; use float32 or bfloat16 weights, or "
-            "optim_bits=32"
-        )
+    _check_precision(optim_bits, [p for group in groups for p in group["params"]])
     if optim_bits == 8 and not any(any(quantized_params(group, 8)) for group in groups):
         raise MolfError(
             "optim_bits=8 would change nothing: no matrix of 4,096 or more elements trains with full rank, and everything else "
             "keeps float32 moments; use optim_bits=32"
         )
     return optim_bits
+
+
+def _check_precision(optim_bits: int, params: Iterable[torch.Tensor]) -> None:
+    if optim_bits == 8 and any(p.dtype == torch.float64 for p in params):
+        raise MolfError(
+            "optim_bits=8 with float64 weights: 8-bit moments would void their precision; use float32 or bfloat16 weights, or "
+            "optim_bits=32"
+        )
 
 
 def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
@@ -108,6 +113,20 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
     if len({group["experts"] for group in groups if "module" in group}) > 1:
         raise MolfError("all routed groups must have the same experts")
     return groups
+
+
+def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
+    """Check a group that the base class has accepted.
+
+    Raises:
+        MolfError: If a parameter cannot be trained, or a rate, a decay or another option has a value that is not allowed.
+    """
+    for i, p in enumerate(group["params"]):
+        if p.requires_grad:
+            check_parameter(group.get("module", f"parameter {i} of the group"), p)
+    _check_precision(optim_bits, group["params"])
+    check_numbers(lr=group["lr"], weight_decay=group["weight_decay"])
+    check_options(group["betas"], group["eps"], None, BF16_UPDATES[0], None)
 
 
 def check_backward_step(max_grad_norm: float | None, ranks: Ranks, model: Any = None) -> None:

@@ -19,7 +19,7 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 def routed_linears(
     model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str]
 ) -> dict[str, nn.Linear]:
-    """Return the layers to route by name, in model order: targeted, not excluded, with a trainable weight.
+    """Return the layers to route by name, in model order: targeted, not excluded, with a trainable weight that is not empty.
 
     Raises:
         MolfError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
@@ -42,7 +42,9 @@ def routed_linears(
             )
         _check_weight(name, module)
         matched[name] = module
-    linears = {name: linear for name, linear in matched.items() if linear.weight.requires_grad}
+    linears = {
+        name: linear for name, linear in matched.items() if linear.weight.requires_grad and linear.weight.numel()
+    }
     if not linears:
         raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
     check_not_tied(modules, linears)
@@ -91,8 +93,8 @@ def _nothing_to_route(
 ) -> str:
     if matched:
         return (
-            f"the weights of all {len(matched)} matching layers are frozen ({next(iter(matched))}, ...): there is no base "
-            "weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
+            f"the weights of all {len(matched)} matching layers are frozen or empty ({next(iter(matched))}, ...): there is no "
+            "base weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
             "LoRA experts only: molf.add_lora_experts(model)"
         )
     linear = _last_parts(modules, "Linear")

@@ -20,7 +20,16 @@ from molf.errors import MolfError
 from molf.setup.discovery import check_rank, routed_linears
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
-__all__ = ["checked_ranks", "expert_names", "is_number", "level_scale", "lora_scales", "param_groups"]
+__all__ = [
+    "check_numbers",
+    "check_parameter",
+    "checked_ranks",
+    "expert_names",
+    "is_number",
+    "level_scale",
+    "lora_scales",
+    "param_groups",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +98,7 @@ def param_groups(
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
     matched = _is_matched(lora_lr)
     fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
-    _check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
+    check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
     rates = {
         "weight_decay": weight_decay,
         "lora_lr_ratio": _ratio(lr, fixed_lora_lr),
@@ -109,7 +118,7 @@ def param_groups(
         routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            _check_parameter(name, p)
+            check_parameter(name, p)
     seed = torch.initial_seed() * 1_000_003
     routed = [{**group, **rates, "lora_seed": (seed + i) % 2**63} for i, group in enumerate(routed)]
     groups = [*_ordinary_groups(model, routed, weight_decay), *routed]
@@ -211,13 +220,23 @@ def is_number(value: Any) -> TypeGuard[float | torch.Tensor]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_numbers(**numbers: float | torch.Tensor | None) -> None:
+def check_numbers(**numbers: float | torch.Tensor | None) -> None:
+    """Check that all are finite numbers of 0 or more; ``lora_lr`` may be None.
+
+    Raises:
+        MolfError: If one is not.
+    """
     for name, value in numbers.items():
         if not (is_number(value) and value >= 0) and not (name == "lora_lr" and value is None):
             raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more")
 
 
-def _check_parameter(name: str, p: torch.Tensor) -> None:
+def check_parameter(name: str, p: torch.Tensor) -> None:
+    """Check that a parameter has a dtype and a layout that can be trained.
+
+    Raises:
+        MolfError: If it has not.
+    """
     if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise MolfError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
     if not p.is_contiguous():

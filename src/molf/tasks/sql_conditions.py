@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from sqlglot import exp
@@ -41,9 +42,10 @@ class Condition:
         if value is None:
             return False
         if self.operator.endswith("like"):
-            pattern = "".join({"%": ".*", "_": "."}.get(letter, re.escape(letter)) for letter in str(self.constant))
-            matched = re.fullmatch(pattern, str(value), re.IGNORECASE | re.DOTALL) is not None
-            return matched == (self.operator == "like")
+            # fnmatch takes no exponential time over many wildcards.
+            spelt = {"%": "*", "_": "?", "*": "[*]", "?": "[?]", "[": "[[]"}
+            pattern = "".join(spelt.get(letter, letter) for letter in str(self.constant).lower())
+            return fnmatchcase(str(value).lower(), pattern) == (self.operator == "like")
         return _COMPARE[self.operator](_comparable(value, as_number), _comparable(self.constant, as_number))
 
 

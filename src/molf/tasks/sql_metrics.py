@@ -20,7 +20,7 @@ _LINE_START = re.compile(rf"^[ \t(]*(?:{_KEYWORDS})\b", re.MULTILINE | re.IGNORE
 _INSIDE_TEXT = re.compile(rf"\b(?:{_KEYWORDS})\b(?=\s)")
 _LITERAL = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\""
 _STATEMENT = re.compile(rf"(?:{_LITERAL}|[^;])*")
-_PROSE = re.compile(r"\n\s*\n(?=[A-Z#][a-z]|[*#-])")
+_PROSE = re.compile(r"\n[^\S\n]*\n(?=[A-Z#][a-z]|[*#-])")
 _TOKEN = re.compile(rf"{_LITERAL}|\w+(?:\.\w+)*|<=|>=|<>|!=|==|\|\||\S")
 
 Cells = tuple[Any, ...]

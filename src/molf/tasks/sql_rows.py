@@ -31,13 +31,22 @@ _PATTERNS = (
     (_TWICE, _LOW, _HIGH, _OTHER, _TWICE),
     (_HIGH, _OTHER, _LOW, _TWICE, _TWICE),
 )
-_HAS_ROWS = re.compile(r"\b(?:INSERT|REPLACE)\b[^;]*\bINTO\b|\bCREATE\s+TABLE\b[^;(]*\bAS\b", re.IGNORECASE)
+# Words in this order, with none of the characters between, give a table rows. Searched one after the other: one pattern for
+# both takes quadratic time.
+_ROW_GIVERS = [
+    (";", re.compile(r"\b(?:INSERT|REPLACE)\b", re.IGNORECASE), re.compile(r"\bINTO\b", re.IGNORECASE)),
+    ("[;(]", re.compile(r"\bCREATE\s+TABLE\b", re.IGNORECASE), re.compile(r"\bAS\b", re.IGNORECASE)),
+]
 _TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
 
 
 def has_rows(context: str) -> bool:
     """Return whether a context inserts rows into its tables."""
-    return _HAS_ROWS.search(context) is not None
+    return any(
+        (found := first.search(part)) and then.search(part, found.end())
+        for between, first, then in _ROW_GIVERS
+        for part in re.split(between, context)
+    )
 
 
 def filled_context(context: str, query: str) -> str:

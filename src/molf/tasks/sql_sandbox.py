@@ -1,14 +1,15 @@
 """Runs SQL that a model wrote, which may be anything, without harm.
 
-Every query runs in an empty in-memory SQLite database in a worker process (``sql_worker``) with an empty environment and an
-empty working folder. What contains it, from the inside out:
+Every query runs in an empty in-memory SQLite database in a worker process (``sql_worker``) with an empty environment and a
+working folder that is gone. What contains it, from the inside out:
 
 - SQLite's authorizer allows queries and changes of ordinary tables only: no ATTACH (which VACUUM needs), DETACH, PRAGMA,
   virtual or temporary tables, ``load_extension``, or functions on files. SQLite's own limits bound lengths, depths and
   program sizes (Python 3.11 and later).
 - A progress handler ends a query at its time limit. Results are bounded in rows and bytes.
 - The operating system lets the worker open no file and no socket, write to no file, and use no more memory than its limit
-  (Linux; macOS ignores the memory limit, so SQLite's own heap limit is set as well).
+  (Linux; macOS ignores the memory limit, so SQLite's own heap limit is set as well). A worker of root becomes nobody.
+- With pyseccomp and libseccomp (Linux), the system refuses every call but those for memory, time and its open pipes.
 - This process kills and replaces a worker that does not answer in time or not in the agreed form. Answers are JSON of
   bounded size, checked before use.
 """
@@ -28,6 +29,7 @@ from typing import Any, cast
 
 from molf.errors import MolfError
 from molf.tasks import sql_worker
+from molf.tasks.sql_filter import filter_program
 from molf.tasks.sql_worker import MEBIBYTE
 
 _GRACE_SECONDS = 1.0  # for a worker to end a query by itself
@@ -99,21 +101,21 @@ class SqlSandbox:
         requests = [json.dumps({"context": context, "sql": sql}).encode() + b"\n" for context, sql in queries]
         todo = iter(enumerate(requests))
         workers = min(self.workers, len(requests)) or 1
-        with tempfile.TemporaryDirectory(prefix="molf-sql-") as folder, ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             try:
-                found = dict(chain.from_iterable(pool.map(lambda _: self._work(todo, folder), range(workers))))
+                found = dict(chain.from_iterable(pool.map(lambda _: self._work(todo), range(workers))))
             finally:
                 for _ in todo:  # after an error or an interrupt, workers finish their query and take no other
                     pass
         return [found[number] for number in range(len(requests))]
 
-    def _work(self, todo: Iterator[tuple[int, bytes]], folder: str) -> list[tuple[int, Execution]]:
+    def _work(self, todo: Iterator[tuple[int, bytes]]) -> list[tuple[int, Execution]]:
         """Answer requests until none is left, with a new process after each that fails."""
         found = []
         process: subprocess.Popen[bytes] | None = None
         try:
             for number, request in todo:
-                process = process or self._start(folder)
+                process = process or self._start()
                 reply, late = self._ask(process, request, self.limits.seconds + _GRACE_SECONDS)
                 outcome = _as_execution(reply) if reply.endswith(b"\n") and not late else None
                 if outcome is None:
@@ -127,16 +129,22 @@ class SqlSandbox:
                 _stop(process)
         return found
 
-    def _start(self, folder: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), json.dumps(asdict(self.limits))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,  # Ctrl-C goes to the run, which then stops its workers
-        )
+    def _start(self) -> subprocess.Popen[bytes]:
+        given = json.dumps(asdict(self.limits)), filter_program().hex()
+        try:
+            # The worker's folder is gone as soon as it has started, so nothing can be put there.
+            with tempfile.TemporaryDirectory(prefix="molf-sql-") as folder:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-B", str(sql_worker.__file__), *given],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    cwd=folder,
+                    env={},
+                    start_new_session=True,  # Ctrl-C goes to the run, which then stops its workers
+                )
+        except OSError as error:
+            raise MolfError(f"an SQL worker does not start: {error}") from error
         if not self._ask(process, b"", _START_SECONDS)[0]:
             _stop(process)
             raise MolfError(f"an SQL worker does not start: {sys.executable} ended with status {process.returncode}")

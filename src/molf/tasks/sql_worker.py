@@ -1,12 +1,14 @@
 """The process that runs a model's SQL, with the standard library and SQLite in memory only.
 
-Run as a script by ``molf.tasks.sql_sandbox``, which describes the containment. Reads one line of JSON per query from standard
-input and answers each with one line on standard output. The first line out says that the limits are in place.
+Run as a script by ``molf.tasks.sql_sandbox``, which describes the containment, with the limits as JSON and the filter
+of system calls in hex digits, empty if there is none. Reads one line of JSON per query from standard input and answers each with
+one line on standard output. The first line out says that the limits are in place.
 
     in   {"context": "CREATE TABLE ...", "sql": "SELECT ..."}
     out  {"rows": [[1, "a", null, {"blob": "00ff"}], ...]}  or  {"error": "no such column: x"}
 """
 
+import ctypes
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import resource
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,7 +38,9 @@ _SQLITE_LIMITS = {  # sqlite3.SQLITE_LIMIT_*
     "LENGTH": 4 * MEBIBYTE, "COLUMN": 1000, "EXPR_DEPTH": 500, "COMPOUND_SELECT": 100, "VDBE_OP": 250_000,
     "ATTACHED": 0, "LIKE_PATTERN_LENGTH": 1000, "TRIGGER_DEPTH": 10, "WORKER_THREADS": 0,
 }  # fmt: skip
-_EMPTY = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*(?s:.*?)\*/)*")
+_BLANK = re.compile(r"\s+|;+|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_NOBODY = 65534
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
 
 
 class TooMuch(Exception):
@@ -44,13 +48,36 @@ class TooMuch(Exception):
 
 
 def limit_process(memory_bytes: int) -> None:
-    """Limit memory, and forbid opening and writing files, core dumps and child processes."""
+    """Limit memory, and forbid opening and writing files, core dumps and child processes, also to root."""
     # SQLite obeys this everywhere; macOS does not enforce its memory limit.
     database = sqlite3.connect(":memory:")
     database.execute(f"PRAGMA hard_heap_limit = {memory_bytes // 2}")
     database.close()
-    for name, value in {"AS": memory_bytes, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 3}.items():
+    for name, value in {"AS": memory_bytes, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 0}.items():
         lower_limit(name, value)
+    if os.geteuid() == 0:
+        with suppress(OSError):  # in some containers root may not change its user
+            os.setgroups([])
+            os.setgid(_NOBODY)
+            os.setuid(_NOBODY)  # gives up all capabilities, too
+
+
+class _Program(ctypes.Structure):  # struct sock_fprog, of instructions of 8 bytes
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def filter_calls(program: bytes) -> None:
+    """Let Linux refuse system calls for good, as a program of ``sql_filter`` says; an empty one refuses none.
+
+    Some containers forbid filters. What else contains the process then still does.
+    """
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+        prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if program:
+            whole = _Program(len(program) // 8, program)
+            prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(whole), 0, 0)
 
 
 def limit_cpu(seconds: float) -> None:
@@ -102,11 +129,19 @@ def statements(script: str) -> Iterator[str]:
             found += 1
             if found > _MAX_STATEMENTS:
                 raise TooMuch(f"more than {_MAX_STATEMENTS} statements")
-            if not _EMPTY.fullmatch(statement):
+            if not _is_blank(statement):
                 yield statement
             statement = ""
-    if not _EMPTY.fullmatch(statement := statement + pieces[-1]):
+    if not _is_blank(statement := statement + pieces[-1]):
         yield statement
+
+
+def _is_blank(statement: str) -> bool:
+    """Return whether a statement is white space and comments; piece by piece, because one pattern for all backtracks."""
+    end = 0
+    while piece := _BLANK.match(statement, end):
+        end = piece.end()
+    return end == len(statement)
 
 
 def run(database: sqlite3.Connection, script: str, max_rows: int, max_bytes: int) -> list[list[Any]] | None:
@@ -119,31 +154,36 @@ def run(database: sqlite3.Connection, script: str, max_rows: int, max_bytes: int
     return rows
 
 
-def fetch(cursor: sqlite3.Cursor, max_rows: int, max_bytes: int) -> list[list[Any]]:
+def fetch(found: Iterable[Sequence[Any]], max_rows: int, max_bytes: int) -> list[list[Any]]:
     """Return the rows of a result."""
     rows: list[list[Any]] = []
     size = 0
-    for row in cursor:
+    for row in found:
         if len(rows) == max_rows:
             raise TooMuch(f"more than {max_rows} rows")
-        size += sum(8 + len(value) if isinstance(value, str | bytes) else 8 for value in row)
+        size += sum(map(_size, row))
         if size > max_bytes:
             raise TooMuch(f"a result of more than {max_bytes} bytes")
         rows.append([{"blob": value.hex()} if isinstance(value, bytes) else value for value in row])
     return rows
 
 
+def _size(value: Any) -> int:
+    text = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    return 8 + (len(text) if isinstance(text, bytes) else 0)
+
+
 def contents(database: sqlite3.Connection, max_rows: int, max_bytes: int) -> list[list[Any]]:
-    """Return all rows of all tables, each led by its table's name."""
+    """Return all rows of all tables, each led by its table's name; the limits hold for all of them together."""
     names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    found: list[list[Any]] = [[name] for name in names]
-    for name in names:
-        quoted = name.replace('"', '""')
-        rows = fetch(database.execute(f'SELECT * FROM "{quoted}"'), max_rows, max_bytes)
-        found += [[name, *row] for row in rows]
-        if len(found) > max_rows:
-            raise TooMuch(f"more than {max_rows} rows in all tables")
-    return found
+
+    def led_by_names() -> Iterator[Sequence[Any]]:
+        yield from ((name,) for name in names)
+        for name in names:
+            quoted = name.replace('"', '""')
+            yield from ((name, *row) for row in database.execute(f'SELECT * FROM "{quoted}"'))
+
+    return fetch(led_by_names(), max_rows, max_bytes)
 
 
 def answer(request: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +231,7 @@ def main() -> None:
     answer({"context": "CREATE TABLE t (x)", "sql": "SELECT x FROM t"}, limits)
     json.dumps({"rows": [[0.5, None, "\udcff"]]}).encode()
     limit_process(limits["memory"])
+    filter_calls(bytes.fromhex(sys.argv[2]))
     reply({})
     while line := source.readline():
         limit_cpu(limits["seconds"])

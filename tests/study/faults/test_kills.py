@@ -186,7 +186,7 @@ def test_gradients_that_are_not_finite(changes, settings, tmp_path, monkeypatch,
     assert steps == [step + 1 for step in range(8) if step not in spoil.steps]
     groups = load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["skipped_steps"] == 3
-    assert "Skipped a step because a gradient is not finite (3 skipped so far)" in caplog.text
+    assert "Skipped a step because a gradient, or its square, is not finite (3 skipped so far)" in caplog.text
 
     callbacks.append(NeverSee(spoil.steps))
     carry_out(settings | changes, output_dir=str(tmp_path / "other"))
