@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from pyarrow import parquet
@@ -134,3 +135,20 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     for name in range(3):
         own = [row for row in rows if row.startswith(f"{name}-")]
         assert len(own) >= 20 and own == [f"{name}-{number}" for number in range(len(own))]
+
+
+def test_a_symlinked_log_stays_and_its_file_gets_the_rows(tmp_path):
+    (tmp_path / "shared").mkdir()
+    real, link = tmp_path / "shared" / "log.csv", tmp_path / "log.csv"
+    link.symlink_to(real)
+    append_csv(real, {"a": 1})
+    append_csv(link, {"a": 2})
+    assert link.is_symlink() and [row["a"] for row in rows_of(real)] == ["1", "2"]
+    assert not (tmp_path / "log.csv.lock").exists()  # both names have one lock
+
+
+def test_a_log_that_is_a_stream_gets_the_row_and_stays(tmp_path, capfd):
+    append_csv(Path("/dev/null"), {"a": 1})
+    append_csv(Path("/dev/stdout"), {"a": 2})
+    assert Path("/dev/null").is_char_device() and not Path("/dev/null.lock").exists()
+    assert capfd.readouterr().out.split() == ["a", "2"]
