@@ -8,6 +8,7 @@ import pytest
 from molf.integrations.checkpoint_folder import (
     MANIFEST,
     UNFINISHED,
+    can_resume,
     checkpoints,
     commit,
     last_complete,
@@ -167,6 +168,24 @@ def test_rotation_keeps_the_latest_and_the_best(run, limit, best, left):
     rotate(run, limit, best and str(run / f"checkpoint-{best}"))
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in left]
     assert (run / "checkpoint-best").is_dir()
+
+
+def test_what_is_removed_is_no_checkpoint_at_any_moment(run, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda path, **more: None)  # killed before anything in it is removed
+    remove_checkpoints(run)
+    assert not checkpoints(run) and not can_resume(run)
+
+
+def test_resuming_needs_one_complete_checkpoint(run, tmp_path):
+    for checkpoint in checkpoints(run):
+        assert can_resume(run)
+        truncate(checkpoint / "optimizer.pt")
+    assert not can_resume(run)
+    write(run / UNFINISHED / "checkpoint-12")
+    assert not can_resume(run)
+    write_manifest(run / UNFINISHED / "checkpoint-12")
+    before = names(run)
+    assert can_resume(run) and names(run) == before
 
 
 def test_all_are_removed(run):

@@ -92,6 +92,12 @@ def recover(folder: Path) -> None:
         shutil.rmtree(folder / UNFINISHED)
 
 
+def can_resume(folder: Path) -> bool:
+    """Return whether a run's folder has a complete checkpoint, in place or still to be renamed; nothing is changed."""
+    unfinished = (path for path in (folder / UNFINISHED).glob(f"{PREFIX}*") if (path / MANIFEST).is_file())
+    return any(verify(path) is None for path in [*checkpoints(folder), *unfinished])
+
+
 def last_complete(folder: Path) -> Path | None:
     """Return the latest complete checkpoint; damaged ones after it are reported and renamed."""
     for checkpoint in reversed(checkpoints(folder)):
@@ -112,27 +118,36 @@ def set_aside(checkpoint: Path, why: str) -> Path:
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints above a limit, but never the latest or the best one, as the Trainer does.
-
-    Each is renamed first, so that a partly removed one is never taken for a checkpoint.
-    """
+    """Remove the oldest checkpoints above a limit, but never the latest or the best one, as the Trainer does."""
     if not limit or limit < 0:
         return
     found = checkpoints(folder)
     kept = {found[-1], *(path for path in found if best is not None and path.resolve() == Path(best).resolve())}
     excess = len(found) - max(limit, len(kept))
     for checkpoint in [path for path in found if path not in kept][: max(excess, 0)]:
-        leaving = folder / UNFINISHED / f"removing-{checkpoint.name}"
-        leaving.parent.mkdir(exist_ok=True)
-        shutil.rmtree(checkpoint.rename(leaving))
+        _remove(checkpoint)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove everything that this module leaves in a run's folder."""
-    aside = [path for why in _ASIDE for path in folder.glob(f"{why}-{PREFIX}*")]
-    for path in [*checkpoints(folder), *aside, folder / UNFINISHED]:
-        if path.is_dir():
-            shutil.rmtree(path)
+def remove_checkpoints(folder: Path, aside: bool = True) -> None:
+    """Remove all checkpoints of a run's folder, and what is unfinished.
+
+    Args:
+        folder: The run's folder.
+        aside: Also remove those that were set aside.
+    """
+    others = [path for why in _ASIDE for path in folder.glob(f"{why}-{PREFIX}*")] if aside else []
+    for checkpoint in [*checkpoints(folder), *others]:
+        _remove(checkpoint)
+    if (folder / UNFINISHED).is_dir():
+        shutil.rmtree(folder / UNFINISHED)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is renamed first: what is left of it after a kill is never taken for a checkpoint."""
+    leaving = checkpoint.parent / UNFINISHED / f"removing-{checkpoint.name}"
+    leaving.parent.mkdir(exist_ok=True)
+    shutil.rmtree(leaving, ignore_errors=True)  # of an earlier attempt
+    shutil.rmtree(checkpoint.rename(leaving))
 
 
 def _unreadable_json(file: Path) -> str | None:

@@ -86,6 +86,15 @@ def test_a_trained_model_is_not_lost_silently(settings, callbacks, monkeypatch):
     assert result.metrics["efficacy_score"].n == 3, "how it is evaluated may change"
 
 
+def test_a_trained_model_is_not_lost_if_its_checkpoints_are_damaged(settings, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    stopped_in_evaluation(settings, monkeypatch, **changes)
+    for checkpoint in checkpoints(Path(settings["output_dir"])):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="holds a trained model that is not evaluated yet"):
+        carry_out(settings, **changes, num_train_epochs=3, resume_from_checkpoint=True)
+
+
 def test_a_longer_training_goes_on_from_the_last_checkpoint(settings, monkeypatch):
     changes = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     stopped_in_evaluation(settings, monkeypatch, **changes)

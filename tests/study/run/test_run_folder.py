@@ -7,7 +7,9 @@ import pytest
 from safetensors import SafetensorError
 
 from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
+from molf.study.results.result import read_result
 from molf.study.run.run_folder import check_folder, report_full_disk, run_id
 from small_runs import FILES, carry_out
 
@@ -44,6 +46,48 @@ def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
     (folder / "result.json").touch()
     with pytest.raises(ValueError, match="holds a finished run"):
         carry_out(settings, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finished_run_whose_checkpoints_are_damaged_stays(overwrite, finished, settings, monkeypatch, tmp_path):
+    """It is neither trained nor logged again, however it is started."""
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "log.csv"))
+    saved = {"save_strategy": "steps", "save_steps": 2, "eval_before": True, "method": "molf"}
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    for checkpoint in checkpoints(folder):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = (
+        settings | saved | read_result(folder).config | {"output_dir": str(folder), "resume_from_checkpoint": "True"}
+    )
+    assert carry_out(again, overwrite=overwrite) == read_result(folder)
+    if not overwrite:
+        words = "holds a finished run, and no complete checkpoint to resume from; choose another"
+        for change in ({"num_train_epochs": 9}, {"eval_limit": 1}):
+            with pytest.raises(MolfError, match=words):
+                carry_out(again, **change)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_killed_while_it_removes_its_checkpoints_a_finished_run_is_only_tidied(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    note = folder / ".trained.json"
+    note.write_text("{}")
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    again = read_result(folder).config | {"output_dir": str(folder), "resume_from_checkpoint": "True"}
+    assert carry_out(again, clean_ckpt_at_end=True) == read_result(folder)
+    assert not checkpoints(folder) and not note.exists()
+
+
+def test_damaged_checkpoints_are_kept_by_a_run_that_starts_anew(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    (folder / "result.json").unlink()
+    for checkpoint in checkpoints(folder):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    carry_out(settings, eval_limit=1, resume_from_checkpoint=True)
+    assert {path.name for path in folder.glob("*checkpoint*")} == {"damaged-checkpoint-2", "damaged-checkpoint-4"}
 
 
 def test_a_file_in_the_way_of_the_folder(settings, tmp_path):

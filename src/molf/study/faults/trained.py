@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.checkpoint_folder import can_resume
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.results.result import Training, as_metrics
@@ -45,7 +45,7 @@ def find_trained(config: RunConfig, main: bool) -> Trained | None:
         main: Whether this is rank 0, whose folder counts.
 
     Raises:
-        MolfError: The finished training had other settings, and there is no checkpoint to resume from.
+        MolfError: The finished training had other settings, and there is no complete checkpoint to resume from.
     """
     found: list[Trained | None] = [None]
     file = config.output_dir / TRAINED_FILE
@@ -61,7 +61,7 @@ def _read(file: Path, config: RunConfig) -> Trained | None:
     if not different:
         before = noted["metrics_before"]
         return Trained(Training(**noted["training"]), None if before is None else as_metrics(before))
-    if checkpoints(file.parent):
+    if can_resume(file.parent):
         return None
     raise MolfError(
         f"{file.parent} holds a trained model that is not evaluated yet. It was trained with {', '.join(different)}. Use the "

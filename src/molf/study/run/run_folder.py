@@ -5,14 +5,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import checkpoints, remove_checkpoints
+from molf.integrations.checkpoint_folder import can_resume, checkpoints, remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
@@ -41,12 +41,17 @@ def check_folder(config: RunConfig) -> None:
         raise MolfError(f"output_dir={folder} is the folder of the model to train; choose another --output_dir")
     _check_writable(folder)
     finished = (folder / RESULT_FILE).exists()
-    resumable = bool(checkpoints(folder)) or (folder / TRAINED_FILE).exists()
-    # A finished run without checkpoints cannot resume, and starting from the beginning would replace it.
-    resuming = config.resume_from and not (config.resume_from is True and finished and not resumable)
-    if config.output.overwrite or resuming:
+    resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
+    last = config.resume_from is True
+    # A finished run that cannot resume stays: starting from the beginning would replace it.
+    if config.output.overwrite or (config.resume_from and not (last and finished and not resumable)):
         return
-    unfinished = not finished and not evaluating and resumable
+    if last and not evaluating:
+        raise MolfError(
+            f"{folder} holds a finished run, and no complete checkpoint to resume from; choose another --output_dir, or pass "
+            "--overwrite without --resume_from_checkpoint to replace it"
+        )
+    unfinished = not finished and not evaluating and (resumable or bool(checkpoints(folder)))
     if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
         raise MolfError(
             f"{folder} holds {'a finished run' if finished else 'an unfinished run that can resume'}; pass --overwrite to "
@@ -56,12 +61,12 @@ def check_folder(config: RunConfig) -> None:
 
 def finished_result(config: RunConfig) -> Result | None:
     """Return the result of this very run if it is finished and asked to resume: nothing is left to do."""
-    file = config.output_dir / RESULT_FILE
-    if config.output.overwrite or config.output.only_eval or config.resume_from is not True or not file.is_file():
+    if config.resume_from is not True or not (config.output_dir / RESULT_FILE).is_file():
         return None
-    result = read_result(config.output_dir)
-    same = result.training is not None and not differing(result.config, config, "evaluation")
-    return result if same else None
+    with suppress(MolfError):  # what cannot be read is still a finished run: `check_folder` keeps it
+        result = read_result(config.output_dir)
+        return None if differing(result.config, config, "evaluation") else result
+    return None
 
 
 def _check_writable(folder: Path) -> None:
@@ -74,13 +79,13 @@ def _check_writable(folder: Path) -> None:
         raise MolfError(f"output_dir={folder} is not writable ({nearest}: {error.strerror}); choose another") from error
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove the result, log, picture, adapters and checkpoints of an earlier run."""
+def clear_folder(folder: Path, aside: bool) -> None:
+    """Remove the result, log, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
     for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
         (folder / name).unlink(missing_ok=True)
     if (folder / ADAPTERS_FOLDER).is_dir():
         shutil.rmtree(folder / ADAPTERS_FOLDER)
-    remove_checkpoints(folder)
+    remove_checkpoints(folder, aside)
 
 
 def run_id(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """A run from its configuration to its result: train, save a plain checkpoint, evaluate, record."""
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,16 @@ def run(config: RunConfig) -> Result | None:
         Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
-    check_folder(config)
-    if (done := finished_result(config)) is not None:
-        _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
-        return done
-    if config.task.generation_backend == "vllm":
-        require_vllm()
+    if (done := finished_result(config)) is None:
+        check_folder(config)
+        if config.task.generation_backend == "vllm":
+            require_vllm()
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
+        if done is not None:
+            _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
+            if os.environ.get("RANK", "0") == "0":
+                _tidy(config)
+            return done
         return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
 
 
@@ -76,10 +80,15 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
         return None
     result = make_result(job, start, after, outcome.trained)
     write_record(config, result, after)
+    _tidy(config)
+    return result
+
+
+def _tidy(config: RunConfig) -> None:
+    """Remove what a finished run does not need, also if an earlier start was killed here."""
     forget_trained(config)
     if config.output.clean_ckpt_at_end:
         remove_checkpoints(config.output_dir)
-    return result
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
         run_id(config.output_dir)  # fixed while the result of a replaced run is still there
         forget_trained(config)
     if main and checkpoint is None:
-        clear_folder(config.output_dir)
+        clear_folder(config.output_dir, aside=not config.resume_from)
     before = _evaluate_before(job, trainer) if config.task.eval_before else None
     stop.deferred = True  # until the trained model is on disk
     training = _fit(trainer, job, recipe, checkpoint)
