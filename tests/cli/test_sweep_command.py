@@ -1,3 +1,4 @@
+import re
 import shlex
 import signal
 import time
@@ -11,6 +12,7 @@ import yaml
 
 from conftest import TOLERANCE
 from molf.cli import main
+from molf.cli.compare import parse_comparison
 from molf.cli.sweep import parse_sweep
 from molf.errors import MolfError, UsageError
 from molf.integrations.checkpoint_folder import checkpoints
@@ -67,6 +69,16 @@ def test_a_file(tmp_path):
     assert (options.setup, options.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.
     assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../out", "/abs", "a\nb"])
+def test_a_name_that_leads_elsewhere_is_refused(name, tmp_path):
+    """The trained weights of a run are removed at its end."""
+    path = tmp_path / "s.yaml"
+    for parsing in (parse_sweep, parse_comparison):
+        path.write_text(yaml.safe_dump({"methods": {name: {"method": "fft"}}, "output_root": str(tmp_path / "out")}))
+        with pytest.raises(MolfError, match=f"the name of a .*={re.escape(repr(name))} cannot name a folder"):
+            parsing([str(path)])
 
 
 @pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])

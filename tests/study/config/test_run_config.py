@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig, RunConfig, TaskConfig
+from molf.errors import MolfError
+from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig, RunConfig, TaskConfig, folder_name
 
 
 def test_the_published_recipe_fills_in_what_is_not_given():
@@ -147,3 +149,21 @@ def test_contradictions(settings, message):
 def test_configuration_needs_no_torch():
     code = "import sys, molf.study.config.run_config, molf.study.config.sameness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+NO_NAMES = ["", ".", "..", ".hidden", "../up", "a/b", "/abs", "a\nb", "a\0b", "\ud800", "x" * 201, "é" * 101]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_cannot_name_a_folder_is_refused(name):
+    with pytest.raises(MolfError, match=r"^run_name=.* cannot name a folder: give up to 200 printable characters"):
+        folder_name(name, "run_name")
+    if name:  # an empty one is none: the name is made up
+        with pytest.raises(MolfError, match="cannot name a folder"):
+            RunConfig(train={"run_name": name}).resolved()
+        assert RunConfig(train={"run_name": name, "output_dir": "x"}).output_dir == Path("x")
+
+
+@pytest.mark.parametrize("name", ["a", "a..b", "Ünï 1", "molf-r2_4-lr0.0001", "-", "x" * 200])
+def test_plain_names_of_folders(name):
+    assert folder_name(name, "?") == name

@@ -9,7 +9,7 @@ from typing import Literal
 import yaml
 
 from molf.files import atomic_write
-from molf.study.config.run_config import RunConfig
+from molf.study.config.run_config import RunConfig, folder_name
 from molf.study.results.result import RESULT_FILE
 
 FAILED = ".failed.json"
@@ -39,11 +39,17 @@ class RunSpec:
         name: Name of its folder.
         config: Its settings.
         processes: How many processes of one machine train it together.
+
+    Raises:
+        MolfError: The name cannot be that of a folder.
     """
 
     name: str
     config: RunConfig
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        folder_name(self.name, "the name of a run")
 
     @property
     def folder(self) -> Path:
