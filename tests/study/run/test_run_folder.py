@@ -97,6 +97,12 @@ def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
         carry_out(settings)
 
 
+def test_a_symlink_to_nowhere(settings, tmp_path):
+    Path(settings["output_dir"]).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MolfError, match=r"is not writable \(.*run: No such file or directory"):
+        carry_out(settings)
+
+
 def test_a_read_only_folder(settings, tmp_path):
     folder = tmp_path / "archive"
     folder.mkdir()

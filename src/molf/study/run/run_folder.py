@@ -1,6 +1,7 @@
 """The folder of a run: whether a run may write there, and what is removed before it starts from the beginning."""
 
 import errno
+import os
 import shutil
 import tempfile
 import uuid
@@ -71,7 +72,7 @@ def finished_result(config: RunConfig) -> Result | None:
 
 def _check_writable(folder: Path) -> None:
     """Try to write a file that is removed at once, before anything is computed."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
