@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the ``checkpoint-N`` folders of a run, ordered by step."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and is_left(path.name)), key=step_of)
+
+
+def is_left(name: str) -> bool:
+    """Return whether this module makes files of a name in a run's folder, which ``remove_checkpoints`` removes."""
+    return name == UNFINISHED or re.fullmatch(rf"(({'|'.join(_ASIDE)})-)?{PREFIX}[0-9]+", name) is not None
 
 
 def step_of(checkpoint: Path) -> int:

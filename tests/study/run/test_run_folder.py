@@ -34,9 +34,47 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
     assert carry_out(settings, resume_from_checkpoint="True", eval_limit=1).training.steps == 4
 
 
-def test_the_model_to_be_trained_is_not_written_over(settings):
-    with pytest.raises(ValueError, match="is the folder of the model to train"):
-        carry_out(settings, output_dir=settings["model_name_or_path"], overwrite=True)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model_name_or_path", ""),
+        ("model_name_or_path", "checkpoint-10"),
+        ("model_name_or_path", "damaged-checkpoint-2/deep"),
+        ("model_name_or_path", ".unfinished/checkpoint-3"),
+        ("model_name_or_path", "adapters/lora_r2"),
+        ("chat_template_path", "checkpoint-10"),
+        ("data_path", "predictions.jsonl.gz"),
+        ("data_path", ""),
+        ("eval_path", "result.json"),
+    ],
+)
+def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    (folder / place).mkdir(parents=True)
+    (folder / place / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(folder)
+    for given in (folder / place, tmp_path / "link" / place):
+        with pytest.raises(
+            MolfError, match=f"^{name}={given} is .*output_dir={folder}, where the run would replace it"
+        ):
+            carry_out(settings | {name: str(given)}, overwrite=True)
+    assert (folder / place / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["../run-2", "export-merged", "base", "checkpoint-best", "10"])
+def test_other_inputs_may_be_beside_or_in_the_folder(place, settings):
+    check_folder(RunConfig.from_dict(settings | {"model_name_or_path": str(Path(settings["output_dir"]) / place)}))
+
+
+def test_an_evaluation_leaves_the_model_alone(settings):
+    folder = Path(settings["output_dir"])
+    (folder / "checkpoint-10").mkdir(parents=True)
+    for place in (folder, folder / "checkpoint-10"):
+        changes = {"model_name_or_path": str(place), "only_eval": True, "overwrite": True}
+        check_folder(RunConfig.from_dict(settings | changes))
+    with pytest.raises(MolfError, match="data_path=.*, where the run would replace it"):
+        (folder / "predictions.jsonl.gz").touch()
+        check_folder(RunConfig.from_dict(settings | changes | {"data_path": str(folder / "predictions.jsonl.gz")}))
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import can_resume, checkpoints, remove_checkpoints
+from molf.integrations.checkpoint_folder import can_resume, checkpoints, is_left, remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
@@ -27,6 +27,9 @@ CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
 
+_WRITTEN = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE)
+_REMOVED = (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER)
+
 
 def check_folder(config: RunConfig) -> None:
     """Check that a run may write into its folder.
@@ -34,12 +37,10 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, or the model to train, or is not writable.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
-    model = config.model.model_name_or_path
-    if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
-        raise MolfError(f"output_dir={folder} is the folder of the model to train; choose another --output_dir")
+    _check_inputs(config)
     _check_writable(folder)
     finished = (folder / RESULT_FILE).exists()
     resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
@@ -70,6 +71,26 @@ def finished_result(config: RunConfig) -> Result | None:
     return None
 
 
+def _check_inputs(config: RunConfig) -> None:
+    """Refuse inputs that the run would remove or replace, by whatever path they are given."""
+    folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
+    task, template = config.task, config.train.get("chat_template_path")
+    inputs = {"model_name_or_path": config.model.model_name_or_path, "chat_template_path": template}
+    for name, given in (inputs | {"data_path": task.data_path, "eval_path": task.eval_path}).items():
+        if not given:
+            continue
+        path = Path(os.path.realpath(Path(given).expanduser()))
+        first = next(iter(path.relative_to(folder).parts), "") if path.is_relative_to(folder) else None
+        own = first in _WRITTEN or (
+            training and first is not None and (not first or first in _REMOVED or is_left(first))
+        )
+        if own and (path.exists() or name == "model_name_or_path"):
+            raise MolfError(
+                f"{name}={given} is {'in ' if first else ''}output_dir={config.output_dir}, where the run would replace it; "
+                "choose another --output_dir"
+            )
+
+
 def _check_writable(folder: Path) -> None:
     """Try to write a file that is removed at once, before anything is computed."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -82,7 +103,7 @@ def _check_writable(folder: Path) -> None:
 
 def clear_folder(folder: Path, aside: bool) -> None:
     """Remove the result, log, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
-    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
+    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):  # the others are replaced later
         (folder / name).unlink(missing_ok=True)
     if (folder / ADAPTERS_FOLDER).is_dir():
         shutil.rmtree(folder / ADAPTERS_FOLDER)

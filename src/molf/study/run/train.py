@@ -57,7 +57,7 @@ def run(config: RunConfig) -> Result | None:
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
         if done is not None:
             _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" and not config.output.only_eval:
                 _tidy(config)
             return done
         return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
