@@ -104,6 +104,8 @@ def test_the_published_searches(file, number):
         ("--engine slurm --time soon", "argument --time: invalid int value: 'soon'"),
         ("--engine slurm --time 0", "time=0 must be at least 1"),
         ("--engine slurm --sbatch x", "argument --sbatch: invalid"),
+        ("--engine slurm --output_root 50% --dry_run", "SLURM's files cannot be in .*50%/jobs"),
+        ("--engine slurm --partition 'a\nb'", "'partition': 'a.nb' for sbatch: a value is a number, printable text"),
         ("--jobs many", "argument --jobs: invalid int value: 'many'"),
         ("--nproc_per_node 0", "nproc_per_node=0 must be at least 1"),
         ("--retry maybe", "argument --retry: Truthy value expected: got maybe"),

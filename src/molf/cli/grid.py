@@ -56,6 +56,8 @@ class GridOptions(SlurmSettings):
         for name in ("jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.engine == "slurm":
+            self.make_engine(lambda line: None)  # refuses what its scripts cannot say, also for a dry run
 
     def make_engine(self, log: Callable[[str], None], wait: bool = True) -> "Engine":
         """Return what executes the runs."""
