@@ -89,7 +89,7 @@ def read_yaml(path: Any) -> dict[str, Any]:
         raise MolfError(f"there is no configuration file {path}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, an integer too long, lists too deep
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise UsageError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error

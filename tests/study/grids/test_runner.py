@@ -45,6 +45,25 @@ def test_one_command_after_another(specs):
     assert outcome == run_grid(specs, LocalEngine(), retry=True)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "3"}', "[" * 10_000])
+def test_a_damaged_note_is_one_message(content, specs):
+    specs[0].beside(".failed.json").write_text(content)
+    with pytest.raises(MolfError, match=r"finish.failed.json is damaged: .*; remove it to run finish again"):
+        run_grid(specs, LocalEngine())
+    specs[0].beside(".failed.json").write_text('{"status": 3}')
+    assert specs[0].failure.status == 3 and specs[0].failure.tail == "", "its log may be gone"
+
+
+@pytest.mark.parametrize("content", ["{", "- 1", "\x00", "a: " + "9" * 5000, "limit: seven"], ids=range(5))
+def test_damaged_settings_are_one_message(content, specs):
+    (specs[0].folder / "checkpoint-1").mkdir(parents=True)
+    specs[0].settings_file.write_text(content)
+    with pytest.raises(
+        MolfError, match=r"finish.yaml is damaged|the settings of the earlier run are not those of a run"
+    ):
+        run_grid(specs, LocalEngine())
+
+
 def test_settings_are_written_before_the_run(specs):
     run_grid(specs[:1], LocalEngine())
     assert f"output_dir: {specs[0].folder}" in specs[0].settings_file.read_text()

@@ -179,6 +179,14 @@ def test_what_would_be_another_line_of_the_script_is_refused(settings, words):
         SlurmSettings(**settings)
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"job": 1}', "[]"])
+def test_a_damaged_note_of_a_job_is_one_message(content, tmp_path):
+    spec = fake_run(tmp_path / "out", "finish")
+    spec.beside(".job.json").write_text(content)
+    with pytest.raises(MolfError, match=r"finish.job.json is damaged: .*; remove it once no job"):
+        job_of(spec)
+
+
 def test_options_of_sbatch():
     options = {"nice": 5, "exclusive": True, "mail-user": "me@here", "comment": "it's $(not) run; 100 %", "x_y": 0.5}
     assert SlurmSettings(sbatch=options).parameters()["additional_parameters"].items() >= options.items()

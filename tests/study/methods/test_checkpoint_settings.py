@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from molf.integrations.checkpoint_folder import SETTINGS_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
-from molf.study.methods.checkpoint_settings import FILE_NAME, CheckpointSettings
+from molf.study.methods.checkpoint_settings import CheckpointSettings
 
 DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
@@ -57,12 +58,12 @@ def test_what_differs_is_named(changes, words, tmp_path):
 
 def test_a_plain_trainers_checkpoint_is_not_asked(tmp_path):
     made().check(tmp_path)
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / SETTINGS_FILE).exists()
 
 
 def test_an_earlier_checkpoint_is_asked_about_what_it_has(tmp_path):
     earlier = {name: made().settings[name] for name in ("method", "lora_rank")}
-    (tmp_path / FILE_NAME).write_text(json.dumps(earlier), encoding="utf-8")
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(earlier), encoding="utf-8")
     made(seed=7).check(tmp_path)
     with pytest.raises(ValueError, match=r"was made with lora_rank=4 \(here 8\): use the settings"):
         made(lora_rank=8, seed=7).check(tmp_path)
@@ -77,6 +78,6 @@ def test_shards_are_no_whole_checkpoint(tmp_path):
     made(sharded=True).check(tmp_path)
     with pytest.raises(ValueError, match=r"sharded=True \(here False\)"):
         made().check(tmp_path)
-    (tmp_path / FILE_NAME).write_text('{"method": "lora"}', encoding="utf-8")
+    (tmp_path / SETTINGS_FILE).write_text('{"method": "lora"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"sharded=False \(here True\)"):
         made(sharded=True).check(tmp_path)

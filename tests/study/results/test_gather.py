@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_results_are_found_at_any_depth_and_what_is_none_is_named(runs):
     assert list(found.results) == [str(runs / name) for name in ("a/deep", "b", "c")]
     assert set(found.unreadable) == {str(runs / name / "result.json") for name in ("torn", "older")}
     assert all("is not a result of this version" in reason for reason in found.unreadable.values())
+
+
+def test_a_folder_whose_name_is_no_text(runs, tmp_path):
+    leave(tmp_path / os.fsdecode(b"\xff"), method="fft")
+    found = gather([runs])
+    assert f"{tmp_path}/\\xff" in found.results
+    found.write_csv(tmp_path / "all.csv")
+    found.write_parquet(tmp_path / "all.parquet")
+
+
+def test_settings_of_all_types_go_into_parquet(tmp_path):
+    for number, value in enumerate([True, 1, 2**63 - 1, 0.5, "x", None, [1], {"a": 1}]):
+        leave(tmp_path / str(number), odd=value, other=[value], third=value if number < 4 else None)
+    gather([tmp_path]).write_parquet(tmp_path / "all.parquet")
+    assert parquet.read_table(tmp_path / "all.parquet").num_rows == 8
 
 
 def test_a_run_given_twice_counts_once(runs):

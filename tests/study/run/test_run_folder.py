@@ -1,4 +1,5 @@
 import errno
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -166,6 +167,14 @@ def test_a_run_keeps_its_id_until_its_result_is_there(tmp_path):
     (folder / "result.json").write_text(f'{{"run_id": "{first}"}}')
     second = run_id(folder)
     assert second == run_id(folder) != first, "a repeated run, which replaces a finished one"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"a\nb", b"0" * 31, b"g" * 32])
+def test_a_damaged_id_is_replaced_with_a_warning(content, tmp_path, caplog):
+    (tmp_path / ".run_id").write_bytes(content)
+    (tmp_path / "result.json").write_bytes(b"\xff")
+    assert re.fullmatch("[0-9a-f]{32}", run_id(tmp_path)) and run_id(tmp_path) == run_id(tmp_path)
+    assert ".run_id is damaged; the run gets a new id" in caplog.text
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "?"), SafetensorError("I/O error: No space left on device")])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
+from molf.errors import MolfError
 from molf.study.config.fields import SHAPES, TRAINER_LEVELS, Level
 from molf.study.config.run_config import SECTIONS, RunConfig
 
@@ -30,8 +31,14 @@ def differing(there: Mapping[str, Any], here: RunConfig, level: Level) -> list[s
 
     Returns:
         One ``"seed=42 (here 7)"`` per difference.
+
+    Raises:
+        MolfError: The settings of the earlier run are not those of a run.
     """
-    earlier, now = _plain(RunConfig.from_dict(there)), _plain(here)
+    try:
+        earlier, now = _plain(RunConfig.from_dict(there)), _plain(here)
+    except (TypeError, AttributeError) as error:  # such as a word for a number
+        raise MolfError(f"the settings of the earlier run are not those of a run: {error}") from error
     defaults = _trainer_defaults() if earlier.keys() != now.keys() else {}
     levels = get_args(Level)
     found = []

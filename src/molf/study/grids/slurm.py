@@ -16,6 +16,7 @@ from typing import Any
 
 from molf.errors import MolfError
 from molf.files import atomic_write
+from molf.json_files import read_json, typed
 from molf.study.grids.attempt import Attempt
 from molf.study.grids.spec import RunSpec
 
@@ -212,7 +213,10 @@ def largest_array() -> int:
 
 def job_of(spec: RunSpec) -> str | None:
     """Return the id of the last job that was submitted for a run."""
+    note = spec.beside(JOB)
     try:
-        return str(json.loads(spec.beside(JOB).read_text(encoding="utf-8"))["job"])
+        return str(typed(str, read_json(note, dict[str, Any]).get("job"), "job"))
     except FileNotFoundError:
         return None
+    except MolfError as error:
+        raise MolfError(f"{note} is damaged: {error}; remove it once no job of {spec.name} is in the queue") from error

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import SETTINGS_FILE
 from molf.integrations.whole_checkpoints import CheckpointPart
+from molf.json_files import read_json
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import shaping
 
-FILE_NAME = "made_with.json"
 PROCESSES = "processes"
 
 
@@ -39,7 +40,7 @@ class CheckpointSettings(CheckpointPart):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the settings and, for information, the number of processes."""
         written = self.settings | {PROCESSES: self.processes}
-        (folder / FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(json.dumps(written, indent=1), encoding="utf-8")
 
     def check(self, folder: Path) -> None:
         """Compare the settings with those of a checkpoint.
@@ -58,10 +59,15 @@ class CheckpointSettings(CheckpointPart):
 
 def read_settings(checkpoint: Path) -> dict[str, Any]:
     """Return the settings that a checkpoint records."""
-    file = checkpoint / FILE_NAME
+    file = checkpoint / SETTINGS_FILE
     if not file.is_file():
         return {}
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        saved: dict[str, Any] = read_json(file, dict[str, Any])
+    except MolfError as error:
+        raise MolfError(
+            f"{file}, the settings of the checkpoint, is damaged: {error}; resume from another one"
+        ) from error
     return {"sharded": False} | saved
 
 

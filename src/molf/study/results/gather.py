@@ -66,7 +66,9 @@ def gather(places: Iterable[Path]) -> Gathered:
     results, unreadable = {}, {}
     for file in files:
         try:
-            results[str(file.parent)] = read_result(file)
+            # The bytes of a name need not be text.
+            folder = os.fsencode(file.parent).decode(errors="backslashreplace")
+            results[folder] = read_result(file)
         except (MolfError, OSError) as error:
             unreadable[str(file)] = str(error)
     return Gathered(results, unreadable)

@@ -1,7 +1,9 @@
 """The folder of a run: whether a run may write there, and what is removed before it starts from the beginning."""
 
 import errno
+import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -21,6 +23,8 @@ from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.result import RESULT_FILE, Result, read_result
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
@@ -114,9 +118,11 @@ def run_id(folder: Path) -> str:
     """Return the id of the run in a folder. It stays the same over all starts of the run, until its result is written."""
     file, result = folder / RUN_ID_FILE, folder / RESULT_FILE
     if file.is_file():
-        known = file.read_text(encoding="utf-8")
-        if not (result.is_file() and known in result.read_text(encoding="utf-8")):
-            return known
+        known = file.read_bytes()
+        if not re.fullmatch(rb"[0-9a-f]{32}", known):
+            _log.warning("%s is damaged; the run gets a new id, and perhaps another row in $LOG_FILE", file)
+        elif not (result.is_file() and known in result.read_bytes()):
+            return known.decode()
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
         partial.write_text(uuid.uuid4().hex, encoding="utf-8")

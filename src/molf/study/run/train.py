@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from molf.integrations.checkpoint_folder import remove_checkpoints, step_of
+from molf.integrations.checkpoint_folder import global_step, remove_checkpoints
 from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
@@ -158,7 +158,7 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
             _log.warning(warning)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = float(outcome.metrics["train_runtime"])
-    tokens = _tokens(trainer.state.log_history, since=0 if checkpoint is None else step_of(checkpoint))
+    tokens = _tokens(trainer.state.log_history, since=0 if checkpoint is None else global_step(checkpoint))
     return Training(
         steps=outcome.global_step,
         seconds=seconds,
