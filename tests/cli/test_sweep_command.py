@@ -26,7 +26,7 @@ from small_runs import weights
 CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 SMALL = (
     "--sample --limit 4 --eval_limit 2 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 "
-    "--lora_rank 2 --gradient_checkpointing False --disable_tqdm True"
+    "--gradient_checkpointing False --disable_tqdm True"
 )
 
 
@@ -64,7 +64,7 @@ def test_a_file(tmp_path):
         "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
         "fft-a-lr0.0001", "fft-b-lr0.0001",
     ]  # fmt: skip
-    assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [2, 4]
+    assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [128], "fft does not read them"
     assert (options.partition, options.time, options.jobs) == ("gpu", 20, 3)
     assert (options.setup, options.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.

@@ -127,12 +127,6 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
         ({"method": "rslora", "use_rslora": False}, "use method lora"),
         ({"method": "adalora", "use_rslora": True}, "alpha/rank"),
         ({"method": "lora_plus", "loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5"),
-        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: only MoLF has it"),
-        (
-            {"method": "lora", "optimizer_in_backward": True},
-            "optimizer_in_backward=True with method lora: only MoLF has it",
-        ),
-        ({"method": "dora", "fused": True}, "fused=True with method dora: only MoLF has it; leave it out"),
         ({"ranks": [0]}, r"ranks=\[0\]: give ranks of at least 1, each once"),
         ({"ranks": [8, 8]}, r"ranks=\[8, 8\]: give ranks of at least 1, each once"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank=0 must be at least 1"),

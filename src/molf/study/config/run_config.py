@@ -36,7 +36,6 @@ DEMO: dict[str, Any] = {
     "limit": 120,
     "method": "molf",
     "learning_rate": 2e-4,
-    "lora_learning_rate": 2e-4,
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 8,

@@ -12,6 +12,7 @@ from molf.integrations.checkpoint_folder import global_step, remove_checkpoints
 from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
+from molf.study.config.unread import check_read
 from molf.study.engine.evaluate import Evaluation, evaluate
 from molf.study.engine.generation import end_tokens
 from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
@@ -50,6 +51,7 @@ def run(config: RunConfig) -> Result | None:
         Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
+    check_read(config)
     if (done := finished_result(config)) is None:
         check_folder(config)
         if config.task.generation_backend == "vllm":
@@ -156,9 +158,10 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
     if trainer.is_world_process_zero():
         for warning in trainer.cut.warnings():
             _log.warning(warning)
+    since = 0 if checkpoint is None else global_step(checkpoint)  # which may be gone after the training
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = float(outcome.metrics["train_runtime"])
-    tokens = _tokens(trainer.state.log_history, since=0 if checkpoint is None else global_step(checkpoint))
+    tokens = _tokens(trainer.state.log_history, since)
     return Training(
         steps=outcome.global_step,
         seconds=seconds,
