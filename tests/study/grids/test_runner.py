@@ -6,14 +6,13 @@ import pytest
 from fake_runs import RESULT, fake_run
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
-from molf.study.config.run_config import RunConfig
 from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.local import LocalEngine
 from molf.study.grids.runner import check_names, run_grid
 from molf.study.grids.spec import make_spec
 from molf.study.run.train import run
-from small_runs import small_run
+from small_runs import small_config, small_run
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ class InProcess:
 
 
 def test_a_run_that_is_stopped_in_its_evaluation_is_not_trained_again(saved_model, tmp_path, monkeypatch):
-    spec = make_spec(tmp_path / "out", "run", RunConfig.from_dict(small_run(saved_model, tmp_path)))
+    spec = make_spec(tmp_path / "out", "run", small_config(small_run(saved_model, tmp_path)))
     assert spec.config.train["save_strategy"] == "no"
 
     def stopped(*given, **settings):
