@@ -2,11 +2,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import SETTINGS_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
-from molf.study.methods.checkpoint_settings import CheckpointSettings
+from molf.study.methods.checkpoint_settings import CheckpointSettings, model_fingerprint
 
 DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
@@ -46,6 +48,12 @@ def test_the_same_and_what_may_change(tmp_path):
         ({"data": DATA[::-1]}, "training_data=2 examples of fact"),
         ({"max_grad_norm": 3.0}, r"max_grad_norm=1.0 \(here 3.0\)"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.0 \(here 0.1\)"),
+        ({"loss_type": "dft"}, r"loss_type=\w+ \(here dft\)"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=None \(here 5.0\)"),
+        (
+            {"optim": "sgd", "optim_args": "momentum=0.9"},
+            r"optim=\w+ \(here sgd\), optim_args=None \(here momentum=0.9\)",
+        ),
         ({"adam_beta2": 0.95}, r"adam_beta2=0.999 \(here 0.95\)"),
         ({"lora_weight_decay": 0.5}, r"lora_weight_decay=0.01 \(here 0.5\)"),
     ],
@@ -54,6 +62,37 @@ def test_what_differs_is_named(changes, words, tmp_path):
     made().save(None, tmp_path)
     with pytest.raises(ValueError, match=words):
         made(**changes).check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_grad_norm": 3.0}, {"max_grad_norm": 0.0}, {"score": "pfn"}, {"top_k": 2}, {"bf16": True}, {"adam_epsilon": 1e-6},
+        {"adam_beta1": 0.8}, {"lora_weight_decay": 0.5}, {"lora_alpha": 8.0}, {"match_lora_rate": True}, {"weight_decay": 0.5},
+        {"label_smoothing_factor": 0.1}, {"bf16_update": "stochastic"}, {"optim_bits": 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_molf_are_compared_though_the_trainer_has_others(change, tmp_path):
+    """The Trainer does not clip, as MoLF does it."""
+    own = {"method": "molf", "lora_rank": 128}
+
+    def part(**changes):
+        config = RunConfig.from_dict({"output_dir": "here", "use_cpu": True, **own, **changes})
+        args = build_train_config(config.train | {"max_grad_norm": 0.0})
+        return CheckpointSettings(config, args, DATA)
+
+    part().save(None, tmp_path)
+    part().check(tmp_path)
+    with pytest.raises(MolfError, match=next(iter(change))):
+        part(**change).check(tmp_path)
+
+
+def test_a_model_is_known_by_its_values():
+    model, other = (torch.nn.Linear(3, 2) for _ in range(2))
+    assert model_fingerprint(model) != model_fingerprint(other)
+    other.load_state_dict(model.state_dict())
+    assert model_fingerprint(model) == model_fingerprint(other)
 
 
 def test_a_plain_trainers_checkpoint_is_not_asked(tmp_path):

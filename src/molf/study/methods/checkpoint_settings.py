@@ -27,13 +27,21 @@ class CheckpointSettings(CheckpointPart):
     """
 
     def __init__(
-        self, config: RunConfig, args: TrainingArguments, examples: Sequence[Mapping[str, Any]], sharded: bool = False
+        self,
+        config: RunConfig,
+        args: TrainingArguments,
+        examples: Sequence[Mapping[str, Any]],
+        sharded: bool = False,
+        base: str = "",
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
         settings["sharded"] = sharded
         settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["training_data"] = _fingerprint(config.task.task, examples)
+        settings["base_model"] = base
+        if config.method.routes:  # the Trainer does not clip then
+            settings["max_grad_norm of MoLF"] = config.train["max_grad_norm"]
         self.settings = {name: getattr(value, "value", value) for name, value in settings.items()}
         self.processes = args.world_size
 
@@ -69,6 +77,15 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
             f"{file}, the settings of the checkpoint, is damaged: {error}; resume from another one"
         ) from error
     return {"sharded": False} | saved
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Identify a model by its parameters' names, shapes and first values, wherever it was read from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].float().tolist()
+        digest.update(repr((name, tuple(parameter.shape), first)).encode())
+    return f"SHA-256 {digest.hexdigest()[:12]}"
 
 
 def _fingerprint(task: str, examples: Sequence[Mapping[str, Any]]) -> str:
