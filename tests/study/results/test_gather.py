@@ -7,7 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from fake_runs import RESULT, write_rows
-from molf.study.results.gather import append_csv, gather
+from molf.errors import MolfError
+from molf.study.results.gather import append_csv, check_log, gather
 from served import CONTEXT
 
 
@@ -151,6 +152,39 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     for name in range(3):
         own = [row for row in rows if row.startswith(f"{name}-")]
         assert len(own) >= 20 and own == [f"{name}-{number}" for number in range(len(own))]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (os.mkfifo, "it is a named pipe, which needs a reader"),
+        (lambda path: path.write_bytes(b"a,b\n\xff,1\n"), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b"a,b\n1,2,3\n"), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b'a\n"open\n'), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b"\n\n"), "is not CSV in UTF-8"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+    ],
+    ids=["folder", "pipe", "bytes", "more cells", "open quote", "blank", "circle"],
+)
+def test_a_log_that_cannot_get_a_row_is_named_before_there_is_one(make, words, tmp_path):
+    make(tmp_path / "log")
+    before = os.lstat(tmp_path / "log")
+    with pytest.raises(MolfError, match=words):
+        check_log(tmp_path / "log")
+    assert os.lstat(tmp_path / "log").st_ino == before.st_ino
+
+
+def test_a_log_in_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MolfError, match="Not a directory"):
+        check_log(tmp_path / "file" / "log.csv")
+
+
+def test_asking_leaves_no_log(tmp_path):
+    check_log(tmp_path / "new" / "log.csv")
+    check_log(Path("/dev/null"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_symlinked_log_stays_and_its_file_gets_the_rows(tmp_path):

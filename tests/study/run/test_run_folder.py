@@ -67,6 +67,15 @@ def test_other_inputs_may_be_beside_or_in_the_folder(place, settings):
     check_folder(RunConfig.from_dict(settings | {"model_name_or_path": str(Path(settings["output_dir"]) / place)}))
 
 
+def test_what_would_fail_after_training_is_found_before(settings, tmp_path, monkeypatch):
+    with pytest.raises(MolfError, match=r"run_name='a.udcff' is not Unicode text"):
+        carry_out(settings, run_name="a\udcff")
+    monkeypatch.setenv("LOG_FILE", str(tmp_path))
+    with pytest.raises(MolfError, match=f"cannot write {tmp_path}: Is a directory"):
+        carry_out(settings)
+    assert not Path(settings["output_dir"]).exists()
+
+
 def test_an_evaluation_leaves_the_model_alone(settings):
     folder = Path(settings["output_dir"])
     (folder / "checkpoint-10").mkdir(parents=True)
@@ -177,7 +186,15 @@ def test_a_damaged_id_is_replaced_with_a_warning(content, tmp_path, caplog):
     assert ".run_id is damaged; the run gets a new id" in caplog.text
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "?"), SafetensorError("I/O error: No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "?"),
+        OSError(errno.EDQUOT, "?"),
+        SafetensorError("I/O error: No space left on device"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_is_one_message(error, tmp_path):
     with pytest.raises(MolfError, match=f"the disk of {tmp_path} is full: free some space"), report_full_disk(tmp_path):
         raise error

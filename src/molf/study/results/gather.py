@@ -1,6 +1,8 @@
 """The results of many runs in one table: gathered from folders, or appended to a shared CSV file by every run."""
 
+import errno
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from filelock import FileLock
 from pandas.api.types import infer_dtype
 
 from molf.errors import MolfError
-from molf.files import atomic_write, is_stream, write_errors
+from molf.files import NotWritable, atomic_write, is_stream, write_errors
 from molf.study.results.result import RESULT_FILE, Result, read_result
 
 
@@ -98,11 +100,43 @@ def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> No
     real = Path(os.path.realpath(path))  # one lock for a file, whatever it is called
     with _lock(real), atomic_write(real) as partial:
         if real.exists() and real.stat().st_size > 0:
-            older = pd.read_csv(real, dtype=str, keep_default_na=False)
+            older = _read_rows(real)
             if key is not None and key in older:
                 older = older[older[key] != str(row[key])]
             tables.insert(0, older)
         _write_rows(tables, partial)
+
+
+def check_log(path: Path) -> None:
+    """Check that ``append_csv`` can add a row to a file, before there is one; nothing is changed.
+
+    Raises:
+        MolfError: It is a folder, a pipe or a disk, not writable, or not CSV in UTF-8.
+    """
+    if is_stream(path):
+        if path.is_fifo():
+            raise NotWritable(f"cannot write {path}: it is a named pipe, which needs a reader; choose a file")
+        return
+    real = Path(os.path.realpath(path))
+    if real.exists() and real.stat().st_size > 0:
+        _read_rows(real)
+    nearest = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    with write_errors(path):
+        if nearest != real and not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not (os.access(nearest, os.W_OK) and os.access(nearest if nearest != real else real.parent, os.W_OK)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _read_rows(file: Path) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # rows with more cells than the header, which would be cut
+            return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
+        raise MolfError(f"{file} is not CSV in UTF-8 ({error}), so it gets no row; repair or move it") from error
 
 
 def _write_rows(tables: Sequence[pd.DataFrame], path: Path) -> None:

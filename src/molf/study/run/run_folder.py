@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import can_resume, checkpoints, is_left, remove_checkpoints
@@ -22,6 +20,7 @@ from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
+from molf.study.results.gather import check_log
 from molf.study.results.result import RESULT_FILE, Result, read_result
 
 _log = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
 
+_FULL = ("No space left on device", "Disk quota exceeded")
 _WRITTEN = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE)
 _REMOVED = (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER)
 
@@ -41,11 +41,15 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable;
+            $LOG_FILE cannot get a row; a setting cannot be written as text.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
+    _check_text(config)
     _check_inputs(config)
     _check_writable(folder)
+    if log := os.environ.get("LOG_FILE"):
+        check_log(Path(log))
     finished = (folder / RESULT_FILE).exists()
     resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
     last = config.resume_from is True
@@ -73,6 +77,16 @@ def finished_result(config: RunConfig) -> Result | None:
         result = read_result(config.output_dir)
         return None if differing(result.config, config, "evaluation") else result
     return None
+
+
+def _check_text(config: RunConfig) -> None:
+    for name, value in config.to_dict().items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise MolfError(
+                f"{name}={value!r} is not Unicode text, so no result could record it; give another value"
+            ) from error
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -134,8 +148,10 @@ def report_full_disk(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into a ``MolfError`` that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    except Exception as error:  # those of tokenizers have no type of their own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            words in str(error) for words in _FULL
+        )
         if not full or isinstance(error, MolfError):
             raise
         raise MolfError(
