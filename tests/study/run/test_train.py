@@ -118,8 +118,8 @@ def test_molf_without_lora_experts_is_full_fine_tuning(settings, tiny_model, sav
     """Nothing but the optimizer differs between the methods: data, schedule, clipping and decay are the same."""
     tiny_model.config.attention_dropout = 0.0  # MoLF draws a seed of its own, which shifts what dropout draws
     tiny_model.save_pretrained(saved_model)
-    common = {"max_grad_norm": 0.05, "optim": "adamw_torch", "eval_limit": 1, "model_name_or_path": saved_model}
-    carry_out(settings, method="fft", output_dir=str(tmp_path / "fft"), **common)
+    common = {"max_grad_norm": 0.05, "eval_limit": 1, "model_name_or_path": saved_model}
+    carry_out(settings, method="fft", optim="adamw_torch", output_dir=str(tmp_path / "fft"), **common)
     carry_out(settings, method="molf", ranks=[], output_dir=str(tmp_path / "molf"), **common)
     fft, molf = weights(tmp_path / "fft"), weights(tmp_path / "molf")
     for name in fft:
