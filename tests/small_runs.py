@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from molf.study.config.run_config import RunConfig
+from molf.study.config.unread import unread
 from molf.study.results.result import Result, Training
 from molf.study.run.train import run
 from molf.tasks.base import Metric
@@ -46,10 +47,17 @@ def small_run(model, folder):
     }
 
 
+def small_config(settings, **changes):
+    """Return the configuration of a run, without settings that the method does not read unless they are among the changes."""
+    given = settings | changes
+    ignored = unread(given.get("method", "molf"), given.get("freeze_non_linear")) - changes.keys()
+    return RunConfig.from_dict({name: value for name, value in given.items() if name not in ignored})
+
+
 def carry_out(settings, **changes):
     """Carry out a run with an empty picture of its routing, whose drawing would take a third of the time."""
     with mock.patch("molf.study.run.record.draw_routing", lambda summary, path, title: path.touch()):
-        return run(RunConfig.from_dict(settings | changes))
+        return run(small_config(settings, **changes))
 
 
 class SignalAt(TrainerCallback):

@@ -1,9 +1,13 @@
 import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from molf.errors import MolfError
-from molf.files import atomic_folder, atomic_write
+from molf.files import NotWritable, atomic_folder, atomic_write
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -39,3 +43,107 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="not empty"), atomic_folder(target):
         pass
     assert (target / "file").read_text() == "complete"
+
+
+def write(target, content="new"):
+    with atomic_write(target) as partial:
+        partial.write_text(content)
+
+
+def test_a_symlink_stays_and_the_file_that_it_names_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, real = tmp_path / "link", tmp_path / "elsewhere" / "real"
+    for name in (link, tmp_path / "chain"):
+        name.symlink_to(real if name is link else link)
+        for content in ("made", "replaced"):
+            write(name, content)
+            assert name.is_symlink() and not real.is_symlink() and real.read_text() == content
+    assert os.listdir(real.parent) == ["real"]
+    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere" / "new")
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "file").write_text("complete")
+    assert (tmp_path / "elsewhere" / "new" / "file").read_text() == "complete"
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(NotWritable, match="symbolic links"):
+        write(link)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666, 0o640])
+def test_a_replaced_file_keeps_its_mode_and_owner(mode, tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    target.write_text("older and longer")
+    target.chmod(mode)
+    if os.getuid() == 0:
+        os.chown(target, 12, 34)
+    before = target.stat()
+    write(target)
+    after = target.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert after.st_ino != before.st_ino and target.read_text() == "new"
+
+    # An owner that cannot be given away stays: the file is written in place.
+    monkeypatch.setattr("shutil.copystat", Raises(PermissionError))
+    write(target, "newer")
+    assert target.stat().st_ino == after.st_ino and target.read_text() == "newer"
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *given):
+        raise self.error
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everything
+    with pytest.raises(NotWritable, match="Permission denied"):
+        write(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept" and os.listdir(tmp_path) == ["file"]
+
+
+def test_nothing_is_written_through_a_symlink_in_the_place_of_the_temporary_file(tmp_path):
+    victim, target = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("kept")
+    target.with_name(f".file.{os.getpid()}.partial").symlink_to(victim)
+    write(target)
+    assert (victim.read_text(), target.read_text()) == ("kept", "new") and not target.is_symlink()
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    for target in (null, Path("/dev/null")):
+        write(target)
+        assert target.is_char_device()
+    assert null.is_symlink() and not Path("/dev/.null.partial").exists()
+
+
+def test_a_pipe_gets_the_contents_if_somebody_reads_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(NotWritable, match="cannot write .*pipe"):
+        write(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        write(pipe, "content")
+        assert reader.read() == "content" and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("link", ["/dev/stdout", "out"])
+@pytest.mark.parametrize("to_file", [True, False], ids=["to a file", "to a pipe"])
+def test_this_process_s_own_output_is_added_to(link, to_file, tmp_path):
+    code = f"""
+from pathlib import Path
+from molf.files import atomic_write
+print("before")
+with atomic_write(Path({link!r})) as partial:
+    partial.write_text("content\\n")
+print("after")
+"""
+    if not to_file and link == "out":
+        (tmp_path / "out").symlink_to("/dev/fd/1")
+    with (tmp_path / "out").open("w") if to_file else nullcontext(subprocess.PIPE) as stdout:
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, cwd=tmp_path, text=True, check=True)
+    assert ((tmp_path / "out").read_text() if to_file else done.stdout) == "before\ncontent\nafter\n"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from molf.errors import MolfError
 
-__all__ = ["NotWritable", "atomic_folder", "atomic_write"]
+__all__ = ["NotWritable", "atomic_folder", "atomic_write", "is_stream", "write_errors"]
 
 
 class NotWritable(MolfError, OSError):
@@ -20,27 +23,94 @@ class NotWritable(MolfError, OSError):
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that replaces it at the end, or is removed after an error.
+    """Yield a temporary path that replaces ``target`` at the end, or is removed after an error.
+
+    What a path names is kept: the file behind a symlink is replaced, and the new file has the old one's mode and owner. Streams
+    (see ``is_stream``) are written to and stay what they are.
 
     Raises:
-        NotWritable: ``target`` is a folder, or its folder cannot be made or written.
+        NotWritable: ``target`` is a folder or a disk, or it or its folder cannot be made or written.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if is_stream(target):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (partial := Path(folder) / target.name)
+            _send(partial, target)
+        return
+    real = Path(os.path.realpath(target))
+    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
     try:
-        with _explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            partial.touch()
+        with write_errors(target):
+            real.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
+            partial.touch(exist_ok=False)  # never through a symlink that someone else left here
+            in_place = real.exists() and not _resembles(partial, real)
         yield partial
-        os.replace(partial, target)
+        if in_place:
+            _send(partial, real)
+        else:
+            os.replace(partial, real)
     finally:
         with suppress(OSError):
             partial.unlink()
 
 
+def is_stream(target: Path) -> bool:
+    """Return whether a path names a pipe, a terminal, ``/dev/null`` or this process's own output, which nothing may replace.
+
+    Raises:
+        NotWritable: It names a folder or a disk, or cannot be looked up.
+    """
+    with write_errors(target):
+        try:
+            found = os.stat(target)
+        except FileNotFoundError:
+            return False
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if stat.S_ISBLK(found.st_mode):
+            raise OSError(errno.EPERM, "it is a block device")
+    return not stat.S_ISREG(found.st_mode) or _own_output(found) is not None
+
+
+def _own_output(found: os.stat_result) -> int | None:
+    """Return which standard stream of this process a file is, if it is one: a shell may have sent it to a regular file."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _send(partial: Path, target: Path) -> None:
+    """Write the contents of a file into another that stays."""
+    with write_errors(target):
+        if (own := _own_output(os.stat(target))) is not None:
+            sys.stdout.flush()
+            descriptor = os.dup(own)
+        else:  # an error, not a wait, for a pipe that nobody reads
+            descriptor = os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+        with partial.open("rb") as source, os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
+def _resembles(partial: Path, real: Path) -> bool:
+    """Give a new file the mode, attributes and owner of an old one; False if its owner has to stay another."""
+    if not os.access(real, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    before, now = real.stat(), partial.stat()
+    try:
+        if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
+            os.chown(partial, before.st_uid, before.st_gid)
+        shutil.copystat(real, partial)
+    except PermissionError:
+        return False
+    return True
+
+
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def write_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into ``NotWritable``, but for that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -57,11 +127,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         NotWritable: The folder of ``target`` cannot be made or written.
         OSError: ``target`` exists at the end and is not an empty folder.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with _explained(target):
+    real = Path(os.path.realpath(target))  # a symlink stays
+    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
+    with write_errors(target):
         partial.mkdir(parents=True)
     try:
         yield partial
-        os.replace(partial, target)
+        os.replace(partial, real)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

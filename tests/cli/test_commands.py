@@ -131,7 +131,7 @@ def test_the_demo_runs_twice(model_folder, capsys):
         ("train MODEL --limit 4 --max_length 1", 1, "leaves no target of the 4 training rows"),
         ("train MODEL --limit 4 --ranks 4096 --dry_run", 1, "ranks=(4096,) exceeds"),
         ("train MODEL --chat_template_path broken.jinja", 1, "Unexpected end of template"),
-        ("train MODEL --method fft --match_lora_rate True", 2, "only MoLF has it"),
+        ("train MODEL --method fft --match_lora_rate True", 2, "method fft does not read match_lora_rate=True"),
         ("results . --csv file/x.csv", 1, "cannot write file/x.csv"),
     ],
 )

@@ -17,7 +17,7 @@ from molf.study.results.result import read_result
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 SMALL = (
-    "--sample --limit 4 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 --lora_rank 2 "
+    "--sample --limit 4 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 "
     "--gradient_checkpointing False --disable_tqdm True"
 )
 

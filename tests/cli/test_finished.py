@@ -1,4 +1,5 @@
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -68,3 +69,11 @@ def test_mistakes_in_an_export(run, model_folder, capsys):
     assert "not empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("export run")
+
+
+def test_results_whose_folders_are_no_text_or_hold_none(tmp_path, capsys):
+    leave(tmp_path / os.fsdecode(b"\xff"), json.dumps(RESULT))
+    leave(tmp_path / os.fsdecode(b"[red]\xfe"), '{"metrics": 1}')
+    assert main(["results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "\\xff" in said and "skipped: " in said and "1 unreadable results skipped" in said

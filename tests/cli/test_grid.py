@@ -30,6 +30,43 @@ def test_methods_of_files_and_flags(methods_of):
         methods_of("fft")
 
 
+def grid_of(tmp_path, line="", **content):
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return read_grid([str(tmp_path / "grid.yaml"), *shlex.split(line)], GridOptions)[0]
+
+
+def test_a_shared_setting_is_for_the_methods_that_read_it(tmp_path):
+    shared = {"lora_rank": 8, "ranks": [[2], [4]], "learning_rate": 1e-4, "target_modules": ["q_proj"]}
+    found = grid_of(tmp_path, "--top_k 2", methods=["fft", "lora", "molf"], optim="sgd", **shared)
+    common = {"learning_rate": 1e-4}
+    assert found == {
+        "fft": {"method": "fft", **common, "optim": "sgd"},
+        "lora": {"method": "lora", **common, "lora_rank": 8, "target_modules": ["q_proj"], "optim": "sgd"},
+        "molf": {"method": "molf", **common, "ranks": [[2], [4]], "target_modules": ["q_proj"], "top_k": "2"},
+    }
+    frozen = grid_of(tmp_path, methods=["fft"], target_modules=["q_proj"], freeze_non_linear=True)["fft"]
+    assert frozen["target_modules"] == ["q_proj"], "then it is read"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"methods": ["fft"], "lora_rank": 8}, "method fft does not read lora_rank=8"),
+        ({"methods": ["fft", "lora"], "top_k": 2}, "method fft does not read top_k=2"),
+        ({"methods": {"fft": {"lora_rank": 8}, "lora": None}}, "method fft does not read lora_rank=8"),
+        (
+            {"methods": {"mine": {"method": "molf", "optim": "sgd"}, "lora": None}},
+            "method molf does not read optim=sgd",
+        ),
+        ({"methods": ["ffft", "lora"], "top_k": 2}, "invalid choice: 'ffft'"),
+    ],
+)
+def test_a_setting_that_no_method_reads_or_that_is_given_to_one_that_does_not_is_refused(content, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        for name, settings in grid_of(tmp_path, **content).items():
+            list(configs(name, settings, {}))
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [("--engine local", "the runs have saved what they could"), ("--engine slurm", "the jobs stay in the queue")],

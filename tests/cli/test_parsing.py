@@ -141,6 +141,8 @@ def test_mistakes_are_explained(line, message):
         ("1: a", "one mapping of setting to value"),
         ("", "one mapping of setting to value"),
         ("a: [", "is not valid YAML"),
+        ("seed: " + "9" * 5000, "is not valid YAML: .*digits"),
+        ("a: " + "[" * 2000, "is not valid YAML"),
     ],
 )
 def test_mistakes_in_files_are_explained(content, message, tmp_path):

@@ -1,3 +1,4 @@
+import re
 import shlex
 import signal
 import time
@@ -11,6 +12,7 @@ import yaml
 
 from conftest import TOLERANCE
 from molf.cli import main
+from molf.cli.compare import parse_comparison
 from molf.cli.sweep import parse_sweep
 from molf.errors import MolfError, UsageError
 from molf.integrations.checkpoint_folder import checkpoints
@@ -24,7 +26,7 @@ from small_runs import weights
 CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
 SMALL = (
     "--sample --limit 4 --eval_limit 2 --per_device_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 1 "
-    "--lora_rank 2 --gradient_checkpointing False --disable_tqdm True"
+    "--gradient_checkpointing False --disable_tqdm True"
 )
 
 
@@ -62,11 +64,21 @@ def test_a_file(tmp_path):
         "small-a-r2-lr0.0001", "small-a-r2_4-lr0.0001", "small-b-r2-lr0.0001", "small-b-r2_4-lr0.0001",
         "fft-a-lr0.0001", "fft-b-lr0.0001",
     ]  # fmt: skip
-    assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [2, 4]
+    assert specs[1].config.method.ranks == [2, 4] and specs[4].config.method.ranks == [128], "fft does not read them"
     assert (options.partition, options.time, options.jobs) == ("gpu", 20, 3)
     assert (options.setup, options.sbatch) == (["module load cuda"], {"nice": 5})
     # One value for an axis of the file takes part of the grid, under the same names.
     assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../out", "/abs", "a\nb"])
+def test_a_name_that_leads_elsewhere_is_refused(name, tmp_path):
+    """The trained weights of a run are removed at its end."""
+    path = tmp_path / "s.yaml"
+    for parsing in (parse_sweep, parse_comparison):
+        path.write_text(yaml.safe_dump({"methods": {name: {"method": "fft"}}, "output_root": str(tmp_path / "out")}))
+        with pytest.raises(MolfError, match=f"the name of a .*={re.escape(repr(name))} cannot name a folder"):
+            parsing([str(path)])
 
 
 @pytest.mark.parametrize(("file", "number"), [("fft-med.yaml", 18), ("lora-med.yaml", 12)])
@@ -92,6 +104,8 @@ def test_the_published_searches(file, number):
         ("--engine slurm --time soon", "argument --time: invalid int value: 'soon'"),
         ("--engine slurm --time 0", "time=0 must be at least 1"),
         ("--engine slurm --sbatch x", "argument --sbatch: invalid"),
+        ("--engine slurm --output_root 50% --dry_run", "SLURM's files cannot be in .*50%/jobs"),
+        ("--engine slurm --partition 'a\nb'", "'partition': 'a.nb' for sbatch: a value is a number, printable text"),
         ("--jobs many", "argument --jobs: invalid int value: 'many'"),
         ("--nproc_per_node 0", "nproc_per_node=0 must be at least 1"),
         ("--retry maybe", "argument --retry: Truthy value expected: got maybe"),

@@ -8,12 +8,14 @@ import pytest
 from molf.integrations.checkpoint_folder import (
     MANIFEST,
     UNFINISHED,
+    can_resume,
     checkpoints,
     commit,
     last_complete,
     recover,
     remove_checkpoints,
     rotate,
+    set_aside,
     verify,
     write_manifest,
 )
@@ -22,6 +24,7 @@ CONTENT = {
     "model.safetensors": b"weights",
     "optimizer.pt": b"moments",
     "adapter/a.bin": b"",
+    "made_with.json": b"{}",
     "trainer_state.json": b"{}",
 }
 
@@ -68,7 +71,13 @@ def flip(file):
         ("model.safetensors", flip, r"model.safetensors has other contents than were written \(its SHA-256 differs\)"),
         ("adapter/a.bin", lambda file: file.unlink(), "adapter/a.bin is missing"),
         ("adapter/a.bin", lambda file: file.write_text("more"), "adapter/a.bin has 4 of 0 bytes"),
-        (MANIFEST, truncate, f"{MANIFEST} is not JSON"),
+        (MANIFEST, truncate, f"{MANIFEST} is damaged: not JSON"),
+        (MANIFEST, lambda file: file.write_text("[]"), f"{MANIFEST} is damaged: the file must be an object"),
+        (MANIFEST, lambda file: file.write_text('{"filez": {}}'), f"{MANIFEST} is damaged: no files"),
+        (MANIFEST, lambda file: file.write_text('{"files": {"a": {"bites": 3}}}'), f"{MANIFEST} is damaged: no bytes"),
+        (MANIFEST, lambda file: file.write_text('{"files": {"a": {"bytes": "3"}}}'), f"{MANIFEST} is damaged: files"),
+        (MANIFEST, lambda file: file.write_text("[" * 10_000), f"{MANIFEST} is damaged"),
+        (MANIFEST, lambda file: file.unlink(), f"{MANIFEST} is missing"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(run, name, damage, problem, caplog):
@@ -114,7 +123,12 @@ def test_a_manifest_of_an_earlier_version_is_accepted(run):
 
 @pytest.mark.parametrize(
     ("state", "problem"),
-    [(None, "trainer_state.json is missing"), (b'{"global_st', "trainer_state.json is not JSON"), (b"{}", None)],
+    [
+        (None, "trainer_state.json is missing"),
+        (b'{"global_st', "trainer_state.json is damaged: not JSON"),
+        (b"{}", "trainer_state.json is damaged: global_step must be an integer, found null"),
+        (b'{"global_step": 3}', None),
+    ],
 )
 def test_a_plain_trainers_checkpoint_is_judged_by_its_last_file(tmp_path, state, problem):
     folder = write(
@@ -167,6 +181,55 @@ def test_rotation_keeps_the_latest_and_the_best(run, limit, best, left):
     rotate(run, limit, best and str(run / f"checkpoint-{best}"))
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in left]
     assert (run / "checkpoint-best").is_dir()
+
+
+def test_a_symlinked_checkpoint_is_one_and_only_its_link_is_removed(run, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (run / "checkpoint-10").rename(outside / "real")
+    (run / "checkpoint-10").symlink_to(outside / "real")
+    assert last_complete(run) == run / "checkpoint-10"
+    write_manifest(write(run / "new"))
+    commit(run / "new", run / "checkpoint-10")
+    assert not (run / "checkpoint-10").is_symlink()
+    for step in (3, 12):
+        (run / f"checkpoint-{step}").symlink_to(outside / "real")
+    (run / "checkpoint-20").symlink_to("nowhere")
+    rotate(run, 4, None)
+    remove_checkpoints(run)
+    assert names(run) == ["checkpoint-20", "checkpoint-7", "checkpoint-best"] and verify(outside / "real") is None
+
+
+def test_names_that_are_almost_those_of_checkpoints(run):
+    for name in ("checkpoint-²", "checkpoint-1-2", "checkpoint-", "checkpoint--1"):
+        (run / name).mkdir()
+    assert len(checkpoints(run)) == 3
+
+
+def test_all_that_is_set_aside_is_kept(run):
+    for name in ("damaged-checkpoint-10", "damaged-checkpoint-10-2", "damaged-checkpoint-10-3"):
+        write(run / "checkpoint-10", {"which": name.encode()})
+        assert set_aside(run / "checkpoint-10", "damaged") == run / name
+        assert (run / name / "which").read_text() == name
+    remove_checkpoints(run)
+    assert names(run) == ["checkpoint-7", "checkpoint-best"]
+
+
+def test_what_is_removed_is_no_checkpoint_at_any_moment(run, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda path, **more: None)  # killed before anything in it is removed
+    remove_checkpoints(run)
+    assert not checkpoints(run) and not can_resume(run)
+
+
+def test_resuming_needs_one_complete_checkpoint(run, tmp_path):
+    for checkpoint in checkpoints(run):
+        assert can_resume(run)
+        truncate(checkpoint / "optimizer.pt")
+    assert not can_resume(run)
+    write(run / UNFINISHED / "checkpoint-12")
+    assert not can_resume(run)
+    write_manifest(run / UNFINISHED / "checkpoint-12")
+    before = names(run)
+    assert can_resume(run) and names(run) == before
 
 
 def test_all_are_removed(run):

@@ -96,9 +96,14 @@ def test_resuming_with_a_gap_or_none(run, caplog):
     assert "lacks 1 of the 4 steps" in caplog.text
 
 
-def test_a_damaged_line_is_named(run):
+@pytest.mark.parametrize(
+    "line",
+    [b"{broken", b"\xff", b"3", b'{"step": Infinity}', b"[" * 10_000, b'{"step": ' + b"9" * 5000 + b"}"],
+    ids=len,
+)
+def test_a_damaged_line_is_named(line, run):
     run.log.path.parent.mkdir(parents=True)
-    run.log.path.write_text('{"step": 1, "selections": {}}\n{broken\n')
+    run.log.path.write_bytes(b'{"step": 1, "selections": {}}\n' + line + b"\n")
     run.state.global_step = 2
     with pytest.raises(ValueError, match=rf"{run.log.path}, line 2: not a line of a routing log"):
         run.event("on_train_begin")

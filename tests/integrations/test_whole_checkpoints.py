@@ -136,6 +136,33 @@ def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(whole, tmp_path)
     assert steps(tmp_path) == [2, 4]
 
 
+@pytest.mark.parametrize("name", ["superseded-checkpoint-2", "latest", "copy"])
+def test_going_on_from_a_checkpoint_of_any_name(name, whole, tmp_path):
+    make(tmp_path).train()
+    given = tmp_path / name
+    if name == "latest":
+        given.symlink_to("checkpoint-2")
+    else:
+        (tmp_path / "checkpoint-2").rename(given)
+        shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-2")  # of another continuation
+    trainer = make(tmp_path)
+    checkpoint = trainer.find_checkpoint(str(given))
+    assert checkpoint == given and given.is_dir()
+    assert steps(tmp_path) == ([2] if name == "latest" else [])
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert same_weights(trainer, whole)
+
+
+def test_a_checkpoint_without_a_manifest_is_used_with_a_warning_or_not_at_all(tmp_path, caplog):
+    make(tmp_path).train()
+    (tmp_path / "checkpoint-6" / MANIFEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert make(tmp_path).find_checkpoint(True) == tmp_path / "checkpoint-6"
+    assert f"checkpoint-6 has no {MANIFEST}: only that a Trainer wrote it to its end is known" in caplog.text
+    (tmp_path / "checkpoint-6" / "made_with.json").write_text("{}")  # a run's, which had one
+    assert make(tmp_path).find_checkpoint(True) == tmp_path / "checkpoint-4"
+
+
 def failing(original, at):
     """Make the ``at``-th call of a function fail as on a full disk."""
     calls = iter(range(at))

@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that ``molf --help`` answers
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command and its arguments; ``sys.argv`` by default. ``--traceback`` anywhere, or ``MOLF_TRACEBACK=1`` in the
             environment, shows the traceback of errors that are otherwise one line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text, nor terminals UTF-8
     given = list(sys.argv[1:] if argv is None else argv)
     show_traceback = TRACEBACK_FLAG in given or os.environ.get("MOLF_TRACEBACK", "0") not in ("", "0")
     arguments = _parser().parse_args([argument for argument in given if argument != TRACEBACK_FLAG])

@@ -59,7 +59,9 @@ def report(argv: Sequence[str]) -> None:
             out.print("computed again from the predictions: the same metrics")
         if (folder / ROUTING_FILE).is_file():
             picture = folder / "routing.png"
-            draw_routing(read_routing(folder / ROUTING_FILE), picture, title=str(result.config["run_name"]))
+            draw_routing(
+                read_routing(folder / ROUTING_FILE), picture, title=str(result.config.get("run_name", folder.name))
+            )
             out.print(f"routing: {picture}")
     if len(found) > 1:
         out.print(runs_table(found))

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
 from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, setting_types
 from molf.errors import MolfError, UsageError
+from molf.study.config.method_config import Method
 from molf.study.config.run_config import RunConfig, suggestion
+from molf.study.config.unread import unread
 from molf.study.faults.preemption import Preempted, stop_request
 from molf.study.grids.slurm import SlurmEngine, SlurmSettings
 from molf.study.grids.spec import Failure
@@ -56,6 +58,8 @@ class GridOptions(SlurmSettings):
         for name in ("jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.engine == "slurm":
+            self.make_engine(lambda line: None)  # refuses what its scripts cannot say, also for a dry run
 
     def make_engine(self, log: Callable[[str], None], wait: bool = True) -> "Engine":
         """Return what executes the runs."""
@@ -131,21 +135,45 @@ def read_grid(
     chosen = [as_list(value) for name, value in flags if name == "methods"]
     if methods is None and not chosen:
         methods = as_list(settings.pop("method", default_methods))
-    own = _select_methods(methods, chosen[-1] if chosen else None)
+    known, selected = _select_methods(methods, chosen[-1] if chosen else None)
+    own = {name: {canonical_name(key): value for key, value in more.items()} for name, more in known.items()}
+    whole = _with_shared(own, settings)
+    return {name: whole[name] for name in selected}, options
+
+
+def _with_shared(own: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Add the settings of all methods to each method's own, but for those that it does not read and another one does.
+
+    What none of them reads stays, and is refused with its name.
+    """
+    whole = {name: {"method": name, **settings, **more} for name, more in own.items()}
+    ignored = {name: _unread(point) for name, point in whole.items()}
+    by_all = set(settings).intersection(*ignored.values())
     return {
-        name: {"method": name, **settings, **{canonical_name(key): value for key, value in more.items()}}
-        for name, more in own.items()
-    }, options
+        name: {
+            field: value for field, value in point.items() if field in own[name] or field not in ignored[name] - by_all
+        }
+        for name, point in whole.items()
+    }
 
 
-def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> dict[str, dict[str, Any]]:
-    """Return each method's own settings: the chosen ones of a file's list or mapping, or plain methods."""
+def _unread(settings: Mapping[str, Any]) -> set[str]:
+    """Return what a method of a grid does not read, or none of several; nothing for unknown ones, which are refused later."""
+    freezes = settings.get("freeze_non_linear")
+    frozen = None if freezes is None else str(freezes).lower() in ("true", "yes", "t", "y", "1")
+    methods = [method for method in as_list(settings["method"]) if method in get_args(Method)]
+    return set.intersection(*(unread(method, frozen) for method in methods)) if methods else set()
+
+
+def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the own settings of a file's list or mapping of methods and of further chosen ones; and which are chosen."""
     if isinstance(in_files, list):
         in_files = dict.fromkeys(map(str, in_files))
     if in_files is not None and not isinstance(in_files, Mapping):
         raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
     known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
-    return {name: known.get(name, {}) for name in (known if chosen is None else map(str, chosen))}
+    selected = [*known] if chosen is None else list(map(str, chosen))
+    return {**dict.fromkeys(selected, {}), **known}, selected
 
 
 def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]]) -> Iterator[RunConfig]:

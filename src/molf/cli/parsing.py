@@ -17,8 +17,9 @@ import yaml
 from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, config_types, is_list, setting_types
 from molf.cli.yaml_text import load_yaml
 from molf.errors import MolfError, UsageError
-from molf.study.config.fields import SHAPES
+from molf.study.config.fields import READ_BY, SHAPES
 from molf.study.config.run_config import RunConfig
+from molf.study.config.unread import check_read
 
 CONFIG_FLAG = "config"
 Options = TypeVar("Options")
@@ -32,7 +33,8 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
         preset: Settings that files and flags override.
 
     Raises:
-        UsageError: A name is unknown, a value does not fit its setting, or two settings contradict each other.
+        UsageError: A name is unknown, a value does not fit its setting, two settings contradict each other, or one is not read by
+            the method.
         MolfError: A configuration file does not exist.
     """
     parser = _parser()
@@ -45,9 +47,11 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
     settings |= canonical(given, known, "the command line")
     typed = _typed(settings, known, parser)
     try:
-        return RunConfig.from_dict(typed)
+        config = RunConfig.from_dict(typed)
+        check_read(config)
     except MolfError as error:
         raise UsageError(str(error)) from None
+    return config
 
 
 def build(kind: type[Options], given: Mapping[str, Any]) -> Options:
@@ -90,7 +94,7 @@ def read_yaml(path: Any) -> dict[str, Any]:
         raise MolfError(f"there is no configuration file {path}")
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, an integer too long, lists too deep
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise UsageError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -125,7 +129,9 @@ def _parser(kinds: Sequence[Any] = ()) -> Any:
         @staticmethod
         def _parse_dataclass_field(parser: Any, field: Field[Any]) -> None:
             own = copy.copy(field)  # the original belongs to its dataclass
-            plain = {key: value for key, value in field.metadata.items() if key != SHAPES}  # not argparse's
+            plain = {
+                key: value for key, value in field.metadata.items() if key not in (SHAPES, READ_BY)
+            }  # not argparse's
             own.metadata = MappingProxyType(plain)
             HfArgumentParser._parse_dataclass_field(parser, own)
 

@@ -8,11 +8,19 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from molf.errors import MolfError
+from molf.json_files import read_json, typed
+
 MANIFEST = "checkpoint_manifest.json"
+SETTINGS_FILE = "made_with.json"
+"""The settings of the run that wrote a checkpoint; a plain Trainer writes none."""
 UNFINISHED = ".unfinished"
 PREFIX = "checkpoint-"
 _ASIDE = ("damaged", "superseded")
@@ -25,8 +33,13 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the ``checkpoint-N`` folders of a run, ordered by step."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and is_left(path.name)), key=step_of)
+
+
+def is_left(name: str) -> bool:
+    """Return whether this module makes files of a name in a run's folder, which ``remove_checkpoints`` removes."""
+    aside = rf"({'|'.join(_ASIDE)})-{PREFIX}[0-9]+(-[0-9]+)?"
+    return name == UNFINISHED or re.fullmatch(rf"{PREFIX}[0-9]+|{aside}", name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -53,8 +66,7 @@ def commit(written: Path, target: Path) -> None:
 
     If the process is killed after an older ``target`` is removed, ``recover`` finishes the rename.
     """
-    if target.exists():
-        shutil.rmtree(target)
+    _delete(target)
     os.replace(written, target)
     sync(target.parent)
 
@@ -62,34 +74,59 @@ def commit(written: Path, target: Path) -> None:
 def verify(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is complete.
 
-    A checkpoint without a manifest was written by a plain Trainer. It counts as complete if the file that the Trainer writes
-    last is there.
+    A checkpoint with neither a manifest nor settings was written by a plain Trainer. It counts as complete if the file that the
+    Trainer writes last is there.
     """
-    if not (checkpoint / MANIFEST).is_file():
-        return _unreadable_json(checkpoint / _TRAINER_STATE)
-    if problem := _unreadable_json(checkpoint / MANIFEST):
-        return problem
-    entries: dict[str, dict[str, Any]] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    try:
+        if not has_manifest(checkpoint) and not (checkpoint / SETTINGS_FILE).exists():
+            global_step(checkpoint)
+            return None
+        entries = _read(checkpoint / MANIFEST, _Manifest).files
+    except MolfError as error:
+        return str(error)
     for name, entry in entries.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
+        if file.stat().st_size != entry.bytes:
+            return f"{name} has {file.stat().st_size} of {entry.bytes} bytes"
         # Manifests of earlier versions have digests of large files too.
-        if entry["bytes"] <= _HASHED_BYTES and _digest(file) != entry["sha256"]:
+        if entry.bytes <= _HASHED_BYTES and _digest(file) != entry.sha256:
             return f"{name} has other contents than were written (its SHA-256 differs)"
     return None
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Return whether a checkpoint lists its files; a plain Trainer's does not."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def global_step(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written, whatever its name.
+
+    Raises:
+        MolfError: The state of the Trainer is missing or damaged.
+    """
+    state = _read(checkpoint / _TRAINER_STATE, dict[str, Any])
+    try:
+        return int(typed(int, state.get("global_step"), "global_step"))
+    except MolfError as error:
+        raise MolfError(f"{_TRAINER_STATE} is damaged: {error}") from error
 
 
 def recover(folder: Path) -> None:
     """Finish or remove the checkpoints that a killed run left unfinished."""
     for left in sorted((folder / UNFINISHED).glob(f"{PREFIX}*")):
-        if (left / MANIFEST).is_file() and verify(left) is None:
+        if is_left(left.name) and has_manifest(left) and verify(left) is None:
             commit(left, folder / left.name)
             logger.warning("%s was complete but not in place yet; it is now", folder / left.name)
-    if (folder / UNFINISHED).is_dir():
-        shutil.rmtree(folder / UNFINISHED)
+    _delete(folder / UNFINISHED)
+
+
+def can_resume(folder: Path) -> bool:
+    """Return whether a run's folder has a complete checkpoint, in place or still to be renamed; nothing is changed."""
+    unfinished = (path for path in (folder / UNFINISHED).glob(f"{PREFIX}*") if (path / MANIFEST).is_file())
+    return any(verify(path) is None for path in [*checkpoints(folder), *unfinished])
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -104,45 +141,73 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def set_aside(checkpoint: Path, why: str) -> Path:
-    """Rename a checkpoint to ``damaged-`` or ``superseded-checkpoint-N``, so that nothing reads, counts or removes it."""
+    """Rename a checkpoint to ``damaged-`` or ``superseded-checkpoint-N``, so that nothing reads, counts or removes it.
+
+    If there is one of that name, its own ends in ``-2``, ``-3`` and so on.
+    """
     assert why in _ASIDE
-    target = checkpoint.with_name(f"{why}-{checkpoint.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    return checkpoint.rename(target)
+    names = (f"{why}-{checkpoint.name}{number}" for number in chain([""], (f"-{n}" for n in count(2))))
+    return checkpoint.rename(next(path for name in names if not os.path.lexists(path := checkpoint.with_name(name))))
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints above a limit, but never the latest or the best one, as the Trainer does.
-
-    Each is renamed first, so that a partly removed one is never taken for a checkpoint.
-    """
+    """Remove the oldest checkpoints above a limit, but never the latest or the best one, as the Trainer does."""
     if not limit or limit < 0:
         return
     found = checkpoints(folder)
     kept = {found[-1], *(path for path in found if best is not None and path.resolve() == Path(best).resolve())}
     excess = len(found) - max(limit, len(kept))
     for checkpoint in [path for path in found if path not in kept][: max(excess, 0)]:
-        leaving = folder / UNFINISHED / f"removing-{checkpoint.name}"
-        leaving.parent.mkdir(exist_ok=True)
-        shutil.rmtree(checkpoint.rename(leaving))
+        _remove(checkpoint)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove everything that this module leaves in a run's folder."""
-    aside = [path for why in _ASIDE for path in folder.glob(f"{why}-{PREFIX}*")]
-    for path in [*checkpoints(folder), *aside, folder / UNFINISHED]:
-        if path.is_dir():
-            shutil.rmtree(path)
+def remove_checkpoints(folder: Path, aside: bool = True) -> None:
+    """Remove all checkpoints of a run's folder, and what is unfinished.
+
+    Args:
+        folder: The run's folder.
+        aside: Also remove those that were set aside.
+    """
+    others = [path for why in _ASIDE for path in folder.glob(f"{why}-{PREFIX}*")] if aside else []
+    for checkpoint in [*checkpoints(folder), *others]:
+        _remove(checkpoint)
+    _delete(folder / UNFINISHED)
 
 
-def _unreadable_json(file: Path) -> str | None:
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is renamed first: what is left of it after a kill is never taken for a checkpoint."""
+    leaving = checkpoint.parent / UNFINISHED / f"removing-{checkpoint.name}"
+    leaving.parent.mkdir(exist_ok=True)
+    _delete(leaving)  # of an earlier attempt
+    _delete(checkpoint.rename(leaving))
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder if it is there; of a symlink the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, _Entry]
+
+
+def _read(file: Path, kind: Any) -> Any:
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except ValueError as error:
-        return f"{file.name} is not JSON ({error})"
-    return None
+        return read_json(file, kind)
+    except OSError as error:
+        raise MolfError(f"{file.name} is missing ({error.strerror})") from error
+    except MolfError as error:
+        raise MolfError(f"{file.name} is damaged: {error}") from error
 
 
 def _digest(file: Path) -> str:

@@ -118,7 +118,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if missing > 0:
             logger.warning("%s lacks %d of the %d steps before the checkpoint", self.path, missing, state.global_step)
         with atomic_write(self.path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+            partial.write_bytes(b"".join(kept))
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         """Start to copy the decision of this step; a skipped step has none."""
@@ -198,18 +198,18 @@ def _unwrap(optimizer: Any) -> MoLF:
     return inner
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
+def _lines_until(path: Path, step: int) -> list[bytes]:
     """Return the lines of a log up to a step, without an incomplete last line of a killed run."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return [line for number, line in enumerate(lines, start=1) if _step_of(line, f"{path}, line {number}") <= step]
 
 
-def _step_of(line: str, where: str) -> int:
+def _step_of(line: bytes, where: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError) as error:
         raise MolfError(
             f"{where}: not a line of a routing log ({error!r}); repair or remove the line to resume from a checkpoint"
         ) from error

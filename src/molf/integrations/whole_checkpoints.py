@@ -15,10 +15,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import (
+    MANIFEST,
     PREFIX,
     UNFINISHED,
     checkpoints,
     commit,
+    global_step,
+    has_manifest,
     last_complete,
     recover,
     rotate,
@@ -96,6 +99,8 @@ class WholeCheckpoints:
                 logger.warning("no checkpoint in %s yet: training starts from the beginning", run_folder)
         broadcast_object_list(found)
         if (checkpoint := found[0]) is not None:
+            if self.args.should_save and not has_manifest(checkpoint):
+                logger.warning("%s has no %s: only that a Trainer wrote it to its end is known", checkpoint, MANIFEST)
             for part in self.parts:
                 part.check(checkpoint)
         return checkpoint
@@ -176,10 +181,11 @@ def _given(checkpoint: Path, run_folder: Path) -> Path:
             f"the last complete one in {run_folder}"
         )
     if checkpoint.resolve().parent == run_folder.resolve():
+        step = global_step(checkpoint)
         for later in checkpoints(run_folder):
-            if step_of(later) > step_of(checkpoint):
+            if step_of(later) >= step and later.resolve() != checkpoint.resolve():
                 kept = set_aside(later, "superseded")
-                logger.warning("%s is later than %s; it is kept as %s", later, checkpoint.name, kept.name)
+                logger.warning("%s is not before %s; it is kept as %s", later, checkpoint.name, kept.name)
     return checkpoint
 
 

@@ -141,7 +141,7 @@ class Metric:
     high: float | None = None
 
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" ({self.low:.2f}, {self.high:.2f})"
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.2f}, {self.high:.2f})"
         return f"{self.value:.2f}{interval}"
 
 

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig, RunConfig, TaskConfig
+from molf.errors import MolfError
+from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig, RunConfig, TaskConfig, folder_name
 
 
 def test_the_published_recipe_fills_in_what_is_not_given():
@@ -126,12 +128,6 @@ def test_molf_without_its_fft_expert_is_molf_efficient():
         ({"method": "rslora", "use_rslora": False}, "use method lora"),
         ({"method": "adalora", "use_rslora": True}, "alpha/rank"),
         ({"method": "lora_plus", "loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5"),
-        ({"method": "fft", "optim_bits": 8}, "optim_bits=8 with method fft: only MoLF has it"),
-        (
-            {"method": "lora", "optimizer_in_backward": True},
-            "optimizer_in_backward=True with method lora: only MoLF has it",
-        ),
-        ({"method": "dora", "fused": True}, "fused=True with method dora: only MoLF has it; leave it out"),
         ({"ranks": [0]}, r"ranks=\[0\]: give ranks of at least 1, each once"),
         ({"ranks": [8, 8]}, r"ranks=\[8, 8\]: give ranks of at least 1, each once"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank=0 must be at least 1"),
@@ -148,3 +144,21 @@ def test_contradictions(settings, message):
 def test_configuration_needs_no_torch():
     code = "import sys, molf.study.config.run_config, molf.study.config.sameness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+NO_NAMES = ["", ".", "..", ".hidden", "../up", "a/b", "/abs", "a\nb", "a\0b", "\ud800", "x" * 201, "é" * 101]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_cannot_name_a_folder_is_refused(name):
+    with pytest.raises(MolfError, match=r"^run_name=.* cannot name a folder: give up to 200 printable characters"):
+        folder_name(name, "run_name")
+    if name:  # an empty one is none: the name is made up
+        with pytest.raises(MolfError, match="cannot name a folder"):
+            RunConfig(train={"run_name": name}).resolved()
+        assert RunConfig(train={"run_name": name, "output_dir": "x"}).output_dir == Path("x")
+
+
+@pytest.mark.parametrize("name", ["a", "a..b", "Ünï 1", "molf-r2_4-lr0.0001", "-", "x" * 200])
+def test_plain_names_of_folders(name):
+    assert folder_name(name, "?") == name

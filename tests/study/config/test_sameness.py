@@ -3,10 +3,17 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from molf.errors import MolfError
 from molf.study.config.fields import SHAPES, TRAINER_LEVELS
 from molf.study.config.run_config import SECTIONS, RunConfig
 from molf.study.config.sameness import differing, shaping
 from molf.study.config.trainer_config import TrainConfig
+
+
+@pytest.mark.parametrize("earlier", [{"limit": "seven"}, {"limit": []}, {"few_shot": None}])
+def test_settings_that_are_none_are_one_message(earlier):
+    with pytest.raises(MolfError, match="the settings of the earlier run are not those of a run: "):
+        differing(earlier, RunConfig(), "training")
 
 
 def config(**changes):

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.errors import MolfError
-from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.generation import end_tokens
 from molf.study.engine.inference import answer
@@ -19,6 +18,7 @@ from molf.study.run.train import run
 from molf.tasks import Generate, Likelihood
 from molf.tasks.fact import Fact
 from oracles import PROMPT, continue_alone
+from small_runs import small_config
 
 
 @dataclass
@@ -101,7 +101,7 @@ def test_an_empty_prompt_is_refused_before_a_model_is_loaded(vllm, tiny_tokenize
 def evaluation(model, folder, **more):
     settings = {"task": "fact", "sample": True, "limit": 2, "only_eval": True, "disable_tqdm": True, "use_cpu": True}
     settings |= {"bf16": False, "generation_backend": "vllm", "model_name_or_path": model, "output_dir": str(folder)}
-    return run(RunConfig.from_dict(settings | more))
+    return run(small_config(settings | more))
 
 
 def test_a_run_generates_with_the_saved_model(vllm, saved_model, tmp_path):

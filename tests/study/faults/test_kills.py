@@ -232,7 +232,7 @@ def test_a_corrupted_line_of_data(settings, tmp_path):
     [
         ({"ranks": [2]}, r"checkpoint-8 was made with ranks=\[2, 4\] \(here \[2\]\): use the settings"),
         ({"exclude_modules": ["q_proj"]}, r"was made with exclude_modules=\['lm_head'\] \(here \['q_proj'\]\)"),
-        ({"lora_rank": 8, "method": "dora"}, r"method=molf \(here dora\), .*lora_rank=4 \(here 8\)"),
+        ({"lora_rank": 8, "method": "dora"}, r"method=molf \(here dora\), .*lora_rank=128 \(here 8\)"),
         ({"lora_dropout": 0.1}, r"lora_dropout=None \(here 0\.1\)"),
         ({"gradient_accumulation_steps": 2}, r"examples_per_step=2 \(here 4\)"),
         ({"seed": 1}, r"seed=42 \(here 1\)"),
@@ -248,10 +248,7 @@ def test_a_checkpoint_of_other_settings_is_refused(here, words, begun, settings)
 
 def test_a_checkpoint_of_another_model_is_refused(begun, settings, tmp_path):
     save_tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
-    words = (
-        r"it has 14 routed modules, this optimizer has 21; missing in the state: \['model\.layers\.2\.mlp\.down_proj'"
-    )
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=r"was made with base_model=SHA-256 \w{12} \(here SHA-256 \w{12}\)"):
         carry_out(settings, model_name_or_path=str(tmp_path / "deeper"), max_steps=9, resume_from_checkpoint=True)
 
 

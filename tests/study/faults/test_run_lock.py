@@ -32,6 +32,15 @@ def test_a_second_run_is_refused_until_the_first_is_gone(work, tmp_path):
         pass
 
 
+def test_a_second_run_is_refused_by_any_name_of_the_folder(work, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    work()
+    for name in (tmp_path / "link", tmp_path / "link" / ".." / "run"):
+        with pytest.raises(ValueError, match="another run is working in"), run_lock(name):
+            pass
+
+
 def test_the_processes_of_a_run_work_together_and_each_keeps_others_out(work, tmp_path, monkeypatch):
     first, second = work(0), work(1)
     first.communicate("")
@@ -46,7 +55,12 @@ def test_the_processes_of_a_run_work_together_and_each_keeps_others_out(work, tm
 def test_a_folder_is_named_in_any_way(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    assert lock_file(Path(".")) == lock_file(tmp_path / "run") == tmp_path / ".run.running"
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "parent").symlink_to(tmp_path)
+    for name in (".", "../run", tmp_path / "link", tmp_path / "parent" / "run", tmp_path / "new" / ".." / "run"):
+        assert lock_file(Path(name)) == tmp_path / ".run.running"
+    (tmp_path / "later").symlink_to("not yet")
+    assert lock_file(tmp_path / "later") == tmp_path / ".not yet.running"
     assert not in_use(tmp_path / "run") and not list(tmp_path.glob(".*")), "asking leaves nothing"
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
+from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.faults.preemption import Preempted
-from molf.study.faults.trained import TRAINED_FILE
+from molf.study.faults.trained import TRAINED_FILE, find_trained
 from molf.study.results.routing import ROUTING_FILE
 from small_runs import NoStep, carry_out, weights
 
@@ -84,6 +86,26 @@ def test_a_trained_model_is_not_lost_silently(settings, callbacks, monkeypatch):
     callbacks.append(NoStep())
     result = carry_out(settings, eval_limit=3, eval_batch_tokens=512, resume_from_checkpoint=True)
     assert result.metrics["efficacy_score"].n == 3, "how it is evaluated may change"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"config": {}}', '{"config": 1, "training": {}, "metrics_before": null}']
+)
+def test_a_damaged_note_is_named(content, settings):
+    config = RunConfig.from_dict(settings | {"resume_from_checkpoint": True})
+    config.output_dir.mkdir()
+    (config.output_dir / TRAINED_FILE).write_text(content)
+    with pytest.raises(MolfError, match=r".trained.json, the note that this model is trained, is damaged: "):
+        find_trained(config, main=True)
+
+
+def test_a_trained_model_is_not_lost_if_its_checkpoints_are_damaged(settings, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    stopped_in_evaluation(settings, monkeypatch, **changes)
+    for checkpoint in checkpoints(Path(settings["output_dir"])):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="holds a trained model that is not evaluated yet"):
+        carry_out(settings, **changes, num_train_epochs=3, resume_from_checkpoint=True)
 
 
 def test_a_longer_training_goes_on_from_the_last_checkpoint(settings, monkeypatch):

@@ -40,6 +40,16 @@ def test_a_run_that_finishes(keep, tmp_path):
     assert Attempt(spec)() == 0 and len(spec.starts()) == 1
 
 
+def test_only_the_weights_that_the_run_wrote_are_removed(tmp_path):
+    spec = fake_run(tmp_path, "finish")
+    names = ("adapters/lora_r2/adapter_model.safetensors", "mine/model.safetensors", "mine.safetensors")
+    for name in names:
+        (spec.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (spec.folder / name).touch()
+    assert Attempt(spec)() == 0
+    assert [(spec.folder / name).exists() for name in names] == [False, True, True]
+
+
 def test_a_run_that_fails_leaves_a_note(tmp_path):
     spec = fake_run(tmp_path, "fail")
     assert Attempt(spec)() == spec.failure.status == 3

@@ -72,7 +72,7 @@ def test_the_files(outcome, tmp_path):
 def test_the_table(outcome):
     table = comparison_table(outcome)
     assert table.row_count == 6
-    assert [*table.columns[2].cells][1] == "72.00 ± 2.83"
+    assert str([*table.columns[2].cells][1]) == "72.00 ± 2.83"
 
 
 def test_a_picture_of_nothing(tmp_path):

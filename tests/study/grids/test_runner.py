@@ -6,14 +6,13 @@ import pytest
 from fake_runs import RESULT, fake_run
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
-from molf.study.config.run_config import RunConfig
 from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.local import LocalEngine
 from molf.study.grids.runner import check_names, run_grid
 from molf.study.grids.spec import make_spec
 from molf.study.run.train import run
-from small_runs import small_run
+from small_runs import small_config, small_run
 
 
 @pytest.fixture
@@ -43,6 +42,25 @@ def test_one_command_after_another(specs):
     assert list(outcome.results) == ["finish", "fail", "kill"] and not outcome.failures
     assert [len(spec.starts()) for spec in specs] == [1, 2, 2]
     assert outcome == run_grid(specs, LocalEngine(), retry=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "3"}', "[" * 10_000])
+def test_a_damaged_note_is_one_message(content, specs):
+    specs[0].beside(".failed.json").write_text(content)
+    with pytest.raises(MolfError, match=r"finish.failed.json is damaged: .*; remove it to run finish again"):
+        run_grid(specs, LocalEngine())
+    specs[0].beside(".failed.json").write_text('{"status": 3}')
+    assert specs[0].failure.status == 3 and specs[0].failure.tail == "", "its log may be gone"
+
+
+@pytest.mark.parametrize("content", ["{", "- 1", "\x00", "a: " + "9" * 5000, "limit: seven"], ids=range(5))
+def test_damaged_settings_are_one_message(content, specs):
+    (specs[0].folder / "checkpoint-1").mkdir(parents=True)
+    specs[0].settings_file.write_text(content)
+    with pytest.raises(
+        MolfError, match=r"finish.yaml is damaged|the settings of the earlier run are not those of a run"
+    ):
+        run_grid(specs, LocalEngine())
 
 
 def test_settings_are_written_before_the_run(specs):
@@ -114,7 +132,7 @@ class InProcess:
 
 
 def test_a_run_that_is_stopped_in_its_evaluation_is_not_trained_again(saved_model, tmp_path, monkeypatch):
-    spec = make_spec(tmp_path / "out", "run", RunConfig.from_dict(small_run(saved_model, tmp_path)))
+    spec = make_spec(tmp_path / "out", "run", small_config(small_run(saved_model, tmp_path)))
     assert spec.config.train["save_strategy"] == "no"
 
     def stopped(*given, **settings):

@@ -144,3 +144,49 @@ def test_what_a_job_asks_for():
         "setup": ["module load cuda"],
         "additional_parameters": {"nice": 5, "signal": "SIGUSR1@120"},
     }
+
+
+@pytest.mark.parametrize(
+    "place", ["a\ntouch owned", "100%", "%j", "back\\slash", "tab\t", "line\u2028", "a\rb"], ids=ascii
+)
+def test_a_folder_that_sbatch_would_misread_is_refused(place, tmp_path, monkeypatch):
+    with pytest.raises(MolfError, match="SLURM's files cannot be in .*; choose another output_root"):
+        SlurmEngine(tmp_path / place / "jobs")
+    monkeypatch.chdir((tmp_path / place).mkdir() or tmp_path / place)
+    with pytest.raises(MolfError, match="cannot be in"):
+        SlurmEngine(Path("jobs"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sbatch": {"nice\ntouch owned": 1}}, "the name of an option"),
+        ({"sbatch": {"a b": 1}}, "the name of an option"),
+        ({"sbatch": {3: 1}}, "the name of an option"),
+        ({"sbatch": {"": 1}}, "the name of an option"),
+        ({"sbatch": {"comment": "a\ntouch owned"}}, "a value is"),
+        ({"sbatch": {"comment": ["a"]}}, "a value is"),
+        ({"sbatch": {"comment": None}}, "a value is"),
+        ({"sbatch": {"requeue": False}}, "a value is"),
+        ({"sbatch": {"signal": "USR2@5"}}, "use signal_delay_s"),
+        ({"sbatch": {"array": "0-9"}}, "use array_parallelism"),
+        *(({name: "x\ntouch owned"}, "a value is") for name in ("partition", "account", "qos", "constraint")),
+    ],
+    ids=ascii,
+)
+def test_what_would_be_another_line_of_the_script_is_refused(settings, words):
+    with pytest.raises(MolfError, match=words):
+        SlurmSettings(**settings)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"job": 1}', "[]"])
+def test_a_damaged_note_of_a_job_is_one_message(content, tmp_path):
+    spec = fake_run(tmp_path / "out", "finish")
+    spec.beside(".job.json").write_text(content)
+    with pytest.raises(MolfError, match=r"finish.job.json is damaged: .*; remove it once no job"):
+        job_of(spec)
+
+
+def test_options_of_sbatch():
+    options = {"nice": 5, "exclusive": True, "mail-user": "me@here", "comment": "it's $(not) run; 100 %", "x_y": 0.5}
+    assert SlurmSettings(sbatch=options).parameters()["additional_parameters"].items() >= options.items()

@@ -1,11 +1,14 @@
 import csv
 import json
+import os
+from pathlib import Path
 
 import pytest
 from pyarrow import parquet
 
 from fake_runs import RESULT, write_rows
-from molf.study.results.gather import append_csv, gather
+from molf.errors import MolfError
+from molf.study.results.gather import append_csv, check_log, gather
 from served import CONTEXT
 
 
@@ -32,6 +35,21 @@ def test_results_are_found_at_any_depth_and_what_is_none_is_named(runs):
     assert list(found.results) == [str(runs / name) for name in ("a/deep", "b", "c")]
     assert set(found.unreadable) == {str(runs / name / "result.json") for name in ("torn", "older")}
     assert all("is not a result of this version" in reason for reason in found.unreadable.values())
+
+
+def test_a_folder_whose_name_is_no_text(runs, tmp_path):
+    leave(tmp_path / os.fsdecode(b"\xff"), method="fft")
+    found = gather([runs])
+    assert f"{tmp_path}/\\xff" in found.results
+    found.write_csv(tmp_path / "all.csv")
+    found.write_parquet(tmp_path / "all.parquet")
+
+
+def test_settings_of_all_types_go_into_parquet(tmp_path):
+    for number, value in enumerate([True, 1, 2**63 - 1, 0.5, "x", None, [1], {"a": 1}]):
+        leave(tmp_path / str(number), odd=value, other=[value], third=value if number < 4 else None)
+    gather([tmp_path]).write_parquet(tmp_path / "all.parquet")
+    assert parquet.read_table(tmp_path / "all.parquet").num_rows == 8
 
 
 def test_a_run_given_twice_counts_once(runs):
@@ -134,3 +152,53 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     for name in range(3):
         own = [row for row in rows if row.startswith(f"{name}-")]
         assert len(own) >= 20 and own == [f"{name}-{number}" for number in range(len(own))]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (os.mkfifo, "it is a named pipe, which needs a reader"),
+        (lambda path: path.write_bytes(b"a,b\n\xff,1\n"), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b"a,b\n1,2,3\n"), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b'a\n"open\n'), "is not CSV in UTF-8"),
+        (lambda path: path.write_bytes(b"\n\n"), "is not CSV in UTF-8"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+    ],
+    ids=["folder", "pipe", "bytes", "more cells", "open quote", "blank", "circle"],
+)
+def test_a_log_that_cannot_get_a_row_is_named_before_there_is_one(make, words, tmp_path):
+    make(tmp_path / "log")
+    before = os.lstat(tmp_path / "log")
+    with pytest.raises(MolfError, match=words):
+        check_log(tmp_path / "log")
+    assert os.lstat(tmp_path / "log").st_ino == before.st_ino
+
+
+def test_a_log_in_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MolfError, match="Not a directory"):
+        check_log(tmp_path / "file" / "log.csv")
+
+
+def test_asking_leaves_no_log(tmp_path):
+    check_log(tmp_path / "new" / "log.csv")
+    check_log(Path("/dev/null"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_symlinked_log_stays_and_its_file_gets_the_rows(tmp_path):
+    (tmp_path / "shared").mkdir()
+    real, link = tmp_path / "shared" / "log.csv", tmp_path / "log.csv"
+    link.symlink_to(real)
+    append_csv(real, {"a": 1})
+    append_csv(link, {"a": 2})
+    assert link.is_symlink() and [row["a"] for row in rows_of(real)] == ["1", "2"]
+    assert not (tmp_path / "log.csv.lock").exists()  # both names have one lock
+
+
+def test_a_log_that_is_a_stream_gets_the_row_and_stays(tmp_path, capfd):
+    append_csv(Path("/dev/null"), {"a": 1})
+    append_csv(Path("/dev/stdout"), {"a": 2})
+    assert Path("/dev/null").is_char_device() and not Path("/dev/null.lock").exists()
+    assert capfd.readouterr().out.split() == ["a", "2"]

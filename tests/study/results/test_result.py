@@ -58,6 +58,35 @@ def test_what_is_no_result_is_refused(content, tmp_path):
         read_result(tmp_path)
 
 
+DAMAGE = {
+    "headline": [1], "metrics": [], "metrics_before": 3, "config": [["a"]], "seconds": "long", "device": None,
+    "peak_memory_bytes": 1.5, "versions": {"molf": 1}, "training": [], "routing": {"fft": "half"}, "run_id": 7, "commit": {},
+    "data_origin": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({name: value} for name, value in DAMAGE.items()),
+        *(
+            {"metrics": {"score": value}}
+            for value in (None, 1, [], {}, {"value": "1", "n": 2}, {"value": 1.0, "n": 2.5})
+        ),
+        {"training": {"steps": 1}},
+        {"seconds": 10**400},
+        {"config": {"run_name": "\ud800"}},
+        {"config": {"deep": json.loads("[" * 150 + "]" * 150)}},
+    ],
+    ids=str,
+)
+def test_a_result_of_other_types_is_refused_in_one_line(damage, result, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(result.to_dict() | damage))
+    with pytest.raises(MolfError, match=r"result.json is not a result of this version of molf: ") as raised:
+        read_result(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         read_result(tmp_path)

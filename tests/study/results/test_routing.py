@@ -66,7 +66,15 @@ def test_bad_logs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no routed step"):
         read_routing(log)
     write_log(log, (1, ["fft"], ["fft"]))
-    for line in ("{", "[]", '{"step": 2}', '{"step": 2, "selections": {"a": 1}}'):
-        log.write_text(log.read_text().splitlines()[0] + "\n" + line)
+    for line in (
+        b"{",
+        b"[]",
+        b"\xff",
+        b"9" * 5000,
+        b"[" * 10_000,
+        b'{"step": 2}',
+        b'{"step": 2, "selections": {"a": 1}}',
+    ):
+        log.write_bytes(log.read_bytes().splitlines()[0] + b"\n" + line)
         with pytest.raises(ValueError, match=":2 is not a line of a routing log"):
             read_routing(log)

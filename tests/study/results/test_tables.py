@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import struct
 
 import numpy as np
@@ -9,6 +10,18 @@ from molf.study.results.routing import RoutingSummary
 from molf.study.results.tables import draw_routing, metrics_table, runs_table, share_grid
 from molf.tasks.base import Metric
 from small_runs import small_result
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x", "$\\frac{", "$x_$", "a$b$c"])
+def test_names_are_shown_as_they_are(name, tmp_path):
+    """Brackets are no markup on any console, and dollars no formula in a picture."""
+    result = small_result(config={"run_name": name, "method": name, "task": name})
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(metrics_table(result))
+    console.print(runs_table({name: result}))
+    assert console.export_text().count(name) == 4
+    draw_routing(RoutingSummary([1], {name: [1.0]}, {name: {name: 1.0}}), tmp_path / "x.png", title=name)
+    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def shown(table):

@@ -63,6 +63,7 @@ def trained(tmp_path_factory):
         torch._dynamo.reset()
         counters.clear()
         settings = small_run(str(folder / "model"), folder / "run") | PLAIN | changes
+        del settings["lora_rank"]  # a baseline's
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("LOG_FILE", raising=False)
             patch.setattr("molf.study.run.train.make_trainer", make)

@@ -6,17 +6,18 @@ from molf.study.run.dry_run import contradictions, make_plan, seen_in_training
 from molf.study.run.job import load_job, make_trainer
 from molf.study.sizing.parameters import Count, base_count
 from molf.tasks import Split
+from small_runs import small_config
 
 
 def test_a_plan_writes_nothing(settings, tmp_path):
-    plan = make_plan(RunConfig.from_dict(settings))
+    plan = make_plan(small_config(settings))
     assert not (tmp_path / "run").exists()
     assert plan.rows == (8, 8)
     assert plan.config["output_dir"] == settings["output_dir"]
 
 
 def test_the_loss_is_on_the_completion_only(settings):
-    config = RunConfig.from_dict(settings)
+    config = small_config(settings)
     job = load_job(config)
     example = job.task.example(job.split.train[0])
     (prompt, in_prompt), (completion, in_completion) = make_plan(config).example
@@ -28,7 +29,7 @@ def test_the_loss_is_on_the_completion_only(settings):
 def test_its_needs_are_those_of_the_plan(method, lora, settings, tiny_model):
     total = sum(p.numel() for p in tiny_model.parameters())
     pairs = sum(sum(p.shape) for name, p in tiny_model.named_parameters() if "proj" in name)
-    needs = make_plan(RunConfig.from_dict(settings | {"method": method})).needs
+    needs = make_plan(small_config(settings | {"method": method})).needs
     assert base_count(needs.parameters) == Count(total, 0 if method == "lora" else total)
     assert needs.parameters["LoRA"] == Count(lora * pairs, lora * pairs)
     assert needs.memory.weights == 4 * total
@@ -56,12 +57,12 @@ def test_contradicting_and_truncated_rows_are_told(settings, monkeypatch):
             return []
 
     monkeypatch.setattr("molf.study.run.job.get_task", lambda name: Odd())
-    plan = make_plan(RunConfig.from_dict(settings | {"max_length": 20}))
+    plan = make_plan(small_config(settings | {"max_length": 20}))
     contradicting, seen, cut = plan.warnings
     assert contradicting.startswith("1 prompts occur with different completions")
     assert seen == "1 evaluation rows are also training rows"
     assert cut.startswith("1 examples have no completion within max_length=20")
-    assert make_plan(RunConfig.from_dict(settings | {"max_length": None})).warnings == [contradicting, seen]
+    assert make_plan(small_config(settings | {"max_length": None})).warnings == [contradicting, seen]
 
 
 def test_rows_seen_in_training_are_told_unless_a_benchmark_wants_that():

@@ -1,4 +1,5 @@
 import errno
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,7 +8,9 @@ import pytest
 from safetensors import SafetensorError
 
 from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
+from molf.study.results.result import read_result
 from molf.study.run.run_folder import check_folder, report_full_disk, run_id
 from small_runs import FILES, carry_out
 
@@ -32,9 +35,56 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
     assert carry_out(settings, resume_from_checkpoint="True", eval_limit=1).training.steps == 4
 
 
-def test_the_model_to_be_trained_is_not_written_over(settings):
-    with pytest.raises(ValueError, match="is the folder of the model to train"):
-        carry_out(settings, output_dir=settings["model_name_or_path"], overwrite=True)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model_name_or_path", ""),
+        ("model_name_or_path", "checkpoint-10"),
+        ("model_name_or_path", "damaged-checkpoint-2/deep"),
+        ("model_name_or_path", ".unfinished/checkpoint-3"),
+        ("model_name_or_path", "adapters/lora_r2"),
+        ("chat_template_path", "checkpoint-10"),
+        ("data_path", "predictions.jsonl.gz"),
+        ("data_path", ""),
+        ("eval_path", "result.json"),
+    ],
+)
+def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    (folder / place).mkdir(parents=True)
+    (folder / place / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(folder)
+    for given in (folder / place, tmp_path / "link" / place):
+        with pytest.raises(
+            MolfError, match=f"^{name}={given} is .*output_dir={folder}, where the run would replace it"
+        ):
+            carry_out(settings | {name: str(given)}, overwrite=True)
+    assert (folder / place / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["../run-2", "export-merged", "base", "checkpoint-best", "10"])
+def test_other_inputs_may_be_beside_or_in_the_folder(place, settings):
+    check_folder(RunConfig.from_dict(settings | {"model_name_or_path": str(Path(settings["output_dir"]) / place)}))
+
+
+def test_what_would_fail_after_training_is_found_before(settings, tmp_path, monkeypatch):
+    with pytest.raises(MolfError, match=r"run_name='a.udcff' is not Unicode text"):
+        carry_out(settings, run_name="a\udcff")
+    monkeypatch.setenv("LOG_FILE", str(tmp_path))
+    with pytest.raises(MolfError, match=f"cannot write {tmp_path}: Is a directory"):
+        carry_out(settings)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_an_evaluation_leaves_the_model_alone(settings):
+    folder = Path(settings["output_dir"])
+    (folder / "checkpoint-10").mkdir(parents=True)
+    for place in (folder, folder / "checkpoint-10"):
+        changes = {"model_name_or_path": str(place), "only_eval": True, "overwrite": True}
+        check_folder(RunConfig.from_dict(settings | changes))
+    with pytest.raises(MolfError, match="data_path=.*, where the run would replace it"):
+        (folder / "predictions.jsonl.gz").touch()
+        check_folder(RunConfig.from_dict(settings | changes | {"data_path": str(folder / "predictions.jsonl.gz")}))
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
@@ -46,10 +96,58 @@ def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
         carry_out(settings, resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finished_run_whose_checkpoints_are_damaged_stays(overwrite, finished, settings, monkeypatch, tmp_path):
+    """It is neither trained nor logged again, however it is started."""
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "log.csv"))
+    saved = {"save_strategy": "steps", "save_steps": 2, "eval_before": True, "method": "molf"}
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    for checkpoint in checkpoints(folder):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = (
+        settings | saved | read_result(folder).config | {"output_dir": str(folder), "resume_from_checkpoint": "True"}
+    )
+    assert carry_out(again, overwrite=overwrite) == read_result(folder)
+    if not overwrite:
+        words = "holds a finished run, and no complete checkpoint to resume from; choose another"
+        for change in ({"num_train_epochs": 9}, {"eval_limit": 1}):
+            with pytest.raises(MolfError, match=words):
+                carry_out(again, **change)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_killed_while_it_removes_its_checkpoints_a_finished_run_is_only_tidied(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    note = folder / ".trained.json"
+    note.write_text("{}")
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    again = read_result(folder).config | {"output_dir": str(folder), "resume_from_checkpoint": "True"}
+    assert carry_out(again, clean_ckpt_at_end=True) == read_result(folder)
+    assert not checkpoints(folder) and not note.exists()
+
+
+def test_damaged_checkpoints_are_kept_by_a_run_that_starts_anew(finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    (folder / "result.json").unlink()
+    for checkpoint in checkpoints(folder):
+        (checkpoint / "optimizer.pt").write_bytes(b"cut")
+    carry_out(settings, eval_limit=1, resume_from_checkpoint=True)
+    assert {path.name for path in folder.glob("*checkpoint*")} == {"damaged-checkpoint-2", "damaged-checkpoint-4"}
+
+
 def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
     (tmp_path / "runs").write_text("")
     settings["output_dir"] = str(tmp_path / "runs" / "mine")
     with pytest.raises(MolfError, match=rf"output_dir={tmp_path}/runs/mine is not writable \({tmp_path}/runs: Not a"):
+        carry_out(settings)
+
+
+def test_a_symlink_to_nowhere(settings, tmp_path):
+    Path(settings["output_dir"]).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MolfError, match=r"is not writable \(.*run: No such file or directory"):
         carry_out(settings)
 
 
@@ -80,7 +178,23 @@ def test_a_run_keeps_its_id_until_its_result_is_there(tmp_path):
     assert second == run_id(folder) != first, "a repeated run, which replaces a finished one"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "?"), SafetensorError("I/O error: No space left on device")])
+@pytest.mark.parametrize("content", [b"", b"\xff", b"a\nb", b"0" * 31, b"g" * 32])
+def test_a_damaged_id_is_replaced_with_a_warning(content, tmp_path, caplog):
+    (tmp_path / ".run_id").write_bytes(content)
+    (tmp_path / "result.json").write_bytes(b"\xff")
+    assert re.fullmatch("[0-9a-f]{32}", run_id(tmp_path)) and run_id(tmp_path) == run_id(tmp_path)
+    assert ".run_id is damaged; the run gets a new id" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "?"),
+        OSError(errno.EDQUOT, "?"),
+        SafetensorError("I/O error: No space left on device"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_is_one_message(error, tmp_path):
     with pytest.raises(MolfError, match=f"the disk of {tmp_path} is full: free some space"), report_full_disk(tmp_path):
         raise error

@@ -22,7 +22,7 @@ from molf.study.run.dry_run import make_plan
 from molf.study.run.job import Job
 from molf.study.run.train import _evaluate_on_ranks, run
 from molf.tasks import get_task
-from small_runs import BASELINES, FILES, carry_out, weights
+from small_runs import BASELINES, FILES, carry_out, small_config, weights
 
 METHODS = ["molf", "molf_e", "fft", *BASELINES]
 
@@ -118,8 +118,8 @@ def test_molf_without_lora_experts_is_full_fine_tuning(settings, tiny_model, sav
     """Nothing but the optimizer differs between the methods: data, schedule, clipping and decay are the same."""
     tiny_model.config.attention_dropout = 0.0  # MoLF draws a seed of its own, which shifts what dropout draws
     tiny_model.save_pretrained(saved_model)
-    common = {"max_grad_norm": 0.05, "optim": "adamw_torch", "eval_limit": 1, "model_name_or_path": saved_model}
-    carry_out(settings, method="fft", output_dir=str(tmp_path / "fft"), **common)
+    common = {"max_grad_norm": 0.05, "eval_limit": 1, "model_name_or_path": saved_model}
+    carry_out(settings, method="fft", optim="adamw_torch", output_dir=str(tmp_path / "fft"), **common)
     carry_out(settings, method="molf", ranks=[], output_dir=str(tmp_path / "molf"), **common)
     fft, molf = weights(tmp_path / "fft"), weights(tmp_path / "molf")
     for name in fft:
@@ -272,7 +272,7 @@ def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(setti
     words = "4 GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 .* torchrun --nproc_per_node 4 -m molf train"
     for change in ({}, {"dry_run": True}):
         with pytest.raises(MolfError, match=words):
-            (make_plan if change else run)(RunConfig.from_dict(settings | change))
+            (make_plan if change else run)(small_config(settings | change))
 
 
 def test_the_commit_is_that_of_the_start_and_rows_are_tokenised_once(settings, monkeypatch):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from molf.errors import MolfError
-from molf.study.config.fields import setting
+from molf.study.config.fields import ADAPTED, ADDING_LORA, ROUTED, setting
 
 Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
 """The names of all methods."""
@@ -15,7 +15,7 @@ class MethodConfig:
     """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or a PEFT adapter.
 
     Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``use_rslora``, ``fft_expert``,
-    ``freeze_non_linear``.
+    ``freeze_non_linear``. What the method does not read is refused when a run starts (``molf.study.config.unread``).
 
     Raises:
         MolfError: A setting is out of range or contradicts the method.
@@ -33,48 +33,68 @@ class MethodConfig:
         "published: the paper's settings of molf and molf_e wherever none is given. Flags by their published names (--mode, "
         "--molf_topk, ...) choose it, too.",
         shapes="nothing",  # by itself: the settings that it fills in do
+        read_by=ROUTED,
     )
     ranks: list[int] | None = setting(
         None,
         "molf, molf_e: ranks of the LoRA experts, e.g. 128 or [32,128]; by default [128] and [32,128].",
         shapes="checkpoint",
+        read_by=ROUTED,
     )
     lora_rank: int = setting(
-        128, "Baselines: rank of the adapter; for adalora and eva the mean rank.", shapes="checkpoint"
+        128,
+        "Baselines: rank of the adapter; for adalora and eva the mean rank.",
+        shapes="checkpoint",
+        read_by=ADAPTED,
     )
     lora_learning_rate: float | None = setting(
-        None, "Learning rate of LoRA weights; learning_rate if unset.", shapes="checkpoint"
+        None,
+        "Learning rate of LoRA weights; learning_rate if unset.",
+        shapes="checkpoint",
+        read_by=ADDING_LORA,
     )
-    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.", shapes="checkpoint")
+    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.", shapes="checkpoint", read_by=ADDING_LORA)
     lora_alpha: float | None = setting(
         None,
         "LoRA alpha; by default 32 for molf and molf_e; for the others such that the scale is 2 (1 for pissa): "
         "2*sqrt(rank) with rsLoRA, 2*rank without.",
         shapes="checkpoint",
+        read_by=ADDING_LORA,
     )
     lora_dropout: float | None = setting(
         None,
         "LoRA dropout; by default 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
         "experts as PEFT adapters.",
         shapes="checkpoint",
+        read_by=ADDING_LORA,
     )
     use_rslora: bool | None = setting(
         None,
         "Scale LoRA by alpha/sqrt(rank) instead of alpha/rank; by default for molf, molf_e and rslora only.",
         shapes="checkpoint",
+        read_by=ADDING_LORA,
     )
-    loraplus_lr_ratio: float = setting(16.0, "lora_plus: ratio of the learning rates of B and A.", shapes="checkpoint")
-    top_k: int = setting(1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint")
+    loraplus_lr_ratio: float = setting(
+        16.0,
+        "lora_plus: ratio of the learning rates of B and A.",
+        shapes="checkpoint",
+        read_by=("lora_plus",),
+    )
+    top_k: int = setting(
+        1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint", read_by=ROUTED
+    )
     score: Literal["epd", "pfn", "descent", "random", "coherence"] = setting(
         "epd",
         "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
         shapes="checkpoint",
+        read_by=ROUTED,
     )
     match_lora_rate: bool | None = setting(
         None,
         "molf, molf_e: make a LoRA step as long as a full-rank step at learning_rate, whatever lora_alpha and the rank; by "
         "default unless lora_learning_rate is given or the recipe is the published one.",
         shapes="checkpoint",
+        read_by=ROUTED,
     )
     target_modules: list[str] = setting(
         ["all-linear"], "Layers to route or adapt: all-linear, or endings of their names.", shapes="checkpoint"
@@ -85,27 +105,34 @@ class MethodConfig:
         "molf, molf_e, fft: train only the weights and experts of target_modules (no norms, embeddings, biases); "
         "by default for molf_e only.",
         shapes="checkpoint",
+        read_by=(*ROUTED, "fft"),
     )
-    fft_expert: bool | None = setting(None, "Whether full fine-tuning is an expert of molf; molf without it is molf_e.")
+    fft_expert: bool | None = setting(
+        None, "Whether full fine-tuning is an expert of molf; molf without it is molf_e.", read_by=ROUTED
+    )
     optim_bits: Literal[32, 8] = setting(
         32,
         "molf: bits of the moments of large matrices that train with full rank; 8 takes a quarter.",
         shapes="checkpoint",
+        read_by=ROUTED,
     )
     bf16_update: Literal["split", "stochastic"] = setting(
         "split",
         "molf, bfloat16 weights: keep their low bits beside them, or round stochastically.",
         shapes="checkpoint",
+        read_by=ROUTED,
     )
     optimizer_in_backward: bool = setting(
         False,
         "molf, molf_e: move every layer inside backward and free its gradients; with max_grad_norm 0 and "
         "gradient_accumulation_steps 1 only.",
+        read_by=ROUTED,
     )
     fused: bool | None = setting(
         None,
         "molf, molf_e, on a CUDA device: use the Triton kernels or not; by default use them if they are supported and a "
         "self-test matches PyTorch.",
+        read_by=ROUTED,
     )
 
     def __post_init__(self) -> None:
@@ -115,10 +142,6 @@ class MethodConfig:
             raise MolfError("use_rslora=False with method rslora: leave it out or use method lora")
         if self.method == "adalora" and self.use_rslora:
             raise MolfError("use_rslora=True with method adalora, which scales by alpha/rank: leave it out")
-        molf_only = ("optim_bits", "optimizer_in_backward", "fused", "match_lora_rate")
-        wrong = [f"{name}={value}" for name in molf_only if (value := getattr(self, name)) not in (32, False, None)]
-        if wrong and not self.routes:
-            raise MolfError(f"{', '.join(wrong)} with method {self.method}: only MoLF has it; leave it out")
         if self.method == "molf" and self.fft_expert is False:
             self.method = "molf_e"
         efficient = self.method == "molf_e"
@@ -157,4 +180,4 @@ class MethodConfig:
     @property
     def routes(self) -> bool:
         """Whether the optimizer is MoLF."""
-        return self.method in ("molf", "molf_e")
+        return self.method in ROUTED

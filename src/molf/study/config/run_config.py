@@ -4,6 +4,7 @@ Every field name is a command-line flag and a key of a ``--config`` file. Nothin
 """
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ DEMO: dict[str, Any] = {
     "overwrite": True,
 }
 """Settings of ``molf demo``: a small pretrained model learns counterfactual facts in minutes, without a GPU or a network."""
+
+_LONGEST = 200  # bytes of a folder's name; file systems take 255, and the names of files beside it are longer
 
 SECRETS = frozenset({"hub_token"})
 """Settings that are never written to a file."""
@@ -189,10 +192,14 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        """The run's folder: ``output_dir`` if set, else ``output_root/run_name``."""
+        """The run's folder: ``output_dir`` if set, else ``output_root/run_name``.
+
+        Raises:
+            MolfError: ``output_dir`` is not set, and the run's name cannot be that of a folder.
+        """
         if chosen := self.train.get("output_dir"):
             return Path(chosen)
-        return Path(self.output.output_root) / self.run_name
+        return Path(self.output.output_root) / folder_name(self.run_name, "run_name")
 
     @property
     def run_name(self) -> str:
@@ -232,6 +239,23 @@ class RunConfig:
         """Return the same configuration with ``output_dir`` and ``run_name`` filled in."""
         names = {"output_dir": str(self.output_dir), "run_name": self.run_name}
         return replace(self, train=self.train | names)
+
+
+def folder_name(name: str, what: str) -> str:
+    """Return a name that becomes that of a folder, unless the folder would be another or a hidden one.
+
+    Args:
+        name: The name.
+        what: What it names, for the error message.
+
+    Raises:
+        MolfError: It is empty, too long, begins with a dot, or has a slash or a character that does not print.
+    """
+    if not name or name.startswith(".") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > _LONGEST:
+        raise MolfError(
+            f"{what}={name!r} cannot name a folder: give up to {_LONGEST} printable characters without '/', the first one no '.'"
+        )
+    return name
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

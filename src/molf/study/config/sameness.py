@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
+from molf.errors import MolfError
 from molf.study.config.fields import SHAPES, TRAINER_LEVELS, Level
 from molf.study.config.run_config import SECTIONS, RunConfig
 
@@ -30,9 +31,15 @@ def differing(there: Mapping[str, Any], here: RunConfig, level: Level) -> list[s
 
     Returns:
         One ``"seed=42 (here 7)"`` per difference.
+
+    Raises:
+        MolfError: The settings of the earlier run are not those of a run.
     """
-    earlier, now = _plain(RunConfig.from_dict(there)), _plain(here)
-    defaults = _trainer_defaults() if earlier.keys() != now.keys() else {}
+    try:
+        earlier, now = _plain(RunConfig.from_dict(there)), _plain(here)
+    except (TypeError, AttributeError) as error:  # such as a word for a number
+        raise MolfError(f"the settings of the earlier run are not those of a run: {error}") from error
+    defaults = trainer_defaults() if earlier.keys() != now.keys() else {}
     levels = get_args(Level)
     found = []
     for name in earlier | now:
@@ -51,7 +58,8 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def _trainer_defaults() -> dict[str, Any]:
+def trainer_defaults() -> dict[str, Any]:
+    """Return the trainer's settings that have a plain default, by name."""
     from molf.study.config.trainer_config import TrainConfig  # imports torch and TRL
 
     return {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}

@@ -55,8 +55,8 @@ def in_use(folder: Path) -> bool:
 
 
 def lock_file(folder: Path) -> Path:
-    """Return the file that the processes of a run lock; it stays when they end."""
-    whole = folder.absolute()
+    """Return the file that the processes of a run lock, the same for every path to the folder; it stays when they end."""
+    whole = Path(os.path.realpath(folder))
     return whole.with_name(f".{whole.name}.running")
 
 

@@ -3,15 +3,17 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.checkpoint_folder import can_resume
+from molf.json_files import read_json
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
-from molf.study.results.result import Training, as_metrics
+from molf.study.results.result import Training
 from molf.tasks import Metric
 
 TRAINED_FILE = ".trained.json"
@@ -45,7 +47,8 @@ def find_trained(config: RunConfig, main: bool) -> Trained | None:
         main: Whether this is rank 0, whose folder counts.
 
     Raises:
-        MolfError: The finished training had other settings, and there is no checkpoint to resume from.
+        MolfError: The finished training had other settings, and there is no complete checkpoint to resume from; or its note is
+            damaged.
     """
     found: list[Trained | None] = [None]
     file = config.output_dir / TRAINED_FILE
@@ -55,13 +58,23 @@ def find_trained(config: RunConfig, main: bool) -> Trained | None:
     return found[0]
 
 
+@dataclass(frozen=True)
+class _Note(Trained):
+    config: dict[str, Any]
+
+
 def _read(file: Path, config: RunConfig) -> Trained | None:
-    noted = json.loads(file.read_text(encoding="utf-8"))
-    different = differing(noted["config"], config, "training")
+    try:
+        noted: _Note = read_json(file, _Note)
+    except MolfError as error:
+        raise MolfError(
+            f"{file}, the note that this model is trained, is damaged: {error}; remove it to resume from the last checkpoint, or "
+            "pass --overwrite without --resume_from_checkpoint to train from the start"
+        ) from error
+    different = differing(noted.config, config, "training")
     if not different:
-        before = noted["metrics_before"]
-        return Trained(Training(**noted["training"]), None if before is None else as_metrics(before))
-    if checkpoints(file.parent):
+        return Trained(noted.training, noted.metrics_before)
+    if can_resume(file.parent):
         return None
     raise MolfError(
         f"{file.parent} holds a trained model that is not evaluated yet. It was trained with {', '.join(different)}. Use the "

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import IO, TYPE_CHECKING
 
 from molf.files import atomic_write
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_TRAINED = ("model*.safetensors", "adapters/**/*.safetensors")
 _PAUSE = 0.5  # seconds between two looks at a lock or a process
 
 _TIED = """
@@ -69,7 +71,7 @@ class Attempt:
             if status == PREEMPTED and not self._stopped:
                 self._requeue()
             if status == 0 and not self.keep_model:
-                for weights in self.spec.folder.rglob("*.safetensors"):
+                for weights in chain.from_iterable(map(self.spec.folder.glob, _TRAINED)):
                     weights.unlink()
             elif status > 0 and status != PREEMPTED:
                 with atomic_write(self.spec.beside(FAILED)) as partial:

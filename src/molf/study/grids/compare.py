@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from molf.errors import MolfError
-from molf.study.config.run_config import RunConfig
+from molf.study.config.run_config import RunConfig, folder_name
 from molf.study.grids.runner import Engine, GridOutcome, run_grid
 from molf.study.grids.spec import Failure, RunSpec, make_spec
 from molf.study.results.result import Result
@@ -40,6 +40,8 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.candidates or not all(self.candidates.values()):
             raise MolfError("there is nothing to compare: give methods, e.g. --methods fft lora molf")
+        for name in self.candidates:
+            folder_name(name, "the name of a method")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise MolfError(f"seeds={list(self.seeds)}: give one or more different seeds")
         if self.selection_limit < 1:

@@ -12,9 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from molf.files import atomic_write
 from molf.study.grids.compare import Contender, Outcome
+from molf.study.results.tables import plain_text
 
 BASELINES = ("fft", "lora", "rslora")
 """Baselines of MoLF: full fine-tuning and plain LoRA, with either scale."""
@@ -93,7 +95,7 @@ def comparison_table(outcome: Outcome) -> Table:
     for number, title in enumerate(header):
         table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number != 1)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     return table
 
 
@@ -173,19 +175,19 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
 def draw_bars(outcome: Outcome, path: Path) -> None:
     """Draw the mean of the metric as one bar per contender, with its spread and a dot per seed, into a PNG file."""
     metric, shown = outcome.metric, [c for c in outcome.contenders if c.results]
-    figure = Figure(figsize=(max(4.0, 1.1 * len(shown) + 1.5), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for place, contender in enumerate(shown):
-        color = "#2a6f97" if contender.method.startswith("molf") else "#b0b7bf"
-        mean = contender.mean(metric) or 0.0
-        axes.bar(place, mean, yerr=contender.spread(metric), color=color, capsize=4, width=0.7)
-        if len(values := contender.values(metric)) > 1:
-            axes.plot([place] * len(values), values, "o", color="black", markersize=3)
-        axes.annotate(f"{mean:.1f}", (place, mean), xytext=(0, 4), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")
-    axes.set(ylabel=metric)
-    axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as partial:
+    with plain_text(), atomic_write(path) as partial:
+        figure = Figure(figsize=(max(4.0, 1.1 * len(shown) + 1.5), 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for place, contender in enumerate(shown):
+            color = "#2a6f97" if contender.method.startswith("molf") else "#b0b7bf"
+            mean = contender.mean(metric) or 0.0
+            axes.bar(place, mean, yerr=contender.spread(metric), color=color, capsize=4, width=0.7)
+            if len(values := contender.values(metric)) > 1:
+                axes.plot([place] * len(values), values, "o", color="black", markersize=3)
+            axes.annotate(f"{mean:.1f}", (place, mean), xytext=(0, 4), textcoords="offset points", ha="center")
+        axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")
+        axes.set(ylabel=metric)
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(partial, dpi=150, format="png")

@@ -9,6 +9,7 @@ import yaml
 
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
+from molf.json_files import typed
 from molf.study.config.fields import Level
 from molf.study.config.sameness import differing
 from molf.study.faults.trained import TRAINED_FILE
@@ -101,11 +102,19 @@ def _prepare(spec: RunSpec) -> None:
     sealed = (spec.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
     resumable = left or any(sealed) or (spec.folder / TRAINED_FILE).is_file()
     if resumable and spec.settings_file.is_file():
-        earlier = yaml.safe_load(spec.settings_file.read_text(encoding="utf-8"))
+        earlier = _written_settings(spec)
         processes = read_settings(left[-1]).get(PROCESSES) if left else None
         _check_same(spec, "an unfinished run", earlier, processes, "training")
     spec.write_settings()
     spec.beside(FAILED).unlink(missing_ok=True)
+
+
+def _written_settings(spec: RunSpec) -> dict[str, Any]:
+    try:
+        earlier: dict[str, Any] = typed(dict[str, Any], yaml.safe_load(spec.settings_file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MolfError(f"{spec.settings_file} is damaged ({error}); restore it, or remove the run's folder") from error
+    return earlier
 
 
 def _check_same(spec: RunSpec, what: str, settings: Mapping[str, Any], processes: int | None, level: Level) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from molf.errors import MolfError
 from molf.files import atomic_write
+from molf.json_files import read_json, typed
 from molf.study.grids.attempt import Attempt
 from molf.study.grids.spec import RunSpec
 
@@ -37,6 +38,9 @@ class SlurmSettings:
         signal_delay_s: How many seconds before the time limit a run is told to save.
         setup: Shell commands to run first, such as ``module load cuda``.
         sbatch: Other options of ``sbatch``, by their long names.
+
+    Raises:
+        MolfError: A number is too small, or a name or value cannot be a line of a job script.
     """
 
     partition: str | None = None
@@ -56,6 +60,11 @@ class SlurmSettings:
         for name in ("time", "array_parallelism", "signal_delay_s"):
             if getattr(self, name) < 1:
                 raise MolfError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("partition", "account", "qos", "constraint"):
+            if (value := getattr(self, name)) is not None:
+                _check_option(name, value)
+        for name, value in self.sbatch.items():
+            _check_option(name, value)
 
     def parameters(self) -> dict[str, Any]:
         """Return submitit's parameters."""
@@ -64,6 +73,20 @@ class SlurmSettings:
         given["additional_parameters"] = {**given.pop("sbatch"), "signal": notice}
         given["setup"] = [self.setup] if isinstance(self.setup, str) else self.setup or None
         return {name: value for name, value in given.items() if value is not None}
+
+
+_OWN = {"signal": "signal_delay_s", "array": "array_parallelism"}  # options of sbatch that follow from ours
+
+
+def _check_option(name: Any, value: Any) -> None:
+    """Refuse what would not stay one option on one ``#SBATCH`` line, whatever comes after which is shell."""
+    given = f"{name!r}: {value!r} for sbatch"
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII)):
+        raise MolfError(f"{given}: the name of an option is letters, digits and hyphens")
+    if value is False or not isinstance(value, str | int | float) or not str(value).isprintable():
+        raise MolfError(f"{given}: a value is a number, printable text, or true for an option without a value")
+    if ours := _OWN.get(name.replace("_", "-")):
+        raise MolfError(f"{given} is set by the sweep; use {ours}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,9 @@ class SlurmEngine:
         keep_models: Keep the trained weights.
         wait: Wait for the jobs; if False, return once they are in the queue.
         log: Called with a line when the queue changes.
+
+    Raises:
+        MolfError: ``sbatch`` would read the path of the folder as something else.
     """
 
     folder: Path
@@ -85,6 +111,14 @@ class SlurmEngine:
     keep_models: bool = False
     wait: bool = True
     log: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        path = str(self.folder.absolute())
+        if not path.isprintable() or set(path) & set("%\\"):
+            raise MolfError(
+                f"SLURM's files cannot be in {path!r}: sbatch reads % and \\ in it as patterns, and a line ends at "
+                "characters that do not print; choose another output_root"
+            )
 
     def run(self, specs: Sequence[RunSpec]) -> Generator[RunSpec, None, None]:
         """Submit the runs that are not in the queue yet, and yield each one when it has left the queue.
@@ -179,7 +213,10 @@ def largest_array() -> int:
 
 def job_of(spec: RunSpec) -> str | None:
     """Return the id of the last job that was submitted for a run."""
+    note = spec.beside(JOB)
     try:
-        return str(json.loads(spec.beside(JOB).read_text(encoding="utf-8"))["job"])
+        return str(typed(str, read_json(note, dict[str, Any]).get("job"), "job"))
     except FileNotFoundError:
         return None
+    except MolfError as error:
+        raise MolfError(f"{note} is damaged: {error}; remove it once no job of {spec.name} is in the queue") from error

@@ -1,15 +1,16 @@
 """One run of a grid: a ``molf train`` command in a process of its own, and the files it keeps side by side."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
+from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.study.config.run_config import RunConfig
+from molf.json_files import read_json, typed
+from molf.study.config.run_config import RunConfig, folder_name
 from molf.study.results.result import RESULT_FILE
 
 FAILED = ".failed.json"
@@ -39,11 +40,17 @@ class RunSpec:
         name: Name of its folder.
         config: Its settings.
         processes: How many processes of one machine train it together.
+
+    Raises:
+        MolfError: The name cannot be that of a folder.
     """
 
     name: str
     config: RunConfig
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        folder_name(self.name, "the name of a run")
 
     @property
     def folder(self) -> Path:
@@ -81,8 +88,13 @@ class RunSpec:
         """How it failed; None if it did not."""
         if self.state != "failed":
             return None
-        status = int(json.loads(self.beside(FAILED).read_text(encoding="utf-8"))["status"])
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        note = self.beside(FAILED)
+        try:
+            status = typed(int, read_json(note, dict[str, Any]).get("status"), "status")
+        except MolfError as error:
+            raise MolfError(f"{note} is damaged: {error}; remove it to run {self.name} again") from error
+        log = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.is_file() else ""
+        lines = log.splitlines()
         return Failure(self.name, status, self.log_file, "\n".join(lines[-_TAIL:]))
 
     def beside(self, suffix: str) -> Path:

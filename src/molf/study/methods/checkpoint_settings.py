@@ -10,11 +10,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 from molf.errors import MolfError
+from molf.integrations.checkpoint_folder import SETTINGS_FILE
 from molf.integrations.whole_checkpoints import CheckpointPart
+from molf.json_files import read_json
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import shaping
 
-FILE_NAME = "made_with.json"
 PROCESSES = "processes"
 
 
@@ -26,20 +27,28 @@ class CheckpointSettings(CheckpointPart):
     """
 
     def __init__(
-        self, config: RunConfig, args: TrainingArguments, examples: Sequence[Mapping[str, Any]], sharded: bool = False
+        self,
+        config: RunConfig,
+        args: TrainingArguments,
+        examples: Sequence[Mapping[str, Any]],
+        sharded: bool = False,
+        base: str = "",
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
         settings["sharded"] = sharded
         settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["training_data"] = _fingerprint(config.task.task, examples)
+        settings["base_model"] = base
+        if config.method.routes:  # the Trainer does not clip then
+            settings["max_grad_norm of MoLF"] = config.train["max_grad_norm"]
         self.settings = {name: getattr(value, "value", value) for name, value in settings.items()}
         self.processes = args.world_size
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the settings and, for information, the number of processes."""
         written = self.settings | {PROCESSES: self.processes}
-        (folder / FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(json.dumps(written, indent=1), encoding="utf-8")
 
     def check(self, folder: Path) -> None:
         """Compare the settings with those of a checkpoint.
@@ -58,11 +67,25 @@ class CheckpointSettings(CheckpointPart):
 
 def read_settings(checkpoint: Path) -> dict[str, Any]:
     """Return the settings that a checkpoint records."""
-    file = checkpoint / FILE_NAME
+    file = checkpoint / SETTINGS_FILE
     if not file.is_file():
         return {}
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        saved: dict[str, Any] = read_json(file, dict[str, Any])
+    except MolfError as error:
+        raise MolfError(
+            f"{file}, the settings of the checkpoint, is damaged: {error}; resume from another one"
+        ) from error
     return {"sharded": False} | saved
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Identify a model by its parameters' names, shapes and first values, wherever it was read from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].float().tolist()
+        digest.update(repr((name, tuple(parameter.shape), first)).encode())
+    return f"SHA-256 {digest.hexdigest()[:12]}"
 
 
 def _fingerprint(task: str, examples: Sequence[Mapping[str, Any]]) -> str:

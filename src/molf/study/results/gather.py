@@ -1,6 +1,10 @@
 """The results of many runs in one table: gathered from folders, or appended to a shared CSV file by every run."""
 
-from collections.abc import Iterable, Mapping
+import errno
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +15,7 @@ from filelock import FileLock
 from pandas.api.types import infer_dtype
 
 from molf.errors import MolfError
-from molf.files import atomic_write
+from molf.files import NotWritable, atomic_write, is_stream, write_errors
 from molf.study.results.result import RESULT_FILE, Result, read_result
 
 
@@ -64,7 +68,9 @@ def gather(places: Iterable[Path]) -> Gathered:
     results, unreadable = {}, {}
     for file in files:
         try:
-            results[str(file.parent)] = read_result(file)
+            # The bytes of a name need not be text.
+            folder = os.fsencode(file.parent).decode(errors="backslashreplace")
+            results[folder] = read_result(file)
         except (MolfError, OSError) as error:
             unreadable[str(file)] = str(error)
     return Gathered(results, unreadable)
@@ -80,19 +86,67 @@ def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> No
     """Append a row to a CSV file that several runs may share; new columns come last, empty in older rows.
 
     Under a lock, the new version of the file is written beside the old one and replaces it: a writer that is killed loses at most
-    its own row, and a reader never sees half a row.
+    its own row, and a reader never sees half a row. A stream such as ``/dev/stdout`` gets the row with its header.
 
     Args:
         path: The file; created with its parents if missing.
         row: Values by column.
         key: A column with a unique value per row: a row with the same value is replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     tables = [pd.DataFrame([row], dtype=object)]
-    with FileLock(f"{path}.lock"), atomic_write(path) as partial:
-        if path.exists() and path.stat().st_size > 0:
-            older = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if is_stream(path):
+        with atomic_write(path) as partial:
+            return _write_rows(tables, partial)
+    real = Path(os.path.realpath(path))  # one lock for a file, whatever it is called
+    with _lock(real), atomic_write(real) as partial:
+        if real.exists() and real.stat().st_size > 0:
+            older = _read_rows(real)
             if key is not None and key in older:
                 older = older[older[key] != str(row[key])]
             tables.insert(0, older)
-        pd.concat(tables).to_csv(partial, index=False, lineterminator="\r\n")
+        _write_rows(tables, partial)
+
+
+def check_log(path: Path) -> None:
+    """Check that ``append_csv`` can add a row to a file, before there is one; nothing is changed.
+
+    Raises:
+        MolfError: It is a folder, a pipe or a disk, not writable, or not CSV in UTF-8.
+    """
+    if is_stream(path):
+        if path.is_fifo():
+            raise NotWritable(f"cannot write {path}: it is a named pipe, which needs a reader; choose a file")
+        return
+    real = Path(os.path.realpath(path))
+    if real.exists() and real.stat().st_size > 0:
+        _read_rows(real)
+    nearest = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    with write_errors(path):
+        if nearest != real and not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not (os.access(nearest, os.W_OK) and os.access(nearest if nearest != real else real.parent, os.W_OK)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _read_rows(file: Path) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # rows with more cells than the header, which would be cut
+            return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
+        raise MolfError(f"{file} is not CSV in UTF-8 ({error}), so it gets no row; repair or move it") from error
+
+
+def _write_rows(tables: Sequence[pd.DataFrame], path: Path) -> None:
+    pd.concat(tables).to_csv(path, index=False, lineterminator="\r\n")
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        with write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(f"{file}.lock"))
+        yield

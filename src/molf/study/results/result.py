@@ -8,6 +8,7 @@ from typing import Any
 
 from molf.errors import MolfError
 from molf.files import atomic_write
+from molf.json_files import read_json, typed
 from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
 from molf.tasks import Metric, get_task
 
@@ -90,13 +91,8 @@ class Result:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
         """Build a result from the values of ``to_dict``."""
-        before, training = values.get("metrics_before"), values.get("training")
-        typed = {
-            "metrics": as_metrics(values.get("metrics", {})),
-            "metrics_before": None if before is None else as_metrics(before),
-            "training": None if training is None else Training(**training),
-        }
-        return cls(**{**values, **typed})
+        result: Result = typed(cls, values)
+        return result
 
     def row(self) -> dict[str, Any]:
         """Return the result as one flat row: settings, then measurements as ``group/name``."""
@@ -114,11 +110,6 @@ class Result:
         row |= {f"version/{name}": version for name, version in self.versions.items()}
         plain = ("headline", "data_origin", "device", "commit", "seconds", "peak_memory_bytes", "run_id")
         return row | {name: getattr(self, name) for name in plain}
-
-
-def as_metrics(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
-    """Build metrics by name from plain JSON values."""
-    return {name: Metric(**metric) for name, metric in values.items()}
 
 
 def write_result(folder: Path, result: Result) -> Path:
@@ -142,9 +133,10 @@ def read_result(folder: Path) -> Result:
     if not path.is_file():
         raise MolfError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
     try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise MolfError(f"{path} is not a result of this version of molf: {error!r}") from error
+        result: Result = read_json(path, Result)
+    except MolfError as error:
+        raise MolfError(f"{path} is not a result of this version of molf: {error}") from error
+    return result
 
 
 def check_predictions(folder: Path, result: Result) -> None:
@@ -156,7 +148,7 @@ def check_predictions(folder: Path, result: Result) -> None:
     path = folder / PREDICTIONS_FILE
     if not path.is_file():
         raise MolfError(f"{folder} has no {PREDICTIONS_FILE}, so its metrics cannot be computed again")
-    found = rescored(path, get_task(result.config["task"]))
+    found = rescored(path, get_task(str(result.config.get("task"))))
     differing = [
         f"{name} {result.metrics.get(name, 'absent')} in the result, {found.get(name, 'absent')} computed again"
         for name in sorted(found.keys() | result.metrics.keys())

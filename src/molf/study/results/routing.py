@@ -58,7 +58,7 @@ def read_routing(path: Path) -> RoutingSummary:
     winners: dict[int, dict[str, list[str]]] = {}
     decided: set[int] = set()
     experts: set[str] = set()
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
@@ -67,7 +67,7 @@ def read_routing(path: Path) -> RoutingSummary:
                 experts.update(*(chosen["scores"] for chosen in selections.values()), *winners[entry["step"]].values())
                 if any(score for chosen in selections.values() for score in chosen["scores"].values()):
                     decided.add(entry["step"])
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
                 raise MolfError(f"{path}:{number} is not a line of a routing log: {error!r}") from error
     if not winners:
         raise MolfError(f"{path} holds no routed step")

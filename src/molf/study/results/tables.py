@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -24,7 +25,7 @@ _DEPTH = re.compile(r"\.(\d+)\.")
 def metrics_table(result: Result) -> Table:
     """Return the metrics of a run with their intervals and, if measured, the metrics before training and the change."""
     before = result.metrics_before
-    table = Table(title=str(result.config.get("run_name", "")), title_justify="left", box=box.SIMPLE)
+    table = Table(title=Text(str(result.config.get("run_name", ""))), title_justify="left", box=box.SIMPLE)
     if any(metric.low is not None for metric in result.metrics.values()):
         table.caption = "(bootstrap 95 % interval)"
         table.caption_justify = "left"
@@ -53,7 +54,7 @@ def runs_table(results: Mapping[str, Result]) -> Table:
     for label, result in results.items():
         metric = result.metrics.get(result.headline)
         speed = result.training.tokens_per_second if result.training else None
-        table.add_row(
+        cells = (  # as text, in which brackets are no markup
             label,
             str(result.config.get("method")) if result.training else "eval",
             str(result.config.get("task")),
@@ -65,6 +66,7 @@ def runs_table(results: Mapping[str, Result]) -> Table:
             _number(None if result.peak_memory_bytes is None else result.peak_memory_bytes / 2**30, ".2f"),
             _number(result.seconds / 60, ".1f"),
         )
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -96,14 +98,19 @@ def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
     layers that each expert won, by step.
     """
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    figure.suptitle(title or "Routing")
-    _draw_grid(figure, left, summary)
-    _draw_steps(right, summary)
-    with atomic_write(path) as partial:
+    with plain_text(), atomic_write(path) as partial:
+        figure = Figure(figsize=(12, 5.5), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+        figure.suptitle(title or "Routing")
+        _draw_grid(figure, left, summary)
+        _draw_steps(right, summary)
         canvas.print_png(partial)
+
+
+def plain_text() -> Any:
+    """Return a context in which matplotlib draws names as they are: ``$`` in them begins no formula."""
+    return rc_context({"text.parse_math": False})
 
 
 def _draw_grid(figure: Figure, axes: Any, summary: RoutingSummary) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from molf.study.config.run_config import RunConfig
+from molf.study.config.unread import check_read
 from molf.study.run.job import Job, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
 from molf.study.sizing.blueprint import Blueprint
@@ -43,6 +44,7 @@ def make_plan(config: RunConfig) -> Plan:
         MolfError: A setting, the data or the model does not allow the run.
     """
     config = config.resolved()
+    check_read(config)
     job = load_job(config)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
         trainer = make_trainer(job, job_recipe(job), output_dir=scratch)

@@ -19,7 +19,7 @@ from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
 from molf.study.methods.adapters import add_adapters, optimizer_of
 from molf.study.methods.checkpoint_parts import AdaLoraState, TrainedBase
-from molf.study.methods.checkpoint_settings import CheckpointSettings
+from molf.study.methods.checkpoint_settings import CheckpointSettings, model_fingerprint
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
@@ -143,6 +143,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if job.validation:
         held_out, _ = tokenize_training_data(job.tokenizer, [job.task.example(row) for row in job.validation], args)
     from_rank_0(lambda: _check_rows(job, rows, held_out, args))
+    base = model_fingerprint(job.model)
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -173,7 +174,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     args.assistant_only_loss = asked
     trainer.cut = cut
     check_sharding(trainer, recipe)
-    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled)
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base)
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)

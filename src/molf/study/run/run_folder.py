@@ -1,30 +1,38 @@
 """The folder of a run: whether a run may write there, and what is removed before it starts from the beginning."""
 
 import errno
+import logging
+import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from molf.errors import MolfError
 from molf.files import atomic_write
-from molf.integrations.checkpoint_folder import checkpoints, remove_checkpoints
+from molf.integrations.checkpoint_folder import can_resume, checkpoints, is_left, remove_checkpoints
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
+from molf.study.results.gather import check_log
 from molf.study.results.result import RESULT_FILE, Result, read_result
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
+
+_FULL = ("No space left on device", "Disk quota exceeded")
+_WRITTEN = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE)
+_REMOVED = (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER)
 
 
 def check_folder(config: RunConfig) -> None:
@@ -33,20 +41,27 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, or the model to train, or is not writable.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable;
+            $LOG_FILE cannot get a row; a setting cannot be written as text.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
-    model = config.model.model_name_or_path
-    if model and not evaluating and folder.exists() and Path(model).resolve() == folder.resolve():
-        raise MolfError(f"output_dir={folder} is the folder of the model to train; choose another --output_dir")
+    _check_text(config)
+    _check_inputs(config)
     _check_writable(folder)
+    if log := os.environ.get("LOG_FILE"):
+        check_log(Path(log))
     finished = (folder / RESULT_FILE).exists()
-    resumable = bool(checkpoints(folder)) or (folder / TRAINED_FILE).exists()
-    # A finished run without checkpoints cannot resume, and starting from the beginning would replace it.
-    resuming = config.resume_from and not (config.resume_from is True and finished and not resumable)
-    if config.output.overwrite or resuming:
+    resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
+    last = config.resume_from is True
+    # A finished run that cannot resume stays: starting from the beginning would replace it.
+    if config.output.overwrite or (config.resume_from and not (last and finished and not resumable)):
         return
-    unfinished = not finished and not evaluating and resumable
+    if last and not evaluating:
+        raise MolfError(
+            f"{folder} holds a finished run, and no complete checkpoint to resume from; choose another --output_dir, or pass "
+            "--overwrite without --resume_from_checkpoint to replace it"
+        )
+    unfinished = not finished and not evaluating and (resumable or bool(checkpoints(folder)))
     if unfinished or (finished and not (evaluating and read_result(folder).training is None)):
         raise MolfError(
             f"{folder} holds {'a finished run' if finished else 'an unfinished run that can resume'}; pass --overwrite to "
@@ -56,17 +71,47 @@ def check_folder(config: RunConfig) -> None:
 
 def finished_result(config: RunConfig) -> Result | None:
     """Return the result of this very run if it is finished and asked to resume: nothing is left to do."""
-    file = config.output_dir / RESULT_FILE
-    if config.output.overwrite or config.output.only_eval or config.resume_from is not True or not file.is_file():
+    if config.resume_from is not True or not (config.output_dir / RESULT_FILE).is_file():
         return None
-    result = read_result(config.output_dir)
-    same = result.training is not None and not differing(result.config, config, "evaluation")
-    return result if same else None
+    with suppress(MolfError):  # what cannot be read is still a finished run: `check_folder` keeps it
+        result = read_result(config.output_dir)
+        return None if differing(result.config, config, "evaluation") else result
+    return None
+
+
+def _check_text(config: RunConfig) -> None:
+    for name, value in config.to_dict().items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise MolfError(
+                f"{name}={value!r} is not Unicode text, so no result could record it; give another value"
+            ) from error
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Refuse inputs that the run would remove or replace, by whatever path they are given."""
+    folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
+    task, template = config.task, config.train.get("chat_template_path")
+    inputs = {"model_name_or_path": config.model.model_name_or_path, "chat_template_path": template}
+    for name, given in (inputs | {"data_path": task.data_path, "eval_path": task.eval_path}).items():
+        if not given:
+            continue
+        path = Path(os.path.realpath(Path(given).expanduser()))
+        first = next(iter(path.relative_to(folder).parts), "") if path.is_relative_to(folder) else None
+        own = first in _WRITTEN or (
+            training and first is not None and (not first or first in _REMOVED or is_left(first))
+        )
+        if own and (path.exists() or name == "model_name_or_path"):
+            raise MolfError(
+                f"{name}={given} is {'in ' if first else ''}output_dir={config.output_dir}, where the run would replace it; "
+                "choose another --output_dir"
+            )
 
 
 def _check_writable(folder: Path) -> None:
     """Try to write a file that is removed at once, before anything is computed."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
@@ -74,22 +119,24 @@ def _check_writable(folder: Path) -> None:
         raise MolfError(f"output_dir={folder} is not writable ({nearest}: {error.strerror}); choose another") from error
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove the result, log, picture, adapters and checkpoints of an earlier run."""
-    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):
+def clear_folder(folder: Path, aside: bool) -> None:
+    """Remove the result, log, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
+    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):  # the others are replaced later
         (folder / name).unlink(missing_ok=True)
     if (folder / ADAPTERS_FOLDER).is_dir():
         shutil.rmtree(folder / ADAPTERS_FOLDER)
-    remove_checkpoints(folder)
+    remove_checkpoints(folder, aside)
 
 
 def run_id(folder: Path) -> str:
     """Return the id of the run in a folder. It stays the same over all starts of the run, until its result is written."""
     file, result = folder / RUN_ID_FILE, folder / RESULT_FILE
     if file.is_file():
-        known = file.read_text(encoding="utf-8")
-        if not (result.is_file() and known in result.read_text(encoding="utf-8")):
-            return known
+        known = file.read_bytes()
+        if not re.fullmatch(rb"[0-9a-f]{32}", known):
+            _log.warning("%s is damaged; the run gets a new id, and perhaps another row in $LOG_FILE", file)
+        elif not (result.is_file() and known in result.read_bytes()):
+            return known.decode()
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
         partial.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -101,8 +148,10 @@ def report_full_disk(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into a ``MolfError`` that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    except Exception as error:  # those of tokenizers have no type of their own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            words in str(error) for words in _FULL
+        )
         if not full or isinstance(error, MolfError):
             raise
         raise MolfError(

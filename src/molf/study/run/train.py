@@ -1,16 +1,18 @@
 """A run from its configuration to its result: train, save a plain checkpoint, evaluate, record."""
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from molf.integrations.checkpoint_folder import remove_checkpoints, step_of
+from molf.integrations.checkpoint_folder import global_step, remove_checkpoints
 from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import build_train_config
+from molf.study.config.unread import check_read
 from molf.study.engine.evaluate import Evaluation, evaluate
 from molf.study.engine.generation import end_tokens
 from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
@@ -50,13 +52,17 @@ def run(config: RunConfig) -> Result | None:
         Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
-    check_folder(config)
-    if (done := finished_result(config)) is not None:
-        _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
-        return done
-    if config.task.generation_backend == "vllm":
-        require_vllm()
+    check_read(config)
+    if (done := finished_result(config)) is None:
+        check_folder(config)
+        if config.task.generation_backend == "vllm":
+            require_vllm()
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
+        if done is not None:
+            _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
+            if os.environ.get("RANK", "0") == "0" and not config.output.only_eval:
+                _tidy(config)
+            return done
         return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
 
 
@@ -77,10 +83,15 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
         return None
     result = make_result(job, start, after, outcome.trained)
     write_record(config, result, after)
+    _tidy(config)
+    return result
+
+
+def _tidy(config: RunConfig) -> None:
+    """Remove what a finished run does not need, also if an earlier start was killed here."""
     forget_trained(config)
     if config.output.clean_ckpt_at_end:
         remove_checkpoints(config.output_dir)
-    return result
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
         run_id(config.output_dir)  # fixed while the result of a replaced run is still there
         forget_trained(config)
     if main and checkpoint is None:
-        clear_folder(config.output_dir)
+        clear_folder(config.output_dir, aside=not config.resume_from)
     before = _evaluate_before(job, trainer) if config.task.eval_before else None
     stop.deferred = True  # until the trained model is on disk
     training = _fit(trainer, job, recipe, checkpoint)
@@ -148,9 +159,10 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
     if trainer.is_world_process_zero():
         for warning in trainer.cut.warnings():
             _log.warning(warning)
+    since = 0 if checkpoint is None else global_step(checkpoint)  # which may be gone after the training
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = float(outcome.metrics["train_runtime"])
-    tokens = _tokens(trainer.state.log_history, since=0 if checkpoint is None else step_of(checkpoint))
+    tokens = _tokens(trainer.state.log_history, since)
     return Training(
         steps=outcome.global_step,
         seconds=seconds,
