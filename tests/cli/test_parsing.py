@@ -41,13 +41,26 @@ def test_it_is_a_recipe(recipe):
 
 def test_the_other_published_flags():
     line = (
-        "--mode lora --molf_score_fn projected --molf_fft False --molf_freeze_non_linear True --lora_rank 16 "
-        "--only_eval --clean_ckpt_at_end --seed 3"
+        "--mode molf --molf_score_fn projected --molf_fft False --molf_freeze_non_linear True --only_eval --clean_ckpt_at_end "
+        "--seed 3"
     )
     config = parse(line)
-    assert (config.method.method, config.method.score, config.method.lora_rank) == ("lora", "pfn", 16)
+    assert (config.method.method, config.method.score) == ("molf_e", "pfn")
     assert (config.method.fft_expert, config.method.freeze_non_linear) == (False, True)
     assert (config.output.only_eval, config.output.clean_ckpt_at_end, config.train["seed"]) == (True, True, 3)
+
+
+@pytest.mark.parametrize("mode", ["fft", "lora", "rslora", "molf"])
+def test_the_published_command_gives_all_settings_to_all_modes(mode, caplog):
+    line = (
+        PUBLISHED.replace("--mode molf", f"--mode {mode}").replace("[128]", "[64]") + " --molf_fft True --lora_rank 32"
+    )
+    config = parse(line).method
+    assert (config.method, config.lora_rank) == (mode, 128 if mode in ("fft", "molf") else 32)
+    assert ("lora_rank is left out" in caplog.text) is (mode in ("fft", "molf"))
+    assert ("molf_lora_ranks is left out" in caplog.text) is (mode != "molf")
+    with pytest.raises(UsageError, match=r"method fft does not read .*ranks"):
+        parse("--method fft --molf_lora_ranks [64]")
 
 
 @pytest.mark.parametrize("written", ["[32,128]", "[32, 128]", "'[32, 128]'", "32,128", "32 128"])

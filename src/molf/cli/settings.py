@@ -1,5 +1,6 @@
 """The settings of a run: their names, the published flags as aliases of them, and their types."""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -7,7 +8,11 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from molf.errors import UsageError
+from molf.study.config.method_config import Method
 from molf.study.config.run_config import SECTIONS, suggestion
+from molf.study.config.unread import unread
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_NAMES: dict[str, str] = {
     "dataset_type": "task",
@@ -58,7 +63,18 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
         values[name], given_as[name] = value, spelled
     if set(given_as.values()) & set(PUBLISHED_METHOD):
         values.setdefault("recipe", "published")
+    if given_as.get("method") == "mode":
+        _leave_out_unread(values, given_as)
     return values
+
+
+def _leave_out_unread(values: dict[str, Any], given_as: Mapping[str, str]) -> None:
+    """Leave out what a published mode does not read: the published command gives all settings to all modes."""
+    mode = values["method"]
+    for name in sorted(unread(mode) & values.keys()) if mode in get_args(Method) else []:
+        del values[name]
+        if name in given_as:
+            logger.warning("%s is left out: mode %s does not read it", given_as[name], mode)
 
 
 def config_types() -> list[Any]:
