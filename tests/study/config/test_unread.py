@@ -15,7 +15,8 @@ from molf.study.config.unread import check_read, unread
 METHODS = get_args(Method)
 OTHER = {
     "ranks": [2], "lora_rank": 3, "lora_learning_rate": 1e-3, "lora_weight_decay": 0.5, "lora_alpha": 7.0, "lora_dropout": 0.5,
-    "loraplus_lr_ratio": 2.0, "top_k": 2, "score": "pfn", "match_lora_rate": True, "recipe": "published", "optim_bits": 8, "bf16_update": "stochastic",
+    "loraplus_lr_ratio": 2.0, "top_k": 2, "score": "pfn", "match_lora_rate": True, "recipe": "published", "optim_bits": 8,
+    "bf16_update": "stochastic",
     "optimizer_in_backward": True, "fused": True, "freeze_non_linear": True, "fft_expert": True, "use_rslora": True,
     "target_modules": ["q_proj"], "exclude_modules": [],
     "optim": "sgd", "optim_args": "momentum=0.5", "optim_target_modules": ["q_proj"], "weight_decay": 0.5,
