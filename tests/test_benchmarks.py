@@ -14,9 +14,12 @@ import gpu_kernels
 import many_layers
 import optimizer_step
 import plan_vs_measured
+import robustness
+import router_bed
 import sql_rows
 import states
 import step_time
+from small import tiny_llama
 from tiny_checkpoints import save_tiny_checkpoint
 
 
@@ -161,3 +164,36 @@ def test_bytes_that_ranks_send_are_as_the_formulas_say():
     cases = [(sharding, method) for sharding in ("ddp", "fsdp") for method in communication.METHODS]
     assert set(counted) == {f"{s} {m}" for s, m in (*cases, *(("fsdp", method) for method in fused))}
     assert counted == foreseen
+
+
+def test_robustness(tmp_path, monkeypatch, capsys):
+    for name, score in (("fft", 58.0), ("epd_r8_alpha128", 40.0), ("matched_random_r8", 60.0)):
+        (tmp_path / f"{name}-lr0.0002-s42").mkdir()
+        metrics = {metric: {"value": score} for metric in robustness.METRICS}
+        routing = None if name == "fft" else {"fft": 0.5}
+        result = {"config": {"ranks": [8]}, "metrics": metrics, "routing": routing}
+        (tmp_path / f"{name}-lr0.0002-s42" / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(robustness, "GATHERED", tmp_path / "gathered.json")
+    monkeypatch.setattr(robustness, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.setattr(sys, "argv", ["robustness", str(tmp_path)])
+    robustness.main()
+    assert "| epd r8 alpha128 | 40.0 |" in capsys.readouterr().out
+    assert len(json.loads(robustness.GATHERED.read_text())) == 3 and robustness.PICTURE.stat().st_size > 5000
+
+
+def test_router_bed():
+    texts, settings = router_bed.data()
+    for setting in settings.values():
+        assert not set(setting.train) & set(setting.held_out)
+        assert not any(answer in text and prompt in text for prompt, answer in setting.train for text in texts[-50:])
+    tokenizer = router_bed.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[:50], vocab_size=300, show_progress=False)
+    model, pairs = tiny_llama(vocab_size=300, max_position_embeddings=512), settings["facts"].train[:4]
+    before = router_bed.held_out_loss(model, tokenizer, pairs)
+    for molf in router_bed.contenders().values():
+        optimizer = router_bed.train(
+            model, tokenizer, pairs, 1, 4, lr=1e-2, **{**molf, "ranks": molf["ranks"] and (2,)}
+        )
+    assert optimizer.routing.experts == ("fft", "lora_r2")
+    assert router_bed.held_out_loss(model, tokenizer, pairs) < before
+    assert "| fft |  |  | 1.000 |" in router_bed.table({"facts|fft|0.003|1": {"held_out": 1.0}})
