@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from faults import METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
 from molf.integrations.checkpoint_folder import checkpoints, step_of
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.study.config.unread import unread
 from molf.study.run.job import make_trainer
 from served import CONTEXT
 from small_runs import carry_out, small_run, weights
@@ -75,7 +76,13 @@ def test_killed_while_writing_checkpoints(name, model, tmp_path):
 
 
 def command(settings):
-    flags = [part for name, value in settings.items() for part in (f"--{name}", json.dumps(value).strip('"'))]
+    ignored = unread(settings.get("method", "molf"))
+    flags = [
+        part
+        for name, value in settings.items()
+        if name not in ignored
+        for part in (f"--{name}", json.dumps(value).strip('"'))
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "molf", "train", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

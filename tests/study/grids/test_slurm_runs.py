@@ -25,7 +25,6 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
     "save_strategy": "steps",
-    "lora_rank": 2,
     "learning_rate": [1e-4, 1e-3],
     "output_root": "out",
     "methods": {"killed": LONG, "requeued": LONG, "fft": None},
