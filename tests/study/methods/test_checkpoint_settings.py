@@ -68,7 +68,7 @@ def test_what_differs_is_named(changes, words, tmp_path):
     "change",
     [
         {"max_grad_norm": 3.0}, {"max_grad_norm": 0.0}, {"score": "pfn"}, {"top_k": 2}, {"bf16": True}, {"adam_epsilon": 1e-6},
-        {"adam_beta1": 0.8}, {"lora_weight_decay": 0.5}, {"lora_alpha": 8.0}, {"match_lora_rate": True}, {"weight_decay": 0.5},
+        {"adam_beta1": 0.8}, {"lora_weight_decay": 0.5}, {"lora_alpha": 8.0}, {"match_lora_rate": False}, {"weight_decay": 0.5},
         {"label_smoothing_factor": 0.1}, {"bf16_update": "stochastic"}, {"optim_bits": 8},
     ],
     ids=str,
