@@ -89,6 +89,11 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
             "deepspeed is not supported: ZeRO flattens and partitions the weights, and MoLF needs each layer's matrix. Shard the "
             "model by FSDP2 instead: torchrun --nproc_per_node N -m molf train --fsdp True ..."
         )
+    if settings.get("save_only_model"):
+        raise MolfError(
+            "save_only_model=True would leave checkpoints that no run can resume from, also after a signal; leave it out, and "
+            "limit checkpoints by save_total_limit or save_strategy. The model itself is always saved at the end"
+        )
     _check_trackers(settings.get("report_to"))
     _check_numbers(settings)
     if settings.get("load_best_model_at_end") and "save_steps" not in settings:  # a checkpoint at every evaluation
