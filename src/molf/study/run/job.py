@@ -143,7 +143,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if job.validation:
         held_out, _ = tokenize_training_data(job.tokenizer, [job.task.example(row) for row in job.validation], args)
     from_rank_0(lambda: _check_rows(job, rows, held_out, args))
-    base = model_fingerprint(job.model)
+    base, template = model_fingerprint(job.model), job.tokenizer.chat_template
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -174,7 +174,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     args.assistant_only_loss = asked
     trainer.cut = cut
     check_sharding(trainer, recipe)
-    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base)
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base, template=template)
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
