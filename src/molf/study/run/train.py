@@ -2,12 +2,14 @@
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import global_step, remove_checkpoints
 from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
@@ -22,7 +24,7 @@ from molf.study.faults.trained import Trained, find_trained, forget_trained, not
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
-from molf.study.results.result import Result, Training
+from molf.study.results.result import Result, Training, read_result
 from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
 from molf.study.run.model_limits import check_causal, check_evaluation_rows
 from molf.study.run.models import load_model_and_tokenizer
@@ -161,6 +163,8 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
             _log.warning(warning)
     since = 0 if checkpoint is None else global_step(checkpoint)  # which may be gone after the training
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if outcome.global_step == since and (earlier := _measured(trainer.args.output_dir)) and earlier.steps == since:
+        return earlier
     seconds = float(outcome.metrics["train_runtime"])
     tokens = _tokens(trainer.state.log_history, since)
     return Training(
@@ -178,6 +182,13 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
         best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
         validation_loss=_validation_loss(trainer),
     )
+
+
+def _measured(folder: str) -> Training | None:
+    """Return the measurements of the finished training in a folder: a start that takes no step has none of its own."""
+    with suppress(MolfError):
+        return read_result(Path(folder)).training
+    return None
 
 
 def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
