@@ -25,8 +25,7 @@ from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.result import Result, Training, read_result
-from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
-from molf.study.run.model_limits import check_causal, check_evaluation_rows
+from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
@@ -54,11 +53,7 @@ def run(config: RunConfig) -> Result | None:
         Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
-    check_read(config)
-    if (done := finished_result(config)) is None:
-        check_folder(config)
-        if config.task.generation_backend == "vllm":
-            require_vllm()
+    done = check_start(config)
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
         if done is not None:
             _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
@@ -66,6 +61,16 @@ def run(config: RunConfig) -> Result | None:
                 _tidy(config)
             return done
         return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
+
+
+def check_start(config: RunConfig) -> Result | None:
+    """Check what can be checked before anything is loaded, and return the result of this very run if it is finished."""
+    check_read(config)
+    if (done := finished_result(config)) is None:
+        check_folder(config)
+        if config.task.generation_backend == "vllm":
+            require_vllm()
+    return done
 
 
 def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
@@ -211,8 +216,7 @@ def _evaluate_only(config: RunConfig) -> Result | None:
     job = load_job(config)
     args = build_train_config(config.train)
     main, device = args.process_index == 0, args.device
-    check_causal(job.model)
-    check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
+    check_evaluation(job)
     evaluation = _evaluate_on_ranks(job, main, device, job.source)
     if evaluation is None or not main:
         return None
