@@ -52,7 +52,9 @@ def make_plan(config: RunConfig) -> Plan:
         check_evaluation(job)
         return Plan(config.to_dict(), [], (0, len(job.eval_rows)), 0, None, [])
     with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
-        trainer = make_trainer(job, job_recipe(job), output_dir=scratch)
+        trainer = make_trainer(
+            job, job_recipe(job), output_dir=scratch, push_to_hub=False
+        )  # which creates a repository
         trainer.create_optimizer()  # checks rates and ranks against the model
     return Plan(
         config=config.to_dict(),
