@@ -98,6 +98,18 @@ def test_a_dry_run_shows_and_writes_nothing(model_folder, capsys):
     assert not Path("run").exists()
 
 
+def test_a_dry_run_of_an_evaluation_needs_no_training_rows(model_folder, capsys):
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
+    assert call(f"eval --model_name_or_path {model_folder} --task custom --eval_path rows.jsonl --dry_run") == 0
+    assert "nothing was evaluated; 1 evaluation rows" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_before_the_data_is_read(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr("molf.study.config.trainer_config.is_liger_kernel_available", lambda: False)
+    assert call(f"train --model_name_or_path {model_folder} --sample --use_liger_kernel True --dry_run") == 1
+    assert "pip install liger-kernel" in capsys.readouterr().err
+
+
 def test_the_demo_runs_twice(model_folder, capsys):
     small = f"--model_name_or_path {model_folder} --limit 4 --num_train_epochs 1 --ranks 4 --disable_tqdm True"
     assert call(f"demo {small}") == 0
@@ -132,6 +144,21 @@ def test_the_demo_runs_twice(model_folder, capsys):
         ("train MODEL --limit 4 --ranks 4096 --dry_run", 1, "ranks=(4096,) exceeds"),
         ("train MODEL --chat_template_path broken.jinja", 1, "Unexpected end of template"),
         ("train MODEL --method fft --match_lora_rate True", 2, "method fft does not read match_lora_rate=True"),
+        ("train MODEL --seed -1", 1, "seed=-1 must be between 0 and 4294967295"),
+        ("train MODEL --seed 99999999999999 --dry_run", 1, "seed=99999999999999 must be between 0 and"),
+        ("train MODEL --lr_scheduler_type cosine_with_min_lr --dry_run", 1, "One of min_lr or min_lr_rate"),
+        ("train MODEL --lr_scheduler_type polynomial --lr_scheduler_kwargs '{\"zz\":1}' --dry_run", 1, "argument 'zz'"),
+        ("train MODEL --dataloader_num_workers -1 --dry_run", 1, "num_workers option should be non-negative"),
+        ("train MODEL --dataloader_prefetch_factor 2 --dry_run", 1, "dataloader_prefetch_factor can only"),
+        ("train MODEL --neftune_noise_alpha nan --dry_run", 1, "neftune_noise_alpha=nan must be a finite number"),
+        ("train MODEL --label_smoothing_factor nan --dry_run", 1, "label_smoothing_factor=nan must be a number"),
+        ("train MODEL --eos_token nope --limit 4", 1, "('nope') is not found in the vocabulary"),
+        ("train MODEL --assistant_only_loss True --limit 4", 1, "assistant_only_loss=True"),
+        ("train MODEL --padding_free True --limit 4 --dry_run", 1, "padding_free=True"),
+        ("train MODEL --activation_offloading True --use_cpu True", 1, "activation_offloading=True moves"),
+        ("train MODEL --push_to_hub True --dry_run", 1, "push_to_hub=True, but HF_HUB_OFFLINE forbids it"),
+        ("train MODEL --generation_backend vllm --dry_run", 1, "needs vLLM, which is not installed"),
+        ("train MODEL --dry_run --output_dir file", 1, "output_dir=file is not writable"),
         ("results . --csv file/x.csv", 1, "cannot write file/x.csv"),
     ],
 )

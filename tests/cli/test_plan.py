@@ -29,6 +29,9 @@ def test_a_plan_reads_no_weights(model_folder, capsys):
 def test_mistakes_in_a_plan(model_folder, capsys):
     assert call("plan --method molf") == 1
     assert "model_name_or_path is required" in capsys.readouterr().err
+    for method in ("molf", "molf_e"):
+        assert call(f"plan --model_name_or_path {model_folder} --method {method} --ranks 4096") == 1
+        assert "ranks=(4096,) exceeds the smallest routed layer" in capsys.readouterr().err
     assert call(f"plan --model_name_or_path {model_folder} --methd molf") == 2
     assert "did you mean 'method'" in capsys.readouterr().err
 

@@ -49,6 +49,15 @@ def test_settings_are_those_of_all_sections_and_of_the_trainer():
     assert "_argument_group_name" not in types
 
 
+@pytest.mark.parametrize(("mode", "value"), [("adalora", True), ("rslora", False)])
+def test_a_published_mode_that_fixes_its_scale_leaves_use_rslora_out(mode, value, caplog):
+    known = {"method", "use_rslora", "recipe"}
+    values = canonical([("mode", mode), ("use_rslora", value)], known, "the command line")
+    assert "use_rslora" not in values
+    assert f"use_rslora is left out: mode {mode} does not read it" in caplog.text
+    assert "use_rslora" in canonical([("method", mode), ("use_rslora", value)], known, "the command line")
+
+
 def test_what_a_type_allows():
     for declared in (bool, bool | None, list[int], list[int] | None, dict[str, Any] | str | None):
         assert allows(declared, bool) is (declared in (bool, bool | None))

@@ -21,6 +21,7 @@ MERGED = "m0: &m0 {x: 1}\n" + "".join(f"m{n + 1}: &m{n + 1} {{<<: [*m{n}, *m{n}]
         ("a:\n  " + "- " * 5000, "nested too deeply"),
         ("a: 2026-02-31", "day is out of range"),
         ("a: " + "9" * 5000, "Exceeds the limit"),
+        ("a: 0x" + "f" * 5000, "an integer of more than 64 bits"),
         ("a: 1\nb: 2\na: 3", "the key 'a' occurs twice"),
         ("a: {b: 2, b: 3}", "the key 'b' occurs twice"),
         ("a: [1", "expected"),

@@ -232,6 +232,13 @@ def test_resuming_needs_one_complete_checkpoint(run, tmp_path):
     assert can_resume(run) and names(run) == before
 
 
+def test_resuming_needs_the_state_of_an_optimizer(run):
+    for checkpoint in checkpoints(run):
+        (checkpoint / "optimizer.pt").unlink()
+        write_manifest(checkpoint)
+    assert not can_resume(run)
+
+
 def test_all_are_removed(run):
     truncate(run / "checkpoint-10" / "optimizer.pt")
     last_complete(run)

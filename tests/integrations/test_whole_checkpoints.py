@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from molf import RoutingLog
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import MANIFEST, UNFINISHED, checkpoints, verify
 from molf.integrations.trainer import trainer_optimizer
 from molf.integrations.whole_checkpoints import WholeCheckpoints
@@ -104,6 +105,13 @@ def test_a_truncated_one_is_reported_and_the_one_before_used(whole, tmp_path, ca
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same_weights(resumed, whole)
     assert steps(tmp_path) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("given", [True, "checkpoint-6"])
+def test_one_without_optimizer_state_is_not_resumed_from(given, tmp_path):
+    make(tmp_path, save_only_model=True).train()
+    with pytest.raises(MolfError, match=r"checkpoint-6 has no optimizer state \(save_only_model\).*--overwrite"):
+        make(tmp_path).find_checkpoint(given if given is True else str(tmp_path / given))
 
 
 def test_nothing_to_go_on_from(tmp_path, caplog):

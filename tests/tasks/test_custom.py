@@ -127,6 +127,23 @@ def test_splits_that_mean_the_same_are_all_read_or_one_by_its_name(monkeypatch):
         load("a/b", train_split="dev", eval_path="dev")
 
 
+@pytest.mark.parametrize(
+    ("asked", "unused"),
+    [
+        ({}, "test, extra"),
+        ({"eval_path": "test"}, "validation, extra"),
+        ({"eval_fraction": 0.5}, "validation, test, extra"),
+    ],
+)
+def test_splits_that_are_not_used_are_told(asked, unused, monkeypatch, caplog):
+    rows = dict(
+        zip(("train", "validation", "test", "extra"), (PAIRS[:4], PAIRS[4:6], PAIRS[6:7], PAIRS[7:8]), strict=True)
+    )
+    monkeypatch.setattr("molf.tasks.custom.hub_splits", lambda name, advice: (located_splits(rows, name), name))
+    load("a/b", **asked)
+    assert caplog.messages == [f"a/b: splits that are not used: {unused}"]
+
+
 def test_a_named_training_split_needs_data_with_splits(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
     with pytest.raises(MolfError, match="a.jsonl: no train_sft split, only rows without one"):

@@ -115,6 +115,8 @@ def test_blank_lines_byte_order_mark_and_windows_line_ends_are_harmless(tmp_path
         ("a.jsonl.gz", gzip.compress(b'{"id": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: not a complete gzip file"),
         ("a.csv.bz2", bz2.compress(b"p,c\n1,2\n")[:-9], "a.csv.bz2: not a complete bzip2 file"),
         ("a.csv.xz", lzma.compress(b"p,c\n1,2\n")[:-9], "a.csv.xz: not a complete xz file"),
+        ("a.csv.bz2", bz2.compress(b"p,c\n1,2\n") + b"3,4\n", "a.csv.bz2: not a complete bzip2 file"),
+        ("a.csv.xz", lzma.compress(b"p,c\n1,2\n") + b"3,4\n", "a.csv.xz: not a complete xz file"),
         ("a.json.zst", zstd(b'[{"id": 1}]' * 99)[:-9], "a.json.zst: not a complete Zstandard file"),
     ],
 )
@@ -136,3 +138,10 @@ def test_damaged_and_ambiguous_parquet_is_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([table["p"], table["p"]], names=["p", "p"]), path)
     with pytest.raises(MolfError, match="a.parquet: the column 'p' occurs twice"):
         read(path)
+
+
+@pytest.mark.parametrize(("ending", "padding"), [(".gz", b""), (".bz2", b""), (".xz", b"\0" * 4)])
+def test_streams_one_after_another_are_all_read(tmp_path, ending, padding):
+    compress = COMPRESS[ending]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(compress(b'{"n": 1}\n') + padding + compress(b'{"n": 2}') + padding)
+    assert read(tmp_path / f"a.jsonl{ending}") == [{"n": 1}, {"n": 2}]

@@ -145,6 +145,13 @@ def test_a_damaged_saved_folder_is_told(tmp_path, monkeypatch):
         local_splits(tmp_path / "one")
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"splits": 3}', '{"splits": ["no"]}'])
+def test_a_damaged_list_of_splits_is_told(tmp_path, content):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(MolfError, match="`datasets` cannot read it"):
+        local_splits(tmp_path)
+
+
 def test_folders_that_datasets_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     saved(tmp_path)

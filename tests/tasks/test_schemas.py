@@ -92,6 +92,8 @@ def test_bad_cells_are_named(record, message):
             "message 2: only the first message may have role 'system'",
         ),
         ({"messages": CHAT, "tools": "f("}, ", column 'tools': not JSON"),
+        ({"messages": CHAT, "tools": "[" * 100_000}, ", column 'tools': lists and objects are nested too deeply"),
+        ({"messages": CHAT, "tools": '[{"f": 1, "f": 2}]'}, ", column 'tools': the name 'f' occurs twice"),
         ({"messages": CHAT, "tools": '{"f": 1}'}, ", column 'tools': must be a list, found an object"),
         (
             {"messages": CHAT, "chat_template_kwargs": "x"},

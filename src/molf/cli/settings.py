@@ -33,6 +33,9 @@ PUBLISHED_NAMES: dict[str, str] = {
 PUBLISHED_METHOD = ("mode", "molf_score_fn", "molf_topk", "molf_lora_ranks", "molf_fft", "molf_freeze_non_linear")
 """Aliases that nobody uses but with the published settings: they choose the published recipe."""
 
+_OWN_SCALE = ("adalora", "rslora")
+"""Modes that fix what use_rslora chooses."""
+
 PUBLISHED_VALUES: dict[str, dict[str, str]] = {"score": {"true_projected": "epd", "projected": "pfn"}}
 """Field -> published value -> our value."""
 
@@ -71,7 +74,8 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
 def _leave_out_unread(values: dict[str, Any], given_as: Mapping[str, str]) -> None:
     """Leave out what a published mode does not read: the published command gives all settings to all modes."""
     mode = values["method"]
-    for name in sorted(unread(mode) & values.keys()) if mode in get_args(Method) else []:
+    own = {"use_rslora"} if mode in _OWN_SCALE else set()
+    for name in sorted((unread(mode) | own) & values.keys()) if mode in get_args(Method) else []:
         del values[name]
         if name in given_as:
             logger.warning("%s is left out: mode %s does not read it", given_as[name], mode)

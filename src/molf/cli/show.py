@@ -41,6 +41,8 @@ def show_plan(plan: "Plan") -> None:
     out = console()
     out.rule("settings")
     out.print(yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True).strip())
+    if plan.needs is None:
+        return out.print(f"dry run: nothing was evaluated; {plan.rows[1]} evaluation rows")
     out.rule("first example (green: in the loss)")
     out.print(Text.assemble(*((text, "bold green" if in_loss else "dim") for text, in_loss in plan.example)))
     out.rule("size")

@@ -19,6 +19,16 @@ class _Loader(yaml.SafeLoader):
         super().fetch_flow_collection_start(kind)
 
 
+def _integer(loader: _Loader, node: ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) >= 2**64:  # a hexadecimal one may have more digits than Python writes
+        raise ConstructorError(None, None, "an integer of more than 64 bits", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
 def load_yaml(text: str) -> Any:
     """Parse a document as ``yaml.safe_load`` does.
 

@@ -126,7 +126,12 @@ def recover(folder: Path) -> None:
 def can_resume(folder: Path) -> bool:
     """Return whether a run's folder has a complete checkpoint, in place or still to be renamed; nothing is changed."""
     unfinished = (path for path in (folder / UNFINISHED).glob(f"{PREFIX}*") if (path / MANIFEST).is_file())
-    return any(verify(path) is None for path in [*checkpoints(folder), *unfinished])
+    return any(verify(path) is None and has_optimizer(path) for path in [*checkpoints(folder), *unfinished])
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the state of an optimizer, in one file or in shards."""
+    return any(checkpoint.glob("optimizer*"))
 
 
 def last_complete(folder: Path) -> Path | None:

@@ -22,6 +22,7 @@ from molf.integrations.checkpoint_folder import (
     commit,
     global_step,
     has_manifest,
+    has_optimizer,
     last_complete,
     recover,
     rotate,
@@ -97,6 +98,8 @@ class WholeCheckpoints:
             found[0] = last_complete(run_folder) if resume_from is True else _given(Path(str(resume_from)), run_folder)
             if found[0] is None:
                 logger.warning("no checkpoint in %s yet: training starts from the beginning", run_folder)
+            else:
+                _check_optimizer(found[0])
         broadcast_object_list(found)
         if (checkpoint := found[0]) is not None:
             if self.args.should_save and not has_manifest(checkpoint):
@@ -180,6 +183,7 @@ def _given(checkpoint: Path, run_folder: Path) -> Path:
             f"resume_from_checkpoint={checkpoint} is not a complete checkpoint: {problem}; give another one, or True for "
             f"the last complete one in {run_folder}"
         )
+    _check_optimizer(checkpoint)
     if checkpoint.resolve().parent == run_folder.resolve():
         step = global_step(checkpoint)
         for later in checkpoints(run_folder):
@@ -187,6 +191,15 @@ def _given(checkpoint: Path, run_folder: Path) -> Path:
                 kept = set_aside(later, "superseded")
                 logger.warning("%s is not before %s; it is kept as %s", later, checkpoint.name, kept.name)
     return checkpoint
+
+
+def _check_optimizer(checkpoint: Path) -> None:
+    """Refuse a checkpoint from which the Trainer would go on with fresh moments."""
+    if not has_optimizer(checkpoint):
+        raise MolfError(
+            f"{checkpoint} has no optimizer state (save_only_model), so no run can resume from it; give another checkpoint, or "
+            "pass --overwrite without --resume_from_checkpoint to train from the start"
+        )
 
 
 def _write_error(error: BaseException) -> BaseException | None:

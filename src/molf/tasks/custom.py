@@ -14,7 +14,7 @@ from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, 
 from molf.tasks.downloads import hub_splits
 from molf.tasks.formats import Located, is_readable
 from molf.tasks.metrics import percentage, statistic
-from molf.tasks.records import UNNAMED, Splits, local_splits, split_names
+from molf.tasks.records import UNNAMED, Splits, local_splits, split_names, tell_unused
 from molf.tasks.schemas import checked_rows, schema_of
 
 DEFAULT_EVAL_FRACTION = 0.1
@@ -68,6 +68,7 @@ class Custom:
         default = split_names(found, "validation") or split_names(found, "test")
         held = _asked(found, self.eval_path) if self.eval_path else default
         if self.eval_fraction is None and (held or self.eval_path):
+            tell_unused([name for name in found if name not in held], origin)
             held_out, eval_origin = _evaluation_rows(self.eval_path, found, held)
             rows, eval_rows = checked_rows(records, limit, origin), checked_rows(held_out, limit, eval_origin)
             if schema_of(rows[0], origin) != schema_of(eval_rows[0], eval_origin):
@@ -76,6 +77,7 @@ class Custom:
                     f"{', '.join(eval_rows[0])}"
                 )
             return Split(rows, eval_rows, f"{origin}, {eval_origin}")
+        tell_unused(found, origin)
         fraction = self.eval_fraction or DEFAULT_EVAL_FRACTION
         rows, eval_rows = _hold_out(checked_rows(records, None, origin), fraction, seed, origin)
         return Split(rows[:limit], eval_rows[:limit], f"{origin}, evaluation: {fraction:g} of it by seed {seed}")

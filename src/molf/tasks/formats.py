@@ -64,13 +64,13 @@ def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
-            yield _whole_characters(line, _parse_json(line, where), where)
+            yield _whole_characters(line, parse_json(line, where), where)
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
     text = _read_text(file)
     try:
-        records = _parse_json(text, str(file))
+        records = parse_json(text, str(file))
     except MolfError as error:
         if getattr(error.__cause__, "msg", "") != "Extra data":
             raise
@@ -82,7 +82,8 @@ def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
         yield _whole_characters(text, record, f"{file}, record {number}")
 
 
-def _parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON text that holds nothing twice and is not too deep; ``where`` begins the error message."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -174,6 +175,24 @@ def _read_text(file: Path) -> str:
         raise MolfError(f"{file}: not a complete {_COMPRESSION_NAMES[compression]} file ({error})") from error
 
 
+def _whole_streams(decompressor: Callable[[], Any]) -> Callable[[bytes], bytes]:
+    """Return a function that decompresses one stream after another; the modules' own drop what follows the last one."""
+
+    def decompress(data: bytes) -> bytes:
+        found = []
+        while True:
+            stream = decompressor()
+            found.append(stream.decompress(data))
+            if not stream.eof:
+                raise EOFError("it ends before its end marker")
+            data = stream.unused_data
+            if not data.strip(b"\0"):  # padding between and after streams
+                return b"".join(found)
+            data = data.lstrip(b"\0")
+
+    return decompress
+
+
 def _unzstd(data: bytes) -> bytes:
     import pyarrow
 
@@ -190,8 +209,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 }
 _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+    ".bz2": _whole_streams(bz2.BZ2Decompressor),
+    ".xz": _whole_streams(lzma.LZMADecompressor),
     ".zst": _unzstd,
 }
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}

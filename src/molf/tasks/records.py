@@ -1,5 +1,6 @@
 """The records of a user's data by split: a file, a folder of files, or what ``datasets`` saved or loaded."""
 
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,6 +17,8 @@ Splits: TypeAlias = dict[str, Iterable[Located]]
 """Records by split: ``train``, ``validation``, ``test`` and others of any name, or ``UNNAMED`` alone."""
 UNNAMED = ""
 """The split of files whose names do not tell their split."""
+
+_log = logging.getLogger(__name__)
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -47,7 +50,7 @@ def local_splits(path: Path) -> Splits:
 
         try:
             return located_splits(load_from_disk(str(path)), str(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # its files are read unchecked
             raise MolfError(f"{path}: `datasets` cannot read it: {str(error).splitlines()[0]}") from error
     by_split: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(_data_files(path)):
@@ -107,6 +110,12 @@ def located_splits(loaded: Any, origin: str) -> Splits:
 def split_names(found: Splits, split: str) -> list[str]:
     """Return the names of all splits that mean the same as ``split``: ``dev`` is ``validation``."""
     return [name for name in found if _meaning(name) == _meaning(split)]
+
+
+def tell_unused(names: Iterable[str], origin: str) -> None:
+    """Warn about splits of the user's data that a run neither trains nor evaluates on."""
+    if unused := ", ".join(name or "rows without one" for name in names):
+        _log.warning("%s: splits that are not used: %s", origin, unused)
 
 
 def _meaning(split: str) -> str:

@@ -1,6 +1,5 @@
 """The kinds of rows of a user's own data, and what each must hold."""
 
-import json
 import logging
 from collections.abc import Iterable
 from itertools import islice
@@ -8,7 +7,7 @@ from typing import Any
 
 from molf.errors import MolfError
 from molf.tasks.base import Row
-from molf.tasks.formats import Located, json_name
+from molf.tasks.formats import Located, json_name, parse_json
 
 ROW_SCHEMAS: dict[tuple[str, ...], str] = {
     ("prompt", "completion"): "a prompt and its completion",
@@ -56,10 +55,7 @@ def _template_arguments(record: Row, columns: tuple[str, ...], where: str) -> Ro
         )
     for name, value in given.items():
         if name == "tools" and isinstance(value, str):
-            try:
-                given[name] = json.loads(value)
-            except ValueError as error:
-                raise MolfError(f"{where}, column 'tools': not JSON ({error})") from error
+            given[name] = parse_json(value, f"{where}, column 'tools'")
         if not isinstance(given[name], TEMPLATE_COLUMNS[name]):
             expected = json_name(TEMPLATE_COLUMNS[name]())
             raise MolfError(f"{where}, column {name!r}: must be {expected}, found {json_name(given[name])}")

@@ -9,7 +9,7 @@ from molf.errors import MolfError
 from molf.tasks.base import Row, Split
 from molf.tasks.downloads import ADVICE, cache_folder, download_once, hub_splits
 from molf.tasks.formats import Located, records_of
-from molf.tasks.records import UNNAMED, Splits, check_fields, local_splits, split_names
+from molf.tasks.records import UNNAMED, Splits, check_fields, local_splits, split_names, tell_unused
 
 _PACKAGED = Path(__file__).parent / "data"
 
@@ -123,6 +123,8 @@ class Source:
             raise MolfError(
                 f"{origin}: no rows to evaluate on, only {', '.join(found)}; add a file with {evaluation!r} in its name"
             )
+        if data_path is not None:
+            tell_unused([name for name in found if name not in [*split_names(found, train), *held]], origin)
         trained, evaluated = (
             chain.from_iterable(found[name] for name in own) for own in (split_names(found, train), held)
         )

@@ -44,6 +44,7 @@ def test_telemetry_is_off():
     ("settings", "message"),
     [
         ({"deepspeed": "zero3.json"}, "deepspeed is not supported.*--fsdp True"),
+        ({"save_only_model": True}, "save_only_model=True would leave checkpoints that no run can resume from"),
         ({"report_to": "wandbb"}, "report_to=wandbb is not a tracker; did you mean 'wandb'"),
         ({"report_to": ["none", "comet_ml"]}, "report_to=comet_ml: the tracker is not installed; pip install comet_ml"),
     ],

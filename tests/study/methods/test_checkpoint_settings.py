@@ -13,18 +13,19 @@ from molf.study.methods.checkpoint_settings import CheckpointSettings, model_fin
 DATA = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 
-def made(data=DATA, sharded=False, processes=1, **changes):
+def made(data=DATA, sharded=False, processes=1, template="{{ a }}", **changes):
     """The settings that a run on this number of processes saves with its checkpoints."""
     config = RunConfig.from_dict({"method": "lora", "lora_rank": 4, "learning_rate": 1e-3, **changes})
     args = build_train_config(config.train | {"output_dir": "here"})
     args.__dict__["distributed_state"] = SimpleNamespace(num_processes=processes)
-    return CheckpointSettings(config, args, data, sharded)
+    return CheckpointSettings(config, args, data, sharded, template=template)
 
 
 def test_the_same_and_what_may_change(tmp_path):
     made().save(None, tmp_path)
     made().check(tmp_path)
     made(num_train_epochs=7, max_steps=9, save_steps=3, logging_steps=1, output_root="elsewhere").check(tmp_path)
+    made(chat_template_path="moved.jinja").check(tmp_path)
     made(data_path="moved", gradient_accumulation_steps=2, processes=2).check(tmp_path)
 
 
@@ -56,6 +57,11 @@ def test_the_same_and_what_may_change(tmp_path):
         ),
         ({"adam_beta2": 0.95}, r"adam_beta2=0.999 \(here 0.95\)"),
         ({"lora_weight_decay": 0.5}, r"lora_weight_decay=0.01 \(here 0.5\)"),
+        ({"ignore_data_skip": True}, r"ignore_data_skip=False \(here True\)"),
+        ({"auto_find_batch_size": True}, r"auto_find_batch_size=False \(here True\)"),
+        ({"attn_implementation": "eager"}, r"attn_implementation=None \(here eager\)"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, r"accelerator_config=.*True.* \(here .*False"),
+        ({"template": "{{ other }}"}, r"chat_template=SHA-256 \w{12} \(here SHA-256 \w{12}\)"),
     ],
 )
 def test_what_differs_is_named(changes, words, tmp_path):

@@ -35,6 +35,12 @@ def test_its_needs_are_those_of_the_plan(method, lora, settings, tiny_model):
     assert needs.memory.weights == 4 * total
 
 
+def test_no_repository_is_created(settings, monkeypatch):
+    monkeypatch.setattr("molf.study.config.trainer_config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *given, **more: pytest.fail("created"))
+    make_plan(small_config(settings, push_to_hub=True))
+
+
 def test_contradictions():
     examples = [("a", "1"), ("a", "2"), ("b", "1"), ("b", "1"), ("c", "1"), ("c", "2"), ("c", "3")]
     assert contradictions([{"prompt": prompt, "completion": completion} for prompt, completion in examples]) == 2

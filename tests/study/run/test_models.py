@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import LlamaForSequenceClassification
 
 from molf.errors import MolfError
 from molf.study.config.run_config import ModelConfig
@@ -21,6 +22,14 @@ def test_an_own_padding_token_is_kept(saved_model):
     path = Path(saved_model) / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<s>"}))
     assert load_model_and_tokenizer(ModelConfig(saved_model))[1].pad_token == "<s>"
+
+
+def test_a_model_without_a_language_model_head_is_refused(saved_model, tiny_model):
+    LlamaForSequenceClassification(tiny_model.config).save_pretrained(saved_model)
+    with pytest.raises(
+        MolfError, match=r"has no weights for lm_head.weight \(1 missing\), which would be random; .*classifier"
+    ):
+        load_model_and_tokenizer(ModelConfig(saved_model))
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(saved_model):

@@ -118,6 +118,16 @@ def test_a_finished_run_whose_checkpoints_are_damaged_stays(overwrite, finished,
     assert not (tmp_path / "log.csv").exists()
 
 
+@pytest.mark.parametrize("change", [{"eval_limit": 1}, {"eval_before": False}])
+def test_a_finished_run_evaluated_otherwise_keeps_the_measurements_of_its_training(change, finished, settings):
+    folder = finished.copy(Path(settings["output_dir"]), method="molf")
+    before = read_result(folder)
+    again = before.config | {"output_dir": str(folder), "resume_from_checkpoint": "True"}
+    after = carry_out(again, **change)
+    assert after.training == before.training == read_result(folder).training
+    assert after.config != before.config
+
+
 def test_killed_while_it_removes_its_checkpoints_a_finished_run_is_only_tidied(finished, settings):
     folder = finished.copy(Path(settings["output_dir"]), method="molf")
     note = folder / ".trained.json"

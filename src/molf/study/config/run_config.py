@@ -68,7 +68,9 @@ class ModelConfig:
         shapes="checkpoint",
     )
     attn_implementation: str | None = setting(
-        None, "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset."
+        None,
+        "Attention kernel, e.g. sdpa, eager, flash_attention_2; the model's own if unset.",
+        shapes="checkpoint",
     )
 
 

@@ -2,12 +2,18 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -89,19 +95,69 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
             "deepspeed is not supported: ZeRO flattens and partitions the weights, and MoLF needs each layer's matrix. Shard the "
             "model by FSDP2 instead: torchrun --nproc_per_node N -m molf train --fsdp True ..."
         )
+    if settings.get("save_only_model"):
+        raise MolfError(
+            "save_only_model=True would leave checkpoints that no run can resume from, also after a signal; leave it out, and "
+            "limit checkpoints by save_total_limit or save_strategy. The model itself is always saved at the end"
+        )
     _check_trackers(settings.get("report_to"))
     _check_numbers(settings)
     if settings.get("load_best_model_at_end") and "save_steps" not in settings:  # a checkpoint at every evaluation
         every = settings.get("eval_steps") or settings.get("logging_steps") or TrainConfig.logging_steps
         settings = {**settings, "save_steps": every}
-    try:
+    with trainer_errors():
         config = TrainConfig(**settings)
+        _build_once(config)
+    _check_validation(config)
+    _check_available(config)
+    return config
+
+
+_MANY_STEPS = 10**6  # if their number is not known yet
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Turn errors of the libraries about the trainer's settings into a ``MolfError`` of one line."""
+    try:
+        yield
     except MolfError:
         raise
-    except (ValueError, TypeError) as error:
-        raise MolfError(f"the trainer does not take these settings: {str(error).strip().splitlines()[0]}") from error
-    _check_validation(config)
-    return config
+    except (ValueError, TypeError, ImportError, ConnectionError, HfHubHTTPError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise MolfError(f"the trainer does not take these settings: {reason}") from error
+
+
+def _build_once(config: TrainConfig) -> None:
+    """Build what the Trainer builds when the training starts, for its errors: the schedule and the loading of batches."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    steps = config.max_steps if config.max_steps > 0 else _MANY_STEPS
+    get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        num_workers=config.dataloader_num_workers,
+        prefetch_factor=config.dataloader_prefetch_factor,
+        persistent_workers=config.dataloader_persistent_workers,
+    )
+
+
+def _check_available(config: TrainConfig) -> None:
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise MolfError(
+            "use_liger_kernel=True: the package is not installed; pip install liger-kernel, or leave it out"
+        )
+    if config.activation_offloading and (config.use_cpu or not torch.accelerator.is_available()):
+        raise MolfError(
+            "activation_offloading=True moves activations from an accelerator, and there is none; leave it out"
+        )
+    if config.push_to_hub and HF_HUB_OFFLINE:
+        raise MolfError("push_to_hub=True, but HF_HUB_OFFLINE forbids it: unset one of them")
 
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
@@ -112,6 +168,11 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value is not None and value < 1:
             raise MolfError(f"{name}={value} must be at least 1")
+    seed, noise = settings.get("seed"), settings.get("neftune_noise_alpha")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise MolfError(f"seed={seed} must be between 0 and 4294967295 (2**32 - 1)")
+    if noise is not None and not (math.isfinite(noise) and noise >= 0):
+        raise MolfError(f"neftune_noise_alpha={noise} must be a finite number, 0 or more")
     rate, steps, epochs = (settings.get(name) for name in ("learning_rate", "max_steps", "num_train_epochs"))
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise MolfError(f"learning_rate={rate} must be a finite number, 0 or more")
@@ -119,6 +180,9 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
         raise MolfError(f"max_steps={steps} must be at least 1, or -1 to train for num_train_epochs")
     if epochs is not None and not epochs > 0:
         raise MolfError(f"num_train_epochs={epochs} must be above 0; `molf eval` evaluates without training")
+    for name, value in settings.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise MolfError(f"{name}=nan must be a number")
 
 
 def _check_validation(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import SETTINGS_FILE
@@ -33,6 +34,7 @@ class CheckpointSettings(CheckpointPart):
         examples: Sequence[Mapping[str, Any]],
         sharded: bool = False,
         base: str = "",
+        template: str | None = None,
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
@@ -40,9 +42,10 @@ class CheckpointSettings(CheckpointPart):
         settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["training_data"] = _fingerprint(config.task.task, examples)
         settings["base_model"] = base
+        settings["chat_template"] = template and _sha(template.encode())
         if config.method.routes:  # the Trainer does not clip then
             settings["max_grad_norm of MoLF"] = config.train["max_grad_norm"]
-        self.settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+        self.settings = {name: _plain(value) for name, value in settings.items()}
         self.processes = args.world_size
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -79,6 +82,11 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     return {"sharded": False} | saved
 
 
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON takes it: the trainer has enumerations and an object of its own for accelerate."""
+    return value.to_dict() if isinstance(value, AcceleratorConfig) else getattr(value, "value", value)
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Identify a model by its parameters' names, shapes and first values, wherever it was read from."""
     digest = hashlib.sha256()
@@ -86,6 +94,10 @@ def model_fingerprint(model: nn.Module) -> str:
         first = parameter.detach().flatten()[:8].float().tolist()
         digest.update(repr((name, tuple(parameter.shape), first)).encode())
     return f"SHA-256 {digest.hexdigest()[:12]}"
+
+
+def _sha(data: bytes) -> str:
+    return f"SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def _fingerprint(task: str, examples: Sequence[Mapping[str, Any]]) -> str:

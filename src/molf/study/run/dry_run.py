@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from molf.study.config.run_config import RunConfig
-from molf.study.config.unread import check_read
-from molf.study.run.job import Job, job_recipe, load_job, make_trainer
+from molf.study.config.trainer_config import build_train_config
+from molf.study.run.job import Job, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.selection import row_key
+from molf.study.run.train import check_start
 from molf.study.sizing.blueprint import Blueprint
 from molf.study.sizing.memory import Needs, available_memory, estimate
 from molf.tasks import Split
@@ -25,7 +26,7 @@ class Plan:
         example: The first training example as the model reads it: pieces of text, and whether they count in the loss.
         rows: Number of training rows and of evaluation rows.
         held_out: Number of training rows held out to evaluate on during training.
-        needs: Parameter counts and memory.
+        needs: Parameter counts and memory; None for an evaluation.
         warnings: What looks wrong with the data.
     """
 
@@ -33,7 +34,7 @@ class Plan:
     example: list[tuple[str, bool]]
     rows: tuple[int, int]
     held_out: int
-    needs: Needs
+    needs: Needs | None
     warnings: list[str]
 
 
@@ -44,10 +45,16 @@ def make_plan(config: RunConfig) -> Plan:
         MolfError: A setting, the data or the model does not allow the run.
     """
     config = config.resolved()
-    check_read(config)
+    check_start(config)
     job = load_job(config)
+    if config.output.only_eval:
+        build_train_config(config.train)
+        check_evaluation(job)
+        return Plan(config.to_dict(), [], (0, len(job.eval_rows)), 0, None, [])
     with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
-        trainer = make_trainer(job, job_recipe(job), output_dir=scratch)
+        trainer = make_trainer(
+            job, job_recipe(job), output_dir=scratch, push_to_hub=False
+        )  # which creates a repository
         trainer.create_optimizer()  # checks rates and ranks against the model
     return Plan(
         config=config.to_dict(),

@@ -13,7 +13,7 @@ from molf.integrations.bundled import locate
 from molf.integrations.routing_log import RoutingLog
 from molf.integrations.whole_checkpoints import CheckpointPart, WholeCheckpoints
 from molf.study.config.run_config import RunConfig, TaskConfig
-from molf.study.config.trainer_config import TrainConfig, build_train_config, evaluates_in_training
+from molf.study.config.trainer_config import TrainConfig, build_train_config, evaluates_in_training, trainer_errors
 from molf.study.faults.preemption import StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
 from molf.study.methods.adalora import AdaLoraAllocation
@@ -143,7 +143,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     if job.validation:
         held_out, _ = tokenize_training_data(job.tokenizer, [job.task.example(row) for row in job.validation], args)
     from_rank_0(lambda: _check_rows(job, rows, held_out, args))
-    base = model_fingerprint(job.model)
+    base, template = model_fingerprint(job.model), job.tokenizer.chat_template
     set_seed(args.seed)  # adapters start at random, and the trainer sets its seed later
     method = job.config.method
     if method.freeze_non_linear and not recipe.adapted:
@@ -154,15 +154,16 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         args.assistant_only_loss = False  # the labels say it already, and TRL would look for conversations
     callbacks: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
     callbacks += [] if stop is None else [StopAtStep(stop)]
-    trainer = StudyTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=job.tokenizer,
-        callbacks=callbacks,
-        optimizer_cls_and_kwargs=optimizer_of(recipe),
-    )
+    with trainer_errors():
+        trainer = StudyTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=job.tokenizer,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_of(recipe),
+        )
     for kind, given, left in (
         ("training", examples, trainer.train_dataset),
         ("validation", job.validation, trainer.eval_dataset),
@@ -174,7 +175,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     args.assistant_only_loss = asked
     trainer.cut = cut
     check_sharding(trainer, recipe)
-    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base)
+    own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base, template=template)
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         RoutingLog(args.output_dir).attach(trainer)
@@ -185,10 +186,15 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
 
 def _check_rows(job: Job, rows: Dataset, held_out: Dataset | None, args: TrainConfig) -> None:
     """Check that the model can take all rows, now rather than in some step or after the training."""
-    check_causal(job.model)
+    check_evaluation(job)
     check_training_rows(job.model, job.tokenizer, rows, args)
     if held_out is not None:
         check_training_rows(job.model, job.tokenizer, held_out, args, kind="validation")
+
+
+def check_evaluation(job: Job) -> None:
+    """Check that the model can be evaluated on all rows."""
+    check_causal(job.model)
     check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
 
 

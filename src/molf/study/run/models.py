@@ -24,11 +24,17 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
     source = locate(config.model_name_or_path)
     with explained(f"cannot load the model {config.model_name_or_path!r}", source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=trust_remote_code,
+        )
+    if missing := sorted(loaded["missing_keys"]):
+        raise MolfError(
+            f"{config.model_name_or_path!r} has no weights for {missing[0]} ({len(missing)} missing), which would be random; it "
+            "is the checkpoint of another kind of model, such as a classifier, or incomplete: give a whole causal language model"
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import global_step, remove_checkpoints
 from molf.integrations.merge import merge
 from molf.study.config.run_config import RunConfig
@@ -22,9 +24,8 @@ from molf.study.faults.trained import Trained, find_trained, forget_trained, not
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
-from molf.study.results.result import Result, Training
-from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
-from molf.study.run.model_limits import check_causal, check_evaluation_rows
+from molf.study.results.result import Result, Training, read_result
+from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
@@ -52,11 +53,7 @@ def run(config: RunConfig) -> Result | None:
         Preempted: A signal asked the process to stop. In training, a checkpoint was saved first; after it, the model.
     """
     config = config.resolved()
-    check_read(config)
-    if (done := finished_result(config)) is None:
-        check_folder(config)
-        if config.task.generation_backend == "vllm":
-            require_vllm()
+    done = check_start(config)
     with run_lock(config.output_dir), report_full_disk(config.output_dir), stop_request() as stop:
         if done is not None:
             _log.warning("%s holds this run, finished: nothing is left to do", config.output_dir)
@@ -64,6 +61,16 @@ def run(config: RunConfig) -> Result | None:
                 _tidy(config)
             return done
         return _evaluate_only(config) if config.output.only_eval else _train_and_evaluate(config, stop)
+
+
+def check_start(config: RunConfig) -> Result | None:
+    """Check what can be checked before anything is loaded, and return the result of this very run if it is finished."""
+    check_read(config)
+    if (done := finished_result(config)) is None:
+        check_folder(config)
+        if config.task.generation_backend == "vllm":
+            require_vllm()
+    return done
 
 
 def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
@@ -161,6 +168,8 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
             _log.warning(warning)
     since = 0 if checkpoint is None else global_step(checkpoint)  # which may be gone after the training
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if outcome.global_step == since and (earlier := _measured(trainer.args.output_dir)) and earlier.steps == since:
+        return earlier
     seconds = float(outcome.metrics["train_runtime"])
     tokens = _tokens(trainer.state.log_history, since)
     return Training(
@@ -178,6 +187,13 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
         best_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
         validation_loss=_validation_loss(trainer),
     )
+
+
+def _measured(folder: str) -> Training | None:
+    """Return the measurements of the finished training in a folder: a start that takes no step has none of its own."""
+    with suppress(MolfError):
+        return read_result(Path(folder)).training
+    return None
 
 
 def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
@@ -200,8 +216,7 @@ def _evaluate_only(config: RunConfig) -> Result | None:
     job = load_job(config)
     args = build_train_config(config.train)
     main, device = args.process_index == 0, args.device
-    check_causal(job.model)
-    check_evaluation_rows(job.model, job.tokenizer, job.task, job.eval_rows)
+    check_evaluation(job)
     evaluation = _evaluate_on_ranks(job, main, device, job.source)
     if evaluation is None or not main:
         return None

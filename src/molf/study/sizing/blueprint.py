@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from molf.integrations.bundled import locate
 from molf.integrations.loading import explained
+from molf.setup.discovery import check_rank
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import TrainConfig
 from molf.study.methods.adapters import add_adapters
 from molf.study.methods.recipe import method_recipe
-from molf.study.methods.trainable import freeze_all_but_routed, lora_pairs
+from molf.study.methods.trainable import freeze_all_but_routed, lora_pairs, routed_layers
 from molf.study.sizing.parameters import LINEAR
 
 
@@ -44,6 +45,8 @@ class Blueprint:
             plain = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
             linears = [name for name, module in plain.named_modules() if isinstance(module, LINEAR)]
             self.recipe = recipe = method_recipe(config.method, config.train, linears)
+            for name, linear in routed_layers(plain, config.method).items() if config.method.routes else ():
+                check_rank(name, linear, config.method.ranks or ())
             self.pairs = lora_pairs(plain, config.method) if recipe.merged else 0
             if config.method.freeze_non_linear and not recipe.adapted:
                 freeze_all_but_routed(plain, config.method)
