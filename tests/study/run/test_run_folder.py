@@ -5,13 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import SafetensorError
 
+from molf.cli.parsing import parse_run
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
 from molf.study.results.result import read_result
 from molf.study.run.run_folder import check_folder, report_full_disk, run_id
+from molf.study.run.train import run
 from small_runs import FILES, carry_out
 
 
@@ -47,6 +50,8 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
         ("data_path", "predictions.jsonl.gz"),
         ("data_path", ""),
         ("eval_path", "result.json"),
+        ("chat_template_path", "chat_template.jinja"),
+        ("data_path", "model-00001-of-00002.safetensors"),
     ],
 )
 def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
@@ -60,6 +65,56 @@ def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
         ):
             carry_out(settings | {name: str(given)}, overwrite=True)
     assert (folder / place / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("links", [False, True])
+def test_the_file_of_the_settings_is_not_replaced(evaluating, links, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    file = tmp_path / "mine.yaml" if links else folder / "config.yaml"
+    del settings["lora_rank"]  # which MoLF does not read
+    file.write_text(yaml.safe_dump(settings))
+    if links:
+        (folder / "config.yaml").symlink_to(file)
+    config = parse_run(["--config", str(file), "--only_eval", str(evaluating), "--overwrite", "True"])
+    with pytest.raises(MolfError, match=f"^config={file} is in output_dir={folder}, where the run would replace it"):
+        run(config)
+    assert file.read_text() == yaml.safe_dump(settings)
+
+
+@pytest.mark.parametrize(
+    ("evaluating", "names"),
+    [
+        (False, ["README.md"]),
+        (False, ["adapters", "config.json", "model.safetensors", "tokenizer.json"]),
+        (False, ["model-00001-of-00002.safetensors", "routing.png"]),
+        (True, ["config.yaml", "predictions.jsonl.gz"]),
+    ],
+)
+@pytest.mark.parametrize("resume", [None, "True"])
+def test_files_that_no_run_wrote_are_named_and_kept(evaluating, names, resume, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in [*names, "notes.txt"]:
+        (folder / name).symlink_to(tmp_path / "gone")
+    changes = {"only_eval": evaluating, "resume_from_checkpoint": resume, "model_name_or_path": "nowhere"}
+    with pytest.raises(MolfError, match=f"^{folder} holds {', '.join(names)}, which no run wrote and this one would"):
+        carry_out(settings, **changes)
+    assert {path.name for path in folder.iterdir()} == {*names, "notes.txt"}
+    check_folder(RunConfig.from_dict(settings | changes | {"overwrite": True}))
+    (folder / ".run_id").touch()  # of a run that was killed
+    check_folder(RunConfig.from_dict(settings | changes))
+
+
+def test_other_files_may_be_in_the_folder(settings):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in ("notes.txt", "model-mine.safetensors", "data.jsonl"):
+        (folder / name).touch()
+    check_folder(RunConfig.from_dict(settings))
+    (folder / "README.md").touch()  # which no evaluation writes
+    check_folder(RunConfig.from_dict(settings | {"only_eval": True}))
 
 
 @pytest.mark.parametrize("place", ["../run-2", "export-merged", "base", "checkpoint-best", "10"])
@@ -85,6 +140,16 @@ def test_an_evaluation_leaves_the_model_alone(settings):
     with pytest.raises(MolfError, match="data_path=.*, where the run would replace it"):
         (folder / "predictions.jsonl.gz").touch()
         check_folder(RunConfig.from_dict(settings | changes | {"data_path": str(folder / "predictions.jsonl.gz")}))
+
+
+def test_an_evaluation_never_replaces_files_of_the_model_that_no_run_wrote(settings):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "config.yaml"):
+        (folder / name).touch()
+    changes = {"model_name_or_path": str(folder), "only_eval": True, "overwrite": True}
+    with pytest.raises(MolfError, match=r"holds config\.yaml, which no run wrote"):
+        check_folder(RunConfig.from_dict(settings | changes))
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):

@@ -31,8 +31,14 @@ PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
-_WRITTEN = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE)
-_REMOVED = (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER)
+_EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
+_TRAINED = re.compile(
+    "|".join(map(re.escape, (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
+    + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
+    # What the tokenizers of transformers save, by any of their classes.
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates"
+)
 
 
 def check_folder(config: RunConfig) -> None:
@@ -41,13 +47,14 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable;
-            $LOG_FILE cannot get a row; a setting cannot be written as text.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, files of other origin that the run would
+            replace, or what it reads, or is not writable; $LOG_FILE cannot get a row; a setting cannot be written as text.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
     _check_text(config)
-    _check_inputs(config)
     _check_writable(folder)
+    _check_inputs(config)
+    _check_foreign(config)
     if log := os.environ.get("LOG_FILE"):
         check_log(Path(log))
     finished = (folder / RESULT_FILE).exists()
@@ -89,24 +96,58 @@ def _check_text(config: RunConfig) -> None:
             ) from error
 
 
+def _writes(name: str, training: bool) -> bool:
+    """Return whether a run writes, replaces or removes a file or folder of a name in its folder."""
+    return name in _EVALUATED or (training and (_TRAINED.fullmatch(name) is not None or is_left(name)))
+
+
 def _check_inputs(config: RunConfig) -> None:
     """Refuse inputs that the run would remove or replace, by whatever path they are given."""
     folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
+    # A file behind a symlink is replaced too.
+    written = {os.path.realpath(folder / name) for name in _names(folder) if _writes(name, training)}
     task, template = config.task, config.train.get("chat_template_path")
-    inputs = {"model_name_or_path": config.model.model_name_or_path, "chat_template_path": template}
-    for name, given in (inputs | {"data_path": task.data_path, "eval_path": task.eval_path}).items():
+    inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
+    inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
+    for name, given in [*inputs, *(("config", file) for file in config.files)]:
         if not given:
             continue
         path = Path(os.path.realpath(Path(given).expanduser()))
         first = next(iter(path.relative_to(folder).parts), "") if path.is_relative_to(folder) else None
-        own = first in _WRITTEN or (
-            training and first is not None and (not first or first in _REMOVED or is_left(first))
-        )
+        own = str(path) in written or (first is not None and (_writes(first, training) if first else training))
         if own and (path.exists() or name == "model_name_or_path"):
             raise MolfError(
-                f"{name}={given} is {'in ' if first else ''}output_dir={config.output_dir}, where the run would replace it; "
-                "choose another --output_dir"
+                f"{name}={given} is {'' if first == '' else 'in '}output_dir={config.output_dir}, where the run would replace "
+                "it; choose another --output_dir"
             )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def check_foreign(folder: Path, training: bool = True) -> None:
+    """Refuse a folder without a run that has files of the names that a run writes.
+
+    Raises:
+        MolfError: There are such files; they are named.
+    """
+    names = _names(folder)
+    if any(name in (RESULT_FILE, RUN_ID_FILE, TRAINED_FILE) or is_left(name) for name in names):
+        return
+    if foreign := [name for name in names if _writes(name, training)]:
+        raise MolfError(
+            f"{folder} holds {', '.join(foreign)}, which no run wrote and this one would replace; move what you need, or choose "
+            "another folder"
+        )
+
+
+def _check_foreign(config: RunConfig) -> None:
+    """Check for files of the user, whom ``overwrite`` allows to replace them unless they are those of the model."""
+    folder, evaluating, model = config.output_dir, config.output.only_eval, config.model.model_name_or_path
+    reads = model is not None and os.path.realpath(Path(model).expanduser()) == os.path.realpath(folder)
+    if not config.output.overwrite or reads:
+        check_foreign(folder, training=not evaluating)
 
 
 def _check_writable(folder: Path) -> None:
