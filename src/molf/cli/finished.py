@@ -19,9 +19,12 @@ def results(argv: Sequence[str]) -> None:
     parser.add_argument("--strict", action="store_true", help="fail if a result cannot be read")
     given = parser.parse_args(argv)
 
-    from molf.study.results.gather import gather
+    from molf.study.results.gather import check_log, check_parquet, gather
     from molf.study.results.tables import runs_table
 
+    for path, check in ((given.csv, check_log), (given.parquet, check_parquet)):
+        if path is not None:
+            check(path)
     found = gather(given.places)
     out = console()
     if found.results:

@@ -164,15 +164,28 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
         (lambda path: path.write_bytes(b'a\n"open\n'), "is not CSV in UTF-8"),
         (lambda path: path.write_bytes(b"\n\n"), "is not CSV in UTF-8"),
         (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.write_text('{"prompt": "q", "completion": "a"}\n'), "its header has no run_id"),
+        (lambda path: path.write_text("Plain words.\n"), "its header has no run_id"),
+        (lambda path: path.write_text("prompt,completion\nq,a\n"), "its header has no run_id"),
+        (lambda path: path.write_text("a;run_id\n1;2\n"), "its header has no run_id"),
+        (lambda path: path.write_text("run_id,a,a\n1,2,3\n"), "names 'a' twice"),
+        (lambda path: path.write_text("run_id,,a\n1,2,3\n"), "has a column without a name"),
     ],
-    ids=["folder", "pipe", "bytes", "more cells", "open quote", "blank", "circle"],
+    ids=range(13),
 )
 def test_a_log_that_cannot_get_a_row_is_named_before_there_is_one(make, words, tmp_path):
     make(tmp_path / "log")
     before = os.lstat(tmp_path / "log")
     with pytest.raises(MolfError, match=words):
         check_log(tmp_path / "log")
-    assert os.lstat(tmp_path / "log").st_ino == before.st_ino
+    after = os.lstat(tmp_path / "log")
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+@pytest.mark.parametrize("content", ["", "a,run_id\n", "\ufeffrun_id,a\r\n1,2\r\n"])
+def test_a_log_of_runs_and_an_empty_file_get_rows(content, tmp_path):
+    (tmp_path / "log.csv").write_text(content)
+    check_log(tmp_path / "log.csv")
 
 
 def test_a_log_in_a_file_is_named(tmp_path):

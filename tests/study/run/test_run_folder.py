@@ -131,6 +131,21 @@ def test_what_would_fail_after_training_is_found_before(settings, tmp_path, monk
     assert not Path(settings["output_dir"]).exists()
 
 
+@pytest.mark.parametrize("name", ["result.json", "predictions.jsonl.gz", "README.md", "checkpoint-3/log.csv"])
+def test_the_log_is_none_of_the_files_of_the_run(name, settings, monkeypatch):
+    monkeypatch.setenv("LOG_FILE", log := str(Path(settings["output_dir"]) / name))
+    with pytest.raises(MolfError, match=f"^LOG_FILE={log} is in output_dir=.*, where the run would replace it"):
+        check_folder(RunConfig.from_dict(settings))
+
+
+def test_the_log_is_none_of_the_files_that_the_run_reads(settings, tmp_path, monkeypatch):
+    (tmp_path / "data.csv").write_text("run_id,prompt,completion\n1,q,a\n")
+    (tmp_path / "link").symlink_to("data.csv")
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "link"))
+    with pytest.raises(MolfError, match="link is also data_path, which the run reads"):
+        check_folder(RunConfig.from_dict(settings | {"data_path": str(tmp_path / "data.csv")}))
+
+
 def test_an_evaluation_leaves_the_model_alone(settings):
     folder = Path(settings["output_dir"])
     (folder / "checkpoint-10").mkdir(parents=True)

@@ -109,17 +109,21 @@ def _check_inputs(config: RunConfig) -> None:
     task, template = config.task, config.train.get("chat_template_path")
     inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
     inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
-    for name, given in [*inputs, *(("config", file) for file in config.files)]:
+    inputs += [("config", file) for file in config.files]
+    log = os.environ.get("LOG_FILE")
+    for name, given in [*inputs, ("LOG_FILE", log)]:
         if not given:
             continue
         path = Path(os.path.realpath(Path(given).expanduser()))
         first = next(iter(path.relative_to(folder).parts), "") if path.is_relative_to(folder) else None
         own = str(path) in written or (first is not None and (_writes(first, training) if first else training))
-        if own and (path.exists() or name == "model_name_or_path"):
+        if own and (path.exists() or name in ("model_name_or_path", "LOG_FILE")):
             raise MolfError(
                 f"{name}={given} is {'' if first == '' else 'in '}output_dir={config.output_dir}, where the run would replace "
                 "it; choose another --output_dir"
             )
+        if log and name != "LOG_FILE" and path == Path(os.path.realpath(log)):
+            raise MolfError(f"LOG_FILE={log} is also {name}, which the run reads; choose another LOG_FILE")
 
 
 def _names(folder: Path) -> list[str]:
