@@ -88,6 +88,14 @@ def test_files_of_the_user_in_the_folder_of_a_run_are_named_and_kept(specs):
     assert (specs[1].folder / "model.safetensors").read_text() == "mine" and not specs[0].starts()
 
 
+def test_a_broken_symlink_for_a_result_is_not_run_over(specs):
+    specs[0].folder.mkdir()
+    (specs[0].folder / "result.json").symlink_to("gone")
+    with pytest.raises(MolfError, match=r"result\.json is a broken symlink to gone"):
+        run_grid(specs, LocalEngine())
+    assert not specs[0].starts()
+
+
 def test_settings_are_written_before_the_run(specs):
     run_grid(specs[:1], LocalEngine())
     assert f"output_dir: {specs[0].folder}" in specs[0].settings_file.read_text()

@@ -58,6 +58,30 @@ def test_a_run_given_twice_counts_once(runs):
     ]
 
 
+def test_symlinks_are_followed_and_each_run_counts_once(tmp_path):
+    leave(tmp_path / "store" / "real")
+    leave(tmp_path / "elsewhere" / "run")
+    runs = tmp_path / "runs"
+    leave(runs / "b")
+    (runs / "a").symlink_to(runs / "b")
+    (runs / "linked").symlink_to(tmp_path / "store" / "real")
+    (runs / "more").symlink_to(tmp_path / "elsewhere")
+    (runs / "b" / "up").symlink_to(runs)
+    found = gather([runs, tmp_path / "store"])
+    assert list(found.results) == [str(runs / name) for name in ("b", "linked", "more/run")] and not found.unreadable
+
+
+def test_broken_symlinks_are_named_and_counted(tmp_path):
+    (tmp_path / "run").mkdir()
+    links = [tmp_path / "run" / "result.json", tmp_path / "loop", tmp_path / "gone"]
+    for link in links:
+        link.symlink_to(link if link.name == "loop" else tmp_path / "nowhere")
+    found = gather([tmp_path])
+    assert set(found.unreadable) == set(map(str, links)) and not found.results
+    assert all("is a broken symlink to" in reason for reason in found.unreadable.values())
+    assert gather(links).unreadable.keys() == found.unreadable.keys()
+
+
 def test_csv(runs, tmp_path):
     gather([runs]).write_csv(tmp_path / "new" / "all.csv")
     with (tmp_path / "new" / "all.csv").open(newline="") as file:

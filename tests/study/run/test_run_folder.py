@@ -176,6 +176,18 @@ def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
         carry_out(settings, resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume_from_checkpoint": "True"}, {"only_eval": True}])
+def test_a_broken_symlink_for_a_result_is_kept(changes, loops, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    link = folder / "result.json"
+    link.symlink_to(link if loops else tmp_path / "unmounted" / "result.json")
+    with pytest.raises(MolfError, match=f"{link} is a broken symlink to .*; repair or remove it"):
+        carry_out(settings, **changes)
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_finished_run_whose_checkpoints_are_damaged_stays(overwrite, finished, settings, monkeypatch, tmp_path):
     """It is neither trained nor logged again, however it is started."""

@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from molf.errors import MolfError
 from molf.files import NotWritable, atomic_write, is_stream, write_errors
-from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,21 @@ class Gathered:
 
 
 def gather(places: Iterable[Path]) -> Gathered:
-    """Read all results in folders, at any depth.
+    """Read all results in folders, at any depth, also behind symlinks; a folder with several paths is read once.
 
     Raises:
         MolfError: A place does not exist, or none has a result in it.
     """
     places = list(places)
-    files = sorted({file for place in places for file in _files(place)})
-    if not files:
+    results: dict[str, Result] = {}
+    unreadable: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for place in places:
+        for file in _files(place, unreadable):
+            files.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)
+    if not files and not unreadable:
         raise MolfError(f"there is no {RESULT_FILE} in {', '.join(map(str, places))}")
-    results, unreadable = {}, {}
-    for file in files:
+    for file in sorted(files.values()):
         try:
             # The bytes of a name need not be text.
             folder = os.fsencode(file.parent).decode(errors="backslashreplace")
@@ -78,10 +82,33 @@ def gather(places: Iterable[Path]) -> Gathered:
     return Gathered(results, unreadable)
 
 
-def _files(place: Path) -> Iterable[Path]:
-    if not place.exists():
+def _files(place: Path, unreadable: dict[str, str]) -> Iterator[Path]:
+    """Yield the results in a place, and note what cannot be looked into: folders and broken symlinks."""
+    if not os.path.lexists(place):
         raise MolfError(f"there is no {place}")
-    return [place] if place.is_file() else place.rglob(RESULT_FILE)
+    if not place.is_dir():
+        yield place
+        return
+
+    def note(error: OSError) -> None:
+        unreadable[str(error.filename)] = f"{error.filename}: {error.strerror}"
+
+    left, seen = [place], set()
+    while left:  # symlinks last: a folder is named by its own path if it has one
+        for folder, folders, files in os.walk(left.pop(0), onerror=note):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            here, is_run = Path(folder), RESULT_FILE in [*folders, *files]
+            left += sorted(here / name for name in folders if (here / name).is_symlink())
+            if is_run:
+                yield here / RESULT_FILE
+            for path in [here / name for name in files if not is_run]:  # perhaps the folder of a run
+                try:
+                    check_link(path)
+                except MolfError as error:
+                    unreadable[str(path)] = str(error)
 
 
 def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> None:

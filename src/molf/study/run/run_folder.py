@@ -21,7 +21,7 @@ from molf.study.engine.predictions import PREDICTIONS_FILE
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.gather import check_log
-from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +47,13 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, files of other origin that the run would
-            replace, or what it reads, or is not writable; $LOG_FILE cannot get a row; a setting cannot be written as text.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, a broken symlink for its result, files of
+            other origin that the run would replace, or what it reads, or is not writable; $LOG_FILE cannot get a row; a setting
+            cannot be written as text.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
     _check_text(config)
+    check_link(folder / RESULT_FILE)
     _check_writable(folder)
     _check_inputs(config)
     _check_foreign(config)
