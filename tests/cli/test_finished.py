@@ -41,6 +41,14 @@ def test_a_file_that_is_no_table_of_runs_is_not_replaced(flag, name, tmp_path, c
     assert str(tmp_path / name) in capsys.readouterr().err and (tmp_path / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("flag", ["--csv", "--parquet"])
+def test_a_table_that_cannot_be_written_is_one_line(flag, tmp_path, capsys):
+    leave(tmp_path / "run", json.dumps(RESULT))
+    assert main(["results", str(tmp_path), flag, "/dev/full"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("molf results: cannot write /dev/full: No space left on device") and said.count("\n") == 1
+
+
 def test_unreadable_results_are_named_counted_and_an_error_on_request(tmp_path, capsys):
     leave(tmp_path / "good", json.dumps(RESULT))
     leave(tmp_path / "torn", "{")

@@ -31,7 +31,12 @@ def results(argv: Sequence[str]) -> None:
         out.print(runs_table(found.results))
         for path, write in ((given.csv, found.write_csv), (given.parquet, found.write_parquet)):
             if path is not None:
-                write(path)
+                try:
+                    write(path)
+                except OSError as error:
+                    if isinstance(error, MolfError):
+                        raise
+                    raise MolfError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
                 out.print(f"{len(found.results)} runs written to {path}")
     for reason in found.unreadable.values():
         out.print(f"skipped: {reason}")

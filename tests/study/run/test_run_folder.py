@@ -129,6 +129,10 @@ def test_what_would_fail_after_training_is_found_before(settings, tmp_path, monk
     with pytest.raises(MolfError, match=f"cannot write {tmp_path}: Is a directory"):
         carry_out(settings)
     assert not Path(settings["output_dir"]).exists()
+    monkeypatch.setenv("LOG_FILE", "/dev/full")
+    with pytest.raises(MolfError, match="^cannot write /dev/full: No space left on device"):
+        carry_out(settings)
+    assert not Path(settings["output_dir"]).exists()
 
 
 @pytest.mark.parametrize("name", ["result.json", "predictions.jsonl.gz", "README.md", "checkpoint-3/log.csv"])
@@ -144,6 +148,16 @@ def test_the_log_is_none_of_the_files_that_the_run_reads(settings, tmp_path, mon
     monkeypatch.setenv("LOG_FILE", str(tmp_path / "link"))
     with pytest.raises(MolfError, match="link is also data_path, which the run reads"):
         check_folder(RunConfig.from_dict(settings | {"data_path": str(tmp_path / "data.csv")}))
+
+
+def test_a_full_disk_of_the_log_is_named(settings, tmp_path, monkeypatch):
+    def full(path, row, key):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "log.csv"))
+    monkeypatch.setattr("molf.study.run.record.append_csv", full)
+    with pytest.raises(MolfError, match=f"the disk of {tmp_path}/log.csv is full"):
+        carry_out(settings, only_eval=True, eval_limit=1)
 
 
 def test_an_evaluation_leaves_the_model_alone(settings):
@@ -235,6 +249,14 @@ def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
     settings["output_dir"] = str(tmp_path / "runs" / "mine")
     with pytest.raises(MolfError, match=rf"output_dir={tmp_path}/runs/mine is not writable \({tmp_path}/runs: Not a"):
         carry_out(settings)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "x" * 300 + "/run", "a\0b"])
+@pytest.mark.parametrize("changes", [{}, {"resume_from_checkpoint": "True"}, {"only_eval": True}])
+def test_a_path_that_cannot_name_a_folder(name, changes, settings, tmp_path):
+    with pytest.raises(MolfError, match=f"^output_dir={tmp_path}/{name} cannot name a folder: ") as raised:
+        carry_out(settings, output_dir=f"{tmp_path}/{name}", **changes)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_symlink_to_nowhere(settings, tmp_path):

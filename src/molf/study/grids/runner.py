@@ -17,7 +17,7 @@ from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.spec import FAILED, Failure, RunSpec
 from molf.study.methods.checkpoint_settings import PROCESSES, read_settings
 from molf.study.results.result import Result, read_result
-from molf.study.run.run_folder import check_foreign
+from molf.study.run.run_folder import check_foreign, check_name
 
 
 class Engine(Protocol):
@@ -57,6 +57,8 @@ def run_grid(
         MolfError: Two runs have one name, a folder holds a run with other settings, or the engine refuses the runs.
     """
     check_names(specs)
+    for spec in specs:
+        check_name(spec.folder)
     states = {spec.name: spec.state for spec in specs}
     done = [checked_result(spec) for spec in specs if states[spec.name] == "finished"]
     wanted = ("new", "interrupted", "failed") if retry else ("new", "interrupted")

@@ -144,6 +144,8 @@ def check_log(path: Path) -> None:
             column ``run_id``.
     """
     if is_stream(path):
+        if os.path.realpath(path) == "/dev/full":
+            raise NotWritable(f"cannot write {path}: {os.strerror(errno.ENOSPC)}; choose another path")
         if path.is_fifo():
             raise NotWritable(f"cannot write {path}: it is a named pipe, which needs a reader; choose a file")
         return

@@ -18,6 +18,7 @@ from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_FILE
+from molf.study.faults.run_lock import lock_file
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.gather import check_log
@@ -53,6 +54,7 @@ def check_folder(config: RunConfig) -> None:
     """
     folder, evaluating = config.output_dir, config.output.only_eval
     _check_text(config)
+    check_name(folder)
     check_link(folder / RESULT_FILE)
     _check_writable(folder)
     _check_inputs(config)
@@ -80,12 +82,28 @@ def check_folder(config: RunConfig) -> None:
 
 def finished_result(config: RunConfig) -> Result | None:
     """Return the result of this very run if it is finished and asked to resume: nothing is left to do."""
+    check_name(config.output_dir)
     if config.resume_from is not True or not (config.output_dir / RESULT_FILE).is_file():
         return None
     with suppress(MolfError):  # what cannot be read is still a finished run: `check_folder` keeps it
         result = read_result(config.output_dir)
         return None if differing(result.config, config, "evaluation") else result
     return None
+
+
+def check_name(folder: Path) -> None:
+    """Check that a path can name a folder and the lock beside it.
+
+    Raises:
+        MolfError: It is too long, or the file system cannot look it up.
+    """
+    try:
+        os.lstat(lock_file(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        why = getattr(error, "strerror", None) or error
+        raise MolfError(f"output_dir={folder} cannot name a folder: {why}; choose another") from error
 
 
 def _check_text(config: RunConfig) -> None:
