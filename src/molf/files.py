@@ -110,11 +110,11 @@ def _resembles(partial: Path, real: Path) -> bool:
 
 @contextmanager
 def write_errors(target: Path) -> Iterator[None]:
-    """Turn errors of the file system into ``NotWritable``, but for that of a full disk."""
+    """Turn errors of the file system into ``NotWritable``, but for that of a full disk (``/dev/full`` is none)."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno == errno.ENOSPC and not target.is_char_device():
             raise
         raise NotWritable(f"cannot write {target}: {error.strerror}; choose another path") from error
 

@@ -3,6 +3,7 @@ import os
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,28 @@ def test_a_table_and_files(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "runs/one" in shown and "runs/two" in shown and "2 runs written to all.csv" in shown
     assert (tmp_path / "all.csv").is_file() and (tmp_path / "all.parquet").read_bytes().startswith(b"PAR1")
+
+    assert main(["results", "runs", "--csv", "all.csv", "--parquet", "all.parquet"]) == 0, "they are replaced"
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--parquet"])
+@pytest.mark.parametrize("name", ["data.jsonl", "run/result.json", "data.csv", "data.parquet"])
+def test_a_file_that_is_no_table_of_runs_is_not_replaced(flag, name, tmp_path, capsys):
+    leave(tmp_path / "run", json.dumps(RESULT))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "data.csv").write_text("prompt,completion\nq,a\n")
+    pd.DataFrame({"prompt": ["q"]}).to_parquet(tmp_path / "data.parquet")
+    before = (tmp_path / name).read_bytes()
+    assert main(["results", str(tmp_path), flag, str(tmp_path / name)]) == 1
+    assert str(tmp_path / name) in capsys.readouterr().err and (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--parquet"])
+def test_a_table_that_cannot_be_written_is_one_line(flag, tmp_path, capsys):
+    leave(tmp_path / "run", json.dumps(RESULT))
+    assert main(["results", str(tmp_path), flag, "/dev/full"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("molf results: cannot write /dev/full: No space left on device") and said.count("\n") == 1
 
 
 def test_unreadable_results_are_named_counted_and_an_error_on_request(tmp_path, capsys):

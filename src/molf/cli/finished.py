@@ -19,16 +19,24 @@ def results(argv: Sequence[str]) -> None:
     parser.add_argument("--strict", action="store_true", help="fail if a result cannot be read")
     given = parser.parse_args(argv)
 
-    from molf.study.results.gather import gather
+    from molf.study.results.gather import check_log, check_parquet, gather
     from molf.study.results.tables import runs_table
 
+    for path, check in ((given.csv, check_log), (given.parquet, check_parquet)):
+        if path is not None:
+            check(path)
     found = gather(given.places)
     out = console()
     if found.results:
         out.print(runs_table(found.results))
         for path, write in ((given.csv, found.write_csv), (given.parquet, found.write_parquet)):
             if path is not None:
-                write(path)
+                try:
+                    write(path)
+                except OSError as error:
+                    if isinstance(error, MolfError):
+                        raise
+                    raise MolfError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
                 out.print(f"{len(found.results)} runs written to {path}")
     for reason in found.unreadable.values():
         out.print(f"skipped: {reason}")

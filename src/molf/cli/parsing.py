@@ -7,7 +7,7 @@ in a file and on the command line. Importing this module is cheap; parsing impor
 import argparse
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import Field
+from dataclasses import Field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
@@ -41,13 +41,14 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
     known = setting_types()
     flags = read_flags(argv)
     settings = dict(preset or {})
-    for path in [value for name, value in flags if name == CONFIG_FLAG]:
+    files = [value for name, value in flags if name == CONFIG_FLAG]
+    for path in files:
         settings |= canonical(read_yaml(path).items(), known, str(path))
     given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
     settings |= canonical(given, known, "the command line")
     typed = _typed(settings, known, parser)
     try:
-        config = RunConfig.from_dict(typed)
+        config = replace(RunConfig.from_dict(typed), files=tuple(map(str, files)))
         check_read(config)
     except MolfError as error:
         raise UsageError(str(error)) from None

@@ -42,12 +42,18 @@ def test_a_run_that_finishes(keep, tmp_path):
 
 def test_only_the_weights_that_the_run_wrote_are_removed(tmp_path):
     spec = fake_run(tmp_path, "finish")
-    names = ("adapters/lora_r2/adapter_model.safetensors", "mine/model.safetensors", "mine.safetensors")
+    names = (
+        "adapters/lora_r2/adapter_model.safetensors",
+        "mine/model.safetensors",
+        "mine.safetensors",
+        "model-mine.safetensors",
+    )
+    names += ("adapters/mine.safetensors", "model-1-of-2.safetensors", "model-00001-of-00002.safetensors")
     for name in names:
         (spec.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (spec.folder / name).touch()
     assert Attempt(spec)() == 0
-    assert [(spec.folder / name).exists() for name in names] == [False, True, True]
+    assert [(spec.folder / name).exists() for name in names] == [False, *[True] * 5, False]
 
 
 def test_a_run_that_fails_leaves_a_note(tmp_path):

@@ -53,7 +53,9 @@ def test_a_damaged_note_is_one_message(content, specs):
     assert specs[0].failure.status == 3 and specs[0].failure.tail == "", "its log may be gone"
 
 
-@pytest.mark.parametrize("content", ["{", "- 1", "\x00", "a: " + "9" * 5000, "limit: seven"], ids=range(5))
+@pytest.mark.parametrize(
+    "content", ["{", "- 1", "\x00", "a: " + "9" * 5000, "run_name: finish\noutput_dir: x\nlimit: seven"], ids=range(5)
+)
 def test_damaged_settings_are_one_message(content, specs):
     (specs[0].folder / "checkpoint-1").mkdir(parents=True)
     specs[0].settings_file.write_text(content)
@@ -61,6 +63,37 @@ def test_damaged_settings_are_one_message(content, specs):
         MolfError, match=r"finish.yaml is damaged|the settings of the earlier run are not those of a run"
     ):
         run_grid(specs, LocalEngine())
+
+
+@pytest.mark.parametrize(
+    "content", ["", "task: custom\nlearning_rate: [1e-4, 1e-5]\n", "methods: [finish]\n", "run_name: x"]
+)
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_settings_file_of_the_user_is_not_replaced(content, resumable, specs):
+    if resumable:
+        (specs[1].folder / "checkpoint-1").mkdir(parents=True)
+    specs[1].settings_file.write_text(content)
+    with pytest.raises(MolfError, match=r"fail\.yaml is (not|damaged).* settings file of an earlier run"):
+        run_grid(specs, LocalEngine())
+    assert specs[1].settings_file.read_text() == content
+    assert not specs[0].settings_file.exists(), "nothing is written if one run is refused"
+
+
+def test_files_of_the_user_in_the_folder_of_a_run_are_named_and_kept(specs):
+    specs[1].folder.mkdir()
+    for name in ("README.md", "model.safetensors", "notes.txt"):
+        (specs[1].folder / name).write_text("mine")
+    with pytest.raises(MolfError, match=r"fail holds README\.md, model\.safetensors, which no run wrote"):
+        run_grid(specs, LocalEngine())
+    assert (specs[1].folder / "model.safetensors").read_text() == "mine" and not specs[0].starts()
+
+
+def test_a_broken_symlink_for_a_result_is_not_run_over(specs):
+    specs[0].folder.mkdir()
+    (specs[0].folder / "result.json").symlink_to("gone")
+    with pytest.raises(MolfError, match=r"result\.json is a broken symlink to gone"):
+        run_grid(specs, LocalEngine())
+    assert not specs[0].starts()
 
 
 def test_settings_are_written_before_the_run(specs):

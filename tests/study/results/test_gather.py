@@ -58,6 +58,30 @@ def test_a_run_given_twice_counts_once(runs):
     ]
 
 
+def test_symlinks_are_followed_and_each_run_counts_once(tmp_path):
+    leave(tmp_path / "store" / "real")
+    leave(tmp_path / "elsewhere" / "run")
+    runs = tmp_path / "runs"
+    leave(runs / "b")
+    (runs / "a").symlink_to(runs / "b")
+    (runs / "linked").symlink_to(tmp_path / "store" / "real")
+    (runs / "more").symlink_to(tmp_path / "elsewhere")
+    (runs / "b" / "up").symlink_to(runs)
+    found = gather([runs, tmp_path / "store"])
+    assert list(found.results) == [str(runs / name) for name in ("b", "linked", "more/run")] and not found.unreadable
+
+
+def test_broken_symlinks_are_named_and_counted(tmp_path):
+    (tmp_path / "run").mkdir()
+    links = [tmp_path / "run" / "result.json", tmp_path / "loop", tmp_path / "gone"]
+    for link in links:
+        link.symlink_to(link if link.name == "loop" else tmp_path / "nowhere")
+    found = gather([tmp_path])
+    assert set(found.unreadable) == set(map(str, links)) and not found.results
+    assert all("is a broken symlink to" in reason for reason in found.unreadable.values())
+    assert gather(links).unreadable.keys() == found.unreadable.keys()
+
+
 def test_csv(runs, tmp_path):
     gather([runs]).write_csv(tmp_path / "new" / "all.csv")
     with (tmp_path / "new" / "all.csv").open(newline="") as file:
@@ -164,15 +188,28 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
         (lambda path: path.write_bytes(b'a\n"open\n'), "is not CSV in UTF-8"),
         (lambda path: path.write_bytes(b"\n\n"), "is not CSV in UTF-8"),
         (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.write_text('{"prompt": "q", "completion": "a"}\n'), "its header has no run_id"),
+        (lambda path: path.write_text("Plain words.\n"), "its header has no run_id"),
+        (lambda path: path.write_text("prompt,completion\nq,a\n"), "its header has no run_id"),
+        (lambda path: path.write_text("a;run_id\n1;2\n"), "its header has no run_id"),
+        (lambda path: path.write_text("run_id,a,a\n1,2,3\n"), "names 'a' twice"),
+        (lambda path: path.write_text("run_id,,a\n1,2,3\n"), "has a column without a name"),
     ],
-    ids=["folder", "pipe", "bytes", "more cells", "open quote", "blank", "circle"],
+    ids=range(13),
 )
 def test_a_log_that_cannot_get_a_row_is_named_before_there_is_one(make, words, tmp_path):
     make(tmp_path / "log")
     before = os.lstat(tmp_path / "log")
     with pytest.raises(MolfError, match=words):
         check_log(tmp_path / "log")
-    assert os.lstat(tmp_path / "log").st_ino == before.st_ino
+    after = os.lstat(tmp_path / "log")
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+@pytest.mark.parametrize("content", ["", "a,run_id\n", "\ufeffrun_id,a\r\n1,2\r\n"])
+def test_a_log_of_runs_and_an_empty_file_get_rows(content, tmp_path):
+    (tmp_path / "log.csv").write_text(content)
+    check_log(tmp_path / "log.csv")
 
 
 def test_a_log_in_a_file_is_named(tmp_path):

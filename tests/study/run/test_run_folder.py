@@ -5,13 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import SafetensorError
 
+from molf.cli.parsing import parse_run
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
 from molf.study.results.result import read_result
 from molf.study.run.run_folder import check_folder, report_full_disk, run_id
+from molf.study.run.train import run
 from small_runs import FILES, carry_out
 
 
@@ -47,6 +50,8 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
         ("data_path", "predictions.jsonl.gz"),
         ("data_path", ""),
         ("eval_path", "result.json"),
+        ("chat_template_path", "chat_template.jinja"),
+        ("data_path", "model-00001-of-00002.safetensors"),
     ],
 )
 def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
@@ -62,6 +67,56 @@ def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
     assert (folder / place / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("links", [False, True])
+def test_the_file_of_the_settings_is_not_replaced(evaluating, links, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    file = tmp_path / "mine.yaml" if links else folder / "config.yaml"
+    del settings["lora_rank"]  # which MoLF does not read
+    file.write_text(yaml.safe_dump(settings))
+    if links:
+        (folder / "config.yaml").symlink_to(file)
+    config = parse_run(["--config", str(file), "--only_eval", str(evaluating), "--overwrite", "True"])
+    with pytest.raises(MolfError, match=f"^config={file} is in output_dir={folder}, where the run would replace it"):
+        run(config)
+    assert file.read_text() == yaml.safe_dump(settings)
+
+
+@pytest.mark.parametrize(
+    ("evaluating", "names"),
+    [
+        (False, ["README.md"]),
+        (False, ["adapters", "config.json", "model.safetensors", "tokenizer.json"]),
+        (False, ["model-00001-of-00002.safetensors", "routing.png"]),
+        (True, ["config.yaml", "predictions.jsonl.gz"]),
+    ],
+)
+@pytest.mark.parametrize("resume", [None, "True"])
+def test_files_that_no_run_wrote_are_named_and_kept(evaluating, names, resume, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in [*names, "notes.txt"]:
+        (folder / name).symlink_to(tmp_path / "gone")
+    changes = {"only_eval": evaluating, "resume_from_checkpoint": resume, "model_name_or_path": "nowhere"}
+    with pytest.raises(MolfError, match=f"^{folder} holds {', '.join(names)}, which no run wrote and this one would"):
+        carry_out(settings, **changes)
+    assert {path.name for path in folder.iterdir()} == {*names, "notes.txt"}
+    check_folder(RunConfig.from_dict(settings | changes | {"overwrite": True}))
+    (folder / ".run_id").touch()  # of a run that was killed
+    check_folder(RunConfig.from_dict(settings | changes))
+
+
+def test_other_files_may_be_in_the_folder(settings):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in ("notes.txt", "model-mine.safetensors", "data.jsonl"):
+        (folder / name).touch()
+    check_folder(RunConfig.from_dict(settings))
+    (folder / "README.md").touch()  # which no evaluation writes
+    check_folder(RunConfig.from_dict(settings | {"only_eval": True}))
+
+
 @pytest.mark.parametrize("place", ["../run-2", "export-merged", "base", "checkpoint-best", "10"])
 def test_other_inputs_may_be_beside_or_in_the_folder(place, settings):
     check_folder(RunConfig.from_dict(settings | {"model_name_or_path": str(Path(settings["output_dir"]) / place)}))
@@ -74,6 +129,35 @@ def test_what_would_fail_after_training_is_found_before(settings, tmp_path, monk
     with pytest.raises(MolfError, match=f"cannot write {tmp_path}: Is a directory"):
         carry_out(settings)
     assert not Path(settings["output_dir"]).exists()
+    monkeypatch.setenv("LOG_FILE", "/dev/full")
+    with pytest.raises(MolfError, match="^cannot write /dev/full: No space left on device"):
+        carry_out(settings)
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.jsonl.gz", "README.md", "checkpoint-3/log.csv"])
+def test_the_log_is_none_of_the_files_of_the_run(name, settings, monkeypatch):
+    monkeypatch.setenv("LOG_FILE", log := str(Path(settings["output_dir"]) / name))
+    with pytest.raises(MolfError, match=f"^LOG_FILE={log} is in output_dir=.*, where the run would replace it"):
+        check_folder(RunConfig.from_dict(settings))
+
+
+def test_the_log_is_none_of_the_files_that_the_run_reads(settings, tmp_path, monkeypatch):
+    (tmp_path / "data.csv").write_text("run_id,prompt,completion\n1,q,a\n")
+    (tmp_path / "link").symlink_to("data.csv")
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "link"))
+    with pytest.raises(MolfError, match="link is also data_path, which the run reads"):
+        check_folder(RunConfig.from_dict(settings | {"data_path": str(tmp_path / "data.csv")}))
+
+
+def test_a_full_disk_of_the_log_is_named(settings, tmp_path, monkeypatch):
+    def full(path, row, key):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("LOG_FILE", str(tmp_path / "log.csv"))
+    monkeypatch.setattr("molf.study.run.record.append_csv", full)
+    with pytest.raises(MolfError, match=f"the disk of {tmp_path}/log.csv is full"):
+        carry_out(settings, only_eval=True, eval_limit=1)
 
 
 def test_an_evaluation_leaves_the_model_alone(settings):
@@ -87,6 +171,16 @@ def test_an_evaluation_leaves_the_model_alone(settings):
         check_folder(RunConfig.from_dict(settings | changes | {"data_path": str(folder / "predictions.jsonl.gz")}))
 
 
+def test_an_evaluation_never_replaces_files_of_the_model_that_no_run_wrote(settings):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "config.yaml"):
+        (folder / name).touch()
+    changes = {"model_name_or_path": str(folder), "only_eval": True, "overwrite": True}
+    with pytest.raises(MolfError, match=r"holds config\.yaml, which no run wrote"):
+        check_folder(RunConfig.from_dict(settings | changes))
+
+
 def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
     """A requeued job may find that it had finished."""
     folder = Path(settings["output_dir"])
@@ -94,6 +188,18 @@ def test_a_finished_run_without_checkpoints_is_not_started_anew(settings):
     (folder / "result.json").touch()
     with pytest.raises(ValueError, match="holds a finished run"):
         carry_out(settings, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume_from_checkpoint": "True"}, {"only_eval": True}])
+def test_a_broken_symlink_for_a_result_is_kept(changes, loops, settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    link = folder / "result.json"
+    link.symlink_to(link if loops else tmp_path / "unmounted" / "result.json")
+    with pytest.raises(MolfError, match=f"{link} is a broken symlink to .*; repair or remove it"):
+        carry_out(settings, **changes)
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -153,6 +259,14 @@ def test_a_file_in_the_way_of_the_folder(settings, tmp_path):
     settings["output_dir"] = str(tmp_path / "runs" / "mine")
     with pytest.raises(MolfError, match=rf"output_dir={tmp_path}/runs/mine is not writable \({tmp_path}/runs: Not a"):
         carry_out(settings)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "x" * 300 + "/run", "a\0b"])
+@pytest.mark.parametrize("changes", [{}, {"resume_from_checkpoint": "True"}, {"only_eval": True}])
+def test_a_path_that_cannot_name_a_folder(name, changes, settings, tmp_path):
+    with pytest.raises(MolfError, match=f"^output_dir={tmp_path}/{name} cannot name a folder: ") as raised:
+        carry_out(settings, output_dir=f"{tmp_path}/{name}", **changes)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_symlink_to_nowhere(settings, tmp_path):

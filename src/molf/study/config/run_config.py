@@ -161,6 +161,7 @@ class RunConfig:
         method: How the weights are updated.
         output: Where results go.
         train: The trainer's settings by name (the fields of ``TrainConfig``); the published recipe fills in the rest.
+        files: The files that the settings were read from.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -168,6 +169,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     train: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         chosen: dict[str, Any] = {}

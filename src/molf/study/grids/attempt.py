@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-_TRAINED = ("model*.safetensors", "adapters/**/*.safetensors")
+_SHARD = "[0-9]" * 5
+# Only the names that a run gives; other weights in its folder are the user's.
+_TRAINED = (
+    "model.safetensors",
+    f"model-{_SHARD}-of-{_SHARD}.safetensors",
+    "adapters/*/adapter_model.safetensors",
+)
 _PAUSE = 0.5  # seconds between two looks at a lock or a process
 
 _TIED = """

@@ -1,5 +1,6 @@
 """What ``molf compare`` and ``molf sweep`` have in common: skip finished runs, hand the others to an engine, read the results."""
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.spec import FAILED, Failure, RunSpec
 from molf.study.methods.checkpoint_settings import PROCESSES, read_settings
 from molf.study.results.result import Result, read_result
+from molf.study.run.run_folder import check_foreign, check_name
 
 
 class Engine(Protocol):
@@ -55,13 +57,18 @@ def run_grid(
         MolfError: Two runs have one name, a folder holds a run with other settings, or the engine refuses the runs.
     """
     check_names(specs)
+    for spec in specs:
+        check_name(spec.folder)
     states = {spec.name: spec.state for spec in specs}
     done = [checked_result(spec) for spec in specs if states[spec.name] == "finished"]
     wanted = ("new", "interrupted", "failed") if retry else ("new", "interrupted")
     to_run = [spec for spec in specs if states[spec.name] in wanted]
     log(f"{len(done)} of {len(specs)} runs are finished; {len(to_run)} to run")
     for spec in to_run:
-        _prepare(spec)
+        _check(spec)
+    for spec in to_run:
+        spec.write_settings()
+        spec.beside(FAILED).unlink(missing_ok=True)
     with closing(engine.run(to_run)) as ended:
         for spec in ended:
             log(_ending(spec))
@@ -96,24 +103,32 @@ def checked_result(spec: RunSpec) -> Result:
     return result
 
 
-def _prepare(spec: RunSpec) -> None:
-    """Write the settings of a run, unless it would resume what a run with other settings left."""
+def _check(spec: RunSpec) -> None:
+    """Refuse to replace files that are not of an earlier attempt, and to resume what a run with other settings left."""
+    check_foreign(spec.folder)
+    if not os.path.lexists(spec.settings_file):
+        return
+    earlier = _written_settings(spec)
     left = checkpoints(spec.folder)
     sealed = (spec.folder / UNFINISHED).glob(f"{PREFIX}*/{MANIFEST}")
-    resumable = left or any(sealed) or (spec.folder / TRAINED_FILE).is_file()
-    if resumable and spec.settings_file.is_file():
-        earlier = _written_settings(spec)
+    if left or any(sealed) or (spec.folder / TRAINED_FILE).is_file():
         processes = read_settings(left[-1]).get(PROCESSES) if left else None
         _check_same(spec, "an unfinished run", earlier, processes, "training")
-    spec.write_settings()
-    spec.beside(FAILED).unlink(missing_ok=True)
 
 
 def _written_settings(spec: RunSpec) -> dict[str, Any]:
     try:
         earlier: dict[str, Any] = typed(dict[str, Any], yaml.safe_load(spec.settings_file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MolfError(f"{spec.settings_file} is damaged ({error}); restore it, or remove the run's folder") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise MolfError(
+            f"{spec.settings_file} is damaged ({error}), or not the settings file of an earlier run; restore or move it"
+        ) from error
+    # The files that a user writes for a grid have neither: it sets them for every run.
+    if earlier.get("run_name") != spec.name or "output_dir" not in earlier:
+        raise MolfError(
+            f"{spec.settings_file} is not the settings file of an earlier run, and this one would replace it; move it, or "
+            "choose another output_root"
+        )
     return earlier
 
 

@@ -1,5 +1,6 @@
 """One run of a grid: a ``molf train`` command in a process of its own, and the files it keeps side by side."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class RunSpec:
     @property
     def state(self) -> State:
         """How far it is. ``interrupted`` covers everything that has started and neither finished nor failed."""
-        if (self.folder / RESULT_FILE).is_file():  # a run writes it last
+        if os.path.lexists(self.folder / RESULT_FILE):  # a run writes it last; a broken symlink stands for one too
             return "finished"
         if self.beside(FAILED).is_file():
             return "failed"

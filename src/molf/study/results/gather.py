@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from filelock import FileLock
 from pandas.api.types import infer_dtype
+from pyarrow import parquet
 
 from molf.errors import MolfError
 from molf.files import NotWritable, atomic_write, is_stream, write_errors
-from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,21 @@ class Gathered:
 
 
 def gather(places: Iterable[Path]) -> Gathered:
-    """Read all results in folders, at any depth.
+    """Read all results in folders, at any depth, also behind symlinks; a folder with several paths is read once.
 
     Raises:
         MolfError: A place does not exist, or none has a result in it.
     """
     places = list(places)
-    files = sorted({file for place in places for file in _files(place)})
-    if not files:
+    results: dict[str, Result] = {}
+    unreadable: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for place in places:
+        for file in _files(place, unreadable):
+            files.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)
+    if not files and not unreadable:
         raise MolfError(f"there is no {RESULT_FILE} in {', '.join(map(str, places))}")
-    results, unreadable = {}, {}
-    for file in files:
+    for file in sorted(files.values()):
         try:
             # The bytes of a name need not be text.
             folder = os.fsencode(file.parent).decode(errors="backslashreplace")
@@ -76,10 +82,33 @@ def gather(places: Iterable[Path]) -> Gathered:
     return Gathered(results, unreadable)
 
 
-def _files(place: Path) -> Iterable[Path]:
-    if not place.exists():
+def _files(place: Path, unreadable: dict[str, str]) -> Iterator[Path]:
+    """Yield the results in a place, and note what cannot be looked into: folders and broken symlinks."""
+    if not os.path.lexists(place):
         raise MolfError(f"there is no {place}")
-    return [place] if place.is_file() else place.rglob(RESULT_FILE)
+    if not place.is_dir():
+        yield place
+        return
+
+    def note(error: OSError) -> None:
+        unreadable[str(error.filename)] = f"{error.filename}: {error.strerror}"
+
+    left, seen = [place], set()
+    while left:  # symlinks last: a folder is named by its own path if it has one
+        for folder, folders, files in os.walk(left.pop(0), onerror=note):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            here, is_run = Path(folder), RESULT_FILE in [*folders, *files]
+            left += sorted(here / name for name in folders if (here / name).is_symlink())
+            if is_run:
+                yield here / RESULT_FILE
+            for path in [here / name for name in files if not is_run]:  # perhaps the folder of a run
+                try:
+                    check_link(path)
+                except MolfError as error:
+                    unreadable[str(path)] = str(error)
 
 
 def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> None:
@@ -111,15 +140,20 @@ def check_log(path: Path) -> None:
     """Check that ``append_csv`` can add a row to a file, before there is one; nothing is changed.
 
     Raises:
-        MolfError: It is a folder, a pipe or a disk, not writable, or not CSV in UTF-8.
+        MolfError: It is a folder, a pipe or a disk, not writable, or has contents that are not such a log: CSV in UTF-8 with a
+            column ``run_id``.
     """
     if is_stream(path):
+        if os.path.realpath(path) == "/dev/full":
+            raise NotWritable(f"cannot write {path}: {os.strerror(errno.ENOSPC)}; choose another path")
         if path.is_fifo():
             raise NotWritable(f"cannot write {path}: it is a named pipe, which needs a reader; choose a file")
         return
     real = Path(os.path.realpath(path))
-    if real.exists() and real.stat().st_size > 0:
-        _read_rows(real)
+    if real.exists() and real.stat().st_size > 0 and "run_id" not in _read_rows(real):
+        raise MolfError(
+            f"{path} is not a CSV table of runs (its header has no run_id); choose another file, or move it"
+        )
     nearest = next(place for place in (real, *real.parents) if os.path.lexists(place))
     with write_errors(path):
         if nearest != real and not nearest.is_dir():
@@ -128,12 +162,33 @@ def check_log(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def check_parquet(path: Path) -> None:
+    """Check that a Parquet table may replace a file; nothing is changed.
+
+    Raises:
+        MolfError: It is a folder or a disk, or has contents that are not such a table.
+    """
+    if is_stream(path) or not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        known = "run_id" in parquet.read_schema(path).names
+    except (pa.ArrowException, OSError):
+        known = False
+    if not known:
+        raise MolfError(f"{path} is not a Parquet table of runs; choose another file, or move it")
+
+
 def _read_rows(file: Path) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "error", pd.errors.ParserWarning
             )  # rows with more cells than the header, which would be cut
+            header = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+            if len(set(header)) < len(header) or "" in header:  # pandas would rename these
+                twice = next(name for name in header if not name or header.count(name) > 1)
+                problem = f"names {twice!r} twice" if twice else "has a column without a name"
+                raise MolfError(f"the header of {file} {problem}, so it gets no row; repair or move it")
             return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         raise MolfError(f"{file} is not CSV in UTF-8 ({error}), so it gets no row; repair or move it") from error

@@ -1,6 +1,7 @@
 """The result of a run: one typed value, saved as ``result.json`` and as a row of a CSV file."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def read_result(folder: Path) -> Result:
         MolfError: There is no result, or the file is not one.
     """
     path = folder / RESULT_FILE if folder.is_dir() else folder
+    check_link(path)
     if not path.is_file():
         raise MolfError(f"{folder} holds no finished run: there is no {RESULT_FILE}")
     try:
@@ -137,6 +139,16 @@ def read_result(folder: Path) -> Result:
     except MolfError as error:
         raise MolfError(f"{path} is not a result of this version of molf: {error}") from error
     return result
+
+
+def check_link(path: Path) -> None:
+    """Refuse a symlink to nowhere: what it stood for may come back, so that it counts as a file that is there.
+
+    Raises:
+        MolfError: The path is such a symlink.
+    """
+    if path.is_symlink() and not os.path.exists(path):
+        raise MolfError(f"{path} is a broken symlink to {os.readlink(path)}; repair or remove it")
 
 
 def check_predictions(folder: Path, result: Result) -> None:

@@ -20,7 +20,7 @@ from molf.study.results.routing import read_routing
 from molf.study.results.tables import draw_routing
 from molf.study.run.card import model_card
 from molf.study.run.job import Job
-from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, run_id
+from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, report_full_disk, run_id
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> N
     with atomic_write(folder / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if log_file := os.environ.get("LOG_FILE"):
-        append_csv(Path(log_file), result.row(), key="run_id")
+        with report_full_disk(Path(log_file)):  # which may be another disk than the run's
+            append_csv(Path(log_file), result.row(), key="run_id")
     write_result(folder, result)
     (folder / RUN_ID_FILE).unlink()

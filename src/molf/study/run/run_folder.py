@@ -18,10 +18,11 @@ from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_FILE
+from molf.study.faults.run_lock import lock_file
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.gather import check_log
-from molf.study.results.result import RESULT_FILE, Result, read_result
+from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +32,14 @@ PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
-_WRITTEN = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE)
-_REMOVED = (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER)
+_EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
+_TRAINED = re.compile(
+    "|".join(map(re.escape, (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
+    + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
+    # What the tokenizers of transformers save, by any of their classes.
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates"
+)
 
 
 def check_folder(config: RunConfig) -> None:
@@ -41,13 +48,17 @@ def check_folder(config: RunConfig) -> None:
     An evaluation may replace an evaluation, and leaves checkpoints alone.
 
     Raises:
-        MolfError: The folder holds a run that is neither overwritten nor resumed, or what it reads, or is not writable;
-            $LOG_FILE cannot get a row; a setting cannot be written as text.
+        MolfError: The folder holds a run that is neither overwritten nor resumed, a broken symlink for its result, files of
+            other origin that the run would replace, or what it reads, or is not writable; $LOG_FILE cannot get a row; a setting
+            cannot be written as text.
     """
     folder, evaluating = config.output_dir, config.output.only_eval
     _check_text(config)
-    _check_inputs(config)
+    check_name(folder)
+    check_link(folder / RESULT_FILE)
     _check_writable(folder)
+    _check_inputs(config)
+    _check_foreign(config)
     if log := os.environ.get("LOG_FILE"):
         check_log(Path(log))
     finished = (folder / RESULT_FILE).exists()
@@ -71,12 +82,28 @@ def check_folder(config: RunConfig) -> None:
 
 def finished_result(config: RunConfig) -> Result | None:
     """Return the result of this very run if it is finished and asked to resume: nothing is left to do."""
+    check_name(config.output_dir)
     if config.resume_from is not True or not (config.output_dir / RESULT_FILE).is_file():
         return None
     with suppress(MolfError):  # what cannot be read is still a finished run: `check_folder` keeps it
         result = read_result(config.output_dir)
         return None if differing(result.config, config, "evaluation") else result
     return None
+
+
+def check_name(folder: Path) -> None:
+    """Check that a path can name a folder and the lock beside it.
+
+    Raises:
+        MolfError: It is too long, or the file system cannot look it up.
+    """
+    try:
+        os.lstat(lock_file(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        why = getattr(error, "strerror", None) or error
+        raise MolfError(f"output_dir={folder} cannot name a folder: {why}; choose another") from error
 
 
 def _check_text(config: RunConfig) -> None:
@@ -89,24 +116,62 @@ def _check_text(config: RunConfig) -> None:
             ) from error
 
 
+def _writes(name: str, training: bool) -> bool:
+    """Return whether a run writes, replaces or removes a file or folder of a name in its folder."""
+    return name in _EVALUATED or (training and (_TRAINED.fullmatch(name) is not None or is_left(name)))
+
+
 def _check_inputs(config: RunConfig) -> None:
     """Refuse inputs that the run would remove or replace, by whatever path they are given."""
     folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
+    # A file behind a symlink is replaced too.
+    written = {os.path.realpath(folder / name) for name in _names(folder) if _writes(name, training)}
     task, template = config.task, config.train.get("chat_template_path")
-    inputs = {"model_name_or_path": config.model.model_name_or_path, "chat_template_path": template}
-    for name, given in (inputs | {"data_path": task.data_path, "eval_path": task.eval_path}).items():
+    inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
+    inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
+    inputs += [("config", file) for file in config.files]
+    log = os.environ.get("LOG_FILE")
+    for name, given in [*inputs, ("LOG_FILE", log)]:
         if not given:
             continue
         path = Path(os.path.realpath(Path(given).expanduser()))
         first = next(iter(path.relative_to(folder).parts), "") if path.is_relative_to(folder) else None
-        own = first in _WRITTEN or (
-            training and first is not None and (not first or first in _REMOVED or is_left(first))
-        )
-        if own and (path.exists() or name == "model_name_or_path"):
+        own = str(path) in written or (first is not None and (_writes(first, training) if first else training))
+        if own and (path.exists() or name in ("model_name_or_path", "LOG_FILE")):
             raise MolfError(
-                f"{name}={given} is {'in ' if first else ''}output_dir={config.output_dir}, where the run would replace it; "
-                "choose another --output_dir"
+                f"{name}={given} is {'' if first == '' else 'in '}output_dir={config.output_dir}, where the run would replace "
+                "it; choose another --output_dir"
             )
+        if log and name != "LOG_FILE" and path == Path(os.path.realpath(log)):
+            raise MolfError(f"LOG_FILE={log} is also {name}, which the run reads; choose another LOG_FILE")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def check_foreign(folder: Path, training: bool = True) -> None:
+    """Refuse a folder without a run that has files of the names that a run writes.
+
+    Raises:
+        MolfError: There are such files; they are named.
+    """
+    names = _names(folder)
+    if any(name in (RESULT_FILE, RUN_ID_FILE, TRAINED_FILE) or is_left(name) for name in names):
+        return
+    if foreign := [name for name in names if _writes(name, training)]:
+        raise MolfError(
+            f"{folder} holds {', '.join(foreign)}, which no run wrote and this one would replace; move what you need, or choose "
+            "another folder"
+        )
+
+
+def _check_foreign(config: RunConfig) -> None:
+    """Check for files of the user, whom ``overwrite`` allows to replace them unless they are those of the model."""
+    folder, evaluating, model = config.output_dir, config.output.only_eval, config.model.model_name_or_path
+    reads = model is not None and os.path.realpath(Path(model).expanduser()) == os.path.realpath(folder)
+    if not config.output.overwrite or reads:
+        check_foreign(folder, training=not evaluating)
 
 
 def _check_writable(folder: Path) -> None:
