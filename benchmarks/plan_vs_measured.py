@@ -72,6 +72,9 @@ class LongTask:
     def example(self, row):
         return {"prompt": "a", "completion": " a" * self.length}
 
+    def requests(self, row):
+        return []
+
 
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -19,10 +19,9 @@ from transformers import (
 )
 
 from molf.errors import MolfError
-from molf.study.config.run_config import RunConfig
 from molf.study.run.dry_run import make_plan
 from molf.study.run.model_limits import check_causal
-from small_runs import carry_out
+from small_runs import carry_out, small_config
 
 MARKED = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}\
 {{ messages[0].content }}{% generation %}{{ messages[1].content }}{% endgeneration %}"
@@ -56,7 +55,7 @@ def data(tmp_path):
 
 
 def plan(settings, **changes):
-    return make_plan(RunConfig.from_dict(settings | changes))
+    return make_plan(small_config(settings, **changes))
 
 
 def small(kind, **more):
@@ -138,7 +137,7 @@ def test_rows_of_all_learned_positions_are_trained_and_evaluated(settings, learn
     )
     assert carry_out(run).training.dropped_examples == 1
     with pytest.raises(MolfError, match="training row 1 needs 64 positions"):
-        plan(run, packing=True, packing_strategy="wrapped", max_length=64)
+        plan(run, packing=True, packing_strategy="wrapped", max_length=64, output_dir=f"{run['output_dir']}-again")
 
 
 def test_rows_held_out_for_validation_are_checked_too(settings, learned, data):

@@ -8,10 +8,9 @@ from transformers import TrainerCallback
 
 from molf.errors import MolfError
 from molf.integrations.merge import merge
-from molf.study.config.run_config import RunConfig
 from molf.study.run.job import StudyTrainer, load_job
 from molf.study.run.selection import row_key
-from small_runs import carry_out, weights
+from small_runs import carry_out, small_config, weights
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 
@@ -58,7 +57,7 @@ def test_without_a_choice_the_last_model_stays_and_its_loss_is_recorded(settings
 
 
 def rows_of(settings, **changes):
-    job = load_job(RunConfig.from_dict(settings | changes))
+    job = load_job(small_config(settings, **changes))
     return job, [set(map(row_key, rows)) for rows in (job.split.train, job.split.eval, job.validation)]
 
 
