@@ -13,14 +13,13 @@ import molf
 
 SOURCE = Path(molf.__file__).parent
 # From the ground up. A room may import those of its own row and itself; the basis is open to all.
-BASIS = {"errors", "files", "json_files"}
+BASIS = {"errors", "files"}
 CORE = {"scores", "routing", "numerics", "layers", "setup", "kernels", "optimizer"}
 LIBRARY = CORE | {"integrations", "tasks"}
 STUDY = ["config", "engine", "methods", "results", "faults", "sizing", "run", "grids"]
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "json_files": set(),
     "scores": set(),
     "routing": set(),
     "numerics": {"scores"},
@@ -42,7 +41,6 @@ FACES = {"molf", "molf.__main__", "molf.study"}
 TORCH_ALONE = {
     "errors",
     "files",
-    "json_files",
     "scores",
     "routing",
     "reference",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import MolfError
-from molf.json_files import read_json, typed
+from molf.files import read_json, typed
 
 MANIFEST = "checkpoint_manifest.json"
 SETTINGS_FILE = "made_with.json"

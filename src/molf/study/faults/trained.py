@@ -8,9 +8,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from molf.errors import MolfError
-from molf.files import atomic_write
+from molf.files import atomic_write, read_json
 from molf.integrations.checkpoint_folder import can_resume
-from molf.json_files import read_json
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.results.result import Training

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import yaml
 
 from molf.errors import MolfError
+from molf.files import typed
 from molf.integrations.checkpoint_folder import MANIFEST, PREFIX, UNFINISHED, checkpoints
-from molf.json_files import typed
 from molf.study.config.fields import Level
 from molf.study.config.sameness import differing
 from molf.study.faults.trained import TRAINED_FILE

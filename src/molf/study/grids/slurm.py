@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import MolfError
-from molf.files import atomic_write
-from molf.json_files import read_json, typed
+from molf.files import atomic_write, read_json, typed
 from molf.study.grids.attempt import Attempt
 from molf.study.grids.spec import RunSpec
 

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from molf.errors import MolfError
-from molf.files import atomic_write
-from molf.json_files import read_json, typed
+from molf.files import atomic_write, read_json, typed
 from molf.study.config.run_config import RunConfig, folder_name
 from molf.study.results.result import RESULT_FILE
 

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from molf.errors import MolfError
+from molf.files import read_json
 from molf.integrations.checkpoint_folder import SETTINGS_FILE
 from molf.integrations.whole_checkpoints import CheckpointPart
-from molf.json_files import read_json
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import shaping
 

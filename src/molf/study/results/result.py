@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import MolfError
-from molf.files import atomic_write
-from molf.json_files import read_json, typed
+from molf.files import atomic_write, read_json, typed
 from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
 from molf.tasks import Metric, get_task
 
