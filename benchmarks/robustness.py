@@ -20,7 +20,7 @@ GATHERED = ROOT / "benchmarks/results/evidence/smollm2-fact-robustness.json"
 PICTURE = ROOT / "docs/robustness.png"
 METRICS = ("score", "efficacy_score", "paraphrase_score", "neighborhood_score", "exact_new")
 SETTINGS = ("method", "score", "ranks", "lora_alpha", "match_lora_rate", "learning_rate", "top_k", "limit", "seed")
-FAMILIES = {"epd": "published rule (EPD)", "matched_epd": "EPD, matched", "matched_random": "coin, matched"}
+FAMILIES = {"epd": "published rule (EPD)", "matched_epd": "EPD, matched", "matched_random": "random routing, matched"}
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
