@@ -35,6 +35,7 @@ from sharding import (
     everything,
     exact,
     fsdp,
+    fsdp_stacked,
     furthest,
     given,
     hsdp,
@@ -43,6 +44,7 @@ from sharding import (
     train,
 )
 from small import Prefer, mlp
+from stacks import mixture
 
 COMPARED = {  # with one process
     "ddp_merged": (mlp, ddp, MERGED),
@@ -54,6 +56,9 @@ COMPARED = {  # with one process
     "fsdp_made_before_sharding": (mlp, fsdp, MERGED, 1, True),
     "fsdp_branched": (lambda: adapted(freeze=True), fsdp, {**RATES, "lora_lr": "matched", "max_grad_norm": 0.1}),
     "fsdp_branched_beside_the_base": (lambda: adapted(freeze=False), fsdp, {**RATES, "top_k": 2}),
+    "ddp_stacked": (mixture, ddp, {**MERGED, "max_grad_norm": 0.1}),
+    "fsdp_stacked": (mixture, fsdp_stacked, MERGED),
+    "fsdp_stacked_clipped": (mixture, fsdp_stacked, {**MERGED, "top_k": 2, "max_grad_norm": 0.1}, 2, True),
     "hsdp_merged": (mlp, hsdp, {**MERGED, "max_grad_norm": 0.1}),
 }
 ON_FOUR_RANKS = {"hsdp_merged"}  # replicated shards

@@ -52,6 +52,12 @@ def fsdp(model, **how):
     return fully_shard(model, **how)
 
 
+def fsdp_stacked(model):
+    """Shard five stacked matrices: unevenly over two ranks, and over four of which one holds none."""
+    fully_shard(model[1])
+    return fully_shard(model)
+
+
 def in_part(model):
     fully_shard(model[1])
     return model

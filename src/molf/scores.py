@@ -85,6 +85,12 @@ class Score(abc.ABC):
         """
         return self.term(m, v, eps).sum()
 
+    def partials(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
+        """Return the sums of ``term`` over the rows of stacked slices ``[n, elements]``, ``[n]``."""
+        if type(self).partial is Score.partial:
+            return self.term(m, v, eps).sum(1)
+        return torch.stack([self.partial(*own, eps) for own in zip(m, v, u, strict=True)])
+
     @property
     def sums_descent(self) -> bool:
         """Whether the sum of ``term`` is the descent, which is computed anyway."""
@@ -129,6 +135,11 @@ class PFN(Score):
     def partial(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
         """Return ``sum u^2``, or the sum of a ``term`` that a subclass defines."""
         return torch.dot(u, u) if type(self).term is PFN.term else super().partial(m, v, u, eps)
+
+    def partials(self, m: Tensor, v: Tensor, u: Tensor, eps: float) -> Tensor:
+        """Return ``sum u^2`` of every row, unless a subclass defines another sum."""
+        own = (type(self).term, type(self).partial) == (PFN.term, PFN.partial)
+        return torch.linalg.vecdot(u, u) if own else super().partials(m, v, u, eps)
 
 
 class Descent(EPD):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from molf import MoLF, param_groups
-from molf.setup.param_groups import expert_names, lora_scales
+from molf.setup.param_groups import expert_names, level_scale, lora_scales
 from small import mlp, tiny_llama, train
 
 SCALARS = (bool, int, float, str)
@@ -223,20 +223,97 @@ def test_adapters_of_peft_are_refused_and_can_be_merged(inner):
     assert len(param_groups(model.merge_and_unload().requires_grad_(True), ranks=(2,))) == 2 + 14
 
 
-def test_a_warning_names_stacked_experts(caplog):
+def tiny_mixtral(**sizes):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 30}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 30, **sizes}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
-    groups = param_groups(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), ranks=(2,))
-    assert [group["module"].rsplit(".")[-1] for group in groups[2:]] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+
+def test_stacked_experts_are_routed_and_routers_named(caplog):
+    caplog.set_level("INFO")
+    groups = param_groups(tiny_mixtral(), ranks=(2,))
+    routed = {group["module"].rpartition(".")[2]: group for group in groups if "module" in group}
+    assert list(routed) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    stack = routed["gate_up_proj"]
+    assert stack["form"] == "stacked" and stack["transposed"] is False and stack["params"][0].shape == (4, 48, 16)
+    assert stack["scales"] == (level_scale(2, 16),)
     (message,) = caplog.messages
-    words = (
-        "2 stacked tensors such as model.layers.0.mlp.experts.gate_up_proj [4, 48, 16], 71 % of the trained parameters"
-    )
-    assert message.startswith(words)
-    caplog.clear()
-    model = nn.Sequential(nn.Conv1d(3, 8, 2), nn.Linear(8, 8))  # convolutions and positions are no experts
+    assert "1.0 % of the trained parameters are matrices outside of linear layers" in message
+    assert "model.layers.*.mlp.gate.weight [4, 16]" in message and "target_parameters" in message
+    assert caplog.records[0].levelname == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"target_modules": ["q_proj", "down_proj"]}, ["q_proj", "down_proj"]),
+        ({"target_modules": ["down_proj"]}, ["down_proj"]),
+        ({"target_modules": r".*experts\.(gate_up|down)_proj"}, ["gate_up_proj", "down_proj"]),
+        ({"exclude_modules": ["lm_head", "gate_up_proj"]}, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}, ["q_proj", "weight"]),
+    ],
+    ids=str,
+)
+def test_stacks_are_targeted_by_the_names_of_their_parameters(options, kinds):
+    groups = param_groups(tiny_mixtral(), ranks=(2,), **options)
+    assert [group["module"].rpartition(".")[2] for group in groups if "module" in group] == kinds
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["gate.wait"],
+            r"\['gate\.wait'\] match no parameter outside of nn\.Linear.*model\.layers\.\*\.mlp\.gate\.weight",
+        ),
+        (["norm.weight"], r"model\.norm\.weight, which has shape \[16\]: only matrices"),
+        (["gate.weight"], r"mlp\.gate\.weight, which is frozen"),
+    ],
+)
+def test_named_parameters_that_cannot_be_routed_are_refused(names, message):
+    model = tiny_mixtral()
+    model.model.layers[0].mlp.gate.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=message):
+        param_groups(model, ranks=(2,), target_parameters=names)
+    with pytest.raises(TypeError, match="give a list of names"):
+        param_groups(model, ranks=(2,), target_parameters="gate.weight")
+
+
+def test_fused_projections_of_attention_are_routed():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    groups = [group for group in param_groups(model, ranks=(2,)) if "module" in group]
+    assert [group["module"] for group in groups] == [
+        "self_attn.out_proj",
+        "linear1",
+        "linear2",
+        "self_attn.in_proj_weight",
+    ]
+    assert [tuple(p.shape) for p in groups[-1]["params"]] == [(24, 8), (24,)] and groups[-1]["form"] == "merged"
+
+
+def test_the_order_of_a_stack_is_the_modules_own_or_that_of_its_hidden_size():
+    class Experts(nn.Module):
+        num_experts, hidden_size = 3, 8
+
+        def __init__(self, **attributes):
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Parameter(torch.zeros(3, 8, 12)), nn.Parameter(torch.zeros(3, 12, 8))
+            vars(self).update(attributes)
+
+    def order(module):
+        return {group["transposed"] for group in param_groups(module, ranks=(2,)) if "module" in group}
+
+    assert order(Experts()) == {True}
+    assert order(Experts(hidden_size=12)) == {False}
+    assert order(Experts(is_transposed=False)) == {False}
+
+
+def test_convolutions_and_positions_are_no_stacks(caplog):
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.Linear(80, 80))
+    model[0].num_experts = 8
     model.position = nn.Parameter(torch.zeros(1, 4, 8))
-    param_groups(model, ranks=(2,))
-    assert not caplog.messages
+    groups = param_groups(model, ranks=(2,))
+    assert [group["module"] for group in groups if "module" in group] == ["1"]
+    assert not caplog.messages  # less than a twentieth of the parameters

@@ -37,6 +37,8 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
     if type(score) not in (EPD, PFN, Descent, Random):
         raise _refusal(f"the kernels know the scores epd, pfn, descent and random, not {type(score).__name__}")
     routed = [group for group in groups if "module" in group]
+    if stacks := [group["module"] for group in routed if group["form"] == "stacked"]:
+        raise _refusal(f"the kernels know no stacked matrices, and {stacks[0]} is a stack")
     weights = {group["params"][0].dtype for group in routed}
     if any(p.dtype not in DTYPES for group in groups for p in group["params"]) or len(weights) > 1:
         found = ", ".join(sorted({str(p.dtype) for group in groups for p in group["params"]}))

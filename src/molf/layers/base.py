@@ -5,17 +5,26 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import check_row_sharded, local, local_part, shard_rows_like
+from molf.numerics.distributed import check_row_sharded, is_sharded, local, local_part, shard_rows_like
 from molf.numerics.quantization import block_count, is_quantizable
 
-__all__ = ["LoraPair", "RoutedLayer", "init_moments", "init_step", "level_gradients_", "quantized_params"]
+__all__ = [
+    "LoraPair",
+    "Matrix",
+    "RoutedLayer",
+    "init_moments",
+    "init_step",
+    "level_gradients_",
+    "quantized_params",
+    "winners_of",
+]
 
 
 class LoraPair(NamedTuple):
@@ -30,8 +39,42 @@ class LoraPair(NamedTuple):
     b_is_nonzero: bool = True
 
 
+class Matrix(Protocol):
+    """Where the experts of one matrix are held: what the user reads and assigns."""
+
+    experts: tuple[str, ...]
+
+    @property
+    def pairs(self) -> list[LoraPair]:
+        """The live pairs of the LoRA experts in order, sharded as they are held."""
+        ...
+
+    @property
+    def base(self) -> list[Tensor]:
+        """The model's parameters of the ``fft`` expert: weight ``[out, in]``, then bias; empty without that expert."""
+        ...
+
+    def base_weight(self) -> Tensor:
+        """Return ``W`` without the LoRA parts in full precision, sharded like the weight."""
+        ...
+
+    def set_base_weight(self, value: Tensor) -> None:
+        """Set ``W`` from a whole matrix; the LoRA parts stay."""
+        ...
+
+    def set_bias(self, value: Tensor) -> None:
+        """Set the bias from a whole vector."""
+        ...
+
+    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+        """Set the i-th pair from whole matrices; ``W`` stays."""
+        ...
+
+
 class RoutedLayer(abc.ABC):
-    """One routed layer at one step. It looks everything up in its group and the optimizer's state and owns nothing.
+    """One routed layer, or a stack of matrices that are routed one by one, at one step.
+
+    It looks everything up in its group and the optimizer's state and owns nothing.
 
     The order of calls in a step: ``count_step``, ``tensors`` of every expert, ``drop_grads``, ``begin_update``,
     ``finish_update``.
@@ -49,6 +92,15 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the matrices that are routed one by one: the layer's own, or those of a stack."""
+        return (self.name,)
+
+    def parts(self, budget: int) -> Sequence[RoutedLayer]:
+        """Return the layer in parts of at most ``budget`` elements, as far as its matrices can be parted."""
+        return [self]
 
     @property
     def step(self) -> float:
@@ -77,18 +129,6 @@ class RoutedLayer(abc.ABC):
     @abc.abstractmethod
     def base(self) -> list[Tensor]:
         """The model's parameters of the ``fft`` expert: weight, then bias; empty without that expert."""
-
-    @abc.abstractmethod
-    def base_weight(self) -> Tensor:
-        """Return ``W`` without the LoRA parts in full precision, sharded like the weight."""
-
-    @abc.abstractmethod
-    def set_base_weight(self, value: Tensor) -> None:
-        """Set ``W`` from a whole matrix; the LoRA parts stay."""
-
-    @abc.abstractmethod
-    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
-        """Set the i-th pair from whole matrices; ``W`` stays."""
 
     @property
     def active(self) -> bool:
@@ -130,14 +170,35 @@ class RoutedLayer(abc.ABC):
     def _expert_tensors(self, i: int) -> list[TensorState]:
         """Compute the i-th expert's tensors and gradients."""
 
+    def numel_of(self, tensors: Sequence[TensorState]) -> int:
+        """Return the number of elements of an expert's tensors, of all shards; in a stack, of one matrix."""
+        return sum(x.param.numel() for x in tensors)
+
+    def is_sharded(self, tensor: TensorState) -> bool:
+        """Return whether the sums of a tensor are those of a shard."""
+        return is_sharded(tensor.param)
+
+    def sums_of_all(self, sums: Tensor) -> Tensor:
+        """Return sums of this rank's matrices as sums of all of the layer's matrices, zero for those of other ranks."""
+        return sums
+
     def drop_grads(self) -> None:
         """Drop gradients after phase 1 to free memory; 8-bit moments need theirs again in phase 2."""
         for i, tensors in self._tensors.items():
             self._tensors[i] = [x if x.is_quantized else x._replace(grad=None) for x in tensors]
 
     @abc.abstractmethod
-    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
-        """Prepare the step of the winners (indices into ``experts``) and return what AdamW has to move."""
+    def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
+        """Prepare the step of the winners and return what AdamW has to move.
+
+        Args:
+            chosen: Whether each expert of each matrix won, ``[matrices, E]`` bool on the host.
+        """
+
+    def quantized_losers(self, chosen: Tensor) -> list[TensorState]:
+        """Return the tensors with 8-bit moments that do not move; their moments were updated in scratch memory only."""
+        lost = (i for i, won in enumerate(chosen[0].tolist()) if not won)
+        return [x for i in lost for x in self.tensors(i) if x.is_quantized]
 
     @abc.abstractmethod
     def finish_update(self) -> None:
@@ -169,6 +230,11 @@ class RoutedLayer(abc.ABC):
         self._store(p, self._load(p).copy_(value))
 
 
+def winners_of(chosen: Tensor) -> list[int]:
+    """Return the winners of a layer of one matrix from ``chosen [1, E]``."""
+    return [i for i, won in enumerate(chosen[0].tolist()) if won]
+
+
 def level_gradients_(layers: Iterable[RoutedLayer]) -> None:
     """Bring the gradients that backward left into the units of levelled scales, in place."""
     work = [own for layer in layers for own in layer.unlevelled()]
@@ -179,7 +245,7 @@ def level_gradients_(layers: Iterable[RoutedLayer]) -> None:
 def quantized_params(group: dict[str, Any], optim_bits: int) -> list[bool]:
     """Return for each parameter of a group whether its moments are 8-bit: large matrices that train with full rank."""
     adapters = 2 * len(group["ranks"]) if group.get("form") == "branched" else 0
-    full_rank = len(group["params"]) - adapters
+    full_rank = 1 if group.get("form") == "stacked" else len(group["params"]) - adapters
     return [optim_bits == 8 and i < full_rank and is_quantizable(p) for i, p in enumerate(group["params"])]
 
 

@@ -10,12 +10,12 @@ and a change of ``B*`` is ``c`` times as large in ``B``.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
 
-from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params, winners_of
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.distributed import local_part, shard_rows_like
 
@@ -87,10 +87,10 @@ class BranchedLayer(RoutedLayer):
             own = self.group["params"][start : start + 2]
         return [self._tensor(p) for p in own if p.grad is not None]
 
-    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
+    def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
         """Return the winners' parameters; a bias is not decayed, and B moves ``c`` times as far as ``B*``."""
         work = []
-        for i in winners:
+        for i in winners_of(chosen):
             for x in self.tensors(i):
                 rates, factor = self._rates(i, decayed=x.param.ndim > 1), self.b_factor(x.param)
                 work.append((rates._replace(lr=rates.lr * factor, weight_decay=rates.weight_decay / factor), x))

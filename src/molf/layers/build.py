@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from molf.layers.base import RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.base import Matrix, RoutedLayer, init_moments, init_step, quantized_params
 from molf.layers.branched import BranchedLayer
 from molf.layers.merged import MergedLayer
+from molf.layers.stacked import StackedLayer, matrix_names
+from molf.layers.stacked_matrix import StackedMatrix
 from molf.numerics.bf16 import Noise
 from molf.numerics.distributed import check_no_orphaned_state
 
-__all__ = ["LAYER_TYPES", "init_group_", "init_state_", "routed_layer"]
+__all__ = ["LAYER_TYPES", "init_group_", "init_state_", "matrix_of", "modules_of", "routed_layer"]
 
-LAYER_TYPES: dict[str, type[RoutedLayer]] = {"merged": MergedLayer, "branched": BranchedLayer}
-"""The two ways of holding the experts, by the ``form`` of a parameter group."""
+LAYER_TYPES: dict[str, type[RoutedLayer]] = {"merged": MergedLayer, "stacked": StackedLayer, "branched": BranchedLayer}
+"""The ways of holding the experts, by the ``form`` of a parameter group."""
 
 
 def routed_layer(
@@ -22,6 +24,21 @@ def routed_layer(
 ) -> RoutedLayer:
     """Return the layer of a routed group whose state exists."""
     return LAYER_TYPES[group["form"]](group, state, noise)
+
+
+def modules_of(group: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the matrices of a routed group."""
+    name: str = group["module"]
+    return matrix_names(name, len(group["params"][0])) if group["form"] == "stacked" else (name,)
+
+
+def matrix_of(
+    group: dict[str, Any], module: str, state: MutableMapping[Any, dict[str, Any]], noise: Noise | None
+) -> Matrix:
+    """Return the experts of a matrix of a routed group whose state exists, by the matrix's name."""
+    if group["form"] == "stacked":
+        return StackedMatrix(group, state, noise, modules_of(group).index(module))
+    return MergedLayer(group, state, noise) if group["form"] == "merged" else BranchedLayer(group, state, noise)
 
 
 def init_state_(

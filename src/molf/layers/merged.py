@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params, winners_of
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import is_sharded, local, local_part, shard_rows_like
@@ -188,8 +188,9 @@ class MergedLayer(RoutedLayer):
         gradients = expert_gradients(local(self.gradients()[0]).to(pair.A.dtype), pair, out)
         return [self.pair_tensor(i, key)._replace(grad=grad) for key, grad in zip("AB", gradients, strict=True)]
 
-    def begin_update(self, winners: Sequence[int]) -> list[tuple[Rates, TensorState]]:
+    def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
         """Decay ``W`` inside ``W_eff`` if ``fft`` won, copy the winning pairs, and return what AdamW has to move."""
+        winners = winners_of(chosen)
         weight, *bias = self.tensors(0)
         self._effective, pairs = self._load(self.base[0]), self._local_pairs
         self._moved = [(i, pair, _copy(pair)) for i, pair in enumerate(pairs, start=1) if i in winners]

@@ -10,7 +10,7 @@ rounded ``v`` could make an update far too large. So phase 1 discards the new 8-
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,8 @@ class TensorState(NamedTuple):
     """One trainable tensor at one step with its gradient and moments, all of one shape.
 
     If ``exp_avg_absmax`` is set, the moments are 8-bit codes (``molf.numerics.quantization``). Tensors may be sharded; the
-    gradient may already be this rank's shard.
+    gradient may already be this rank's shard. With ``stacked`` above 1, the tensor is a stack of so many along its first
+    dimension, each of which has sums of its own.
     """
 
     param: Tensor
@@ -56,6 +57,7 @@ class TensorState(NamedTuple):
     low: Tensor | None = None
     exp_avg_absmax: Tensor | None = None
     exp_avg_sq_absmax: Tensor | None = None
+    stacked: int = 1
 
     @classmethod
     def of(cls, p: Tensor, entries: dict[str, Any]) -> TensorState:
@@ -73,7 +75,11 @@ class TensorState(NamedTuple):
         """This rank's shard of every tensor."""
         if not (is_sharded(self.param) or is_sharded(self.exp_avg)):
             return self
-        return TensorState(*(None if x is None else local(x) for x in self))  # type: ignore[arg-type]
+        return self.map(local)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TensorState:
+        """Return this with every tensor changed by a function; ``stacked`` stays."""
+        return TensorState(*(None if x is None else change(x) for x in self[:-1]), self.stacked)  # type: ignore
 
 
 class Rates(NamedTuple):
@@ -125,7 +131,9 @@ def update_moments_and_score_(
     workspace: Workspace,
     firsts: Container[int] = (),
 ) -> list[Tensor]:
-    """Phase 1: update the moments of every tensor; return the score's sum and the descent of each, ``[2]``, or ``[1]`` if equal.
+    """Phase 1: update the moments of every tensor, and return the sums of each.
+
+    They are ``[stacked, 2]``, the score's and the descent, or ``[stacked, 1]`` if both are equal.
 
     ``m += (1-b1)(g-m)`` and ``v = b2 v + (1-b2) g*g``. 8-bit moments are updated in scratch memory only.
 
@@ -134,23 +142,38 @@ def update_moments_and_score_(
     ``u = m / (sqrt(v) + eps)`` in it, which is what the scores are made of. The descent is ``sum m u``. How a sum rounds depends
     on the alignment of ``u``; with the first tensor of each layer in ``firsts``, it does not depend on the layers before.
     """
+    width = 1 if score.sums_descent else 2
     # An empty shard contributes zero.
-    sums = {
-        i: torch.zeros(
-            1 if score.sums_descent else 2, dtype=master_dtype(tensor.param.dtype), device=tensor.param.device
-        )
-        for i, tensor in enumerate(tensors)
-        if not local(tensor.param).numel()
-    }
+    sums = {i: _zero_sums(x, width) for i, x in enumerate(tensors) if x.stacked > 1 or not local(x.param).numel()}
+    taken = dict.fromkeys(sums, 0)
     for batch in _blocks(tensors):
         updated = [_dequantized(piece) for _, piece in batch]
         scratch = _update_moments_(updated, betas, eps, workspace, [i in firsts for i, _ in batch])
         for u, piece, (i, _) in zip(scratch, updated, batch, strict=True):
-            part = torch.dot(piece.exp_avg, u).view(1)
-            if not score.sums_descent:
-                part = torch.cat([score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps).view(1), part])
-            sums[i] = sums[i] + part if i in sums else part
+            part = _sums(piece, u, eps, score)
+            if tensors[i].stacked > 1:
+                row = taken[i] * tensors[i].stacked // local(tensors[i].param).numel()
+                sums[i][row : row + piece.stacked] += part
+                taken[i] += u.numel()
+            else:
+                sums[i] = sums[i] + part if i in sums else part
     return [sums[i] for i in range(len(tensors))]
+
+
+def _zero_sums(tensor: TensorState, width: int) -> Tensor:
+    return torch.zeros(tensor.stacked, width, dtype=master_dtype(tensor.param.dtype), device=tensor.param.device)
+
+
+def _sums(piece: TensorState, u: Tensor, eps: float, score: Score) -> Tensor:
+    """Return the sums of a flat piece, ``[stacked, 1 or 2]``."""
+    if piece.stacked == 1:
+        part = torch.dot(piece.exp_avg, u).view(1, 1)
+        if score.sums_descent:
+            return part
+        return torch.cat([score.partial(piece.exp_avg, piece.exp_avg_sq, u, eps).view(1, 1), part], dim=1)
+    m, v, u = (x.view(piece.stacked, -1) for x in (piece.exp_avg, piece.exp_avg_sq, u))
+    part = torch.linalg.vecdot(m, u)[:, None]
+    return part if score.sums_descent else torch.cat([score.partials(m, v, u, eps)[:, None], part], dim=1)
 
 
 def requantize_moments_(
@@ -284,22 +307,23 @@ def _blocks(tensors: Sequence[TensorState]) -> Iterator[list[tuple[int, TensorSt
 
 
 def _pieces(tensor: TensorState, budget: int) -> Iterator[TensorState]:
-    """Cut a tensor into flat pieces; codes and their maxima keep their rows and are cut where a row or a block ends."""
+    """Cut a tensor into flat pieces: codes and stacks where a row ends, or a block of a row that is longer than the budget."""
     size = tensor.param.numel()
     if not size:
         return
+    p, grad, m, v, low, m_absmax, v_absmax, stacked = tensor
+    grad = None if grad is None else grad.contiguous()
     if size <= budget and not tensor.is_quantized:
-        p, grad, m, v, low, _, _ = tensor
-        grad = None if grad is None else grad.contiguous().view(-1)
-        yield TensorState(p.view(-1), grad, m.view(-1), v.view(-1), None if low is None else low.view(-1))
+        flat = (None if x is None else x.view(-1) for x in (p, grad, m, v, low))
+        yield TensorState(*flat, None, None, stacked)  # type: ignore
         return
-    rows = len(tensor.param) if tensor.is_quantized else 1
+    rows = len(p) if tensor.is_quantized or stacked > 1 else 1
     n = size // rows
-    wide = [None if x is None else (x.contiguous() if x is tensor.grad else x).view(rows, -1) for x in tensor]
+    wide = [None if x is None else x.view(rows, -1) for x in (p, grad, m, v, low, m_absmax, v_absmax)]
     for top in range(0, rows, max(1, budget // n)):
-        bottom = top + max(1, budget // n)
+        bottom = min(top + max(1, budget // n), rows)
         for first in range(0, n, budget):
             ends = [slice(first, first + budget)] * 5 + [slice(first // BLOCK, block_count(first + budget))] * 2
             cut = [None if x is None else x[top:bottom, end] for x, end in zip(wide, ends, strict=True)]
-            flat = [None if x is None else x.view(-1) if x.dtype != torch.uint8 else x for x in cut[:5]]
-            yield TensorState(*flat, *cut[5:])  # type: ignore[arg-type]
+            flat = (None if x is None else x.view(-1) if x.dtype != torch.uint8 else x for x in cut[:5])
+            yield TensorState(*flat, *cut[5:], bottom - top if stacked > 1 else 1)  # type: ignore

@@ -32,6 +32,7 @@ __all__ = [
     "broadcast_seeds",
     "check_no_orphaned_state",
     "check_row_sharded",
+    "first_row",
     "find_ranks",
     "full",
     "is_sharded",
@@ -90,6 +91,16 @@ def shard_rows_like(rows: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(rows, mesh, like.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 
+def first_row(x: Tensor) -> int:
+    """Return the index of the first row that this rank holds of a tensor sharded by rows; 0 if it is not sharded."""
+    if not is_sharded(x):
+        return 0
+    mesh: Any = x.device_mesh  # type: ignore[attr-defined]
+    dim = _sharded_dims(x)[0]
+    rows_a_rank = -(-len(x) // int(mesh.size(dim)))
+    return min(len(x), int(mesh.get_coordinate()[dim]) * rows_a_rank)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that train a model together, seen from one of them.
@@ -122,16 +133,16 @@ class Ranks:
         assert self.shards is not None, "only shards have something to sum"
         torch.distributed.all_reduce(x, group=self.shards)
 
-    def sum_parts(self, parts: Tensor, sharded: Sequence[bool]) -> Tensor:
+    def sum_parts(self, parts: Tensor, sharded: Tensor) -> Tensor:
         """Sum numbers over the shards in one all-reduce; numbers of replicated tensors count once.
 
         Args:
             parts: This rank's numbers ``[n, k]``.
-            sharded: Which of the n rows come from a shard.
+            sharded: Which of the n rows come from a shard, ``[n]`` bool on the host.
         """
         if self.shards is None:
             return parts
-        mask = torch.tensor([own or not self.shard_index for own in sharded], device=parts.device)
+        mask = (sharded | (self.shard_index == 0)).to(parts.device)
         total = parts.double().where(mask[:, None], 0.0)
         self.sum_(total)
         return total
@@ -230,9 +241,10 @@ def _check_placement(group: dict[str, Any], p: Any, first: Any) -> None:
             f"{name} is placed {p.placements} on its mesh: shard over one mesh dimension and replicate over the others, as "
             "fully_shard does; MoLF does not support tensor parallelism"
         )
-    if group.get("form") == "merged" and not p.placements[dims[0]].is_shard(0):
+    if group.get("form") in ("merged", "stacked") and not p.placements[dims[0]].is_shard(0):
         raise MolfError(
-            f"{name} is sharded {p.placements}: the merged form needs row shards, Shard(0); leave out shard_placement_fn"
+            f"{name} is sharded {p.placements}: the merged form needs row shards (of a stack: whole matrices), Shard(0); leave "
+            "out shard_placement_fn"
         )
     if master_dtype(p.dtype) != master_dtype(first.dtype):
         raise MolfError(

@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.layers.base import LoraPair, RoutedLayer
+from molf.layers.base import LoraPair, Matrix
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import full
 
 __all__ = ["Experts", "FftExpert", "LoraExpert"]
 
-LayerOf = Callable[[str], RoutedLayer]
-"""Returns the current routed layer of a module; raises KeyError for one that is not routed."""
+MatrixOf = Callable[[str], Matrix]
+"""Returns where the experts of a module are held now; raises KeyError for one that is not routed."""
 
 
 class _Expert:
-    def __init__(self, layer_of: LayerOf, module: str, name: str):
-        self._layer_of, self.module, self.name = layer_of, module, name
+    def __init__(self, matrix_of: MatrixOf, module: str, name: str):
+        self._matrix_of, self.module, self.name = matrix_of, module, name
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.module!r}, {self.name!r})"
 
     @property
-    def _layer(self) -> RoutedLayer:
-        return self._layer_of(self.module)
+    def _matrix(self) -> Matrix:
+        return self._matrix_of(self.module)
 
     def _checked(self, name: str, value: Tensor, like: Tensor) -> Tensor:
         if value.shape != like.shape:
@@ -46,12 +46,12 @@ class FftExpert(_Expert):
     @property
     def weight(self) -> Tensor:
         """``W`` without the LoRA parts; in the merged form ``W_eff - sum_i s_i B_i A_i``, computed at each access."""
-        return full(self._layer.base_weight())
+        return full(self._matrix.base_weight())
 
     @property
     def bias(self) -> Tensor | None:
         """The live bias of the layer, None if it has none that trains."""
-        base = self._layer.base
+        base = self._matrix.base
         return full(base[1].detach()) if len(base) > 1 else None
 
     @torch.no_grad()
@@ -61,38 +61,38 @@ class FftExpert(_Expert):
         Raises:
             MolfError: If a shape differs, or the layer has no bias that trains.
         """
-        layer = self._layer
-        if bias is not None and len(layer.base) < 2:
+        matrix = self._matrix
+        if bias is not None and len(matrix.base) < 2:
             raise MolfError(f"{self.module} has no bias that trains")
-        new_weight = None if weight is None else self._checked("weight", weight, layer.base[0])
-        new_bias = None if bias is None else self._checked("bias", bias, layer.base[1])
+        new_weight = None if weight is None else self._checked("weight", weight, matrix.base[0])
+        new_bias = None if bias is None else self._checked("bias", bias, matrix.base[1])
         if new_weight is not None:
-            layer.set_base_weight(new_weight)
+            matrix.set_base_weight(new_weight)
         if new_bias is not None:
-            layer.set_bias(new_bias)
+            matrix.set_bias(new_bias)
 
 
 class LoraExpert(_Expert):
     """A low-rank expert of a layer: ``A [r, in]``, ``B [out, r]`` and ``scale``."""
 
-    def _pair(self, layer: RoutedLayer) -> tuple[int, LoraPair]:
-        i = [name for name in layer.experts if name != "fft"].index(self.name)
-        return i, layer.pairs[i]
+    def _pair(self, matrix: Matrix) -> tuple[int, LoraPair]:
+        i = [name for name in matrix.experts if name != "fft"].index(self.name)
+        return i, matrix.pairs[i]
 
     @property
     def A(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live down-projection ``[r, in]``. Change it through ``assign``."""
-        return full(self._pair(self._layer)[1].A)
+        return full(self._pair(self._matrix)[1].A)
 
     @property
     def B(self) -> Tensor:  # noqa: N802 - the paper's letter
         """The live up-projection ``[out, r]``. Change it through ``assign``."""
-        return full(self._pair(self._layer)[1].B)
+        return full(self._pair(self._matrix)[1].B)
 
     @property
     def scale(self) -> float:
         """The scale ``s`` of the product ``B A``."""
-        return self._pair(self._layer)[1].scale
+        return self._pair(self._matrix)[1].scale
 
     @torch.no_grad()
     def assign(self, *, A: Tensor | None = None, B: Tensor | None = None) -> None:  # noqa: N803 - the paper's letters
@@ -101,11 +101,11 @@ class LoraExpert(_Expert):
         Raises:
             MolfError: If a shape differs.
         """
-        layer = self._layer
-        i, pair = self._pair(layer)
+        matrix = self._matrix
+        i, pair = self._pair(matrix)
         new_A = self._checked(f"{self.name}.A", full(pair.A) if A is None else A, pair.A)
         new_B = self._checked(f"{self.name}.B", full(pair.B) if B is None else B, pair.B)
-        layer.set_pair(i, new_A, new_B)
+        matrix.set_pair(i, new_A, new_B)
 
 
 class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
@@ -113,16 +113,16 @@ class Experts(Mapping[str, "dict[str, FftExpert | LoraExpert]"]):
 
     Args:
         modules: Returns the names of the routed modules.
-        layer_of: Returns the layer of one of them.
+        matrix_of: Returns where the experts of one of them are held.
     """
 
-    def __init__(self, modules: Callable[[], list[str]], layer_of: LayerOf):
-        self._modules, self._layer_of = modules, layer_of
+    def __init__(self, modules: Callable[[], list[str]], matrix_of: MatrixOf):
+        self._modules, self._matrix_of = modules, matrix_of
 
     def __getitem__(self, module: str) -> dict[str, Any]:
         return {
-            name: (FftExpert if name == "fft" else LoraExpert)(self._layer_of, module, name)
-            for name in self._layer_of(module).experts
+            name: (FftExpert if name == "fft" else LoraExpert)(self._matrix_of, module, name)
+            for name in self._matrix_of(module).experts
         }
 
     def __iter__(self) -> Iterator[str]:

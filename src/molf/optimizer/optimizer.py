@@ -12,8 +12,8 @@ from torch._compile import _disable_dynamo
 
 from molf.errors import MolfError
 from molf.kernels.checks import check_options as check_fused
-from molf.layers.base import RoutedLayer
-from molf.layers.build import init_group_, init_state_, routed_layer
+from molf.layers.base import Matrix
+from molf.layers.build import init_group_, init_state_, matrix_of, modules_of
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import ParamNames, broadcast_seeds, find_ranks
 from molf.optimizer.backward_step import BackwardStep, detach_others
@@ -70,6 +70,7 @@ class MoLF(torch.optim.Optimizer):
         score: ``"epd"`` (default), ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
+        target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
         optim_bits: 32, or 8 for 8-bit block-wise moments of every large matrix that trains with full rank, at a quarter of the
             memory. Vectors, matrices below 4096 elements and LoRA pairs keep float32 moments.
@@ -113,6 +114,7 @@ class MoLF(torch.optim.Optimizer):
         score: str | Score = "epd",
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: str | Sequence[str] = ("lm_head",),
+        target_parameters: Sequence[str] = (),
         max_grad_norm: float | None = None,
         optim_bits: int = 32,
         bf16_update: str = "split",
@@ -129,6 +131,7 @@ class MoLF(torch.optim.Optimizer):
             "use_rslora": use_rslora,
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
+            "target_parameters": target_parameters,
         }
         if isinstance(model, nn.Module):
             groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
@@ -168,7 +171,7 @@ class MoLF(torch.optim.Optimizer):
     @property
     def experts(self) -> Experts:
         """Live views of all experts by module and expert name."""
-        return Experts(self._modules, self._layer)
+        return Experts(self._modules, self._matrix)
 
     @property
     def fused_in_use(self) -> bool | None:
@@ -255,10 +258,10 @@ class MoLF(torch.optim.Optimizer):
         return replace(context, fused=self._kernels.select(context, self.fused))
 
     def _modules(self) -> list[str]:
-        return [group["module"] for group in self.param_groups if "module" in group]
+        return [module for group in self.param_groups if "module" in group for module in modules_of(group)]
 
-    def _layer(self, module: str) -> RoutedLayer:
-        """Return the routed layer of a module with its state created.
+    def _matrix(self, module: str) -> Matrix:
+        """Return the experts of a module with their state created.
 
         Raises:
             KeyError: If no such module is routed.
@@ -266,12 +269,12 @@ class MoLF(torch.optim.Optimizer):
         if self._names is not None:
             self._names.refresh(self.param_groups)
         for group in self.param_groups:
-            if group.get("module") == module:
+            if "module" in group and module in modules_of(group):
                 keep_low = self.bf16_update == "split"
                 init_group_(group, self.state, keep_low, self.optim_bits)
                 ranks = find_ranks(self.param_groups, self._process_group)
                 context = StepContext(self.param_groups, self.state, ranks, self.score, stochastic=not keep_low)
-                return routed_layer(group, self.state, context.with_noise().noise)
+                return matrix_of(group, module, self.state, context.with_noise().noise)
         names = self._modules()
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")
 

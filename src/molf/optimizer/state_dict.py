@@ -15,9 +15,9 @@ from molf.numerics.distributed import is_sharded, shard_like
 
 __all__ = ["SkippedSteps", "check_compatible", "restore_state", "with_tuples"]
 
-# Entries that are replicated under sharding: A and its moments.
+# Entries that are replicated under sharding, unless they are stacks: A and its moments.
 _REPLICATED = (".A", ".A.exp_avg", ".A.exp_avg_sq")
-_TAGS = ("module", "form", "ranks", "experts")
+_TAGS = ("module", "form", "ranks", "experts", "transposed")
 _SCALES = ("scales", "b_factors")  # compared last: with matched rates they follow from the shapes
 
 
@@ -101,14 +101,15 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
     """
     saved = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, p in zip(keys, params, strict=True):
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for key, (group, p) in zip(keys, owners, strict=True):
         for name, value in saved.get(key, {}).items():
             if value.ndim == 0:  # counts live on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue
             here = value.detach().to(p.device, copy=True)
-            whole = name.endswith(_REPLICATED) or not is_sharded(p)
+            replicated = name.endswith(_REPLICATED) and group["form"] != "stacked"
+            whole = replicated or not is_sharded(p)
             optimizer.state[p][name] = here if whole else shard_like(here, p)
 
 

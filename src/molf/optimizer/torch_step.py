@@ -1,7 +1,7 @@
 """The step by PyTorch's kernels: prepare the gradients, score all experts, decide, move the winners.
 
-Letters: M routed layers, E experts. Layers are processed in chunks, so that temporaries (LoRA gradients, float32 copies) stay
-bounded.
+Letters: M routed matrices, E experts. A layer has one matrix, or a stack of them. Layers, and parts of stacks, are processed in
+chunks, so that temporaries (LoRA gradients, float32 copies) stay bounded.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], 
     for layer, out in zip(layers, outs, strict=True):
         layer.write_grads_into(out)
     clipped = context.max_grad_norm is not None
-    lora = [x for layer in layers for x in layer.derived_tensors()] if clipped else []
+    lora = [(layer, x) for layer in layers for x in layer.derived_tensors()] if clipped else []
     parts = [(local(grad), is_sharded(grad)) for grad in dense]
-    parts += [(x.grad, is_sharded(x.param)) for x in lora if x.grad is not None]
+    parts += [(x.grad, layer.is_sharded(x)) for layer, x in lora if x.grad is not None]
     own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
     return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks, partial(exact_norm, clipped=clipped))
 
@@ -114,76 +114,80 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
         context: Of this step. Scores are summed over its shards; all ranks take the leader's decision.
     """
     workspace = Workspace()
-    evidence = _update_moments(layers, context, workspace)
+    for layer in layers:
+        layer.count_step()
+    parts = [part for layer in layers for part in layer.parts(_budget(layer))]
+    evidence = _update_moments(parts, context, workspace)
     scores = context.score.scores(evidence)
     if scores.shape != evidence.lr.shape:
         raise MolfError(
-            f"{type(context.score).__name__} returned scores {list(scores.shape)} for {len(layers)} modules with "
+            f"{type(context.score).__name__} returned scores {list(scores.shape)} for {len(evidence.modules)} modules with "
             f"{len(layers[0].experts)} experts: finish must return [M, E] = {list(evidence.lr.shape)}"
         )
     decision = choose(scores, context.top_k)
     chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
-    winners = iter([[i for i, won in enumerate(row) if won] for row in chosen.tolist()])
-    for chunk in _chunks(layers):
-        _move_winners(chunk, [next(winners) for _ in chunk], context, workspace)
-    return Routing(tuple(layer.name for layer in layers), layers[0].experts, scores, chosen)
+    rows = iter(torch.split(chosen, [len(part.modules) for part in parts]))
+    for chunk in _chunks(parts):
+        _move_winners(chunk, [next(rows) for _ in chunk], context, workspace)
+    return Routing(evidence.modules, layers[0].experts, scores, chosen)
 
 
 def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspace: Workspace) -> Evidence:
-    """Count the step, update all moments, and return what the score decides by."""
-    shape = (len(layers), len(layers[0].experts))
-    sizes = [[0] * shape[1] for _ in layers]
+    """Update all moments, and return what the score decides by."""
+    experts = range(len(layers[0].experts))
+    modules = tuple(name for layer in layers for name in layer.modules)
+    counts = torch.tensor([len(layer.modules) for layer in layers], device="cpu")
+    starts = counts.cumsum(0) - counts
+    sizes = [[0] * len(experts) for _ in layers]
     sums: list[Tensor] = []
-    owners: list[tuple[int, int]] = []
-    sharded: list[bool] = []
-    first = 0
+    owners: list[tuple[int, int, bool]] = []  # layer, expert and whether the sums are those of a shard
+    done = 0
     for chunk in _chunks(layers):
-        for layer in chunk:
-            layer.count_step()
         # Expert by expert: the weight's gradient is still in the cache when the LoRA gradients are computed from it.
-        for e in range(shape[1]):
+        for e in experts:
             tensors: list[TensorState] = []
             firsts: set[int] = set()
-            for m, layer in enumerate(chunk, start=first):
+            for i, layer in enumerate(chunk, start=done):
                 own = layer.tensors(e)
                 firsts.add(len(tensors))
                 tensors += own
-                owners += [(m, e)] * len(own)
-                sharded += [is_sharded(x.param) for x in own]
-                sizes[m][e] = sum(x.param.numel() for x in own)
+                owners += [(i, e, layer.is_sharded(x)) for x in own]
+                sizes[i][e] = layer.numel_of(own)
             betas, eps = chunk[0].group["betas"], chunk[0].group["eps"]
             sums += update_moments_and_score_(tensors, betas, eps, context.score, workspace, firsts)
         for layer in chunk:
             layer.drop_grads()
-        first += len(chunk)
+        done += len(chunk)
+    sums = [layers[i].sums_of_all(part) for part, (i, _, _) in zip(sums, owners, strict=True)]
     # The step's only sync. Host tensors name their device, because the default device may be another one.
-    parts = torch.stack([part.to(sums[0].device) for part in sums])
-    on_host = context.ranks.sum_parts(parts, sharded).cpu().double()
-    sums_by_expert = torch.zeros(*shape, on_host.shape[1], dtype=torch.float64, device="cpu")
-    sums_by_expert.index_put_(torch.tensor(owners, device="cpu").unbind(1), on_host, accumulate=True)
-    total, descent = sums_by_expert[..., 0], sums_by_expert[..., -1]
-    lr = torch.tensor([layer.lrs for layer in layers], dtype=torch.float64, device="cpu")
-    steps = torch.tensor([layer.step for layer in layers], dtype=torch.float64, device="cpu")
-    n = torch.tensor(sizes, dtype=torch.float64, device="cpu")
-    return Evidence(tuple(layer.name for layer in layers), total, n, lr, descent, steps)
+    table = torch.tensor(owners, device="cpu")
+    lengths = counts[table[:, 0]]
+    table = table.repeat_interleave(lengths, dim=0)
+    parts = torch.cat([part.to(sums[0].device) for part in sums])
+    on_host = context.ranks.sum_parts(parts, table[:, 2].bool()).cpu().double()
+    total = torch.zeros(len(modules), len(experts), on_host.shape[1], dtype=torch.float64, device="cpu")
+    within = torch.arange(len(table), device="cpu") - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    rows = starts[table[:, 0]] + within
+    total.index_put_((rows, table[:, 1]), on_host, accumulate=True)
+
+    def by_module(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(counts, dim=0)
+
+    lr, steps, n = by_module([x.lrs for x in layers]), by_module([x.step for x in layers]), by_module(sizes)
+    return Evidence(modules, total[..., 0], n, lr, total[..., -1], steps)
 
 
 def _move_winners(
-    layers: Sequence[RoutedLayer], winners: Sequence[Sequence[int]], context: StepContext, workspace: Workspace
+    layers: Sequence[RoutedLayer], chosen: Sequence[Tensor], context: StepContext, workspace: Workspace
 ) -> None:
+    """Move the winners of a chunk; ``chosen`` has the decision ``[matrices, E]`` of every layer, on the host."""
     work: dict[Rates, list[TensorState]] = {}
-    for layer, won in zip(layers, winners, strict=True):
-        for rates, tensor in layer.begin_update(won):
+    for layer, own in zip(layers, chosen, strict=True):
+        for rates, tensor in layer.begin_update(own):
             work.setdefault(rates, []).append(tensor)
     for rates, tensors in work.items():
         adamw_update_(tensors, rates, workspace, context.noise)
-    lost = [
-        tensor
-        for layer, won in zip(layers, winners, strict=True)
-        for i in range(len(layer.experts))
-        for tensor in layer.tensors(i)
-        if i not in won and tensor.is_quantized
-    ]
+    lost = [tensor for layer, own in zip(layers, chosen, strict=True) for tensor in layer.quantized_losers(own)]
     requantize_moments_(lost, layers[0].group["betas"], layers[0].group["eps"], workspace)
     for layer in layers:
         layer.finish_update()
@@ -194,7 +198,7 @@ def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     chunk: list[RoutedLayer] = []
     taken = 0
     for layer in layers:
-        budget = _CPU_CHUNK if layer.group["params"][0].device.type == "cpu" else _CHUNK
+        budget = _budget(layer)
         same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
         if chunk and (not same or taken + layer.numel > budget):
             yield chunk
@@ -202,6 +206,10 @@ def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
         chunk.append(layer)
         taken += layer.numel
     yield chunk
+
+
+def _budget(layer: RoutedLayer) -> int:
+    return _CPU_CHUNK if layer.group["params"][0].device.type == "cpu" else _CHUNK
 
 
 def _adamw(group: dict[str, Any], context: StepContext) -> None:

@@ -10,19 +10,22 @@ from torch import nn
 
 from molf.errors import MolfError
 
-__all__ = ["check_rank", "module_names", "check_not_tied", "routed_linears"]
+__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "routed_linears"]
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
 def routed_linears(
-    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str]
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str],
+    may_be_none: bool = False,
 ) -> dict[str, nn.Linear]:
     """Return the layers to route by name, in model order: targeted, not excluded, with a trainable weight that is not empty.
 
     Raises:
-        MolfError: If nothing matches, a named target is not a linear layer, or a weight is not 2-D, not
+        MolfError: If nothing matches (unless ``may_be_none``), a named target is not a linear layer, or a weight is not 2-D, not
             floating point or shared with another module.
     """
     modules = module_names(model)
@@ -30,10 +33,8 @@ def routed_linears(
     output = _output_embedding(_unwrapped(model)) if everything else None
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
-        wanted = (
-            isinstance(module, nn.Linear) and module is not output if everything else _matches(name, target_modules)
-        )
-        if not wanted or _matches(name, exclude_modules):
+        wanted = isinstance(module, nn.Linear) and module is not output if everything else matches(name, target_modules)
+        if not wanted or matches(name, exclude_modules):
             continue
         if not isinstance(module, nn.Linear):
             raise MolfError(
@@ -45,7 +46,7 @@ def routed_linears(
     linears = {
         name: linear for name, linear in matched.items() if linear.weight.requires_grad and linear.weight.numel()
     }
-    if not linears:
+    if not linears and not may_be_none:
         raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
     check_not_tied(modules, linears)
     return linears
@@ -69,7 +70,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Return whether a name matches a regular expression as a whole, or is in a list of names or their last parts.
+
+    Raises:
+        MolfError: If it is no regular expression.
+    """
     if isinstance(patterns, str):
         try:
             return re.fullmatch(patterns, name) is not None
@@ -173,16 +179,16 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
         )
 
 
-def check_rank(name: str, linear: nn.Linear, ranks: Sequence[int]) -> None:
-    """Check that no rank exceeds ``max(out, in)`` of a layer's weight ``[out, in]``.
+def check_rank(name: str, shape: Sequence[int], ranks: Sequence[int]) -> None:
+    """Check that no rank exceeds ``max(out, in)`` of a layer's weight ``[out, in]``, or of each in a stack ``[n, out, in]``.
 
     Raises:
         MolfError: If one does.
     """
-    weight = linear.weight
-    too_large = [r for r in ranks if r > max(weight.shape)]
+    largest = max(shape[-2:])
+    too_large = [r for r in ranks if r > largest]
     if too_large:
         raise MolfError(
-            f"ranks={tuple(ranks)} exceeds the smallest routed layer, {name} {list(weight.shape)}; use r <= "
-            f"{max(weight.shape)} or exclude it (exclude_modules)"
+            f"ranks={tuple(ranks)} exceeds the smallest routed layer, {name} {list(shape)}; use r <= "
+            f"{largest} or exclude it (exclude_modules)"
         )

@@ -1,4 +1,4 @@
-"""From a model to flat, plain parameter groups: ordinary ones first, then one per routed layer.
+"""From a model to flat, plain parameter groups: ordinary ones first, then one per routed layer or stack of matrices.
 
 A routed group holds the layer's parameters (weight and bias, and those of PEFT adapters in the branched form) and scalars: module
 name, form, names, ranks and scales of the experts, the ratio of the LoRA rate to ``lr``, and a seed for the LoRA initialisation.
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from molf.errors import MolfError
-from molf.setup.discovery import check_rank, routed_linears
+from molf.setup.discovery import check_rank
+from molf.setup.parameters import RoutedParameter, routed_weights, unrouted_kinds
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
 __all__ = [
@@ -67,12 +68,13 @@ def param_groups(
     use_rslora: bool = True,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] = ("lm_head",),
+    target_parameters: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Build the parameter groups of a model for ``MoLF``: merged experts for a plain model, its adapters for a PEFT model.
 
-    Every trainable parameter is in exactly one group. Targeted linear layers whose weight requires a gradient get a group each;
-    the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases) without. The LoRA initialisation
-    depends on torch's seed and the module order only; no random number is drawn here.
+    Every trainable parameter is in exactly one group. Targeted linear layers, and stacks of experts' matrices, whose weight
+    requires a gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms,
+    biases) without. The LoRA initialisation depends on torch's seed and the module order only; no random number is drawn here.
 
     Args:
         model: Any module; torch.compile and DDP wrappers are transparent. A PEFT model's active LoRA adapters are its
@@ -89,6 +91,9 @@ def param_groups(
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation. "all-linear" excludes the output embedding, too.
+        target_parameters: More parameters to route that are in no ``nn.Linear`` layer, as in PEFT: names or their last parts, for
+            example ``["router.weight"]``. Matrices ``[out, in]`` and stacks ``[n, out, in]``, of which each matrix is routed on
+            its own. Stacks of a mixture's experts are routed as layers are, without being named here.
 
     Raises:
         MolfError: If nothing matches, a rank is too large, or a weight is tied or has an unsupported shape or dtype.
@@ -108,14 +113,16 @@ def param_groups(
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
     if is_adapted(model):
         lora = {"ranks": ranks, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
-        _refuse_lora_options({**lora, "target_modules": target_modules, "exclude_modules": exclude_modules})
+        targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+        _refuse_lora_options({**lora, **targets, "target_parameters": target_parameters})
         routed = adapted_groups(model)
         if matched:
             routed = [{**group, "b_factors": _b_factors(group)} for group in routed]
     else:
         ranks, alphas = checked_ranks(ranks, lora_alpha)
         scales = None if matched else lora_scales(ranks, alphas, use_rslora)
-        routed = _merged_groups(routed_linears(model, target_modules, exclude_modules), ranks, scales)
+        found = routed_weights(model, target_modules, exclude_modules, target_parameters)
+        routed = _merged_groups(found, ranks, scales)
     for name, p in model.named_parameters():
         if p.requires_grad:
             check_parameter(name, p)
@@ -125,27 +132,29 @@ def param_groups(
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
-    _warn_of_stacked(model, groups)
+    _say_what_is_not_routed(model, groups)
     return groups
 
 
 def _merged_groups(
-    linears: dict[str, nn.Linear], ranks: tuple[int, ...], scales: tuple[float, ...] | None
+    found: dict[str, RoutedParameter], ranks: tuple[int, ...], scales: tuple[float, ...] | None
 ) -> list[dict[str, Any]]:
-    """Return the groups of layers; without ``scales`` each has its levelled ones."""
-    for name, linear in sorted(linears.items(), key=lambda item: max(item[1].weight.shape)):
-        check_rank(name, linear, ranks)
-    return [
-        {
-            "params": [p for p in (linear.weight, linear.bias) if p is not None and p.requires_grad],
+    """Return the groups of layers and of other matrices; without ``scales`` each has its levelled ones."""
+    for name, own in sorted(found.items(), key=lambda item: max(item[1].weight.shape[-2:])):
+        check_rank(name, own.weight.shape, ranks)
+    groups = []
+    for name, (weight, bias, transposed) in found.items():
+        n_in = weight.shape[-2 if transposed else -1]
+        group: dict[str, Any] = {
+            "params": [p for p in (weight, bias) if p is not None and p.requires_grad],
             "module": name,
-            "form": "merged",
+            "form": "stacked" if weight.ndim == 3 else "merged",
             "experts": expert_names(ranks),
             "ranks": ranks,
-            "scales": scales or tuple(level_scale(r, linear.weight.shape[1]) for r in ranks),
+            "scales": scales or tuple(level_scale(r, n_in) for r in ranks),
         }
-        for name, linear in linears.items()
-    ]
+        groups.append({**group, "transposed": transposed} if weight.ndim == 3 else group)
+    return groups
 
 
 def _b_factors(group: dict[str, Any]) -> tuple[float, ...]:
@@ -252,19 +261,17 @@ def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     assert not wrong, f"every trainable parameter must be in exactly one group, but {wrong} are not"
 
 
-def _warn_of_stacked(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Warn of mixture-of-experts weights stacked in one tensor ``[experts, ., .]``: they are no layers and not routed."""
-    stacked = {
-        f"{name}.{key}".lstrip("."): p
-        for name, module in model.named_modules()
-        for key, p in module.named_parameters(recurse=False)
-        if p.requires_grad and p.ndim == 3 and p.shape[0] > 1 and not hasattr(module, "kernel_size")
-    }
-    if stacked:
-        share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for group in groups for p in group["params"])
-        name, p = next(iter(stacked.items()))
-        logger.warning(
-            "%d stacked tensors such as %s %s, %.0f %% of the trained parameters, are no nn.Linear layers: they are not "
-            "routed and take plain AdamW",
-            *(len(stacked), name, list(p.shape), 100 * share),
+def _say_what_is_not_routed(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Log which trained matrices are in no layer and take plain AdamW, a warning if they are more than a twentieth."""
+    routed = {id(p) for group in groups if "module" in group for p in group["params"]}
+    kinds = unrouted_kinds(model, routed)
+    share = sum(numel for _, numel in kinds.values()) / sum(p.numel() for group in groups for p in group["params"])
+    if kinds:
+        largest = sorted(kinds, key=lambda name: -kinds[name][1])
+        logger.log(
+            logging.WARNING if share > 0.05 else logging.INFO,
+            "%.1f %% of the trained parameters are matrices outside of linear layers and take plain AdamW: %s; route them by "
+            "naming them in target_parameters",
+            100 * share,
+            ", ".join(f"{name} {kinds[name][0]}" for name in largest[:5]) + (", ..." if len(largest) > 5 else ""),
         )

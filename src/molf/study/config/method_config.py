@@ -100,6 +100,13 @@ class MethodConfig:
         ["all-linear"], "Layers to route or adapt: all-linear, or endings of their names.", shapes="checkpoint"
     )
     exclude_modules: list[str] = setting(["lm_head"], "Layers to leave out of target_modules.", shapes="checkpoint")
+    target_parameters: list[str] = setting(
+        [],
+        "molf: matrices to route that are in no linear layer, by their names or endings of these (stacks of a mixture's "
+        "experts are routed without being named).",
+        shapes="checkpoint",
+        read_by=("molf",),
+    )
     freeze_non_linear: bool | None = setting(
         None,
         "molf, molf_e, fft: train only the weights and experts of target_modules (no norms, embeddings, biases); "

@@ -109,7 +109,13 @@ def _molf_recipe(method: MethodConfig, train: Mapping[str, Any], adam: dict[str,
     settings = {"max_grad_norm": 0.0}  # MoLF clips all experts' gradients itself; the Trainer sees only the model's
     frozen, dropout = method.method == "molf_e", method.lora_dropout or 0.0
     if not frozen and not dropout:
+        experts["target_parameters"] = tuple(method.target_parameters)
         return Recipe(train=settings, molf=optimizer | experts)
+    if method.target_parameters:
+        raise MolfError(
+            f"target_parameters={method.target_parameters} with experts as adapters (a frozen base, or lora_dropout > 0): "
+            "adapters are for linear layers; leave one of them out"
+        )
     return Recipe(train=settings, molf=optimizer, experts={**experts, "lora_dropout": dropout, "freeze_base": frozen})
 
 

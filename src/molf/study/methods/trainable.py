@@ -1,10 +1,11 @@
 """Which parameters are adapters, which layers MoLF routes, and which parameters train."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
-from molf.setup.discovery import routed_linears
+from molf.setup.parameters import RoutedParameter, routed_weights
 from molf.study.config.method_config import MethodConfig
 
 
@@ -28,19 +29,19 @@ def target_modules(method: MethodConfig) -> str | Sequence[str]:
     return "all-linear" if method.target_modules == ["all-linear"] else method.target_modules
 
 
-def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, nn.Linear]:
-    """Return the layers that MoLF routes, by name."""
-    return routed_linears(model, target_modules(method), method.exclude_modules)
+def routed_layers(model: nn.Module, method: MethodConfig) -> dict[str, RoutedParameter]:
+    """Return what MoLF routes, by name."""
+    return routed_weights(model, target_modules(method), method.exclude_modules, method.target_parameters)
 
 
 def freeze_all_but_routed(model: nn.Module, method: MethodConfig) -> None:
-    """Freeze everything but the weights of the routed layers: norms, embeddings and biases."""
-    routed = {id(layer.weight) for layer in routed_layers(model, method).values()}
+    """Freeze everything but the weights that are routed: norms, embeddings and biases."""
+    routed = {id(own.weight) for own in routed_layers(model, method).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in routed)
 
 
 def lora_pairs(model: nn.Module, method: MethodConfig) -> int:
-    """Return the elements of the LoRA pairs in MoLF's optimizer: the sum of ``r (in + out)`` over layers and ranks."""
-    widths = [layer.in_features + layer.out_features for layer in routed_layers(model, method).values()]
-    return sum(widths) * sum(method.ranks or ())
+    """Return the elements of the LoRA pairs in MoLF's optimizer: the sum of ``r (in + out)`` over matrices and ranks."""
+    shapes = [own.weight.shape for own in routed_layers(model, method).values()]
+    return sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes) * sum(method.ranks or ())

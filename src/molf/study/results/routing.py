@@ -37,13 +37,18 @@ class RoutingSummary:
         """
         kinds: dict[str, list[float]] = defaultdict(list)
         for module, shares in self.by_module.items():
-            kinds[module.rpartition(".")[2]].append(shares.get("fft", 0.0))
+            kinds[kind_of(module)].append(shares.get("fft", 0.0))
         every = [share for own in kinds.values() for share in own]
         total = statistics.pvariance(every)
         if total < 1e-12:
             return None
         within = sum(len(own) * statistics.pvariance(own) for own in kinds.values()) / len(every)
         return 1 - within / total
+
+
+def kind_of(module: str) -> str:
+    """Return the kind of projection of a layer, or of a matrix in a stack: ``up_proj`` of ``layers.3.experts.up_proj[17]``."""
+    return module.rpartition(".")[2].partition("[")[0]
 
 
 def read_routing(path: Path) -> RoutingSummary:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from molf.files import atomic_write
 from molf.study.results.result import Result
-from molf.study.results.routing import RoutingSummary
+from molf.study.results.routing import RoutingSummary, kind_of
 
 _DEPTH = re.compile(r"\.(\d+)\.")
 
@@ -75,36 +75,68 @@ def _number(value: float | None, style: str) -> str:
 
 
 def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
-    """Arrange the share of steps that full fine-tuning won by layer depth and projection.
+    """Arrange the share of steps that full fine-tuning won by layer depth and projection; a mean over stacked experts.
 
     Returns:
         Shares [depth, kind], NaN if a depth has no such layer; the labels of depths; the kinds.
     """
-    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    return _grid([(_depth_of(name), kind_of(name), shares) for name, shares in by_module.items()])
+
+
+def expert_grids(
+    by_module: Mapping[str, Mapping[str, float]],
+) -> dict[str, tuple[np.ndarray[Any, Any], list[str], list[str]]]:
+    """Arrange the same share of a mixture's matrices by layer depth and expert, for each kind of projection."""
+    stacks: dict[str, list[tuple[str, str, Mapping[str, float]]]] = defaultdict(list)
     for name, shares in by_module.items():
-        number = _DEPTH.search(f".{name}.")
-        cells[number[1] if number else "-", name.rpartition(".")[2]].append(shares.get("fft", 0.0))
+        if name.endswith("]"):
+            stacks[kind_of(name)].append((_depth_of(name), name.rpartition("[")[2][:-1], shares))
+    return {kind: _grid(cells) for kind, cells in stacks.items()}
+
+
+def _depth_of(name: str) -> str:
+    number = _DEPTH.search(f".{name}.")
+    return number[1] if number else "-"
+
+
+def _grid(
+    entries: Iterable[tuple[str, str, Mapping[str, float]]],
+) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for depth, column, shares in entries:
+        cells[depth, column].append(shares.get("fft", 0.0))
     depths = sorted({depth for depth, _ in cells}, key=lambda depth: (depth == "-", int(depth) if depth != "-" else 0))
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    grid = np.full((len(depths), len(kinds)), np.nan)
-    for (depth, kind), values in cells.items():
-        grid[depths.index(depth), kinds.index(kind)] = sum(values) / len(values)
-    return grid, depths, kinds
+    columns = list(dict.fromkeys(column for _, column in cells))
+    grid = np.full((len(depths), len(columns)), np.nan)
+    for (depth, column), values in cells.items():
+        grid[depths.index(depth), columns.index(column)] = sum(values) / len(values)
+    return grid, depths, columns
 
 
 def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     """Draw where and when full fine-tuning won.
 
     The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
-    layers that each expert won, by step.
+    layers that each expert won, by step. Of a mixture, a second row shows the share by layer depth and expert.
     """
+    mixtures = expert_grids(summary.by_module)
     with plain_text(), atomic_write(path) as partial:
-        figure = Figure(figsize=(12, 5.5), layout="constrained")
+        figure = Figure(figsize=(12, 9.5 if mixtures else 5.5), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
         figure.suptitle(title or "Routing")
-        _draw_grid(figure, left, summary)
+        above, *below = figure.subfigures(2 if mixtures else 1, 1, squeeze=False)[:, 0]
+        left, right = above.subplots(1, 2, width_ratios=(1, 1.3))
+        explained = summary.explained_by_kind()
+        kind = "" if explained is None else f"\nthe kind of projection explains {explained:.0%}"
+        _draw_grid(above, left, share_grid(summary.by_module), f"Share of steps won by full fine-tuning{kind}")
+        left.tick_params(axis="x", rotation=45)
         _draw_steps(right, summary)
+        for lower in below:
+            for axes, (name, grid) in zip(
+                lower.subplots(1, len(mixtures), squeeze=False)[0], mixtures.items(), strict=True
+            ):
+                _draw_grid(lower, axes, grid, f"{name}: share won by full fine-tuning")
+                axes.set_xlabel("expert")
         canvas.print_png(partial)
 
 
@@ -113,15 +145,13 @@ def plain_text() -> Any:
     return rc_context({"text.parse_math": False})
 
 
-def _draw_grid(figure: Figure, axes: Any, summary: RoutingSummary) -> None:
-    grid, depths, kinds = share_grid(summary.by_module)
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    every = max(1, len(depths) // 16)
-    axes.set_yticks(range(0, len(depths), every), depths[::every])
-    explained = summary.explained_by_kind()
-    kind = "" if explained is None else f"\nthe kind of projection explains {explained:.0%}"
-    axes.set(title=f"Share of steps won by full fine-tuning{kind}", ylabel="layer depth")
+def _draw_grid(figure: Any, axes: Any, grid: tuple[np.ndarray[Any, Any], list[str], list[str]], title: str) -> None:
+    shares, depths, columns = grid
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest")
+    for set_ticks, labels in ((axes.set_xticks, columns), (axes.set_yticks, depths)):
+        every = max(1, len(labels) // 16)
+        set_ticks(range(0, len(labels), every), labels[::every])
+    axes.set(title=title, ylabel="layer depth")
     figure.colorbar(image, ax=axes, label="FFT share")
 
 

@@ -45,8 +45,8 @@ class Blueprint:
             plain = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
             linears = [name for name, module in plain.named_modules() if isinstance(module, LINEAR)]
             self.recipe = recipe = method_recipe(config.method, config.train, linears)
-            for name, linear in routed_layers(plain, config.method).items() if config.method.routes else ():
-                check_rank(name, linear, config.method.ranks or ())
+            for name, own in routed_layers(plain, config.method).items() if config.method.routes else ():
+                check_rank(name, own.weight.shape, config.method.ranks or ())
             self.pairs = lora_pairs(plain, config.method) if recipe.merged else 0
             if config.method.freeze_non_linear and not recipe.adapted:
                 freeze_all_but_routed(plain, config.method)
