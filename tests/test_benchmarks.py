@@ -12,6 +12,7 @@ import eval_speed
 import gpu
 import gpu_kernels
 import many_layers
+import moe_step
 import optimizer_step
 import plan_vs_measured
 import robustness
@@ -49,6 +50,15 @@ def test_step_time_refuses_odd_tokens(monkeypatch, capsys, tokens):
 def test_optimizer_step(monkeypatch, capsys, bits):
     report = last_line(optimizer_step, monkeypatch, capsys, "--optim_bits", bits)
     assert set(report) == {"fft_wins", "lora_wins"} and min(report.values()) > 0
+
+
+def test_moe_step(monkeypatch, capsys):
+    sizes = ["--experts", "2", "4", "--layers", "1", "--width", "8", "--inner", "4", "--rank", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["moe_step", *sizes, "--json"])
+    moe_step.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report) == {f"{case}, {n}" for case in ("same experts", "same size") for n in (2, 4)}
+    assert all(value > 0 for values in report.values() for value in values)
 
 
 def test_many_layers(monkeypatch, capsys):

@@ -49,10 +49,10 @@ def test_stacked_and_unstacked_experts_are_equal(options, transposed):
     compare(options, transposed=transposed)
 
 
-@pytest.mark.parametrize("chunk", [1, 120, 1 << 17])
-def test_parts_of_a_stack_are_equal_to_all_of_it(chunk, monkeypatch):
+@pytest.mark.parametrize("part", [1, 120, 1 << 17])
+def test_parts_of_a_stack_are_equal_to_all_of_it(part, monkeypatch):
     """One matrix a part, two, and all; in some steps every expert wins somewhere."""
-    monkeypatch.setattr(molf.optimizer.torch_step, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(molf.optimizer.torch_step, "_CPU_STACK", part)
     won = compare({"lora_lr": "matched", "score": Shuffled(), "max_grad_norm": 0.1})
     assert won == {("fft",), ("lora_r2",), ("lora_r3",)}
 

@@ -35,6 +35,8 @@ __all__ = ["prepare_gradients", "route", "torch_step"]
 
 # Weight elements whose layers share launches. On a CPU a layer, or several small ones, should stay in the cache.
 _CHUNK, _CPU_CHUNK = 1 << 26, 1 << 17
+# The same for a part of a stack on a CPU: many small matrices gain more from few calls than from the cache.
+_CPU_STACK = 1 << 19
 
 
 def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext) -> Outcome:
@@ -116,7 +118,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
     workspace = Workspace()
     for layer in layers:
         layer.count_step()
-    parts = [part for layer in layers for part in layer.parts(_budget(layer))]
+    parts = [part for layer in layers for part in layer.parts(_budget(layer, _CPU_STACK))]
     evidence = _update_moments(parts, context, workspace)
     scores = context.score.scores(evidence)
     if scores.shape != evidence.lr.shape:
@@ -198,7 +200,7 @@ def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     chunk: list[RoutedLayer] = []
     taken = 0
     for layer in layers:
-        budget = _budget(layer)
+        budget = _budget(layer, _CPU_CHUNK)
         same = chunk and all(chunk[0].group[key] == layer.group[key] for key in ("betas", "eps"))
         if chunk and (not same or taken + layer.numel > budget):
             yield chunk
@@ -208,8 +210,8 @@ def _chunks(layers: Sequence[RoutedLayer]) -> Iterator[list[RoutedLayer]]:
     yield chunk
 
 
-def _budget(layer: RoutedLayer) -> int:
-    return _CPU_CHUNK if layer.group["params"][0].device.type == "cpu" else _CHUNK
+def _budget(layer: RoutedLayer, on_cpu: int) -> int:
+    return on_cpu if layer.group["params"][0].device.type == "cpu" else _CHUNK
 
 
 def _adamw(group: dict[str, Any], context: StepContext) -> None:

@@ -106,11 +106,20 @@ def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode; on exit, restore every module's own training flag."""
+    """Put the model in evaluation mode; on exit, restore every module's own training flag.
+
+    A mixture's router logits are left out meanwhile: the loss that transformers computes of them fails with a cache.
+    """
     training = [module for module in model.modules() if module.training]
+    config = model.config.get_text_config()
+    router_logits = getattr(config, "output_router_logits", None)
     model.eval()
     try:
+        if router_logits:
+            config.output_router_logits = False
         yield
     finally:
+        if router_logits:
+            config.output_router_logits = router_logits
         for module in training:
             module.training = True

@@ -115,7 +115,7 @@ class _Outcome:
 def _train(job: Job, stop: StopRequest) -> _Outcome:
     config = job.config
     recipe = job_recipe(job)
-    use_cache = job.model.config.use_cache  # the trainer switches it off for good
+    own = [_own_settings(model_config) for model_config in _configs(job.model)]  # the trainer changes some for good
     trainer = make_trainer(job, recipe, stop)
     main, device, sharded = trainer.is_world_process_zero(), trainer.args.device, trainer.is_fsdp_enabled
     if (trained := find_trained(config, main)) is not None:
@@ -142,11 +142,22 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
                     model, config.output_dir / ADAPTERS_FOLDER
                 )  # while they can still be exported as one adapter
             model = merge(model)
-            model.config.use_cache = use_cache
+            for model_config, settings in zip(_configs(model), own, strict=True):
+                model_config.update(settings)
         if main:
             save_checkpoint(model, job.tokenizer, config.output_dir)
             note_trained(config, trained)
     return _Outcome(main, device, done, trained, model)
+
+
+def _configs(model: Any) -> list[Any]:
+    return [model.config, model.config.get_text_config()]
+
+
+def _own_settings(model_config: Any) -> dict[str, Any]:
+    """Return the model's settings that TRL changes for its training."""
+    changed = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+    return {name: getattr(model_config, name) for name in changed if hasattr(model_config, name)}
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
