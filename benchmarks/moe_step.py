@@ -2,9 +2,9 @@
 
     python benchmarks/moe_step.py [--experts 8 32 128] [--layers 2] [--width 256] [--inner 128] [--rank 8] [--rounds 5] [--json]
 
-Gradients stay as they are between steps. "same size" keeps the number of parameters and makes the experts smaller; "same experts"
-keeps their size, so that parameters grow with their number. AdamW is PyTorch's fused one. For each, the ratio to AdamW in the same
-round, and MoLF's nanoseconds a parameter.
+Gradients stay as they are between steps. "same size" keeps the number of parameters and makes the experts smaller; "same
+experts" keeps their size, so that parameters grow with their number. AdamW is PyTorch's fused one. For each, the ratio to AdamW
+in the same round, and MoLF's nanoseconds a parameter.
 """
 
 import argparse

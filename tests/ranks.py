@@ -251,10 +251,15 @@ class Checks(EightBits, Fused):
         return {"apart": furthest(everything(model, optimizer), everything(plain, alone))}
 
     def checkpoint(self):
+        return self._checkpoint(fsdp(mlp()), "checkpoint")
+
+    def checkpoint_stacked(self):
+        return self._checkpoint(fsdp_stacked(mixture()), "checkpoint_stacked")
+
+    def _checkpoint(self, model, name):
         """Two ranks save and go on; other numbers of ranks load and must end where they ended."""
-        folder = self._folder / "checkpoint"
+        folder, end_file = self._folder / name, self._folder / f"{name}.pt"
         torch.manual_seed(5 if self._size == 2 else 99)
-        model = fsdp(mlp())
         optimizer = MoLF(model, **MERGED)
         if self._size == 2:
             train(model, optimizer, range(3), my_rows())
@@ -269,9 +274,9 @@ class Checks(EightBits, Fused):
         train(model, optimizer, range(3, 6), my_rows())
         end = everything(model, optimizer)
         if self._size == 2 and dist.get_rank() == 0:
-            torch.save(end, self._folder / "end.pt")
+            torch.save(end, end_file)
         dist.barrier()
-        return {"apart": furthest(end, torch.load(self._folder / "end.pt"))}
+        return {"apart": furthest(end, torch.load(end_file))}
 
 
 def run(rank, size, folder):

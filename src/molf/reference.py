@@ -42,6 +42,29 @@ class Expert:
     scale: float = 1.0
 
 
+@dataclass
+class Layer:
+    """A routed layer, or the matrix ``row`` of a stack, and where its weight ``[out, in]`` and its bias are."""
+
+    name: str
+    group: dict[str, Any]
+    row: int | None = None
+
+    def values(self) -> list[Tensor]:
+        """Return views of the weight and of the bias, if there is one."""
+        return self._own([p.data for p in self.group["params"]])
+
+    def gradients(self) -> list[Tensor]:
+        """Return views of their gradients."""
+        return self._own([p.grad for p in self.group["params"]])
+
+    def _own(self, tensors: list[Any]) -> list[Tensor]:
+        if self.row is None:
+            return tensors
+        weight, *bias = (x[self.row] for x in tensors)
+        return [weight.T if self.group["transposed"] else weight, *bias]
+
+
 class ReferenceMoLF:
     """MoLF on a plain model, one expert, one tensor, one formula at a time.
 
@@ -61,7 +84,8 @@ class ReferenceMoLF:
     ):
         self.groups = param_groups(model, **grouping)
         self.top_k, self.score, self.betas, self.eps, self.t = top_k, score, betas, eps, 0
-        self.experts = {g["module"]: _experts(g) for g in self.groups if "module" in g}
+        self.layers = [layer for g in self.groups if "module" in g for layer in _layers(g)]
+        self.experts = {layer.name: _experts(layer) for layer in self.layers}
         self.ordinary = {
             id(p): Weight(p.data, g["weight_decay"]) for g in self.groups if "module" not in g for p in g["params"]
         }
@@ -72,24 +96,23 @@ class ReferenceMoLF:
     def step(self) -> None:
         """Take one step from the gradients on the model's parameters."""
         self.t += 1
+        for layer in self.layers:
+            self._step_layer(layer)
         for group in self.groups:
-            if "module" in group:
-                self._step_layer(group)
-            else:
+            if "module" not in group:
                 for p in group["params"]:
                     weight = self.ordinary[id(p)]
                     self._observe(weight, p.grad)
                     self._adamw(weight, group["lr"])
 
-    def _step_layer(self, group: dict[str, Any]) -> None:
-        name, experts = group["module"], self.experts[group["module"]]
-        weight, *bias = group["params"]
-        G = weight.grad
+    def _step_layer(self, layer: Layer) -> None:
+        name, experts, group = layer.name, self.experts[layer.name], layer.group
+        G, *bias = layer.gradients()
         for expert in experts:
             if expert.name == "fft":
                 self._observe(expert.weights["weight"], G)
                 if bias:
-                    self._observe(expert.weights["bias"], bias[0].grad)
+                    self._observe(expert.weights["bias"], bias[0])
             else:
                 A, B = expert.weights["A"], expert.weights["B"]
                 dA, dB = expert.scale * B.value.T @ G, expert.scale * G @ A.value.T
@@ -101,7 +124,7 @@ class ReferenceMoLF:
         for expert in best:
             for tensor in expert.weights.values():
                 self._adamw(tensor, group["lr"] * expert.lr_ratio)
-        weight.copy_(_effective(experts))
+        layer.values()[0].copy_(_effective(experts))
 
     def _observe(self, w: Weight, g: Tensor) -> None:
         b1, b2 = self.betas
@@ -124,8 +147,14 @@ class ReferenceMoLF:
         w.value.copy_((1 - lr * w.decay) * w.value - lr * m_hat / (v_hat.sqrt() + self.eps))
 
 
-def _experts(group: dict[str, Any]) -> list[Expert]:
-    weight, *bias = (p.data for p in group["params"])
+def _layers(group: dict[str, Any]) -> list[Layer]:
+    if group["form"] == "merged":
+        return [Layer(group["module"], group)]
+    return [Layer(f"{group['module']}[{i}]", group, i) for i in range(len(group["params"][0]))]
+
+
+def _experts(layer: Layer) -> list[Expert]:
+    group, (weight, *bias) = layer.group, layer.values()
     fft = {"weight": Weight(weight.clone(), group["weight_decay"])}
     if bias:
         fft["bias"] = Weight(bias[0], 0.0)
@@ -133,7 +162,9 @@ def _experts(group: dict[str, Any]) -> list[Expert]:
     generator = torch.Generator().manual_seed(group["lora_seed"])
     for r, scale in zip(group["ranks"], group["scales"], strict=True):
         bound = 1 / math.sqrt(weight.shape[1])  # Kaiming-uniform with a = sqrt(5)
-        A = torch.empty(r, weight.shape[1]).uniform_(-bound, bound, generator=generator).to(weight)
+        shape = (r, weight.shape[1]) if layer.row is None else (len(group["params"][0]), r, weight.shape[1])
+        A = torch.empty(shape).uniform_(-bound, bound, generator=generator).to(weight)
+        A = A if layer.row is None else A[layer.row]
         B = torch.zeros(weight.shape[0], r).to(weight)
         pair = {"A": Weight(A, group["lora_weight_decay"]), "B": Weight(B, group["lora_weight_decay"])}
         experts.append(Expert(f"lora_r{r}", pair, group["lora_lr_ratio"], scale))

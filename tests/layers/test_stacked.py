@@ -1,5 +1,7 @@
 """Stacked matrices take the steps and decisions of the same matrices in linear layers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import molf.optimizer.torch_step
 from conftest import TOLERANCE
 from molf import MoLF
 from molf.errors import MolfError
+from molf.reference import ReferenceMoLF
 from small import assert_same_bits
 from stacks import N, Shuffled, Stacks, backward, pair_of, state_of, twin_name
 
@@ -47,6 +50,26 @@ def compare(options, dtype=torch.float64, transposed=False, steps=6):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_stacked_and_unstacked_experts_are_equal(options, transposed):
     compare(options, transposed=transposed)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "lora_lr": "matched"}, {"score": "pfn"}], ids=str)
+def test_every_step_equals_the_oracle(options):
+    """The oracle takes one matrix after the other, from the same start."""
+    torch.manual_seed(5)
+    stacks = torch.nn.Sequential(torch.nn.Linear(4, 6), Stacks(transposed=True)).double()
+    twin = copy.deepcopy(stacks)
+    options = {"ranks": (2, 3), "lr": 1e-2, **options}
+    optimizer, oracle = MoLF(stacks, **options), ReferenceMoLF(twin, **options)
+    for t in range(5):
+        for model in (stacks, twin):
+            backward(model, t)
+        optimizer.step()
+        oracle.step()
+        assert {name: sorted(won) for name, won in optimizer.routing.winners().items()} == {
+            name: sorted(won) for name, won in oracle.winners.items()
+        }
+        for p, q in zip(stacks.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("part", [1, 120, 1 << 17])

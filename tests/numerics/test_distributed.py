@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import ranks
 from molf import MoLF
 from small import mlp
+from stacks import mixture
 
 # How far apart several ranks and one process may end in float64.
 APART = 1e-10
@@ -201,18 +202,23 @@ def test_a_whole_state_is_sharded_on_loading(reports):
     assert all(report["apart"] <= APART for report in reports("a_whole_state_is_sharded"))
 
 
-def test_checkpoint_of_two_ranks_goes_on_on_others(reports):
-    assert all(report["apart"] <= APART for report in reports("checkpoint"))
+CHECKPOINTS = {"checkpoint": lambda: mlp(seed=99), "checkpoint_stacked": mixture}
 
 
-def test_checkpoint_of_two_ranks_goes_on_in_one_process(two, folder):
-    model = mlp(seed=99)
+@pytest.mark.parametrize("check", CHECKPOINTS)
+def test_checkpoint_of_two_ranks_goes_on_on_others(reports, check):
+    assert all(report["apart"] <= APART for report in reports(check))
+
+
+@pytest.mark.parametrize("check", CHECKPOINTS)
+def test_checkpoint_of_two_ranks_goes_on_in_one_process(two, folder, check):
+    model = CHECKPOINTS[check]()
     optimizer = MoLF(model, **ranks.MERGED)
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": states}
     with pytest.warns(UserWarning, match="load in a single process"):
-        dcp.load(state, checkpoint_id=folder / "checkpoint")
+        dcp.load(state, checkpoint_id=folder / check)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     ranks.train(model, optimizer, range(3, 6), list(range(8)))
-    end = torch.load(folder / "end.pt")
+    end = torch.load(folder / f"{check}.pt")
     assert ranks.furthest(ranks.everything(model, optimizer), end) <= APART
