@@ -43,6 +43,7 @@ def small_run(model, folder):
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "disable_tqdm": True,
+        "retention": False,
         "output_dir": str(folder),
     }
 

@@ -148,6 +148,8 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
     tokens: list[str] = []
     for name, given in settings.items():
         value = _items(given) if is_list(hints[name]) else given
+        if allows(hints[name], bool) and isinstance(value, str) and value.lower() in ("on", "off"):
+            value = value.lower() == "on"  # as YAML reads them
         if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         plain_list = isinstance(value, list) and not is_list(hints[name]) and allows(hints[name], list)

@@ -30,6 +30,12 @@ def show_result(result: "Result") -> None:
         out.print(f"{training.steps} steps in {training.seconds:.1f} s{speed}, mean loss {training.loss:.4f}")
     if result.routing is not None:
         out.print("updates won: " + ", ".join(f"{expert} {share:.1%}" for expert, share in result.routing.items()))
+    if (kept := result.retention) is not None:
+        moved = "" if kept.kl is None else f"; KL from the base model {kept.kl}"
+        out.print(
+            f"forgetting, in nats a token: loss on other text {kept.loss_before.value:.2f} -> {kept.loss_after.value:.2f}, "
+            f"rise {kept.loss_rise}{moved} ({kept.origin}; took {kept.seconds:.1f} s)"
+        )
     folder = Path(result.config["output_dir"])
     out.print(f"written to {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
 

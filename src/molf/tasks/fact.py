@@ -122,6 +122,11 @@ def edit_prompt(row: Row) -> str:
     return str(rewrite["prompt"]).replace("{}", rewrite["subject"]).strip()
 
 
+def true_fact(row: Row) -> str:
+    """Return the edit's prompt with the answer that is true."""
+    return f"{edit_prompt(row)} {_target(row, 'target_true')}"
+
+
 def _target(row: Row, name: str) -> str:
     return str(row["requested_rewrite"][name]["str"]).strip()
 

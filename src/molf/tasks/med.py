@@ -104,6 +104,11 @@ def question_prompt(row: Row) -> str:
     return "\n".join([f"Question: {row['question'].strip()}", *options, "Answer:"])
 
 
+def answered_question(row: Row) -> str:
+    """Return the question and the text of the right option."""
+    return f"{row['question'].strip()} {row[OPTIONS[row['cop']]].strip()}"
+
+
 def written_letter(text: str) -> str | None:
     """Return the letter at the start of an answer if it stands alone or before ``)``, ``.`` or a newline; else None."""
     found = _LETTER.match(text.rstrip())

@@ -92,6 +92,11 @@ def sql_prompt(row: Row) -> str:
     return f"Context:\n{row['sql_context'].strip()}\nQuestion: {row['sql_prompt'].strip()}\nSQL:"
 
 
+def answered_query(row: Row) -> str:
+    """Return the tables, the question and the right query."""
+    return f"{sql_prompt(row)} {reference(row)};"
+
+
 def reference(row: Row) -> str:
     """Return the correct query, without the final semicolon."""
     return str(row["sql"]).strip().rstrip("; \t\r\n")

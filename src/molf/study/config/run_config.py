@@ -115,6 +115,13 @@ class TaskConfig:
         "transformers", "Generates the text in evaluations; vllm needs pip install 'molf[vllm]'.", shapes="evaluation"
     )
     eval_before: bool = setting(False, "Also evaluate the model before training.")
+    retention: bool = setting(
+        True, "Measure what the model forgets: the rise of its loss on other text, and how far its answers move (KL)."
+    )
+    retention_path: str | None = setting(
+        None,
+        "Text to measure retention on: records with text, or with prompt and completion; other tasks' samples if unset.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("limit", "selection_limit", "validation_limit", "eval_limit", "eval_batch_tokens"):

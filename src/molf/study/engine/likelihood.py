@@ -113,13 +113,13 @@ def score_targets(
     scores: dict[EncodedTarget, TargetScores] = {}
     with logging.tqdm(total=len(rows), desc="Likelihoods", disable=not progress) as bar:
         for batch in batches(rows, len, batch_tokens, shared=len(prefix.ids)):
-            logits = _last_logits(model, batch, prefix, max(kept[row] for row in batch))
+            logits = last_logits(model, batch, prefix, max(kept[row] for row in batch))
             scores |= _read_scores(logits, batch, [on_row[row] for row in batch])
             bar.update(len(batch))
     return scores
 
 
-def _last_logits(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, count: int) -> Tensor:
+def last_logits(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, count: int) -> Tensor:
     """Return the logits [R, K, V] of the last ``count`` positions of the left-padded rows."""
     input_ids, attention_mask = prefix.pad(batch, model.device)
     done = len(prefix.ids)

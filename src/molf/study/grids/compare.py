@@ -172,7 +172,9 @@ def _spec(comparison: Comparison, name: str, label: str, seed: int, select: bool
     config = replace(config, train=config.train | {"seed": seed})
     if not select:
         return make_spec(comparison.folder, f"{name}-{label}-s{seed}", config, comparison.processes)
-    task = replace(config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False)
+    task = replace(
+        config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False, retention=False
+    )
     folder = comparison.folder / "selection"
     return make_spec(folder, f"{name}-{label}", replace(config, task=task), comparison.processes)
 

@@ -50,11 +50,20 @@ def _row(contender: Contender, metric: str) -> dict[str, Any]:
         metric: contender.mean(metric),
         f"{metric}/spread": contender.spread(metric),
         **{name: contender.mean(name) for name in others},
+        **_forgetting(contender),
         "trainable_parameters": trainings[0].trainable_parameters + trainings[0].lora_parameters if trainings else None,
         "tokens_per_second": fmean(speeds) if speeds else None,
         "peak_memory_bytes": max(memory, default=None),
         "seconds": fmean(result.seconds for result in results) if results else None,
     }
+
+
+def _forgetting(contender: Contender) -> dict[str, float]:
+    """Return the mean rise of the loss on other text, and KL(base || tuned), in nats per token, as far as they were measured."""
+    found = [result.retention.metrics() for result in contender.results if result.retention is not None]
+    names = ("loss_rise", "kl") if found else ()
+    values = {name: [own[name].value for own in found if name in own] for name in names}
+    return {f"retention/{name}": fmean(own) for name, own in values.items() if own}
 
 
 def verdict(outcome: Outcome) -> str:
@@ -169,7 +178,11 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
         with atomic_write(folder / f"{NAME}{suffix}") as partial:
             partial.write_text(text, encoding="utf-8")
     draw_bars(outcome, folder / f"{NAME}.png")
-    return [folder / f"{NAME}{suffix}" for suffix in (*texts, ".png")]
+    pictures = [folder / f"{NAME}.png"]
+    if any(_forgetting(contender) for contender in outcome.contenders):
+        pictures.append(folder / f"{NAME}-forgetting.png")
+        draw_forgetting(outcome, pictures[-1])
+    return [folder / f"{NAME}{suffix}" for suffix in texts] + pictures
 
 
 def draw_bars(outcome: Outcome, path: Path) -> None:
@@ -189,5 +202,23 @@ def draw_bars(outcome: Outcome, path: Path) -> None:
         axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")
         axes.set(ylabel=metric)
         axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def draw_forgetting(outcome: Outcome, path: Path) -> None:
+    """Draw what was gained against what was forgotten, a dot per contender: the upper left is best."""
+    shown = [(c, cost) for c in outcome.contenders if (cost := _forgetting(c).get("retention/loss_rise")) is not None]
+    with plain_text(), atomic_write(path) as partial:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for contender, cost in shown:
+            color = "#2a6f97" if contender.method.startswith("molf") else "#6b7280"
+            gain = contender.mean(outcome.metric) or 0.0
+            axes.plot(cost, gain, "o", color=color)
+            axes.annotate(contender.name, (cost, gain), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="rise of the loss on other text (nats per token)", ylabel=outcome.metric)
+        axes.margins(x=0.25, y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(partial, dpi=150, format="png")

@@ -10,6 +10,7 @@ from typing import Any
 from molf.errors import MolfError
 from molf.files import atomic_write, read_json, typed
 from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
+from molf.study.engine.retention import Retention
 from molf.tasks import Metric, get_task
 
 RESULT_FILE = "result.json"
@@ -67,6 +68,7 @@ class Result:
         peak_memory_bytes: Peak memory of the accelerator, or of the process on a CPU; None if unknown.
         training: Measurements of the training, or None for an evaluation.
         routing: Share of layers and steps that each expert won, or None without routing.
+        retention: What training cost: how much the model forgot; None if it was not measured.
         run_id: Unique id of the run, kept over interruptions; None in results of older versions.
     """
 
@@ -82,6 +84,7 @@ class Result:
     peak_memory_bytes: int | None
     training: Training | None = None
     routing: dict[str, float] | None = None
+    retention: Retention | None = None
     run_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +110,8 @@ class Result:
         if self.training is not None:
             row |= {f"training/{name}": value for name, value in asdict(self.training).items()}
         row |= {f"routing/{name}": share for name, share in (self.routing or {}).items()}
+        if self.retention is not None:
+            row |= {f"retention/{name}": metric.value for name, metric in self.retention.metrics().items()}
         row |= {f"version/{name}": version for name, version in self.versions.items()}
         plain = ("headline", "data_origin", "device", "commit", "seconds", "peak_memory_bytes", "run_id")
         return row | {name: getattr(self, name) for name in plain}

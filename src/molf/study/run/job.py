@@ -32,6 +32,7 @@ from molf.study.run.training_data import CutTargets, tokenize_training_data
 from molf.tasks import Row, Split, Task, get_task
 from molf.tasks.custom import Custom
 from molf.tasks.few_shot import with_examples
+from molf.tasks.retention import background_texts
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Job:
     split: Split
     validation: list[Row] = field(default_factory=list)
     """The rows to evaluate on during training."""
+    background: tuple[list[str], str] | None = None
+    """Text to measure retention on and where it is from; None to leave that out."""
 
     @property
     def source(self) -> str:
@@ -81,12 +84,14 @@ def load_job(config: RunConfig) -> Job:
     if config.task.few_shot:
         task, split = with_examples(task, split, config.task.few_shot, seed)
     split, validation = validation_split(split, config.task) if validates else (split, [])
+    measured = config.task.retention and not config.output.only_eval
+    background = background_texts(config.task.task, config.task.retention_path) if measured else None
     model, tokenizer = load_model_and_tokenizer(config.model, bool(config.train.get("trust_remote_code", False)))
     if not config.output.only_eval:
         _refuse_quantised(model, config)
     if template := config.train.get("chat_template_path"):
         use_chat_template(tokenizer, str(template))
-    return Job(config, model, tokenizer, task, split, validation)
+    return Job(config, model, tokenizer, task, split, validation, background)
 
 
 def _refuse_quantised(model: Any, config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
+from molf.study.engine.retention import Retention
 from molf.study.faults.trained import Trained
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
 from molf.study.results.gather import append_csv
@@ -31,7 +32,13 @@ class Start:
     commit: str | None = field(default_factory=lambda: source_commit())
 
 
-def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained | None = None) -> Result:
+def make_result(
+    job: Job,
+    start: Start,
+    evaluation: Evaluation,
+    trained: Trained | None = None,
+    retention: Retention | None = None,
+) -> Result:
     """Put the result of a run together."""
     log = job.config.output_dir / ROUTING_FILE
     routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
@@ -48,6 +55,7 @@ def make_result(job: Job, start: Start, evaluation: Evaluation, trained: Trained
         peak_memory_bytes=peak_memory_bytes(),
         training=trained.training if trained else None,
         routing=read_routing(log).shares() if routed else None,
+        retention=retention,
         run_id=run_id(job.config.output_dir),
     )
 

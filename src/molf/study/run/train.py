@@ -29,6 +29,7 @@ from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, 
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
 from molf.study.run.record import Start, make_result, write_record
+from molf.study.run.retention import BaseReading, measure, read_base
 from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
 from molf.study.sizing.parameters import base_count, count_parameters
@@ -88,7 +89,8 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
     after = _evaluate_on_ranks(job, outcome.main, outcome.device, str(config.output_dir))
     if outcome.trained is None or after is None or not outcome.main:
         return None
-    result = make_result(job, start, after, outcome.trained)
+    retention = measure(job, outcome.model, outcome.device, outcome.base)
+    result = make_result(job, start, after, outcome.trained, retention)
     write_record(config, result, after)
     _tidy(config)
     return result
@@ -110,6 +112,7 @@ class _Outcome:
     done: str  # how far training came, in words
     trained: Trained | None  # None if it was stopped
     model: Any  # plain and trained; None on ranks that do not have it
+    base: BaseReading | None  # what the base model said, on rank 0
 
 
 def _train(job: Job, stop: StopRequest) -> _Outcome:
@@ -118,9 +121,10 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     own = [_own_settings(model_config) for model_config in _configs(job.model)]  # the trainer changes some for good
     trainer = make_trainer(job, recipe, stop)
     main, device, sharded = trainer.is_world_process_zero(), trainer.args.device, trainer.is_fsdp_enabled
+    base = read_base(job, trainer)
     if (trained := find_trained(config, main)) is not None:
         here = main or (not sharded and (config.output_dir / "config.json").is_file())
-        return _Outcome(main, device, "training", trained, _load_saved(config) if here else None)
+        return _Outcome(main, device, "training", trained, _load_saved(config) if here else None, base)
     checkpoint = trainer.find_checkpoint(config.resume_from)
     if main:
         run_id(config.output_dir)  # fixed while the result of a replaced run is still there
@@ -132,7 +136,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     training = _fit(trainer, job, recipe, checkpoint)
     done = f"step {training.steps} of {trainer.state.max_steps}"
     if stop.received is not None and training.steps < trainer.state.max_steps:
-        return _Outcome(main, device, done, None, None)
+        return _Outcome(main, device, done, None, None, base)
     trained = Trained(training, before.metrics if before else None)
     model: Any = whole_model(trainer, config, recipe) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     with all_wait():
@@ -147,7 +151,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
         if main:
             save_checkpoint(model, job.tokenizer, config.output_dir)
             note_trained(config, trained)
-    return _Outcome(main, device, done, trained, model)
+    return _Outcome(main, device, done, trained, model, base)
 
 
 def _configs(model: Any) -> list[Any]:

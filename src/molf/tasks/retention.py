@@ -1,0 +1,67 @@
+"""Text that a run does not train on, to measure what it forgets."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+from molf.errors import MolfError
+from molf.tasks.base import Row
+from molf.tasks.fact import Fact, true_fact
+from molf.tasks.formats import READ, is_readable, records_of
+from molf.tasks.med import Med, answered_question
+from molf.tasks.sources import SourceTask
+from molf.tasks.sql import Sql, answered_query
+
+__all__ = ["background_texts"]
+
+ROWS = 16
+"""Rows of each source."""
+
+_PACKAGED: dict[str, tuple[SourceTask, Callable[[Row], str]]] = {
+    "fact": (Fact(), true_fact),
+    "med": (Med(), answered_question),
+    "sql": (Sql(), answered_query),
+}
+
+
+def background_texts(task: str, path: str | None = None) -> tuple[list[str], str]:
+    """Return texts that training on a task does not touch, and where they are from.
+
+    Args:
+        task: The task that is trained on. By default the texts are the first rows of the other tasks' packaged samples: true
+            facts, answered medical questions, and answered questions about tables.
+        path: The user's own file instead: records with ``text``, or with ``prompt`` and ``completion``, of which the first
+            ``3 * ROWS`` are taken.
+
+    Raises:
+        MolfError: The file cannot be read, has no records, or one without such fields.
+    """
+    if path is not None:
+        return _own_texts(Path(path).expanduser()), path
+    texts = []
+    others = [name for name in _PACKAGED if name != task]
+    for name in others:
+        source, text = _PACKAGED[name]
+        texts += [text(row) for row in source.load(sample=True, limit=ROWS).eval]
+    return texts, f"the package's samples of {', '.join(others)}"
+
+
+def _own_texts(file: Path) -> list[str]:
+    if not file.is_file():
+        raise MolfError(f"retention_path={str(file)!r} is no file: give one of {READ}, or set retention: 'off'")
+    if not is_readable(file.name):
+        raise MolfError(f"retention_path={str(file)!r}: its format cannot be read; give one of {READ}")
+    texts = [_text(row, where) for where, row in islice(records_of(file), 3 * ROWS)]
+    if not texts:
+        raise MolfError(f"retention_path={str(file)!r} has no records")
+    return texts
+
+
+def _text(row: Row, where: str) -> str:
+    parts = [row.get("text")] if "text" in row else [row.get("prompt"), row.get("completion")]
+    text = "".join(part for part in parts if isinstance(part, str))
+    if not text.strip() or not all(isinstance(part, str) for part in parts):
+        raise MolfError(
+            f"{where}: retention is measured on records with a 'text', or with a 'prompt' and a 'completion'; found {list(row)}"
+        )
+    return text
