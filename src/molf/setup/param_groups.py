@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from molf.errors import MolfError
+from molf.layers.fit import check_parameter
 from molf.setup.discovery import check_rank, routed_linears
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
 __all__ = [
     "check_numbers",
-    "check_parameter",
     "checked_ranks",
     "expert_names",
     "is_number",
@@ -229,18 +229,6 @@ def check_numbers(**numbers: float | torch.Tensor | None) -> None:
     for name, value in numbers.items():
         if not (is_number(value) and value >= 0) and not (name == "lora_lr" and value is None):
             raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more")
-
-
-def check_parameter(name: str, p: torch.Tensor) -> None:
-    """Check that a parameter has a dtype and a layout that can be trained.
-
-    Raises:
-        MolfError: If it has not.
-    """
-    if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise MolfError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
-    if not p.is_contiguous():
-        raise MolfError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
 
 
 def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:
