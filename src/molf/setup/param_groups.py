@@ -71,7 +71,7 @@ def param_groups(
     """Build the parameter groups of a model for ``MoLF``: merged experts for a plain model, its adapters for a PEFT model.
 
     Every trainable parameter is in exactly one group. Targeted linear layers whose weight requires a gradient get a group each;
-    the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms, biases) without. The LoRA initialisation
+    the rest goes to two ordinary AdamW groups, matrices with decay, vectors, norms and biases without. The LoRA initialisation
     depends on torch's seed and the module order only; no random number is drawn here.
 
     Args:
@@ -158,9 +158,16 @@ def _b_factors(group: dict[str, Any]) -> tuple[float, ...]:
 def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
     taken = {id(p) for group in routed for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    matrices = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+    undecayed = {id(p) for module in model.modules() for p in _undecayed(module)}
+    matrices = {"params": [p for p in rest if id(p) not in undecayed], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in rest if id(p) in undecayed], "weight_decay": 0.0}
     return [group for group in (matrices, vectors) if group["params"]]
+
+
+def _undecayed(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own vectors, and what is a norm's or a bias in more dimensions."""
+    norm = type(module).__name__.endswith("Norm")
+    return [p for key, p in module.named_parameters(recurse=False) if norm or p.ndim < 2 or key.endswith("bias")]
 
 
 def _is_matched(lora_lr: float | str | None) -> bool:
