@@ -40,12 +40,12 @@ def add(model):
     model.append(nn.Linear(3, 3).double())
 
 
-NEW, GONE = "have gradients but are in no group", "are in a group but have left the model"
+NEW, GONE = "with a gradient, but in no group", "in a group, but no longer in the model"
 CHANGES = {
-    unfreeze: f": 4.weight {NEW}. ",
-    replace: f": 1.weight, 1.bias {NEW}; 1.weight, 1.bias {GONE}. ",
-    replace_by_another_shape: f": 0.weight {NEW}; 0.weight {GONE}. ",
-    add: f": 6.weight, 6.bias {NEW}. ",
+    unfreeze: f": {NEW}: 4.weight. ",
+    replace: f": {NEW}: 1.weight, 1.bias; {GONE}: 1.weight, 1.bias. ",
+    replace_by_another_shape: f": {NEW}: 0.weight; {GONE}: 0.weight. ",
+    add: f": {NEW}: 6.weight, 6.bias. ",
 }
 
 
@@ -93,7 +93,7 @@ def test_many_names_are_counted(caplog):
     optimizer = MoLF(model, ranks=(2,), exclude_modules=())
     model.append(nn.Sequential(*(nn.Linear(3, 3).double() for _ in range(4))))
     train(model, optimizer, 1)
-    assert "6.0.weight, 6.0.bias, 6.1.weight, 6.1.bias, 6.2.weight, ... (8) have gradients" in told(caplog)[0]
+    assert f"{NEW}: 6.0.weight, 6.0.bias, 6.1.weight, 6.1.bias, 6.2.weight, ... (8). " in told(caplog)[0]
 
 
 def test_another_adapter_of_peft(caplog):

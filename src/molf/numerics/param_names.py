@@ -72,18 +72,16 @@ class ParamNames:
         new, lost = untrained - self._untrained, len(own) - len(found)
         if not new and lost <= self._lost:
             return
-        changes = [
-            _listed("have gradients but are in no group", [n for n, p in model.named_parameters() if id(p) in new])
-        ]
+        changes = {"with a gradient, but in no group": [n for n, p in model.named_parameters() if id(p) in new]}
         if lost > self._lost:
-            changes.append(_listed("are in a group but have left the model", self._gone(groups, found)))
+            changes["in a group, but no longer in the model"] = self._gone(groups, found)
         self._untrained |= new
         self._lost = max(self._lost, lost)
-        if any(changes):
+        if any(changes.values()):
             logger.warning(
-                "The model has changed since this optimizer was made, and it does not follow: %s. Unfreeze parameters and "
-                "replace layers first, or make a new optimizer, MoLF(model, ...)",
-                "; ".join(filter(None, changes)),
+                "The model has changed since this optimizer was made, which does not follow: %s. Unfreeze parameters and replace "
+                "layers first, or make a new optimizer, MoLF(model, ...)",
+                "; ".join(f"{what}: {_listed(names)}" for what, names in changes.items() if names),
             )
 
     def _gone(self, groups: Sequence[dict[str, Any]], found: set[int]) -> list[str]:
@@ -111,6 +109,5 @@ def _look_through(model: nn.Module, own: set[int]) -> tuple[set[int], set[int]]:
     return found, others
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
-    more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more} {what}" if names else ""
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)})" if len(names) > _SHOWN else "")
