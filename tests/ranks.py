@@ -19,10 +19,10 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from molf import MoLF
-from molf.numerics.distributed import full
+from molf.numerics.distributed import full, local
 from ranks_8_bits import EightBits
 from ranks_fused import Fused
 from sharding import (
@@ -237,6 +237,25 @@ class Checks(EightBits, Fused):
         model = fsdp(model)
         backward(model, 0, my_rows(), torch.float64, 1)
         return error_of(optimizer.step)
+
+    def another_shape(self):
+        """A sharded parameter whose memory is replaced, by a whole of another shape or by other rows here, moves nothing."""
+        model = fsdp(mlp())
+        optimizer = MoLF(model, **MERGED)
+        train(model, optimizer, range(1), my_rows())
+        weight, errors = model[4].weight, []
+        taller = distribute_tensor(torch.ones(9, 13, dtype=torch.float64), weight.device_mesh, weight.placements)
+        before = copy.deepcopy(optimizer.state_dict()["state"])
+        backward(model, 1, my_rows(), torch.float64, 1)
+        old = weight.data, weight._local_tensor
+        weight._local_tensor = torch.cat([old[1], torch.ones(1, 13, dtype=torch.float64)])
+        errors.append(error_of(optimizer.step)["error"])
+        weight._local_tensor, weight.grad = old[1], None
+        weight.data = taller
+        errors.append(error_of(optimizer.step)["error"])
+        after = optimizer.state_dict()["state"]
+        still = all(torch.equal(local(x), local(after[i][key])) for i, own in before.items() for key, x in own.items())
+        return {"errors": errors, "still": still}
 
     def a_whole_state_is_sharded(self):
         """``load_state_dict`` takes a state that was saved by one process."""

@@ -124,6 +124,7 @@ def test_merged_in_float32_and_cast_once(base_dtype, dtype, tmp_path):
     ("settings", "reason"),
     [
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"bias": "lora_only"}, "trained biases"),
         ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),

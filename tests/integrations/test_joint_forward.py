@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch.distributed.fsdp import fully_shard
 
@@ -74,6 +74,14 @@ def test_without_gradients_or_with_adapters_off_it_is_pefts_own():
     twin.base_model.set_adapter("lora_r4")
     assert torch.equal(model(IDS).logits, twin(IDS).logits)
     assert torch.equal(model.merge_and_unload()(IDS).logits, twin.merge_and_unload()(IDS).logits)
+
+
+def test_biases_of_an_adapter_that_was_added_later_count():
+    model = add_lora_experts(tiny_llama(torch.float64, attention_bias=True), ranks=(2,), target_modules=["q_proj"])
+    config = LoraConfig(r=3, lora_bias=True, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter("biased", config)
+    model.base_model.set_adapter(["lora_r2", "biased"])
+    torch.testing.assert_close(model(IDS).logits, one_by_one(model)(IDS).logits, rtol=0, atol=TOLERANCE[torch.float64])
 
 
 def test_dropout_has_one_mask_like_one_adapter():

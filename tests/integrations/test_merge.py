@@ -80,9 +80,10 @@ def test_a_plain_model_is_returned_as_it_is():
     [
         LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["q_proj"]),
         LoraConfig(r=2, modules_to_save=["norm"], init_lora_weights=False, target_modules=["q_proj"]),
+        LoraConfig(r=2, trainable_token_indices=[1, 2], init_lora_weights=False, target_modules=["q_proj"]),
         AdaLoraConfig(init_r=3, total_step=9, init_lora_weights=False, target_modules=["q_proj"]),
     ],
-    ids=["dora", "modules_to_save", "adalora"],
+    ids=["dora", "modules_to_save", "some tokens", "adalora"],
 )
 def test_other_adapters_of_peft(config):
     model = get_peft_model(tiny_llama(), config)

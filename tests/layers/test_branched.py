@@ -149,12 +149,11 @@ def adapter(model, **options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save keeps a trained copy of lm_head"),
         ({"use_dora": True}, "plain LoRA; turn use_dora"),
         ({}, "none is active, trains"),
         ({"rank_pattern": {"q_proj": 4}}, "all layers must have the same experts"),
     ],
-    ids=["modules_to_save", "dora", "frozen", "rank_pattern"],
+    ids=["dora", "frozen", "rank_pattern"],
 )
 def test_models_that_cannot_be_routed(options, words):
     model = adapter(tiny_llama(tie_word_embeddings=False), **options)

@@ -179,6 +179,11 @@ def test_a_state_of_other_stacks_is_refused():
     _, other, *_ = pair_of(transposed=True)
     with pytest.raises(MolfError, match=r"transposed"):
         other.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    entries = next(own for own in state["state"].values() if "lora_r2.A" in own and own["lora_r2.A"].ndim == 3)
+    entries["lora_r2.A"] = entries["lora_r2.A"][:-1]
+    with pytest.raises(MolfError, match=r"1\.up_proj lora_r2\.A is \[5, 2, 6\] here and \[4, 2, 6\] in the state"):
+        pair_of()[1].load_state_dict(state)
 
 
 def test_views_assign_to_one_matrix():

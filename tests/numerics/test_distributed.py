@@ -154,8 +154,16 @@ def test_all_experts_win_fused_steps(two):
 def test_kernels_refuse_a_gradient_of_other_rows(reports):
     for report in reports("fused_other_rows"):
         assert re.search(
-            r"gradient of a parameter \[\d, 7\] .* is \[13, 7\] .* one like the parameter", report["error"]
+            r"gradient of 1\.weight is \[13, 7\] on this rank, and the parameter is \[\d, 7\]", report["error"]
         )
+
+
+def test_a_shard_of_another_shape_is_refused(reports):
+    for report in reports("another_shape"):
+        here, everywhere = report["errors"]
+        assert re.search(r"state of 4\.weight is \[(\d), 13\] on this rank, and the parameter is \[(\d), 13\]", here)
+        assert "state of 4.weight is [5, 13], and the parameter is [9, 13]: its memory was replaced" in everywhere
+        assert report["still"]
 
 
 @needs_triton

@@ -1,5 +1,6 @@
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_state_of_another_model(layers, words):
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(optimizer.state_dict())
     assert not differing(before, snapshot(other_model, other))
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "low", "lora_r2.A", "lora_r3.B", "lora_r3.B.exp_avg_sq"])
+def test_every_tensor_of_a_state_must_fit(key):
+    model, optimizer = build(dtype=torch.bfloat16)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    entries = next(own for own in saved["state"].values() if "lora_r2.A" in own)
+    shape = list(entries[key].shape)
+    entries[key] = torch.cat([entries[key], entries[key]])
+    with pytest.raises(ValueError, match=r"does not fit: 1.* is " + re.escape(f"{shape} here and [{2 * shape[0]}, ")):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

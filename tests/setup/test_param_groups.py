@@ -52,6 +52,14 @@ def test_ordinary_groups_come_first():
     assert [group.get("module") for group in param_groups(nn.Sequential(nn.Linear(3, 3)), ranks=(2,))] == ["0"]
 
 
+def test_norms_and_biases_of_more_dimensions_are_not_decayed():
+    model = nn.Sequential(nn.LayerNorm((2, 3)), nn.Flatten(), nn.Linear(6, 6))
+    model.experts_bias, model.position = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(4, 6))
+    matrices, rest, _ = param_groups(model, ranks=(2,))
+    assert [id(p) for p in matrices["params"]] == [id(model.position)]
+    assert {id(p) for p in rest["params"]} == {id(p) for p in (model.experts_bias, *model[0].parameters())}
+
+
 def test_defaults_are_the_published_recipe_at_matched_rates():
     group = param_groups(nn.Sequential(nn.Linear(200, 200)))[0]
     recipe = {"lr": 5e-5, "weight_decay": 0.1, "lora_weight_decay": 0.01, "ranks": (128,)}

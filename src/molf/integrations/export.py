@@ -133,6 +133,7 @@ def _plain_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
         for what, found in (
             (f"a {config.peft_type} adapter", not isinstance(config, LoraConfig) or config.peft_type != "LORA"),
             ("modules_to_save", bool(getattr(config, "modules_to_save", None))),
+            ("trainable_token_indices", bool(getattr(config, "trainable_token_indices", None))),
             ("trained biases", getattr(config, "bias", "none") != "none" or getattr(config, "lora_bias", False)),
             ("DoRA", getattr(config, "use_dora", False)),
             (

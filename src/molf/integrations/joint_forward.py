@@ -22,6 +22,7 @@ class JointLinear(lora.Linear):  # type: ignore[misc]
         """Return the output of PEFT's layer."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (self.disable_adapters or self.merged or self.lora_variant or kwargs)
+        plain = plain and not any(self.lora_bias[name] for name in names)
         rates = {getattr(self.lora_dropout[name], "p", 0.0) for name in names}
         # Adapters that FSDP shards one by one are whole only while their own modules run.
         plain = plain and not any(is_sharded(self.lora_A[n].weight) or is_sharded(self.lora_B[n].weight) for n in names)

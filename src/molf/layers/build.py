@@ -7,13 +7,14 @@ from typing import Any
 
 from molf.layers.base import Matrix, RoutedLayer, init_moments, init_step, quantized_params
 from molf.layers.branched import BranchedLayer
+from molf.layers.fit import check_fit, fits
 from molf.layers.merged import MergedLayer
 from molf.layers.stacked import StackedLayer, matrix_names
 from molf.layers.stacked_matrix import StackedMatrix
 from molf.numerics.bf16 import Noise
-from molf.numerics.distributed import check_no_orphaned_state
+from molf.numerics.context import StepContext
 
-__all__ = ["LAYER_TYPES", "init_group_", "init_state_", "matrix_of", "modules_of", "routed_layer"]
+__all__ = ["LAYER_TYPES", "init_state_", "matrix_of", "modules_of", "routed_layer"]
 
 LAYER_TYPES: dict[str, type[RoutedLayer]] = {"merged": MergedLayer, "stacked": StackedLayer, "branched": BranchedLayer}
 """The ways of holding the experts, by the ``form`` of a parameter group."""
@@ -41,29 +42,36 @@ def matrix_of(
     return MergedLayer(group, state, noise) if group["form"] == "merged" else BranchedLayer(group, state, noise)
 
 
-def init_state_(
-    groups: Sequence[dict[str, Any]], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
-) -> None:
+def init_state_(groups: Sequence[dict[str, Any]], context: StepContext) -> None:
     """Create missing state: of every routed layer, and of ordinary parameters that have a gradient.
 
     Args:
-        groups: The optimizer's groups.
-        state: The optimizer's state.
-        keep_low: Whether bf16 weights have low parts.
-        optim_bits: Bits of the moments of large matrices.
+        groups: All groups of the optimizer, some of them, or parts of ordinary ones.
+        context: Of the step.
 
     Raises:
-        RuntimeError: If there is state of parameters that are in no group any more.
+        MolfError: If state or a gradient does not fit its parameter any more; nothing has changed then.
     """
-    check_no_orphaned_state(groups, state)
-    for group in groups:
-        init_group_(group, state, keep_low, optim_bits)
+    incomplete = [group for group in groups if not _is_complete(group, context)]
+    for p in (p for group in incomplete for p in group["params"]):
+        check_fit(p, context.state.get(p, {}), context.name_of)
+    for group in incomplete:
+        _init_group_(group, context.state, not context.stochastic, context.optim_bits)
 
 
-def init_group_(
+def _is_complete(group: dict[str, Any], context: StepContext) -> bool:
+    """Return whether all of a group's state is there and fits."""
+    state, keep_low, routed = context.state, not context.stochastic, "module" in group
+    for p in group["params"]:
+        entries = state.get(p)
+        if not fits(p, entries, keep_low) if entries else routed or p.grad is not None:
+            return False
+    return True
+
+
+def _init_group_(
     group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
 ) -> None:
-    """Create missing state of one group."""
     if "module" in group:
         LAYER_TYPES[group["form"]].init_state(group, state, keep_low, optim_bits)
         return

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molf.numerics.bf16 import Noise
 from molf.numerics.distributed import Ranks, is_sharded
+from molf.numerics.param_names import ParamNames
 from molf.scores import Score
 
 __all__ = ["StepContext"]
@@ -34,6 +35,7 @@ class StepContext:
         grad_scale: A GradScaler's loss scale to divide gradients by, or None.
         found_inf: Nonzero if the GradScaler found a non-finite gradient, or None.
         noise: For stochastic rounding by PyTorch's kernels, else None.
+        names: Of the parameters in the model, if that is known.
     """
 
     groups: Sequence[dict[str, Any]]
@@ -50,6 +52,14 @@ class StepContext:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     noise: Noise | None = None
+    names: ParamNames | None = None
+
+    def name_of(self, p: Tensor) -> str:
+        """Return the name of a parameter in the model, or where it is in the groups."""
+        where = ((i, j) for i, group in enumerate(self.groups) for j, q in enumerate(group["params"]) if q is p)
+        i, j = next(where)
+        known = None if self.names is None else self.names.of(i, j)
+        return known or f"parameter {j} of {self.groups[i].get('module', f'group {i}')}"
 
     @property
     def seed(self) -> int:

@@ -12,13 +12,12 @@ Under DDP and on one device nothing is sharded. Whenever several ranks train one
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molf.errors import MolfError
 from molf.numerics.bf16 import master_dtype
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
-    "ParamNames",
     "Ranks",
     "broadcast_seeds",
     "check_no_orphaned_state",
@@ -256,42 +254,15 @@ def _check_placement(group: dict[str, Any], p: Any, first: Any) -> None:
         )
 
 
-class ParamNames:
-    """Names of an optimizer's parameters, to find their replacements after ``fully_shard``.
-
-    ``fully_shard`` puts new parameters into the model. An optimizer that was built before has to look them up.
-
-    Args:
-        model: The model; only weakly referenced.
-        groups: The groups of its parameters.
-    """
-
-    def __init__(self, model: nn.Module, groups: Sequence[dict[str, Any]]):
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._model = weakref.ref(model)
-        self._names = [[names[id(p)] for p in group["params"]] for group in groups]
-
-    def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Put the model's current parameters into the groups, unless the old ones have gradients."""
-        model = self._model()
-        if model is None or any(p.grad is not None for group in groups for p in group["params"]):
-            return
-        try:
-            now = [[model.get_parameter(name) for name in names] for names in self._names]
-        except AttributeError:  # the model was wrapped since, which changed its names
-            return
-        for group, params in zip(groups, now, strict=False):  # groups that were added later have no names
-            group["params"] = params
-
-
 def check_no_orphaned_state(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
-    """Check that all state belongs to current parameters: state from before sharding cannot follow them.
+    """Check that all state belongs to current parameters: state from before sharding cannot follow.
 
     Raises:
         RuntimeError: If some does not.
     """
-    if state.keys() - {p for group in groups for p in group["params"]}:
+    known = {id(p) for group in groups for p in group["params"]}
+    if not all(id(p) in known for p in state):
         raise RuntimeError(
-            "the model was sharded after this optimizer had state, which cannot follow its parameters: shard first, then load "
-            "the state, assign experts and take steps"
+            "the model's parameters were replaced after this optimizer had state, which cannot follow them: by fully_shard, then "
+            "shard first, then load the state, assign experts and take steps; by new layers, then make a new optimizer"
         )

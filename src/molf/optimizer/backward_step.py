@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.layers.build import init_group_
+from molf.layers.build import init_state_
 from molf.numerics.context import StepContext
 from molf.optimizer.step import step_groups
 from molf.routing import Outcome, merge_outcomes
@@ -176,7 +176,7 @@ class BackwardStep:
 
 def _move(pending: _Pending, unit: int, group: dict[str, Any]) -> None:
     context = pending.context
-    init_group_(group, context.state, not context.stochastic, context.optim_bits)
+    init_state_([group], context)
     pending.outcomes[unit] = step_groups([group], context, unit)
     for p in group["params"]:
         p.grad = None

@@ -227,8 +227,7 @@ def _small_model(signature: StepSignature) -> StepContext:
     state: dict[Any, dict[str, Any]] = defaultdict(dict)
     for p in (p for group in groups for p in group["params"]):
         p.grad = torch.zeros_like(p)
-    init_state_(groups, state, keep_low=not signature.stochastic, optim_bits=signature.optim_bits)
-    return StepContext(
+    context = StepContext(
         groups,
         state,
         Ranks(),
@@ -236,3 +235,5 @@ def _small_model(signature: StepSignature) -> StepContext:
         stochastic=signature.stochastic,
         optim_bits=signature.optim_bits,
     )
+    init_state_(groups, context)
+    return context

@@ -13,9 +13,10 @@ from torch._compile import _disable_dynamo
 from molf.errors import MolfError
 from molf.kernels.checks import check_options as check_fused
 from molf.layers.base import Matrix
-from molf.layers.build import init_group_, init_state_, matrix_of, modules_of
+from molf.layers.build import init_state_, matrix_of, modules_of
 from molf.numerics.context import StepContext
-from molf.numerics.distributed import ParamNames, broadcast_seeds, find_ranks
+from molf.numerics.distributed import Ranks, broadcast_seeds, check_no_orphaned_state, find_ranks
+from molf.numerics.param_names import ParamNames
 from molf.optimizer.backward_step import BackwardStep, detach_others
 from molf.optimizer.expert_views import Experts
 from molf.optimizer.kernel_choice import KernelSelector
@@ -53,8 +54,10 @@ class MoLF(torch.optim.Optimizer):
     checkpoint is an ordinary checkpoint. Everything else that trains takes plain AdamW.
 
     Args:
-        model: The model, or the groups that ``molf.param_groups`` made of it. Parameters that are frozen now are not trained
-            later.
+        model: The model, or the groups that ``molf.param_groups`` made of it. Parameters that are frozen now, and layers put
+            into the model later, are not trained. A warning names them at the first step at which they have a gradient, and
+            parameters that have left the model. With groups, and in a copy of an optimizer, nothing is noticed: the model is
+            unknown.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
         lora_lr: ``"matched"``: a LoRA step is as long as a full-rank one at ``lr``, whatever ``lora_alpha`` and the rank
@@ -203,7 +206,8 @@ class MoLF(torch.optim.Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            MolfError: If an option of this step cannot work.
+            MolfError: If an option of this step cannot work, or a parameter has another shape, dtype or device than its state
+                or its gradient. Nothing has moved then.
         """
         loss = None
         if closure is not None and self._backward_step is not None:
@@ -219,6 +223,8 @@ class MoLF(torch.optim.Optimizer):
             context = self._begin()
         if fresh and only_creates_state(context):
             return loss
+        if self._names is not None and context.ranks.is_leader:
+            self._names.warn_of_changes(self.param_groups)
         if self._backward_step is None:
             outcome = step_all(context)
         else:
@@ -239,23 +245,31 @@ class MoLF(torch.optim.Optimizer):
         if not self._seeds_are_shared:
             broadcast_seeds(self.param_groups, self.state, ranks)
             self._seeds_are_shared = True
-        init_state_(self.param_groups, self.state, self.bf16_update == "split", self.optim_bits)
-        context = StepContext(
-            groups=self.param_groups,
-            state=self.state,
-            ranks=ranks,
-            score=self.score,
+        check_no_orphaned_state(self.param_groups, self.state)
+        context = replace(
+            self._context(ranks),
             top_k=self.top_k,
             max_grad_norm=self.max_grad_norm,
-            stochastic=self.bf16_update == "stochastic",
-            optim_bits=self.optim_bits,
             fused_required=self.fused is True,
             fused_steps=self._fused_steps,
             # A GradScaler sets these two before it calls step().
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )
+        init_state_(self.param_groups, context)
         return replace(context, fused=self._kernels.select(context, self.fused))
+
+    def _context(self, ranks: Ranks) -> StepContext:
+        """Return what holds between steps, too."""
+        return StepContext(
+            groups=self.param_groups,
+            state=self.state,
+            ranks=ranks,
+            score=self.score,
+            stochastic=self.bf16_update == "stochastic",
+            optim_bits=self.optim_bits,
+            names=self._names,
+        )
 
     def _modules(self) -> list[str]:
         return [module for group in self.param_groups if "module" in group for module in modules_of(group)]
@@ -270,10 +284,8 @@ class MoLF(torch.optim.Optimizer):
             self._names.refresh(self.param_groups)
         for group in self.param_groups:
             if "module" in group and module in modules_of(group):
-                keep_low = self.bf16_update == "split"
-                init_group_(group, self.state, keep_low, self.optim_bits)
-                ranks = find_ranks(self.param_groups, self._process_group)
-                context = StepContext(self.param_groups, self.state, ranks, self.score, stochastic=not keep_low)
+                context = self._context(find_ranks(self.param_groups, self._process_group))
+                init_state_([group], context)
                 return matrix_of(group, module, self.state, context.with_noise().noise)
         names = self._modules()
         raise KeyError(f"{module!r} is not routed; the {len(names)} routed modules are {names[0]}, ..., {names[-1]}")

@@ -57,7 +57,9 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], o
         _check_tags(own, other, _TAGS)
     for own, other in zip(groups, saved, strict=False):
         for p, quantized, key in zip(own["params"], quantized_params(own, optim_bits), other["params"], strict=False):
-            _check_tensors(own.get("module", "an ordinary parameter"), p, quantized, state_dict["state"].get(key, {}))
+            entries, where = state_dict["state"].get(key, {}), own.get("module", "an ordinary parameter")
+            _check_shapes(where, _shapes(own, p), entries)
+            _check_precision(where, p, quantized, entries)
     for own, other in zip(groups, saved, strict=False):
         _check_tags(own, other, _SCALES)
 
@@ -71,14 +73,30 @@ def _check_tags(own: dict[str, Any], saved: dict[str, Any], tags: Sequence[str])
             )
 
 
-def _check_tensors(where: str, p: Tensor, quantized: bool, saved: dict[str, Any]) -> None:
+def _shapes(group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a parameter's entries in the state, 8-bit maxima apart."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq", "low"), tuple(p.shape))
+    if group.get("form") in ("merged", "stacked") and p is group["params"][0]:
+        *stack, n_out, n_in = p.shape if not group.get("transposed") else p.mT.shape
+        for name, r in zip(group["experts"][1:], group["ranks"], strict=True):
+            for end in ("", ".exp_avg", ".exp_avg_sq"):
+                shapes |= {f"{name}.A{end}": (*stack, r, n_in), f"{name}.B{end}": (*stack, n_out, r)}
+    return shapes
+
+
+def _check_shapes(where: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, Any]) -> None:
+    for key, shape in shapes.items():
+        if key in saved and saved[key].shape != shape:
+            what = f"{where} {key}" if key.startswith("lora_") else where
+            raise MolfError(
+                f"this optimizer state does not fit: {what} is {list(shape)} here and {list(saved[key].shape)} in the state"
+            )
+
+
+def _check_precision(where: str, p: Tensor, quantized: bool, saved: dict[str, Any]) -> None:
     if "exp_avg" not in saved:
         return
-    shape, dtype = saved["exp_avg"].shape, saved["exp_avg"].dtype
-    if shape != p.shape:
-        raise MolfError(
-            f"this optimizer state does not fit: {where} is {list(p.shape)} here and {list(shape)} in the state"
-        )
+    dtype = saved["exp_avg"].dtype
     if quantized != (dtype == torch.uint8):
         saved_bits, ours = (32, 8) if quantized else (8, 32)
         raise MolfError(

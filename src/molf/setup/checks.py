@@ -11,10 +11,11 @@ from torch import nn
 
 from molf.errors import MolfError
 from molf.layers.base import quantized_params
+from molf.layers.fit import check_parameter
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.setup.param_groups import check_numbers, check_parameter, is_number, param_groups
+from molf.setup.param_groups import check_numbers, is_number, param_groups
 
 __all__ = [
     "NO_GRADIENTS_KEPT",

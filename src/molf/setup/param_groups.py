@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from molf.errors import MolfError
+from molf.layers.fit import check_parameter
 from molf.setup.discovery import check_rank
 from molf.setup.parameters import RoutedParameter, routed_weights, unrouted_kinds
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
 __all__ = [
     "check_numbers",
-    "check_parameter",
     "checked_ranks",
     "expert_names",
     "is_number",
@@ -73,8 +73,8 @@ def param_groups(
     """Build the parameter groups of a model for ``MoLF``: merged experts for a plain model, its adapters for a PEFT model.
 
     Every trainable parameter is in exactly one group. Targeted linear layers, and stacks of experts' matrices, whose weight
-    requires a gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay and vectors (norms,
-    biases) without. The LoRA initialisation depends on torch's seed and the module order only; no random number is drawn here.
+    requires a gradient get a group each; the rest goes to two ordinary AdamW groups, matrices with decay, vectors, norms and
+    biases without. The LoRA initialisation depends on torch's seed and the module order only; no random number is drawn here.
 
     Args:
         model: Any module; torch.compile and DDP wrappers are transparent. A PEFT model's active LoRA adapters are its
@@ -167,9 +167,16 @@ def _b_factors(group: dict[str, Any]) -> tuple[float, ...]:
 def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
     taken = {id(p) for group in routed for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    matrices = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+    undecayed = {id(p) for module in model.modules() for p in _undecayed(module)}
+    matrices = {"params": [p for p in rest if id(p) not in undecayed], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in rest if id(p) in undecayed], "weight_decay": 0.0}
     return [group for group in (matrices, vectors) if group["params"]]
+
+
+def _undecayed(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own vectors, and what is a norm's or a bias in more dimensions."""
+    norm = type(module).__name__.endswith("Norm")
+    return [p for key, p in module.named_parameters(recurse=False) if norm or p.ndim < 2 or key.endswith("bias")]
 
 
 def _is_matched(lora_lr: float | str | None) -> bool:
@@ -238,18 +245,6 @@ def check_numbers(**numbers: float | torch.Tensor | None) -> None:
     for name, value in numbers.items():
         if not (is_number(value) and value >= 0) and not (name == "lora_lr" and value is None):
             raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more")
-
-
-def check_parameter(name: str, p: torch.Tensor) -> None:
-    """Check that a parameter has a dtype and a layout that can be trained.
-
-    Raises:
-        MolfError: If it has not.
-    """
-    if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise MolfError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
-    if not p.is_contiguous():
-        raise MolfError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
 
 
 def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:

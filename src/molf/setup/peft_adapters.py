@@ -20,17 +20,20 @@ def is_adapted(model: nn.Module) -> bool:
 def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return one group, without learning rates, for every layer with active adapters.
 
-    ``params`` are weight and bias of the base where they train (the ``fft`` expert), then A and B of each active adapter.
+    ``params`` are weight and bias of the base where its weight trains (the ``fft`` expert), then A and B of each active adapter.
+    Whatever else PEFT trains is ordinary: biases of frozen weights and of B, ``modules_to_save`` (heads of classifiers too),
+    ``trainable_token_indices`` and LoRA on embeddings.
 
     Raises:
         MolfError: If the adapters are not LoRA on linear layers, can't be told apart by rank, or differ between layers.
     """
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "target_modules_to_tie", None):
+            raise MolfError(
+                f"the adapter {adapter!r} ties LoRA of the embedding to that of the output (ensure_weight_tying), which would "
+                "move twice: leave ensure_weight_tying out, or take both out of target_modules"
+            )
     modules = module_names(model)
-    if saved := [name for name, module in modules.items() if hasattr(module, "original_module")]:
-        raise MolfError(
-            f"modules_to_save keeps a trained copy of {saved[0]} beside the experts, which no export to one adapter can hold: "
-            "leave it out of the PEFT configuration"
-        )
     layers: dict[str, Any] = {name: module for name, module in modules.items() if _is_lora(module)}
     groups = [group for name, layer in layers.items() if (group := _group(name, layer)) is not None]
     if not groups:
@@ -56,24 +59,31 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _group(name: str, layer: Any) -> dict[str, Any] | None:
+    if not isinstance(layer.lora_A, nn.ModuleDict):
+        raise MolfError(f"{name} has adapters of another kind ({type(layer).__name__}): experts are plain LoRA")
     adapters = [a for a in layer.active_adapters if a in layer.lora_A and layer.lora_A[a].weight.requires_grad]
     if not adapters:
         return None
-    if getattr(layer, "lora_variant", None):
+    if variants := [layer.lora_variant[a] for a in adapters if a in layer.lora_variant]:
         raise MolfError(
-            f"{name} has LoRA adapters of another kind ({type(next(iter(layer.lora_variant.values()))).__name__}): experts are "
-            "plain LoRA; turn use_dora and the like off"
+            f"{name} has LoRA adapters of another kind ({type(variants[0]).__name__}): experts are plain LoRA; turn use_dora and "
+            "the like off"
         )
     pairs = [(layer.lora_A[a].weight, layer.lora_B[a].weight) for a in adapters]
-    if any(p.ndim != 2 for pair in pairs for p in pair):
+    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")  # PEFT's target_parameters
+    weight: Any = getattr(base, key, None)  # some quantised layers have none
+    stacked = hasattr(layer, "parameter_name") and weight.ndim != 2
+    if stacked or any(p.ndim != 2 for pair in pairs for p in pair):
         raise MolfError(
-            f"{name} is no linear layer: only those can be routed; leave it out of the adapters' target_modules"
+            f"{name} is no linear layer ({type(base).__name__}): only those can be routed; leave it out of the adapters' "
+            "target_modules and target_parameters"
         )
     ranks = tuple(layer.r[a] for a in adapters)
     if len(set(ranks)) < len(ranks):
         raise MolfError(f"the adapters {adapters} of {name} have ranks {ranks}: experts are told apart by their rank")
-    base = layer.get_base_layer()
-    trained = [p for p in (base.weight, getattr(base, "bias", None)) if p is not None and p.requires_grad]
+    trained = [weight] if weight is not None and weight.requires_grad else []
+    bias = getattr(base, "bias", None) if trained and key == "weight" else None
+    trained += [bias] if bias is not None and bias.requires_grad else []
     return {
         "params": [*trained, *(p for pair in pairs for p in pair)],
         "module": name,
