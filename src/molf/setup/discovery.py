@@ -10,7 +10,7 @@ from torch import nn
 
 from molf.errors import MolfError
 
-__all__ = ["check_rank", "module_names", "check_not_tied", "routed_linears"]
+__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears"]
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -27,13 +27,11 @@ def routed_linears(
     """
     modules = module_names(model)
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
-    output = _output_embedding(_unwrapped(model)) if everything else None
+    output = output_embedding(_unwrapped(model)) if everything else None
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
-        wanted = (
-            isinstance(module, nn.Linear) and module is not output if everything else _matches(name, target_modules)
-        )
-        if not wanted or _matches(name, exclude_modules):
+        wanted = isinstance(module, nn.Linear) and module is not output if everything else matches(name, target_modules)
+        if not wanted or matches(name, exclude_modules):
             continue
         if not isinstance(module, nn.Linear):
             raise MolfError(
@@ -69,7 +67,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Return whether patterns have a module's name: one regular expression for all of it, or names or their last parts.
+
+    Raises:
+        MolfError: If a string is no regular expression.
+    """
     if isinstance(patterns, str):
         try:
             return re.fullmatch(patterns, name) is not None
@@ -80,7 +83,8 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that gives a model's logits over the vocabulary, if it has one."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from molf.errors import MolfError
 from molf.setup.discovery import check_not_tied, module_names
 
-__all__ = ["adapted_groups", "is_adapted"]
+__all__ = ["adapted_groups", "base_parameters", "is_adapted"]
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -31,7 +32,9 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
             f"modules_to_save keeps a trained copy of {saved[0]} beside the experts, which no export to one adapter can hold: "
             "leave it out of the PEFT configuration"
         )
-    layers: dict[str, Any] = {name: module for name, module in modules.items() if _is_lora(module)}
+    layers: dict[str, Any] = {
+        _target_name(name, module): module for name, module in modules.items() if _is_lora(module)
+    }
     groups = [group for name, layer in layers.items() if (group := _group(name, layer)) is not None]
     if not groups:
         raise MolfError(
@@ -55,6 +58,19 @@ def _is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")
 
 
+def base_parameters(layer: Any) -> list[nn.Parameter]:
+    """Return what a LoRA layer adapts: weight and bias of its base layer, or the stacked tensor that it was made for."""
+    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    found = [getattr(base, key), getattr(base, "bias", None) if key == "weight" else None]
+    return [p for p in found if p is not None]
+
+
+def _target_name(name: str, layer: Any) -> str:
+    """Return the name of what a LoRA layer adapts: PEFT wraps a module once for each adapted parameter."""
+    key = getattr(layer, "parameter_name", "weight")
+    return re.sub(r"(\.base_layer)+$", "", name) + ("" if key == "weight" else f".{key}")
+
+
 def _group(name: str, layer: Any) -> dict[str, Any] | None:
     adapters = [a for a in layer.active_adapters if a in layer.lora_A and layer.lora_A[a].weight.requires_grad]
     if not adapters:
@@ -72,8 +88,7 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
     ranks = tuple(layer.r[a] for a in adapters)
     if len(set(ranks)) < len(ranks):
         raise MolfError(f"the adapters {adapters} of {name} have ranks {ranks}: experts are told apart by their rank")
-    base = layer.get_base_layer()
-    trained = [p for p in (base.weight, getattr(base, "bias", None)) if p is not None and p.requires_grad]
+    trained = [p for p in base_parameters(layer) if p.requires_grad]
     return {
         "params": [*trained, *(p for pair in pairs for p in pair)],
         "module": name,

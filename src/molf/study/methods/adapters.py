@@ -14,6 +14,7 @@ from molf.files import atomic_folder
 from molf.integrations.lora_experts import add_lora_experts
 from molf.integrations.trainer import MoLFFactory
 from molf.optimizer import MoLF
+from molf.setup.peft_adapters import base_parameters
 from molf.study.methods.eva import add_eva_adapter
 from molf.study.methods.recipe import Recipe
 
@@ -54,9 +55,9 @@ def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
 def _add_experts(model: nn.Module, arguments: dict[str, Any], freeze_rest: bool) -> PeftModel:
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted = add_lora_experts(model, **arguments)
-    layers = [module.get_base_layer() for module in adapted.modules() if hasattr(module, "lora_A")]
-    weights = {id(layer.weight) for layer in layers}
-    routed = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    layers = [base_parameters(module) for module in adapted.modules() if hasattr(module, "lora_A")]
+    weights = {id(weight) for weight, *_ in layers}
+    routed = {id(p) for layer in layers for p in layer}
     for p in trained:
         if id(p) not in (weights if freeze_rest else routed):
             p.requires_grad_(not freeze_rest)
