@@ -1,6 +1,5 @@
 """LoRA experts as PEFT adapters: the branched form, and MoLF-Efficient if the base is frozen."""
 
-import logging
 import warnings
 from collections.abc import Sequence
 
@@ -12,8 +11,6 @@ from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
 from molf.integrations.lora_targets import find_targets, task_type
 from molf.setup.param_groups import checked_ranks, expert_names
-
-logger = logging.getLogger(__name__)
 
 
 def add_lora_experts(
@@ -60,7 +57,7 @@ def add_lora_experts(
     if not ranks:
         raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
     targets = find_targets(model, target_modules, exclude_modules, stacks=lora_dropout == 0)
-    logger.log(logging.WARNING if targets.left_out else logging.INFO, "%s", targets)
+    targets.log()
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted: PeftModel | None = None

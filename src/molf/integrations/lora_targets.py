@@ -6,6 +6,7 @@ run there.
 """
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from molf.errors import MolfError
 from molf.setup.discovery import matches, output_embedding
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 6  # how many names a message lists
 
@@ -51,6 +54,10 @@ class LoraTargets:
             f"LoRA adapts {100 * self.share:.1f} % of the parameters; {100 * self.left_share:.1f} % are weights without it: "
             f"{', '.join([*names[:_SHOWN], *more]) or 'none'}"
         )
+
+    def log(self) -> None:
+        """Log the sentence, as a warning if anything is left out."""
+        logger.log(logging.WARNING if self.left_out else logging.INFO, "%s", self)
 
 
 def find_targets(
@@ -98,7 +105,7 @@ def find_targets(
             else:
                 unfit[name] = f"{weight.dtype}, and PEFT takes {ending} for stacked experts"
     if not stacks:
-        unfit |= dict.fromkeys(parameters, "an adapted parameter takes no dropout: use lora_dropout=0")
+        unfit |= dict.fromkeys(parameters, "which takes plain LoRA without dropout only")
         parameters = {}
     if not fit and not parameters:
         raise MolfError(_nothing(model, target_modules, exclude_modules, unfit))
