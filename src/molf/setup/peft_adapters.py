@@ -10,7 +10,7 @@ from torch import nn
 from molf.errors import MolfError
 from molf.setup.discovery import check_not_tied, module_names
 
-__all__ = ["adapted_groups", "base_parameters", "is_adapted"]
+__all__ = ["adapted_groups", "base_parameters", "is_adapted", "target_name"]
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -32,9 +32,7 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
             f"modules_to_save keeps a trained copy of {saved[0]} beside the experts, which no export to one adapter can hold: "
             "leave it out of the PEFT configuration"
         )
-    layers: dict[str, Any] = {
-        _target_name(name, module): module for name, module in modules.items() if _is_lora(module)
-    }
+    layers: dict[str, Any] = {target_name(name, module): module for name, module in modules.items() if _is_lora(module)}
     groups = [group for name, layer in layers.items() if (group := _group(name, layer)) is not None]
     if not groups:
         raise MolfError(
@@ -65,7 +63,7 @@ def base_parameters(layer: Any) -> list[nn.Parameter]:
     return [p for p in found if p is not None]
 
 
-def _target_name(name: str, layer: Any) -> str:
+def target_name(name: str, layer: Any) -> str:
     """Return the name of what a LoRA layer adapts: PEFT wraps a module once for each adapted parameter."""
     key = getattr(layer, "parameter_name", "weight")
     return re.sub(r"(\.base_layer)+$", "", name) + ("" if key == "weight" else f".{key}")
