@@ -51,6 +51,10 @@ BART = {
     **SPECIAL, "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
 }
+WHISPER = {
+    **BART, "num_mel_bins": 4, "max_source_positions": 4, "max_target_positions": 8, "decoder_start_token_id": 1,
+    "begin_suppress_tokens": None,
+}
 # fmt: on
 
 
@@ -60,7 +64,7 @@ class Family(NamedTuple):
     Attributes:
         model: Its name.
         settings: Arguments of its configuration.
-        inputs: What a batch has: ``text``, ``pairs`` (for an encoder and a decoder), ``image``, or ``both``.
+        inputs: What a batch has: ``text``, ``pairs`` (for an encoder and a decoder), ``speech``, ``image``, or ``both``.
     """
 
     model: str
@@ -81,7 +85,8 @@ class Family(NamedTuple):
         text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         image = {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
         pairs = {**text, "decoder_input_ids": ids.flip(1)}
-        return {"text": text, "pairs": pairs, "image": image, "both": text | image}[self.inputs]
+        speech = {"input_features": torch.randn(2, 4, 8, generator=generator), "decoder_input_ids": ids}
+        return {"text": text, "pairs": pairs, "speech": speech, "image": image, "both": text | image}[self.inputs]
 
 
 FAMILIES = {
@@ -120,6 +125,7 @@ FAMILIES = {
     "ModernBERT masked": Family("ModernBertForMaskedLM", {**ENCODER, "cls_token_id": 1, "sep_token_id": 2}),
     "T5": Family("T5ForConditionalGeneration", T5, "pairs"),
     "BART": Family("BartForConditionalGeneration", BART, "pairs"),
+    "Whisper": Family("WhisperForConditionalGeneration", WHISPER, "speech"),
     "ViT classifier": Family("ViTForImageClassification", VISION, "image"),
     "CLIP": Family("CLIPModel", {"text_config": ENCODER, "vision_config": VISION, "projection_dim": 16}, "both"),
     "Llava": Family(

@@ -122,16 +122,14 @@ def find_targets(
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return PEFT's task for a model: CAUSAL_LM or SEQ_2_SEQ_LM if it generates text.
+    """Return PEFT's task for a model: CAUSAL_LM or SEQ_2_SEQ_LM if it generates from text, else None.
 
-    Others have none: PEFT then records the class itself. Its tasks for classifiers would train a head for each adapter.
+    PEFT's classes for these tasks prepare generation and pass ``input_ids`` on. Without a task it records the model's class
+    itself. Its tasks for classifiers would train a head for each adapter.
     """
-    if not hasattr(model, "prepare_inputs_for_generation"):
+    if not hasattr(model, "prepare_inputs_for_generation") or getattr(model, "main_input_name", "") != "input_ids":
         return None
-    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    return (
-        "SEQ_2_SEQ_LM" if seq2seq and hasattr(model, "_prepare_encoder_decoder_kwargs_for_generation") else "CAUSAL_LM"
-    )
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,8 @@ from torch import nn
 from molf.errors import MolfError
 
 __all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears"]
+
+logger = logging.getLogger(__name__)
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -46,7 +49,22 @@ def routed_linears(
     if not linears:
         raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
     check_not_tied(modules, linears)
+    if everything:
+        _warn_of_transposed(modules)
     return linears
+
+
+def _warn_of_transposed(modules: Mapping[str, nn.Module]) -> None:
+    """Warn of Conv1D layers beside the routed ones."""
+    weights = [module.get_parameter("weight") for module in modules.values() if _is_a(module, "Conv1D")]
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    if trained:
+        everything = sum(p.numel() for p in modules[""].parameters() if p.requires_grad)
+        logger.warning(
+            "%d Conv1D layers (%s), %.0f %% of the trained parameters, have weights [in, out]: they are not routed and take "
+            "plain AdamW; with molf.add_lora_experts(model, freeze_base=False) they are routed",
+            *(len(weights), ", ".join(_last_parts(modules, "Conv1D")), 100 * trained / everything),
+        )
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,15 +142,14 @@ def _nothing_to_route(
     )
 
 
-def _last_parts(modules: dict[str, nn.Module], kind: str) -> list[str]:
-    """Return the last name parts of all modules whose class, or a base of it, has a name."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in modules.items()
-            if any(base.__name__ == kind for base in type(module).__mro__)
-        }
-    )
+def _last_parts(modules: Mapping[str, nn.Module], kind: str) -> list[str]:
+    """Return the last name parts of all modules of a class."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_a(module, kind)})
+
+
+def _is_a(module: nn.Module, kind: str) -> bool:
+    """Return whether a module's class, or a base of it, has a name."""
+    return any(base.__name__ == kind for base in type(module).__mro__)
 
 
 def check_not_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
