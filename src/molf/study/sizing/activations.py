@@ -67,7 +67,7 @@ def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -
 class _GroupedProducts(TorchFunctionMode):
     """Runs the products of stacked experts by transformers' own operator: torch's knows tensors without storage in bfloat16 only.
 
-    Both save the same tensors.
+    Both save the same tensors, but for the offsets of the groups.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
