@@ -87,6 +87,8 @@ def test_layers_that_peft_takes_for_older_names_of_stacks():
     targets = find_targets(of("DeepSeek-V3"))
     assert "model.layers.0.mlp.gate_proj.weight" in targets.parameters
     assert "model.layers.1.mlp.shared_experts.down_proj.weight" in targets.parameters
+    left = find_targets(of("DeepSeek-V3"), stacks=False).left_out
+    assert left["model.layers.*.mlp.up_proj"] == "which takes plain LoRA without dropout only"
     optimizer = MoLF(add_lora_experts(of("DeepSeek-V3"), ranks=(2, 4)))
     assert {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.down_proj"} <= set(optimizer.experts)
 
@@ -112,6 +114,19 @@ def test_layers_that_are_no_linear_map_are_left_out():
         MolfError, match=r"those of this model are named broken, doubled, narrow, out_proj, own, pair, plain"
     ):
         find_targets(model, ["lain"])
+
+
+def test_layers_of_routers_are_left_out():
+    class TopKGating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+    model = nn.ModuleDict({"gate": TopKGating(), "router": nn.Linear(3, 2), "gate_proj": nn.Linear(3, 3)})
+    targets = find_targets(model)
+    assert targets.modules == ["gate_proj"]
+    assert targets.left_out == dict.fromkeys(["gate.layer", "router"], "Linear, of a router")
+    assert find_targets(model, ["gate_proj"]).modules == ["gate_proj"]
 
 
 def test_a_model_without_layers():

@@ -24,6 +24,7 @@ from molf.setup.discovery import matches, output_embedding
 
 logger = logging.getLogger(__name__)
 
+_ROUTER = re.compile(r"Router|Gating|MoE\w*Gate$", re.IGNORECASE)  # names of classes
 _SHOWN = 6  # how many names a message lists
 
 
@@ -80,32 +81,18 @@ def find_targets(
     """
     everything = target_modules == "all-linear"
     head = output_embedding(model)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if (
-            isinstance(module, nn.Linear | Conv1D) and module is not head
-            if everything
-            else matches(name, target_modules)
-        )
-        and not matches(name, exclude_modules)
-    }
+    modules, parameters = _wanted(model, target_modules, exclude_modules, head)
     unfit = {name: reason for name, module in modules.items() if (reason := _unfit(model, name, module))}
-    parameters = {
-        name: p
-        for name, p in _stacks(model)
-        if (everything or matches(name, target_modules)) and not matches(name, exclude_modules)
-    }
     fit = {name: module for name, module in modules.items() if name not in unfit}
-    for ending in _renamed({name.rpartition(".")[2] for name in fit}, model):
-        for name in [name for name in fit if name.rpartition(".")[2] == ending]:
-            weight = fit.pop(name).get_parameter("weight")
-            if weight.is_floating_point():
-                parameters[f"{name}.weight"] = weight
-            else:
-                unfit[name] = f"{weight.dtype}, and PEFT takes {ending} for stacked experts"
+    renamed = _renamed({name.rpartition(".")[2] for name in fit}, model)
+    for name in [name for name in fit if name.rpartition(".")[2] in renamed]:
+        weight = fit.pop(name).get_parameter("weight")
+        if weight.is_floating_point():
+            parameters[f"{name}.weight"] = weight
+        else:
+            unfit[name] = f"{weight.dtype}, with a name that PEFT takes for stacked experts"
     if not stacks:
-        unfit |= dict.fromkeys(parameters, "which takes plain LoRA without dropout only")
+        unfit |= {name.removesuffix(".weight"): "which takes plain LoRA without dropout only" for name in parameters}
         parameters = {}
     if not fit and not parameters:
         raise MolfError(_nothing(model, target_modules, exclude_modules, unfit))
@@ -132,6 +119,22 @@ def task_type(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
+def _wanted(
+    model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str], head: nn.Module | None
+) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """Return the targeted modules and stacks by name."""
+
+    def wanted(name: str, linear: bool) -> bool:
+        return (linear if target == "all-linear" else matches(name, target)) and not matches(name, exclude)
+
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if wanted(name, isinstance(module, nn.Linear | Conv1D) and module is not head)
+    }
+    return modules, {name: p for name, p in _stacks(model) if wanted(name, True)}
+
+
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the weights of stacked experts ``[experts, ., .]``."""
     for name, module in model.named_modules():
@@ -148,7 +151,14 @@ def _unfit(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return f"{type(module).__name__}, whose weight is read by its parent"
     if isinstance(module, nn.Linear | Conv1D) and not _is_plain(module):
         return type(module).__name__
-    return None
+    return f"{type(module).__name__}, of a router" if _in_router(model, name) else None
+
+
+def _in_router(model: nn.Module, name: str) -> bool:
+    """Return whether a layer is a router of experts or part of one, by the names of classes and attributes."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    return "router" in parts or any(_ROUTER.search(type(module).__name__) for module in around)
 
 
 def _is_plain(module: Any) -> bool:
