@@ -75,6 +75,16 @@ def test_a_stack_by_its_name():
     assert not targets.left_out
 
 
+def test_the_names_that_stacks_had_before():
+    projections = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(find_targets(of("Qwen3-MoE"), projections).parameters) == sorted(STACKS)
+    assert sorted(find_targets(of("Mixtral"), ["w1", "w2", "w3"]).parameters) == sorted(STACKS)
+    assert find_targets(of("Qwen3-MoE"), projections[:2]).parameters == []
+    model = add_lora_experts(of("DeepSeek-V3"), ranks=(2, 4), target_modules=projections)
+    experts = MoLF(model).experts
+    assert {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.gate_up_proj"} <= set(experts)
+
+
 def test_dropout_leaves_stacks_frozen_and_says_so(caplog):
     model = add_lora_experts(of("Mixtral"), ranks=(2,), lora_dropout=0.1)
     assert not any("experts" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -132,7 +132,13 @@ def _wanted(
         for name, module in model.named_modules()
         if wanted(name, isinstance(module, nn.Linear | Conv1D) and module is not head)
     }
-    return modules, {name: p for name, p in _stacks(model) if wanted(name, True)}
+    read = None if isinstance(target, str) else _as_peft_reads(target, model)
+    older = list(read.target_parameters or ()) if read is not None else []
+    return modules, {
+        name: p
+        for name, p in _stacks(model)
+        if wanted(name, True) or (matches(name, older) and not matches(name, exclude))
+    }
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -192,16 +198,21 @@ def _reads_weight(parent: nn.Module, child: str) -> bool:
 
 def _renamed(endings: set[str], model: nn.Module) -> set[str]:
     """Return the names that PEFT takes for an older transformers' names of stacked experts, whatever they are in this model."""
-    renamed = set()
-    for ending in endings:
-        config = LoraConfig(target_modules=[ending])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # one of two projections that became one
-            renamed.add(ending)
-        else:
-            renamed |= {ending} - set(config.target_modules)
-    return renamed
+    read = {ending: _as_peft_reads([ending], model) for ending in endings}
+    return {ending for ending, config in read.items() if config is None or ending not in config.target_modules}
+
+
+def _as_peft_reads(names: Sequence[str], model: nn.Module) -> LoraConfig | None:
+    """Return targets as PEFT will read them: names that older versions had for stacked experts become those of the stacks.
+
+    None if one of two projections is named that became one stack.
+    """
+    config = LoraConfig(target_modules=list(names))
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return None
+    return config
 
 
 def _left(
