@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from families import FAMILIES
+from molf import add_lora_experts
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
 from small import tiny_llama
 
@@ -24,6 +26,10 @@ def with_experts(model, targets="all-linear", ranks=(2, 6), **settings):
         else:
             model.add_adapter(f"lora_r{rank}", config)
     model.base_model.set_adapter([f"lora_r{rank}" for rank in ranks])
+    return randomise(model)
+
+
+def randomise(model):
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -51,6 +57,17 @@ def test_one_adapter_equals_the_experts(base, tmp_path, targets):
     loaded = PeftModel.from_pretrained(plain, tmp_path / "one")
     torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss", "DeepSeek-V3"])
+def test_stacked_experts_in_one_adapter(name, tmp_path):
+    plain = FAMILIES[name].build()
+    model = randomise(add_lora_experts(copy.deepcopy(plain), ranks=(2, 6)))
+    assert export_peft(model, tmp_path / "one") == 8
+    expected = logits(model)
+    assert (expected - logits(plain)).abs().max() > 1e-3
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "one")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=0)
 
 
 def test_the_adapter_says_its_scale_without_rank_stabilisation(base, tmp_path):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from families import FAMILIES
 from molf import MoLF, add_lora_experts
 from molf.setup.discovery import check_rank, routed_linears
 from small import mlp, tiny_llama
@@ -74,6 +75,16 @@ def test_output_embedding_of_another_name():
 
     assert found(Neo()) == ["dense"]
     assert found(Neo(), target=["dense", "embed_out"]) == ["dense", "embed_out"]
+
+
+def test_transposed_layers_beside_linear_ones_are_named(caplog):
+    model = FAMILIES["GPT-2 classifier"].build()
+    assert found(model) == ["score"]
+    assert "4 Conv1D layers (c_attn, c_fc, c_proj), 73 % of the trained parameters" in caplog.text
+    caplog.clear()
+    assert found(model, target=["score"]) == ["score"]
+    model.transformer.requires_grad_(False)
+    assert found(model) == ["score"] and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from molf.errors import MolfError
 from molf.files import atomic_folder
 from molf.integrations.merge import cast_error, merge
+from molf.setup.peft_adapters import target_name
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
@@ -28,12 +29,20 @@ def concatenate_pairs(layer: LoraLayer, adapters: list[str]) -> Pair:
     """Write the sum of a layer's LoRA pairs as one pair of scale 1: ``sum_i s_i B_i A_i = B A``.
 
     Returns:
-        ``A = [A_1; A_2; ...] [sum r_i, in]`` and ``B = [s_1 B_1, s_2 B_2, ...] [out, sum r_i]``, in float32 on the CPU.
+        ``A = [A_1; A_2; ...] [sum r_i, in]`` and ``B = [s_1 B_1, s_2 B_2, ...] [out, sum r_i]``, in float32 on the CPU. For
+        a stack of ``n`` matrices they are ``[n sum r_i, in]`` and ``[out, n sum r_i]``, as PEFT holds them.
     """
-    own = [name for name in adapters if name in layer.lora_A]
-    downs = [layer.lora_A[name].weight.detach().float() for name in own]
-    ups = [layer.scaling[name] * layer.lora_B[name].weight.detach().float() for name in own]
-    return torch.cat(downs).cpu().contiguous(), torch.cat(ups, dim=1).cpu().contiguous()
+    own, n = [name for name in adapters if name in layer.lora_A], _stack_size(layer)
+    # PEFT's order in a stack: A by matrix, then rank; B by rank, then matrix.
+    downs = [layer.lora_A[name].weight.detach().float().unflatten(0, (n, -1)) for name in own]
+    ups = [layer.scaling[name] * layer.lora_B[name].weight.detach().float().unflatten(1, (-1, n)) for name in own]
+    down, up = torch.cat(downs, dim=1).flatten(0, 1), torch.cat(ups, dim=1).flatten(1, 2)
+    return down.cpu().contiguous(), up.cpu().contiguous()
+
+
+def _stack_size(layer: LoraLayer) -> int:
+    """Return the number of matrices that a layer adapts: 1 unless they are stacked."""
+    return getattr(layer, "num_experts", 1)
 
 
 def export_peft(model: PeftModel, folder: str | Path) -> int:
@@ -55,7 +64,8 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
     layers = _plain_lora_layers(model)
     adapters = list(model.peft_config)
     pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}
-    config = _one_adapter_config(model, {name: len(down) for name, (down, _) in pairs.items()})
+    ranks = {name: len(down) // _stack_size(layers[name]) for name, (down, _) in pairs.items()}
+    config = _one_adapter_config(model, layers, ranks)
     with whole_folder(folder) as partial:
         tensors = {
             f"base_model.model.{name}.lora_{letter}.weight": tensor
@@ -64,7 +74,7 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
         }
         save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(partial)
-    return max(len(down) for down, _ in pairs.values())
+    return max(ranks.values())
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
@@ -103,16 +113,19 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
 
 
-def _one_adapter_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
+def _one_adapter_config(model: PeftModel, layers: dict[str, LoraLayer], ranks: dict[str, int]) -> LoraConfig:
     first = next(iter(model.peft_config.values()))
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != common}
+    names = {name: _peft_name(name, layer) for name, layer in layers.items()}
+    others = {names[name]: rank for name, rank in ranks.items() if rank != common}
+    stacks = [name for name, layer in layers.items() if hasattr(layer, "parameter_name")]
     return LoraConfig(
         r=common,
         lora_alpha=common,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_targets(model.get_base_model(), ranks),
+        target_modules=_targets(model.get_base_model(), layers.keys() - stacks),
+        target_parameters=[names[name] for name in stacks] or None,
         fan_in_fan_out=first.fan_in_fan_out,
         base_model_name_or_path=first.base_model_name_or_path,
         task_type=first.task_type,
@@ -120,11 +133,16 @@ def _one_adapter_config(model: PeftModel, ranks: dict[str, int]) -> LoraConfig:
     )
 
 
-def _targets(base: nn.Module, adapted: dict[str, Any]) -> list[str]:
+def _peft_name(name: str, layer: LoraLayer) -> str:
+    """Return the name by which PEFT finds what a layer adapts: a module, or a parameter with its own last part."""
+    return target_name(name, layer) + (".weight" if getattr(layer, "parameter_name", "") == "weight" else "")
+
+
+def _targets(base: nn.Module, adapted: set[str]) -> list[str]:
     """Name the adapted layers by the last parts of their names if these match no other layer, else in full."""
     endings = {name.rpartition(".")[2] for name in adapted}
     matching = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
-    return sorted(endings) if matching == set(adapted) else sorted(adapted)
+    return sorted(endings) if matching == adapted else sorted(adapted)
 
 
 def _plain_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:

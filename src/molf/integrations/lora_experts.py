@@ -1,5 +1,6 @@
 """LoRA experts as PEFT adapters: the branched form, and MoLF-Efficient if the base is frozen."""
 
+import warnings
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
+from molf.integrations.lora_targets import find_targets, task_type
 from molf.setup.param_groups import checked_ranks, expert_names
 
 
@@ -28,19 +30,23 @@ def add_lora_experts(
     ``PeftModel`` that saves, loads, merges and takes quantised bases as usual. In training, all experts of a layer run in one
     pass (``JointLinear``) with one dropout mask.
 
+    Stacked weights ``[experts, ., .]`` of mixtures get a pair of LoRA matrices for each slice, and one decision for all slices.
+    Routers, and layers whose weight another module reads, get no experts: a warning names them, with their share.
+
     Args:
         model: A plain model; changed in place.
         ranks: Rank of each LoRA expert, all different.
         lora_alpha: LoRA's alpha: one for all experts, or one per rank.
-        lora_dropout: Dropout before each A, in [0, 1).
+        lora_dropout: Dropout before each A, in [0, 1). Stacked weights take none: above 0 they get no experts.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         freeze_base: Train the experts only (MoLF-Efficient). Otherwise everything that trained before still does, and the weights
             of the adapted layers are the ``fft`` experts.
-        target_modules: As in PEFT.
+        target_modules: As in PEFT; names of stacked tensors are understood, too.
         exclude_modules: As in PEFT.
 
     Raises:
-        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, or there is another number of alphas.
+        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, or nothing that can
+            be adapted matches.
         TypeError: The model is a ``PeftModel`` already.
     """
     if isinstance(model, PeftModel):
@@ -50,6 +56,9 @@ def add_lora_experts(
     ranks, alphas = checked_ranks(ranks, lora_alpha)
     if not ranks:
         raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
+    targets = find_targets(model, target_modules, exclude_modules, stacks=lora_dropout == 0)
+    targets.log()
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted: PeftModel | None = None
     for name, rank, alpha in zip(expert_names(ranks)[1:], ranks, alphas, strict=True):
@@ -58,15 +67,19 @@ def add_lora_experts(
             lora_alpha=alpha,
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-            exclude_modules=exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules),
-            task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+            fan_in_fan_out=transposed,
+            target_modules=list(targets.modules),
+            target_parameters=list(targets.parameters) or None,
+            task_type=task_type(model),
         )
-        if adapted is None:
-            adapted = get_peft_model(model, config, adapter_name=name)
-        else:
-            adapted.add_adapter(name, config)
+        with (
+            warnings.catch_warnings()
+        ):  # of models that have Conv1D and nn.Linear layers: PEFT does what is right for each
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+            if adapted is None:
+                adapted = get_peft_model(model, config, adapter_name=name)
+            else:
+                adapted.add_adapter(name, config)
     assert adapted is not None
     adapted.base_model.set_adapter(list(adapted.peft_config))
     join_experts(adapted)

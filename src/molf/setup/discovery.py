@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,9 @@ from torch import nn
 
 from molf.errors import MolfError
 
-__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "routed_linears"]
+__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears"]
+
+logger = logging.getLogger(__name__)
 
 # Segments that wrappers put into module names (torch.compile, activation checkpointing, DDP).
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -30,7 +33,7 @@ def routed_linears(
     """
     modules = module_names(model)
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
-    output = _output_embedding(_unwrapped(model)) if everything else None
+    output = output_embedding(_unwrapped(model)) if everything else None
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
         wanted = isinstance(module, nn.Linear) and module is not output if everything else matches(name, target_modules)
@@ -49,7 +52,22 @@ def routed_linears(
     if not linears and not may_be_none:
         raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
     check_not_tied(modules, linears)
+    if everything:
+        _warn_of_transposed(modules)
     return linears
+
+
+def _warn_of_transposed(modules: Mapping[str, nn.Module]) -> None:
+    """Warn of Conv1D layers beside the routed ones."""
+    weights = [module.get_parameter("weight") for module in modules.values() if _is_a(module, "Conv1D")]
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    if trained:
+        everything = sum(p.numel() for p in modules[""].parameters() if p.requires_grad)
+        logger.warning(
+            "%d Conv1D layers (%s), %.0f %% of the trained parameters, have weights [in, out]: they are not routed and take "
+            "plain AdamW; with molf.add_lora_experts(model, freeze_base=False) they are routed",
+            *(len(weights), ", ".join(_last_parts(modules, "Conv1D")), 100 * trained / everything),
+        )
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -86,7 +104,8 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that gives a model's logits over the vocabulary, if it has one."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 
@@ -126,15 +145,14 @@ def _nothing_to_route(
     )
 
 
-def _last_parts(modules: dict[str, nn.Module], kind: str) -> list[str]:
-    """Return the last name parts of all modules whose class, or a base of it, has a name."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in modules.items()
-            if any(base.__name__ == kind for base in type(module).__mro__)
-        }
-    )
+def _last_parts(modules: Mapping[str, nn.Module], kind: str) -> list[str]:
+    """Return the last name parts of all modules of a class."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_a(module, kind)})
+
+
+def _is_a(module: nn.Module, kind: str) -> bool:
+    """Return whether a module's class, or a base of it, has a name."""
+    return any(base.__name__ == kind for base in type(module).__mro__)
 
 
 def check_not_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:

@@ -265,8 +265,8 @@ def _say_what_is_not_routed(model: nn.Module, groups: list[dict[str, Any]]) -> N
         largest = sorted(kinds, key=lambda name: -kinds[name][1])
         logger.log(
             logging.WARNING if share > 0.05 else logging.INFO,
-            "%.1f %% of the trained parameters are matrices outside of linear layers and take plain AdamW: %s; route them by "
-            "naming them in target_parameters",
+            "%.1f %% of the trained parameters are matrices outside of linear layers and take plain AdamW: %s; [out, in] and "
+            "[n, out, in] among them are routed if target_parameters name them",
             100 * share,
             ", ".join(f"{name} {kinds[name][0]}" for name in largest[:5]) + (", ..." if len(largest) > 5 else ""),
         )

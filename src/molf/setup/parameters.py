@@ -146,7 +146,8 @@ def unrouted_kinds(model: nn.Module, routed: set[int]) -> dict[str, tuple[list[i
     """
     kinds: dict[str, tuple[list[int], int]] = {}
     for name, module, _, p in _raw_parameters(module_names(model)):
-        if p.requires_grad and p.ndim >= 2 and id(p) not in routed and not isinstance(module, nn.Embedding):
+        known = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"  # which has a message of its own
+        if p.requires_grad and p.ndim >= 2 and id(p) not in routed and not known:
             kind = re.sub(r"\d+", "*", name)
             shape, numel = kinds.get(kind, (list(p.shape), 0))
             kinds[kind] = shape, numel + p.numel()

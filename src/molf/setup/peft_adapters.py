@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from molf.errors import MolfError
 from molf.setup.discovery import check_not_tied, module_names
 
-__all__ = ["adapted_groups", "is_adapted"]
+__all__ = ["adapted_groups", "base_parameters", "is_adapted", "target_name"]
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -34,7 +35,7 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
                 "move twice: leave ensure_weight_tying out, or take both out of target_modules"
             )
     modules = module_names(model)
-    layers: dict[str, Any] = {name: module for name, module in modules.items() if _is_lora(module)}
+    layers: dict[str, Any] = {target_name(name, module): module for name, module in modules.items() if _is_lora(module)}
     groups = [group for name, layer in layers.items() if (group := _group(name, layer)) is not None]
     if not groups:
         raise MolfError(
@@ -58,6 +59,20 @@ def _is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")
 
 
+def base_parameters(layer: Any) -> list[nn.Parameter]:
+    """Return what a LoRA layer adapts: weight and bias of its base layer, or the stacked tensor that it was made for."""
+    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    # Some quantised layers have no weight.
+    found = [getattr(base, key, None), getattr(base, "bias", None) if key == "weight" else None]
+    return [p for p in found if p is not None]
+
+
+def target_name(name: str, layer: Any) -> str:
+    """Return the name of what a LoRA layer adapts: PEFT wraps a module once for each adapted parameter."""
+    key = getattr(layer, "parameter_name", "weight")
+    return re.sub(r"(\.base_layer)+$", "", name) + ("" if key == "weight" else f".{key}")
+
+
 def _group(name: str, layer: Any) -> dict[str, Any] | None:
     if not isinstance(layer.lora_A, nn.ModuleDict):
         raise MolfError(f"{name} has adapters of another kind ({type(layer).__name__}): experts are plain LoRA")
@@ -70,20 +85,16 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
             "the like off"
         )
     pairs = [(layer.lora_A[a].weight, layer.lora_B[a].weight) for a in adapters]
-    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")  # PEFT's target_parameters
-    weight: Any = getattr(base, key, None)  # some quantised layers have none
-    stacked = hasattr(layer, "parameter_name") and weight.ndim != 2
-    if stacked or any(p.ndim != 2 for pair in pairs for p in pair):
+    if any(p.ndim != 2 for pair in pairs for p in pair):
         raise MolfError(
-            f"{name} is no linear layer ({type(base).__name__}): only those can be routed; leave it out of the adapters' "
-            "target_modules and target_parameters"
+            f"{name} is no linear layer ({type(layer.get_base_layer()).__name__}): only those can be routed; leave it out of the "
+            "adapters' target_modules"
         )
     ranks = tuple(layer.r[a] for a in adapters)
     if len(set(ranks)) < len(ranks):
         raise MolfError(f"the adapters {adapters} of {name} have ranks {ranks}: experts are told apart by their rank")
-    trained = [weight] if weight is not None and weight.requires_grad else []
-    bias = getattr(base, "bias", None) if trained and key == "weight" else None
-    trained += [bias] if bias is not None and bias.requires_grad else []
+    base = base_parameters(layer)
+    trained = [p for p in base if p.requires_grad] if base and base[0].requires_grad else []  # fft needs the weight
     return {
         "params": [*trained, *(p for pair in pairs for p in pair)],
         "module": name,

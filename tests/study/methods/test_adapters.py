@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from families import FAMILIES
 from molf import MoLF
 from molf.errors import MolfError
 from molf.integrations.trainer import MoLFFactory
@@ -34,10 +35,25 @@ def test_adapters_on_a_frozen_base(method, tiny_model):
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "molf_e"])
 def test_layers_that_are_not_there(method, tiny_model):
-    with pytest.raises(
-        MolfError, match=r"target_modules=\['w_proj'\] and exclude_modules=.*: No modules were targeted"
-    ):
+    reason = "; those of this model are named down_proj" if method == "molf_e" else ": No modules were targeted"
+    with pytest.raises(MolfError, match=rf"target_modules=\['w_proj'\] and exclude_modules=.*{reason}"):
         add_adapters(tiny_model, recipe(method=method, target_modules=["w_proj"]), freeze_rest=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "lora_plus"])
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "Mamba"])
+def test_baselines_on_mixtures_and_state_spaces(name, method, caplog):
+    model = add_adapters(FAMILIES[name].build(), recipe(method=method), freeze_rest=True)
+    assert trained(model) and all(".lora_" in name for name in trained(model))
+    assert "weights without it: " in caplog.text
+
+
+def test_a_baseline_without_dropout_adapts_stacked_experts():
+    models = [FAMILIES["Mixtral"].build() for _ in range(2)]
+    efficient = add_adapters(models[0], recipe(method="molf_e"), freeze_rest=True)
+    lora = add_adapters(models[1], recipe(method="lora", lora_dropout=0.0), freeze_rest=True)
+    assert {name.replace(".default", ".lora_r4") for name in trained(lora)} < trained(efficient)
+    assert any("experts" in name for name in trained(lora))
 
 
 def test_what_is_not_adapted_may_be_trained(tiny_model):

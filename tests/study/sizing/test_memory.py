@@ -1,13 +1,15 @@
 """Counts against hand arithmetic, for shapes of published models; activations against a real forward pass."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Gemma3TextConfig
 
+from families import FAMILIES
 from models import SHAPES
-from molf import MoLF
+from molf import MoLF, add_lora_experts
 from molf.study.config.run_config import RunConfig
 from molf.study.sizing.activations import Activations, measure_activations
 from molf.study.sizing.blueprint import Blueprint
@@ -136,12 +138,23 @@ def test_activations_are_those_of_a_real_forward_pass(method, bf16):
 
         real = get_peft_model(real, LoraConfig(**blueprint.recipe.lora))
     if method == "molf_e":
-        from molf.integrations.lora_experts import add_lora_experts
-
         real = add_lora_experts(real, **blueprint.recipe.experts)
     assert {name: p.shape for name, p in real.named_parameters()} == shapes
     assert measure_activations(real, 2, 16, bf16) == planned
     assert 0 < planned.checkpointed < planned.kept
+
+
+@pytest.mark.parametrize("method", ["fft", "molf_e"])
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss", "Mamba"])
+def test_activations_of_stacked_experts_and_state_spaces(name, method, monkeypatch):
+    real = FAMILIES[name].build().train()
+    blueprint = Blueprint(RunConfig.from_dict({"method": method, "ranks": [2, 4]}), real.config)
+    with blueprint.fake_mode:
+        planned = measure_activations(blueprint.model, 2, 16, False)
+    if method == "molf_e":
+        real = add_lora_experts(real, **blueprint.recipe.experts)
+    monkeypatch.setattr("molf.study.sizing.activations._GroupedProducts", nullcontext)  # the model's own products
+    assert measure_activations(real, 2, 16, False).kept == pytest.approx(planned.kept, rel=1e-3)
 
 
 def test_activations_grow_with_the_batch_and_leave_no_hook():

@@ -12,8 +12,10 @@ from torch import nn
 from molf.errors import MolfError
 from molf.files import atomic_folder
 from molf.integrations.lora_experts import add_lora_experts
+from molf.integrations.lora_targets import find_targets
 from molf.integrations.trainer import MoLFFactory
 from molf.optimizer import MoLF
+from molf.setup.peft_adapters import base_parameters
 from molf.study.methods.eva import add_eva_adapter
 from molf.study.methods.recipe import Recipe
 
@@ -43,20 +45,32 @@ def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
         return _add_experts(model, recipe.experts, freeze_rest)
     if recipe.adalora is not None:
         # AdaLoraAllocation sets the schedule when training starts.
-        return get_peft_model(model, AdaLoraConfig(**recipe.adalora, total_step=1))
+        return get_peft_model(model, AdaLoraConfig(**_named_targets(model, recipe.adalora, stacks=False), total_step=1))
     if recipe.lora is None:
         return model
+    plain = not recipe.lora.get("use_dora") and recipe.lora.get("init_lora_weights", True) is True
+    arguments = _named_targets(model, recipe.lora, stacks=plain and not recipe.lora["lora_dropout"])
     if recipe.lora.get("init_lora_weights") == "eva":
-        return add_eva_adapter(model, recipe.lora)
-    return get_peft_model(model, LoraConfig(**recipe.lora))
+        return add_eva_adapter(model, arguments)
+    return get_peft_model(model, LoraConfig(**arguments))
+
+
+def _named_targets(model: nn.Module, arguments: dict[str, Any], stacks: bool) -> dict[str, Any]:
+    """Write out what "all-linear" adapts, the same for every method: PEFT refuses mixtures and state-space models there."""
+    if arguments["target_modules"] != "all-linear":
+        return arguments
+    targets = find_targets(model, "all-linear", arguments["exclude_modules"], stacks=stacks)
+    targets.log()
+    parameters = {"target_parameters": targets.parameters} if targets.parameters else {}
+    return {**arguments, **parameters, "target_modules": targets.modules, "exclude_modules": None}
 
 
 def _add_experts(model: nn.Module, arguments: dict[str, Any], freeze_rest: bool) -> PeftModel:
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted = add_lora_experts(model, **arguments)
-    layers = [module.get_base_layer() for module in adapted.modules() if hasattr(module, "lora_A")]
-    weights = {id(layer.weight) for layer in layers}
-    routed = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    layers = [base_parameters(module) for module in adapted.modules() if hasattr(module, "lora_A")]
+    weights = {id(weight) for weight, *_ in layers}
+    routed = {id(p) for layer in layers for p in layer}
     for p in trained:
         if id(p) not in (weights if freeze_rest else routed):
             p.requires_grad_(not freeze_rest)

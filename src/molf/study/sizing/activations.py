@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _OUTSIDE = -1  # the block number of what is saved outside of blocks
@@ -42,16 +43,18 @@ def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -
     saved = _SavedTensors({p.untyped_storage()._cdata for p in model.parameters()})
     hooks = [hook for number, block in enumerate(blocks) for hook in saved.register(number, block)]
     ids = torch.zeros(batch, length, dtype=torch.long)
+    # transformers uses a 4-D mask as it is, but would look at the values of a 2-D one for SDPA, and there are none.
+    mask = (batch, 1, length, length) if base._supports_sdpa else (batch, length)
     inputs = {
         "input_ids": ids,
-        # transformers uses a 4-D mask as it is, but would look at the values of a 2-D one, and there are none.
-        "attention_mask": torch.ones(batch, 1, length, length, dtype=torch.bool),
+        "attention_mask": torch.ones(mask, dtype=torch.bool),
         "position_ids": ids,
         "use_cache": False,
     }
     try:
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+            _GroupedProducts(),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         ):
             base.base_model(**inputs)
@@ -59,6 +62,19 @@ def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -
         for hook in hooks:
             hook.remove()
     return saved.activations(len(blocks))
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Runs the products of stacked experts by transformers' own operator: torch's knows tensors without storage in bfloat16 only.
+
+    Both save the same tensors, but for the offsets of the groups.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one function."""
+        if func is torch._grouped_mm:
+            return torch.ops.transformers.grouped_mm_fallback(*args[:2], kwargs["offs"])
+        return func(*args, **(kwargs or {}))
 
 
 class _SavedTensors:

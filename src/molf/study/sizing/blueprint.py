@@ -8,8 +8,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from molf.errors import MolfError
 from molf.integrations.bundled import locate
 from molf.integrations.loading import explained
+from molf.integrations.lora_targets import find_targets
 from molf.setup.discovery import check_rank
 from molf.study.config.run_config import RunConfig
 from molf.study.config.trainer_config import TrainConfig
@@ -42,11 +44,17 @@ class Blueprint:
                 model_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         with torch.device("meta"):
             dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
-            plain = AutoModelForCausalLM.from_config(model_config, dtype=dtype).train()
+            plain = _build(model_config, dtype).train()
             linears = [name for name, module in plain.named_modules() if isinstance(module, LINEAR)]
             self.recipe = recipe = method_recipe(config.method, config.train, linears)
-            for name, own in routed_layers(plain, config.method).items() if config.method.routes else ():
-                check_rank(name, own.weight.shape, config.method.ranks or ())
+            shapes: dict[str, Any] = {}
+            if recipe.merged:
+                shapes = {name: own.weight.shape for name, own in routed_layers(plain, config.method).items()}
+            elif recipe.experts is not None:
+                found = find_targets(plain, recipe.experts["target_modules"], recipe.experts["exclude_modules"])
+                shapes = {name: plain.get_submodule(name).weight.shape for name in found.modules}
+            for name, shape in shapes.items():
+                check_rank(name, shape, config.method.ranks or ())
             self.pairs = lora_pairs(plain, config.method) if recipe.merged else 0
             if config.method.freeze_non_linear and not recipe.adapted:
                 freeze_all_but_routed(plain, config.method)
@@ -62,6 +70,16 @@ class Blueprint:
         """Return a Trainer setting: the method's, the run's, or the default."""
         defaults = {f.name: f.default for f in fields(TrainConfig)}
         return (defaults | self.config.train | self.recipe.train)[name]
+
+
+def _build(model_config: Any, dtype: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    except ValueError as error:
+        raise MolfError(
+            f"{model_config.name_or_path or model_config.model_type!r} is no causal language model: "
+            f"{str(error).splitlines()[0]} Runs train decoders such as Llama"
+        ) from error
 
 
 def _move(model: nn.Module, device: str) -> None:
