@@ -185,3 +185,10 @@ def test_help_shows_every_kind_of_setting(capsys):
     assert shown.startswith("usage: molf train")
     for name in ("--model_name_or_path", "--task", "--ranks", "--dry_run", "--learning_rate", "--packing", "--mode"):
         assert name in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"), [(["--retention", "off"], False), (["--retention", "ON"], True), (["--no_retention"], False)]
+)
+def test_a_switch_is_on_or_off(argv, value):
+    assert parse_run(argv).task.retention is value

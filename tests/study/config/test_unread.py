@@ -18,7 +18,7 @@ OTHER = {
     "loraplus_lr_ratio": 2.0, "top_k": 2, "score": "pfn", "match_lora_rate": True, "recipe": "published", "optim_bits": 8,
     "bf16_update": "stochastic",
     "optimizer_in_backward": True, "fused": True, "freeze_non_linear": True, "fft_expert": True, "use_rslora": True,
-    "target_modules": ["q_proj"], "exclude_modules": [],
+    "target_modules": ["q_proj"], "exclude_modules": [], "target_parameters": ["router.weight"],
     "optim": "sgd", "optim_args": "momentum=0.5", "optim_target_modules": ["q_proj"], "weight_decay": 0.5,
 }  # fmt: skip
 """A value of every setting that some method does not read, other than its default."""

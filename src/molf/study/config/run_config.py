@@ -133,6 +133,8 @@ class TaskConfig:
                 f"validation_limit={self.validation_limit} with selection_limit={self.selection_limit}, whose rows are also "
                 "evaluated on during training: leave one of them out"
             )
+        if self.retention_path is not None and not self.retention:
+            raise MolfError(f"retention_path={self.retention_path!r} with retention off: leave one of them out")
         if self.few_shot < 0:
             raise MolfError(f"few_shot={self.few_shot} must not be negative")
 
