@@ -1,8 +1,10 @@
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
+from molf.study.engine.retention import Retention
 from molf.study.grids.compare import Contender, Outcome
 from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
 from molf.study.grids.spec import Failure
@@ -78,3 +80,18 @@ def test_the_table(outcome):
 def test_a_picture_of_nothing(tmp_path):
     draw_bars(Outcome("score", [Contender("fft", "fft", None, {}, [], {})], [], []), tmp_path / "none.png")
     assert (tmp_path / "none.png").is_file()
+
+
+def test_forgetting_has_columns_and_a_picture_if_it_was_measured(outcome, tmp_path):
+    losses = [Metric(value, 3) for value in (3.0, 3.5, 0.5)]
+    lora = outcome.contenders[1]
+    lora.results[0] = replace(lora.results[0], retention=Retention(*losses, Metric(0.25, 2), "here", 1.0))
+    lora.results[1] = replace(lora.results[1], retention=Retention(*losses[:2], Metric(1.5, 3), None, "here", 1.0))
+    row = rows_of(outcome)[1]
+    assert (row["retention/loss_rise"], row["retention/kl"]) == (1.0, 0.25)
+    files = write_comparison(outcome, tmp_path)
+    assert files[-1].name == "comparison-forgetting.png" and files[-1].read_bytes().startswith(b"\x89PNG")
+    header, _, fft, lora, *_ = files[2].read_text().splitlines()
+    assert "retention/loss_rise" in header and "| 1.00 | 0.25 |" in lora and fft.count("|") == header.count("|")
+    again = Result.from_dict(json.loads(files[1].read_text())["runs"]["lora"]["lr1"][0])
+    assert again == outcome.contenders[1].results[0]
