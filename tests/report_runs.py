@@ -14,10 +14,19 @@ from small_runs import small_result
 
 MODULES = tuple(f"model.layers.{depth}.self_attn.{kind}" for depth in range(3) for kind in ("q_proj", "k_proj"))
 STACKS = tuple(f"model.layers.{depth}.experts.up_proj[{matrix}]" for depth in range(3) for matrix in range(2))
+HOSTILE = (
+    "</script><script>hit()</script><img src=x onerror=hit()><a href='javascript:hit()'>a</a>\u2028\"{{ hit() }}%{x}<b>"
+)
+"""Markup, templates, and a character that ends lines of scripts."""
 EXPERTS = ("fft", "lora_r2")
 
 
-def write_log(path, steps, modules=MODULES, wins=lambda step, layer: layer % 2 == 0):
+def alternate(step, layer):
+    """Full fine-tuning wins every second layer."""
+    return layer % 2 == 0
+
+
+def write_log(path, steps, modules=MODULES, wins=alternate):
     """Write a routing log in which full fine-tuning wins where ``wins`` says so."""
     with path.open("w") as file:
         for step in range(1, steps + 1):
@@ -65,10 +74,10 @@ def prediction(row, right, wrote, subject="Paris"):
     }
 
 
-def write_run(folder, name="a run", steps=6, modules=MODULES, wrote="Rome", subject="Paris", **changes):
+def write_run(folder, name="a run", steps=6, modules=MODULES, wrote="Rome", subject="Paris", wins=alternate, **changes):
     """Write the folder of a run that never was, with four predictions of which each changed in another way."""
     folder.mkdir()
-    write_log(folder / ROUTING_FILE, steps, modules)
+    write_log(folder / ROUTING_FILE, steps, modules, wins)
     write_state(folder, steps)
     for file, rights in ((PREDICTIONS_BEFORE_FILE, (0, 1, 0, 1)), (PREDICTIONS_FILE, (1, 0, 0, 1))):
         write_predictions(folder / file, [prediction(row, right, wrote, subject) for row, right in enumerate(rights)])

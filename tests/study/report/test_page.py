@@ -7,9 +7,7 @@ import pytest
 
 from molf.study.report.page import write_page
 from molf.study.results.result import read_result
-from report_runs import MODULES, write_run
-
-HOSTILE = "</script><script>hit()</script><img src=x onerror=hit()>\u2028'\"{{ 7*7 }}<b>"
+from report_runs import HOSTILE, MODULES, write_run
 
 
 class Page(HTMLParser):
@@ -102,12 +100,23 @@ def test_runs_of_one_name_are_told_apart(tmp_path, page):
     assert str(one) in text and f"{two} (2)" in text
 
 
+def test_long_names_are_cut_in_charts_unless_they_get_the_same(tmp_path, page):
+    def labels(*names):
+        runs = [write_run(tmp_path / f"{name[-1]}{len(name)}", name=name) for name in names]
+        return page(*runs).data["figures"]["headline"]["layout"]["yaxis"]["categoryarray"]
+
+    long = "x" * 40
+    assert labels(f"{long}1", f"{long}2", "3") == [f"…{'x' * 30}1", f"…{'x' * 30}2", "3"]
+    assert labels(f"4{long}", f"5x{long}") == [f"4{long}", f"5x{long}"]
+
+
 def test_hostile_text_stays_text(tmp_path, page):
     folder = write_run(tmp_path / "run", name=HOSTILE, wrote=HOSTILE, subject=HOSTILE, modules=(HOSTILE, *MODULES))
     found = page(folder)
     scripts = [given for tag, given in found.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "data"}, {}, {}]
-    assert not [tag for tag, _ in found.tags if tag in ("img", "b")]
+    assert not {"img", "b"} & {tag for tag, _ in found.tags}
+    assert all(given["href"].startswith("#") for tag, given in found.tags if tag == "a")
     assert not [name for _, given in found.tags for name in given if name.startswith("on")]
     assert found.data["runs"][0]["map"]["modules"][0] == HOSTILE
     assert HOSTILE in unescape(found.source), "it is shown as it is"

@@ -68,7 +68,12 @@
       const members = map.modules.map((_, module) => map.kind[module] === index && map.matrix[module] !== null);
       const columns = [...new Set(map.matrix.filter((_, module) => members[module]))];
       const places = new Map(columns.map((name, place) => [name, place]));
-      return { kind, columns, columnOf: map.matrix.map((name, module) => (members[module] ? places.get(name) : null)) };
+      const rows = map.depths.filter((_, depth) => map.depth.some((own, module) => members[module] && own === depth));
+      return {
+        kind, columns, rows,
+        columnOf: map.matrix.map((name, module) => (members[module] ? places.get(name) : null)),
+        rowOf: map.depth.map((depth) => rows.indexOf(map.depths[depth])),
+      };
     }).filter((stack) => stack.columns.length);
     for (const stack of stacks) {
       stack.element = find(".mixtures").appendChild(document.createElement("div"));
@@ -105,18 +110,18 @@
       find(".explained").textContent = explained === null
         ? "All layers are alike: there is nothing to explain."
         : `The kind of projection explains ${percent(explained)} of the differences between layers.`;
-      const cell = (columnOf) => (depth, column) =>
-        layer(map.modules.map((_, module) => module).filter((module) => map.depth[module] === depth && columnOf[module] === column));
+      const cell = (rowOf, columnOf) => (row, column) =>
+        layer([...map.modules.keys()].filter((module) => rowOf[module] === row && columnOf[module] === column));
       const name = plain(map.experts[own]);
       const rest = withoutKind(values, map.kinds, map.kind);
       const reach = Math.max(0.01, ...rest.map((value) => Math.abs(value)));
       const both = { zmin: -reach, zmax: reach, colorscale: "RdBu", reversescale: false };
       const kinds = (of) => grid(of, map.depths, map.kinds, map.depth, map.kind);
-      heatmap(find(".map"), `share won by ${name}`, map.depths, map.kinds, kinds(values), all, cell(map.kind));
-      heatmap(find(".rest"), "without the mean of each kind", map.depths, map.kinds, kinds(rest), both, cell(map.kind));
-      for (const { kind, columns, columnOf, element } of stacks) {
-        const z = grid(values, map.depths, columns, map.depth, columnOf);
-        heatmap(element, `${plain(kind)}, by expert of the mixture`, map.depths, columns, z, all, cell(columnOf));
+      heatmap(find(".map"), `share won by ${name}`, map.depths, map.kinds, kinds(values), all, cell(map.depth, map.kind));
+      heatmap(find(".rest"), "without the mean of each kind", map.depths, map.kinds, kinds(rest), both, cell(map.depth, map.kind));
+      for (const { kind, rows, columns, rowOf, columnOf, element } of stacks) {
+        const z = grid(values, rows, columns, rowOf, columnOf);
+        heatmap(element, `${plain(kind)}, by expert of the mixture`, rows, columns, z, all, cell(rowOf, columnOf));
       }
     }
 

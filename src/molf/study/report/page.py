@@ -24,6 +24,7 @@ from molf.study.results.result import Result, read_result
 from molf.study.results.routing import MAX_CELLS, ROUTING_FILE, read_routing
 
 _HERE = Path(__file__).parent
+LONGEST_LABEL = 32  # characters
 _ALWAYS_OTHER = {"run_name", "output_dir"}
 
 
@@ -39,23 +40,18 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
     """
     results = [read_result(folder) for folder in folders]
     names = _names(folders, results)
-    by_name = dict(zip(names, results, strict=True))
     runs = [
-        {
-            "index": index,
-            "name": name,
-            "result": result,
-            "examples": read_examples(folder, result),
-            **_routing(folder, result, len(folders)),
-        }
-        for index, (folder, (name, result)) in enumerate(zip(folders, by_name.items(), strict=True))
+        {"index": index, "name": name, "result": result, "examples": read_examples(folder, result)}
+        | _routing(folder, result, len(folders))
+        for index, (folder, name, result) in enumerate(zip(folders, names, results, strict=True))
     ]
+    labels = _short(names)
     histories = {
-        name: read_history(folder)
-        for folder, (name, result) in zip(folders, by_name.items(), strict=True)
+        label: read_history(folder)
+        for folder, label, result in zip(folders, labels, results, strict=True)
         if result.training is not None
     }
-    figures = {"headline": headline_figure(by_name), **curve_figures(histories)}
+    figures = {"headline": headline_figure(dict(zip(labels, results, strict=True))), **curve_figures(histories)}
     with atomic_write(path) as partial:
         partial.write_text(_rendered(runs, figures), encoding="utf-8")
 
@@ -70,6 +66,14 @@ def _names(folders: Sequence[Path], results: Sequence[Result]) -> list[str]:
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return names
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Return the ends of long names, where those of runs differ, for charts; the names themselves if the ends are the same."""
+    ends = [
+        name if len(name) <= LONGEST_LABEL else f"\N{HORIZONTAL ELLIPSIS}{name[1 - LONGEST_LABEL :]}" for name in names
+    ]
+    return ends if len(set(ends)) == len(names) else list(names)
 
 
 def _routing(folder: Path, result: Result, runs: int) -> dict[str, Any]:
