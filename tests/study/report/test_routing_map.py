@@ -1,7 +1,11 @@
+import json
+
+import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from molf.study.report.routing_map import routing_map
-from molf.study.results.routing import read_routing
+from molf.study.results.routing import MAX_BINS, MAX_CELLS, RoutingBins, RoutingSummary, read_routing
 from report_runs import MODULES, STACKS, write_log
 
 
@@ -38,3 +42,15 @@ def test_a_layer_that_was_not_logged_in_a_bin_has_no_share_there(tmp_path):
     (tmp_path / "log").write_text(f"{first}\n{(tmp_path / 'short').read_text().splitlines()[1]}\n")
     summary = read_routing(tmp_path / "log")
     assert routing_map(summary, summary.bins)["shares"][0] == [[1, 0] * 3, [1, 0] * 3, [1, 0] + [None] * 4]
+
+
+def test_the_largest_map_leaves_room_on_the_page():
+    """As many cells as a log of 100,000 steps and 400 layers, or of any other size, is summarised to at most."""
+    steps, layers = 100_000, MAX_CELLS // (MAX_BINS * 2)
+    names = [f"model.layers.{layer}.mlp.experts.gate_up_proj[{layer}]" for layer in range(layers)]
+    shares = np.random.default_rng(0).random((MAX_BINS, layers, 2))
+    spans = [(first, first + steps // MAX_BINS - 1) for first in range(1, steps, steps // MAX_BINS)]
+    bins = RoutingBins(spans, names, ["fft", "lora_r128"], shares, shares.mean(axis=1))
+    by_module = {name: {"fft": 0.123456, "lora_r128": 0.876544} for name in names}
+    found = routing_map(RoutingSummary([1, steps], {}, by_module, bins), bins)
+    assert len(json.dumps(found, separators=(",", ":"))) + len(get_plotlyjs().encode()) < 9e6

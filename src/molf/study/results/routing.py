@@ -3,9 +3,8 @@
 import json
 import math
 import re
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,6 +20,7 @@ MAX_CELLS = 400_000
 """Bins x layers x experts that a summary keeps at most; of a mixture's thousands of matrices it has fewer bins."""
 
 _DEPTH = re.compile(r"\.(\d+)\.")
+_DAMAGED = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
 _STEP = re.compile(rb'\{"step": ?(\d{1,18}),')
 
 
@@ -76,11 +76,11 @@ def explained_by_kind(share_of: Mapping[str, float]) -> float | None:
     kinds: dict[str, list[float]] = defaultdict(list)
     for module, share in share_of.items():
         kinds[kind_of(module)].append(share)
-    total = statistics.pvariance(share_of.values())
+    total = np.var(list(share_of.values()))
     if total < 1e-12:
         return None
-    within = sum(len(own) * statistics.pvariance(own) for own in kinds.values()) / len(share_of)
-    return 1 - within / total
+    within = sum(len(own) * np.var(own) for own in kinds.values()) / len(share_of)
+    return float(1 - within / total)
 
 
 def kind_of(module: str) -> str:
@@ -116,11 +116,13 @@ def read_routing(path: Path, max_cells: int = MAX_CELLS) -> RoutingSummary:
         MolfError: The log is empty, or a line has another format.
     """
     last = _last_lines(path)
-    if not last:
-        raise MolfError(f"{path} holds no routed step")
-    tally = _count(path, last, max_cells, all_steps=False)
+    tally = _count(path, last, max_cells)
     if not any(tally.layers):
         tally = _count(path, last, max_cells, all_steps=True)
+    if not any(tally.layers):
+        raise MolfError(f"{path} holds no routed step")
+    if tally.bins > (fitting := max(1, max_cells // tally.width)):  # later steps have more layers than the first
+        tally = _count(path, last, fitting * tally.width, tally.all_steps, fitting)
     return tally.summary()
 
 
@@ -130,47 +132,40 @@ def _last_lines(path: Path) -> dict[int, int]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             found = _STEP.match(line)
-            last[int(found[1]) if found else _parsed(path, number, line)[0]] = number
+            try:
+                step = int(found[1]) if found else json.loads(line)["step"]
+                if type(step) is not int:
+                    raise TypeError(f"step {step!r} is not an integer")
+            except _DAMAGED as error:
+                raise _not_a_line(path, number, error) from error
+            last[step] = number
     return dict(sorted(last.items()))
 
 
-def _parsed(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
-    """Return the step and the selections of a line."""
-    try:
-        entry = json.loads(line)
-        step, selections = entry["step"], entry["selections"]
-        if type(step) is not int:
-            raise TypeError(f"step {step!r} is not an integer")
-        for chosen in selections.values():
-            if not (isinstance(chosen["winners"], list) and isinstance(chosen["scores"], dict)):
-                raise TypeError("winners must be a list, scores an object")
-            if not all(isinstance(score, float | int) for score in chosen["scores"].values()):
-                raise TypeError("a score is not a number")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise MolfError(f"{path}:{number} is not a line of a routing log: {error!r}") from error
-    return step, selections
-
-
-def _count(path: Path, last: dict[int, int], max_cells: int, all_steps: bool) -> "_Tally":
-    tally = None
-    rank = {step: position for position, step in enumerate(last)}
-    for step, selections in _entries(path, last):
-        if tally is None:
-            experts = set(chain.from_iterable(chosen["scores"] for chosen in selections.values()))
-            bins = min(len(last), MAX_BINS, max(1, max_cells // max(1, len(selections) * len(experts))))
-            tally = _Tally(list(last), bins)
-        tally.add(rank[step], selections, all_steps)
-    assert tally is not None
-    return tally
-
-
-def _entries(path: Path, last: dict[int, int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the steps and selections of a log, without lines that a later one replaces."""
-    counted = set(last.values())
+def _count(
+    path: Path, last: dict[int, int], max_cells: int, all_steps: bool = False, bins: int | None = None
+) -> "_Tally":
+    """Count all lines but those that a later one replaces."""
+    rank = {number: position for position, number in enumerate(last.values())}
+    tally = None if bins is None else _Tally(list(last), bins, all_steps)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if number in counted:
-                yield _parsed(path, number, line)
+            if number not in rank:
+                continue
+            try:
+                selections = json.loads(line)["selections"]
+                if tally is None:
+                    experts = set(chain.from_iterable(chosen["scores"] for chosen in selections.values()))
+                    fitting = max(1, max_cells // max(1, len(selections) * len(experts)))
+                    tally = _Tally(list(last), min(len(last), MAX_BINS, fitting), all_steps)
+                tally.add(rank[number], selections)
+            except _DAMAGED as error:
+                raise _not_a_line(path, number, error) from error
+    return tally or _Tally([], 0, all_steps)
+
+
+def _not_a_line(path: Path, number: int, error: Exception) -> MolfError:
+    return MolfError(f"{path}:{number} is not a line of a routing log: {error!r}")
 
 
 @dataclass
@@ -179,6 +174,7 @@ class _Tally:
 
     steps: list[int]
     bins: int
+    all_steps: bool  # or only those that decide something
     layers: list[int] = field(init=False)  # by step; 0 if it is left out
     wins_by_step: dict[str, list[int]] = field(init=False)
     wins: dict[str, dict[str, list[int]]] = field(init=False)  # by module, expert and bin
@@ -194,12 +190,19 @@ class _Tally:
         self.scores = defaultdict(lambda: [0.0] * self.bins)
         self.scored = defaultdict(lambda: [0] * self.bins)
 
-    def add(self, rank: int, selections: dict[str, Any], all_steps: bool) -> None:
-        """Count a step by its position among all; one that decides nothing only shows which experts there are."""
-        decided = all_steps or any(score for chosen in selections.values() for score in chosen["scores"].values())
+    @property
+    def width(self) -> int:
+        """Layers x experts."""
+        return len(self.logged) * len(self.wins_by_step)
+
+    def add(self, rank: int, selections: dict[str, Any]) -> None:
+        """Count a step by its position among all; one that is left out only shows which experts there are."""
+        decided = self.all_steps or any(any(chosen["scores"].values()) for chosen in selections.values())
         self.layers[rank] = len(selections) if decided else 0
         here = self._bin(rank)
         for module, chosen in selections.items():
+            if not isinstance(chosen["winners"], list):
+                raise TypeError(f"winners {chosen['winners']!r} is not a list")
             for expert, score in chosen["scores"].items():
                 self.wins_by_step[expert]
                 if decided and math.isfinite(score):
