@@ -27,6 +27,7 @@ FILES = {
     "result.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "trainer_state.json",
 }
 """What a run of any method leaves in its folder, but for MoLF's routing and experts."""
 

@@ -16,7 +16,7 @@ SOURCE = Path(molf.__file__).parent
 BASIS = {"errors", "files"}
 CORE = {"scores", "routing", "numerics", "layers", "setup", "kernels", "optimizer"}
 LIBRARY = CORE | {"integrations", "tasks"}
-STUDY = ["config", "engine", "methods", "results", "faults", "sizing", "run", "grids"]
+STUDY = ["config", "engine", "methods", "results", "report", "faults", "sizing", "run", "grids"]
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),

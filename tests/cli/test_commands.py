@@ -74,11 +74,12 @@ def test_eval_and_report(model_folder, capsys):
     assert json.loads(Path("scores/result.json").read_text())["training"] is None
     capsys.readouterr()
     Path("run/routing.png").unlink()
-    assert call("report run scores --check") == 0
+    assert call("report run scores --check --html page.html") == 0
     shown = capsys.readouterr().out
     assert "routing: run/routing.png" in shown
     assert shown.count("computed again from the predictions: the same metrics") == 2
     assert Path("run/routing.png").is_file()
+    assert "page: page.html" in shown and Path("page.html").stat().st_size < 10e6
     rows = [line.split()[:3] for line in shown.split("runs")[-1].splitlines()]
     assert ["run", "molf", "fact"] in rows
     assert ["scores", "eval", "fact"] in rows
@@ -117,6 +118,8 @@ def test_the_demo_runs_twice(model_folder, capsys):
     shown = capsys.readouterr().out
     assert "before" in shown
     assert Path(DEMO["output_dir"], "routing.png").is_file()
+    page = Path(DEMO["output_dir"], "report.html")
+    assert f"page: {page}" in shown and page.read_text().endswith("</html>\n")
     assert json.loads(Path(DEMO["output_dir"], "result.json").read_text())["config"]["seed"] == 1
 
 

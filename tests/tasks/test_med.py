@@ -129,7 +129,7 @@ def test_metrics_worked_out_by_hand():
         "accuracy/Surgery": (100, 1),
     }
     assert all(metric.low <= metric.value <= metric.high for metric in metrics.values())
-    assert MED.outcomes(rows, given)[2] == {"right": "C", "chosen": "C", "written": None}
+    assert MED.outcomes(rows, given)[2] == {"accuracy": True, "right": "C", "chosen": "C", "written": None}
     assert MED.score([], []) == {}
 
 

@@ -2,11 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from molf.cli.parsing import parse_run, print_help
-from molf.cli.show import console, show_plan, show_result
+from molf.cli.show import console, show_plan, show_result, write_page
 from molf.study.config.run_config import DEMO, RunConfig
+
+if TYPE_CHECKING:
+    from molf.study.results.result import Result
 
 
 def train(argv: list[str]) -> None:
@@ -20,7 +24,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def demo(argv: list[str]) -> None:
-    """``molf demo``: a small training run, whose settings flags may change."""
+    """``molf demo``: a small training run, whose settings flags may change, and its page."""
 
     def announce(config: RunConfig) -> None:
         console().print(
@@ -28,7 +32,9 @@ def demo(argv: list[str]) -> None:
             f"It evaluates, trains and evaluates again: minutes on a CPU. All files go to {config.output_dir}."
         )
 
-    _parse_and_run("demo", argv, DEMO, announce)
+    if (result := _parse_and_run("demo", argv, DEMO, announce)) is not None:
+        folder = Path(result.config["output_dir"])
+        write_page([folder], folder / "report.html")
 
 
 def plan(argv: list[str]) -> None:
@@ -62,16 +68,20 @@ def _parse_and_run(
     argv: list[str],
     preset: dict[str, Any] | None = None,
     announce: Callable[[RunConfig], None] = lambda config: None,
-) -> None:
+) -> "Result | None":
+    """Return the result of the run; None if there was none, as on all ranks but 0."""
     if _wants_help(argv):
-        return print_help(command)
+        print_help(command)
+        return None
     config = parse_run(argv, preset)
     announce(config)
     if config.output.dry_run:
         from molf.study.run.dry_run import make_plan
 
-        return show_plan(make_plan(config))
+        show_plan(make_plan(config))
+        return None
     from molf.study.run.train import run
 
     if (result := run(config)) is not None:
         show_result(result)
+    return result

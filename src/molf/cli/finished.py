@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from molf.cli.show import console
+from molf.cli.show import console, write_page
 from molf.errors import MolfError
 
 
@@ -52,6 +52,9 @@ def report(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--check", action="store_true", help="compute the metrics again from the predictions")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page about all runs, which needs no network"
+    )
     given = parser.parse_args(argv)
 
     from molf.study.results.result import check_predictions, read_result
@@ -73,6 +76,8 @@ def report(argv: Sequence[str]) -> None:
             out.print(f"routing: {picture}")
     if len(found) > 1:
         out.print(runs_table(found))
+    if given.html is not None:
+        write_page(given.runs, given.html)
 
 
 def export(argv: Sequence[str]) -> None:

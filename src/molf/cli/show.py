@@ -1,6 +1,7 @@
 """What commands print: the outcome of a run, and what a dry run found out."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,14 @@ def show_result(result: "Result") -> None:
         )
     folder = Path(result.config["output_dir"])
     out.print(f"written to {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
+
+
+def write_page(folders: Sequence[Path], path: Path) -> None:
+    """Write the page about finished runs, and print where it is."""
+    from molf.study.report import page
+
+    page.write_page(folders, path)
+    console().print(f"page: {path}")
 
 
 def show_plan(plan: "Plan") -> None:

@@ -215,5 +215,8 @@ class HasRowResults(Protocol):
     """A task that also has a result for every row, kept in the file of predictions."""
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return one plain JSON object per row, such as ``{"correct": true}``; arguments as for ``score``."""
+        """Return one plain JSON object per row; arguments as for ``score``.
+
+        The report counts a row as right if the value under the headline's name is true or 100.
+        """
         ...

@@ -127,6 +127,11 @@ class Custom:
             metrics["exact_match"] = percentage(all(score.greedy) for score in scores)
         return metrics
 
+    def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
+        """Return the percentage of every row's tokens that are the most likely ones."""
+        greedy = [cast(TargetScores, own).greedy for (own,) in answers]
+        return [{"token_accuracy": 100.0 * sum(own) / len(own)} for own in greedy]
+
 
 def _ratio(columns: list[np.ndarray]) -> np.ndarray:
     """Return the sum of the first column over that of the second."""

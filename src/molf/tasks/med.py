@@ -79,19 +79,20 @@ class Med(SourceTask):
         if not outcomes:
             return {}
         metrics = {
-            "accuracy": percentage(outcome["chosen"] == outcome["right"] for outcome in outcomes),
+            "accuracy": percentage(outcome["accuracy"] for outcome in outcomes),
             "accuracy_generated": percentage(outcome["written"] == outcome["right"] for outcome in outcomes),
             "invalid_answers": percentage(outcome["written"] is None for outcome in outcomes),
         }
-        right = [outcome["chosen"] == outcome["right"] for outcome in outcomes]
+        right = [outcome["accuracy"] for outcome in outcomes]
         return metrics | percentage_by("accuracy", [row.get("subject_name") for row in rows], right)
 
     def outcomes(self, rows: list[Row], answers: list[list[Answer]]) -> list[dict[str, Any]]:
-        """Return for each question the correct letter, the most likely one and the generated one, if any."""
+        """Return for each question whether it counts, the correct letter, the most likely one and any generated one."""
         return [
             {
-                "right": LETTERS[row["cop"]],
-                "chosen": LETTERS[cast(OptionScores, options).best],
+                "accuracy": (chosen := LETTERS[cast(OptionScores, options).best]) == (right := LETTERS[row["cop"]]),
+                "right": right,
+                "chosen": chosen,
                 "written": written_letter(cast(str, text)),
             }
             for row, (options, text) in zip(rows, answers, strict=True)

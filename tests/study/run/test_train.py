@@ -44,6 +44,7 @@ def test_a_run_leaves_a_plain_checkpoint_and_its_record(method, tied, finished, 
     extra = {ROUTING_FILE, "routing.png"} if "molf" in method else set()
     extra |= {"adapters"} if method == "molf_e" else set()
     extra |= set() if tied else {"checkpoint-2", "checkpoint-4"}
+    extra |= {"predictions_before.jsonl.gz"}
     assert {path.name for path in folder.iterdir()} == FILES | extra
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values())

@@ -14,6 +14,8 @@ from molf.tasks.formats import records_of
 from molf.tasks.records import check_fields
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
+PREDICTIONS_BEFORE_FILE = "predictions_before.jsonl.gz"
+"""Those of the model before training, if it was evaluated."""
 _FIELDS: dict[str, type] = {"row": int, "record": dict, "answers": list}
 
 

@@ -1,6 +1,5 @@
 """Finished runs for people: tables for a terminal and a picture of the routing."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,9 +16,7 @@ from rich.text import Text
 
 from molf.files import atomic_write
 from molf.study.results.result import Result
-from molf.study.results.routing import RoutingSummary, kind_of
-
-_DEPTH = re.compile(r"\.(\d+)\.")
+from molf.study.results.routing import RoutingSummary, depth_of, in_order, kind_of
 
 
 def metrics_table(result: Result) -> Table:
@@ -80,7 +77,7 @@ def share_grid(by_module: Mapping[str, Mapping[str, float]]) -> tuple[np.ndarray
     Returns:
         Shares [depth, kind], NaN if a depth has no such layer; the labels of depths; the kinds.
     """
-    return _grid([(_depth_of(name), kind_of(name), shares) for name, shares in by_module.items()])
+    return _grid([(depth_of(name), kind_of(name), shares) for name, shares in by_module.items()])
 
 
 def expert_grids(
@@ -90,13 +87,8 @@ def expert_grids(
     stacks: dict[str, list[tuple[str, str, Mapping[str, float]]]] = defaultdict(list)
     for name, shares in by_module.items():
         if name.endswith("]"):
-            stacks[kind_of(name)].append((_depth_of(name), name.rpartition("[")[2][:-1], shares))
+            stacks[kind_of(name)].append((depth_of(name), name.rpartition("[")[2][:-1], shares))
     return {kind: _grid(cells) for kind, cells in stacks.items()}
-
-
-def _depth_of(name: str) -> str:
-    number = _DEPTH.search(f".{name}.")
-    return number[1] if number else "-"
 
 
 def _grid(
@@ -105,7 +97,7 @@ def _grid(
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for depth, column, shares in entries:
         cells[depth, column].append(shares.get("fft", 0.0))
-    depths = sorted({depth for depth, _ in cells}, key=lambda depth: (depth == "-", int(depth) if depth != "-" else 0))
+    depths = in_order(depth for depth, _ in cells)
     columns = list(dict.fromkeys(column for _, column in cells))
     grid = np.full((len(depths), len(columns)), np.nan)
     for (depth, column), values in cells.items():

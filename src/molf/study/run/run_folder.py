@@ -17,11 +17,12 @@ from molf.integrations.checkpoint_folder import can_resume, checkpoints, is_left
 from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
-from molf.study.engine.predictions import PREDICTIONS_FILE
+from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE
 from molf.study.faults.run_lock import lock_file
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.gather import check_log
+from molf.study.results.history import HISTORY_FILE
 from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 
 _log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
 _EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
+_MEASURED = (ROUTING_FILE, PICTURE_FILE, HISTORY_FILE, PREDICTIONS_BEFORE_FILE)
 _TRAINED = re.compile(
-    "|".join(map(re.escape, (ROUTING_FILE, PICTURE_FILE, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
+    "|".join(map(re.escape, (*_MEASURED, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
     + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     # What the tokenizers of transformers save, by any of their classes.
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
@@ -185,8 +187,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def clear_folder(folder: Path, aside: bool) -> None:
-    """Remove the result, log, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
-    for name in (RESULT_FILE, ROUTING_FILE, PREDICTIONS_FILE, PICTURE_FILE):  # the others are replaced later
+    """Remove the result, logs, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
+    for name in (RESULT_FILE, PREDICTIONS_FILE, *_MEASURED):  # the others are replaced later
         (folder / name).unlink(missing_ok=True)
     if (folder / ADAPTERS_FOLDER).is_dir():
         shutil.rmtree(folder / ADAPTERS_FOLDER)

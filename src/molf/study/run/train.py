@@ -17,6 +17,7 @@ from molf.study.config.trainer_config import build_train_config
 from molf.study.config.unread import check_read
 from molf.study.engine.evaluate import Evaluation, evaluate
 from molf.study.engine.generation import end_tokens
+from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, write_predictions
 from molf.study.engine.vllm_generation import VllmGenerator, require_vllm
 from molf.study.faults.preemption import Preempted, StopRequest, stop_request
 from molf.study.faults.run_lock import run_lock
@@ -24,6 +25,7 @@ from molf.study.faults.trained import Trained, find_trained, forget_trained, not
 from molf.study.methods.adapters import ADAPTERS_FOLDER, save_adapters
 from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
+from molf.study.results.history import write_history
 from molf.study.results.result import Result, Training, read_result
 from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
@@ -132,6 +134,8 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
     if main and checkpoint is None:
         clear_folder(config.output_dir, aside=not config.resume_from)
     before = _evaluate_before(job, trainer) if config.task.eval_before else None
+    if main and before is not None:
+        write_predictions(config.output_dir / PREDICTIONS_BEFORE_FILE, before.predictions)
     stop.deferred = True  # until the trained model is on disk
     training = _fit(trainer, job, recipe, checkpoint)
     done = f"step {training.steps} of {trainer.state.max_steps}"
@@ -150,6 +154,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
                 model_config.update(settings)
         if main:
             save_checkpoint(model, job.tokenizer, config.output_dir)
+            write_history(config.output_dir, trainer.state)
             note_trained(config, trained)
     return _Outcome(main, device, done, trained, model, base)
 
