@@ -260,6 +260,8 @@ def test_stacked_experts_are_routed_and_routers_named(caplog):
         ({"target_modules": ["down_proj"]}, ["down_proj"]),
         ({"target_modules": r".*experts\.(gate_up|down)_proj"}, ["gate_up_proj", "down_proj"]),
         ({"exclude_modules": ["lm_head", "gate_up_proj"]}, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+        ({"target_modules": ["q_proj", "experts"]}, ["q_proj", "gate_up_proj", "down_proj"]),
+        ({"exclude_modules": ["lm_head", "experts"]}, ["q_proj", "k_proj", "v_proj", "o_proj"]),
         ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}, ["q_proj", "weight"]),
     ],
     ids=str,
@@ -285,8 +287,21 @@ def test_named_parameters_that_cannot_be_routed_are_refused(names, message):
     model.model.layers[0].mlp.gate.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=message):
         param_groups(model, ranks=(2,), target_parameters=names)
-    with pytest.raises(TypeError, match="give a list of names"):
-        param_groups(model, ranks=(2,), target_parameters="gate.weight")
+    for given in ("gate.weight", None):
+        with pytest.raises(TypeError, match="give a list of names"):
+            param_groups(model, ranks=(2,), target_parameters=given)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (["gate_proj"], "are named down_proj, gate_up_proj, k_proj"),
+        (["gate"], "TopKRouter.*if target_parameters name it"),
+    ],
+)
+def test_targets_that_match_nothing_in_a_mixture(target, words):
+    with pytest.raises(ValueError, match=words):
+        param_groups(tiny_mixtral(), ranks=(2,), target_modules=target)
 
 
 def test_fused_projections_of_attention_are_routed():
@@ -314,6 +329,7 @@ def test_the_order_of_a_stack_is_the_modules_own_or_that_of_its_hidden_size():
         return {group["transposed"] for group in param_groups(module, ranks=(2,)) if "module" in group}
 
     assert order(Experts()) == {True}
+    assert order(Experts(num_experts=0, num_routed_experts=3)) == {True}
     assert order(Experts(hidden_size=12)) == {False}
     assert order(Experts(is_transposed=False)) == {False}
 
