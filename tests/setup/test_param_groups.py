@@ -7,6 +7,7 @@ from torch import nn
 from molf import MoLF, param_groups
 from molf.setup.param_groups import expert_names, level_scale, lora_scales
 from small import mlp, tiny_llama, train
+from stacks import Stacks
 
 SCALARS = (bool, int, float, str)
 
@@ -332,6 +333,24 @@ def test_the_order_of_a_stack_is_the_modules_own_or_that_of_its_hidden_size():
     assert order(Experts(num_experts=0, num_routed_experts=3)) == {True}
     assert order(Experts(hidden_size=12)) == {False}
     assert order(Experts(is_transposed=False)) == {False}
+
+
+def test_a_stack_with_two_owners_is_refused_alone_and_can_be_excluded():
+    model = nn.ModuleList([Stacks(), Stacks()])
+    model[1].up_proj = model[0].up_proj
+    with pytest.raises(
+        ValueError, match=r"the up_proj of 0\.up_proj is shared \(0\.up_proj = 1\.up_proj\).*'0\.up_proj'"
+    ):
+        param_groups(model, ranks=(2,))
+    groups = param_groups(model, ranks=(2,), exclude_modules=["up_proj"])
+    assert [group["module"] for group in groups if "module" in group] == ["0.down_proj", "1.down_proj"]
+
+
+def test_an_empty_stack_is_not_routed():
+    model = Stacks(n=3)
+    model.num_experts, model.nothing = 3, nn.Parameter(torch.zeros(3, 0, 2))
+    groups = param_groups(model, ranks=(2,))
+    assert [group["module"] for group in groups if "module" in group] == ["up_proj", "down_proj"]
 
 
 def test_convolutions_and_positions_are_no_stacks(caplog):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -61,7 +61,7 @@ def routed_linears(
     }
     if not linears and not may_be_none:
         raise MolfError(_nothing_to_route(modules, matched, others, target_modules, exclude_modules))
-    check_not_tied(modules, linears)
+    check_not_tied(modules, {name: list(linear.parameters(recurse=False)) for name, linear in linears.items()})
     if everything:
         _warn_of_transposed(modules)
     return linears
@@ -166,27 +166,28 @@ def _is_a(module: nn.Module, kind: str) -> bool:
     return any(base.__name__ == kind for base in type(module).__mro__)
 
 
-def check_not_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
-    """Check that no layer shares its weight or bias with another module.
+def check_not_tied(modules: Mapping[str, nn.Module], routed: Mapping[str, Iterable[nn.Parameter]]) -> None:
+    """Check that nothing that is routed together is shared with another module.
 
     Args:
         modules: All modules by name.
-        linears: The layers to route by name.
+        routed: Weight and bias of what is to be routed, by its name.
 
     Raises:
-        MolfError: If one does.
+        MolfError: If one is.
     """
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for key, p in module.named_parameters(recurse=False):
             owners.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
-    for name, linear in linears.items():
-        for key, p in linear.named_parameters(recurse=False):
+    for name, params in routed.items():
+        for p in params:
             shared = owners[id(p)]
             if len(shared) > 1:
+                own = next((own for own in shared if own.startswith(name)), name)
                 raise MolfError(
-                    f"the {key} of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; add "
-                    f"{name!r} to exclude_modules"
+                    f"the {own.rpartition('.')[2]} of {name} is shared ({' = '.join(shared)}): a routed update would move every "
+                    f"user of it; add {name!r} to exclude_modules"
                 )
 
 

@@ -58,8 +58,8 @@ def routed_parameters(
     """Return the parameters to route by name, in model order, beside those of ``nn.Linear`` layers.
 
     "all-linear" means stacks of experts and the fused ``in_proj_weight`` of ``nn.MultiheadAttention``. Other targets, and
-    exclusions, find them by the name of the parameter or of its module. ``target_parameters`` are names or their last parts, as in
-    PEFT, of any trainable parameter of two or three dimensions.
+    exclusions, find them by the name of the parameter or of its module. ``target_parameters`` are names or their last parts, as
+    in PEFT, of any trainable parameter of two or three dimensions.
 
     Raises:
         MolfError: If a name of ``target_parameters`` matches nothing, or something that cannot be routed.
@@ -82,8 +82,9 @@ def routed_parameters(
             _check_named(name, p)
         elif not (p.requires_grad and _is_layer(module, key, p) and wanted(name)):
             continue
-        check_not_tied(modules, {name: module})
-        found[name] = RoutedParameter(p, _bias(module, key, p), p.ndim == 3 and _is_transposed(module))
+        bias = _bias(module, key, p)
+        check_not_tied(modules, {name: [own for own in (p, bias) if own is not None]})
+        found[name] = RoutedParameter(p, bias, p.ndim == 3 and _is_transposed(module))
     if missing:
         names = sorted({re.sub(r"\d+", "*", name) for name, _, _, p in _raw_parameters(modules) if p.ndim in (2, 3)})
         raise MolfError(
@@ -106,7 +107,7 @@ def _is_layer(module: nn.Module, key: str, p: nn.Parameter) -> bool:
         return key == "in_proj_weight"
     counts = {getattr(module, name, None) for name in _COUNTS}
     declared = isinstance(getattr(module, "is_transposed", None), bool)  # transformers' interface for experts
-    return p.ndim == 3 and len(p) > 0 and (declared or len(p) in counts) and not hasattr(module, "kernel_size")
+    return p.ndim == 3 and p.numel() > 0 and (declared or len(p) in counts) and not hasattr(module, "kernel_size")
 
 
 def _is_transposed(module: nn.Module) -> bool:
