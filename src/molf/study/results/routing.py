@@ -47,8 +47,11 @@ class RoutingSummary:
 
 
 def kind_of(module: str) -> str:
-    """Return the kind of projection of a layer, or of a matrix in a stack: ``up_proj`` of ``layers.3.experts.up_proj[17]``."""
-    return module.rpartition(".")[2].partition("[")[0]
+    """Return the kind of projection of a layer, or of a matrix in a stack: ``up_proj`` of ``layers.3.experts.up_proj[17]``.
+
+    A parameter that is only called ``weight`` is of the kind of its module: ``gate`` of ``layers.3.gate.weight``.
+    """
+    return module.partition("[")[0].removesuffix(".weight").rpartition(".")[2]
 
 
 def read_routing(path: Path) -> RoutingSummary:
