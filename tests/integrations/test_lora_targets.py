@@ -71,8 +71,17 @@ def test_stacks_are_parameters_and_routers_are_named():
 def test_a_stack_by_its_name():
     targets = find_targets(of("Mixtral"), ["q_proj", "down_proj"])
     assert (targets.modules, targets.parameters) == (["model.layers.0.self_attn.q_proj"], STACKS[1:])
-    assert find_targets(of("Mixtral"), exclude_modules=["down_proj"]).parameters == STACKS[:1]
+    excluded = find_targets(of("Mixtral"), exclude_modules=["down_proj"])
+    assert excluded.parameters == STACKS[:1] and list(excluded.left_out) == ["model.layers.*.mlp.gate"]
     assert not targets.left_out
+
+
+def test_a_module_stands_for_its_stacks():
+    for target in (["q_proj", "experts"], r".*\.(experts|q_proj)"):
+        targets = find_targets(of("Mixtral"), target)
+        assert (targets.modules, sorted(targets.parameters)) == (["model.layers.0.self_attn.q_proj"], sorted(STACKS))
+    targets = find_targets(of("Mixtral"), exclude_modules=["experts"])
+    assert not targets.parameters and list(targets.left_out) == ["model.layers.*.mlp.gate"]
 
 
 def test_the_names_that_stacks_had_before():

@@ -205,3 +205,13 @@ def test_views_assign_to_one_matrix():
     assert torch.equal(stacks[1].up_proj[others], before[others])
     with pytest.raises(KeyError, match=r"1\.up_proj\[9\]"):
         optimizer.experts["1.up_proj[9]"]
+
+
+def test_a_pair_of_single_elements_can_be_assigned_to():
+    stacks = Stacks(n=2)
+    stacks.up_proj, stacks.up_proj_bias = torch.nn.Parameter(torch.ones(2, 1, 1)), None
+    expert = MoLF(stacks, ranks=(1,), target_modules=["up_proj"]).experts["up_proj[1]"]["lora_r1"]
+    expert.assign(B=torch.ones(1, 1))
+    torch.testing.assert_close(
+        stacks.up_proj.flatten(), torch.stack([torch.ones(()), 1 + expert.scale * expert.A.sum()])
+    )

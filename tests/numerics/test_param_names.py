@@ -28,6 +28,11 @@ def unfreeze(model):
     model[4].requires_grad_(True)
 
 
+def freeze_a_weight(model):
+    model[1].weight.requires_grad_(False)
+    model[1].weight.grad = None
+
+
 def replace(model):
     model[1] = nn.Linear(7, 13).double()
 
@@ -43,6 +48,7 @@ def add(model):
 NEW, GONE = "with a gradient, but in no group", "in a group, but no longer in the model"
 CHANGES = {
     unfreeze: f": {NEW}: 4.weight. ",
+    freeze_a_weight: ": with a gradient, but beside a routed weight without: 1.bias. ",
     replace: f": {NEW}: 1.weight, 1.bias; {GONE}: 1.weight, 1.bias. ",
     replace_by_another_shape: f": {NEW}: 0.weight; {GONE}: 0.weight. ",
     add: f": {NEW}: 6.weight, 6.bias. ",

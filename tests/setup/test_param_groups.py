@@ -7,6 +7,7 @@ from torch import nn
 from molf import MoLF, param_groups
 from molf.setup.param_groups import expert_names, level_scale, lora_scales
 from small import mlp, tiny_llama, train
+from stacks import Stacks
 
 SCALARS = (bool, int, float, str)
 
@@ -260,6 +261,8 @@ def test_stacked_experts_are_routed_and_routers_named(caplog):
         ({"target_modules": ["down_proj"]}, ["down_proj"]),
         ({"target_modules": r".*experts\.(gate_up|down)_proj"}, ["gate_up_proj", "down_proj"]),
         ({"exclude_modules": ["lm_head", "gate_up_proj"]}, ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+        ({"target_modules": ["q_proj", "experts"]}, ["q_proj", "gate_up_proj", "down_proj"]),
+        ({"exclude_modules": ["lm_head", "experts"]}, ["q_proj", "k_proj", "v_proj", "o_proj"]),
         ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}, ["q_proj", "weight"]),
     ],
     ids=str,
@@ -285,8 +288,21 @@ def test_named_parameters_that_cannot_be_routed_are_refused(names, message):
     model.model.layers[0].mlp.gate.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=message):
         param_groups(model, ranks=(2,), target_parameters=names)
-    with pytest.raises(TypeError, match="give a list of names"):
-        param_groups(model, ranks=(2,), target_parameters="gate.weight")
+    for given in ("gate.weight", None):
+        with pytest.raises(TypeError, match="give a list of names"):
+            param_groups(model, ranks=(2,), target_parameters=given)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (["gate_proj"], "are named down_proj, gate_up_proj, k_proj"),
+        (["gate"], "TopKRouter.*if target_parameters name it"),
+    ],
+)
+def test_targets_that_match_nothing_in_a_mixture(target, words):
+    with pytest.raises(ValueError, match=words):
+        param_groups(tiny_mixtral(), ranks=(2,), target_modules=target)
 
 
 def test_fused_projections_of_attention_are_routed():
@@ -314,8 +330,27 @@ def test_the_order_of_a_stack_is_the_modules_own_or_that_of_its_hidden_size():
         return {group["transposed"] for group in param_groups(module, ranks=(2,)) if "module" in group}
 
     assert order(Experts()) == {True}
+    assert order(Experts(num_experts=0, num_routed_experts=3)) == {True}
     assert order(Experts(hidden_size=12)) == {False}
     assert order(Experts(is_transposed=False)) == {False}
+
+
+def test_a_stack_with_two_owners_is_refused_alone_and_can_be_excluded():
+    model = nn.ModuleList([Stacks(), Stacks()])
+    model[1].up_proj = model[0].up_proj
+    with pytest.raises(
+        ValueError, match=r"the up_proj of 0\.up_proj is shared \(0\.up_proj = 1\.up_proj\).*'0\.up_proj'"
+    ):
+        param_groups(model, ranks=(2,))
+    groups = param_groups(model, ranks=(2,), exclude_modules=["up_proj"])
+    assert [group["module"] for group in groups if "module" in group] == ["0.down_proj", "1.down_proj"]
+
+
+def test_an_empty_stack_is_not_routed():
+    model = Stacks(n=3)
+    model.num_experts, model.nothing = 3, nn.Parameter(torch.zeros(3, 0, 2))
+    groups = param_groups(model, ranks=(2,))
+    assert [group["module"] for group in groups if "module" in group] == ["up_proj", "down_proj"]
 
 
 def test_convolutions_and_positions_are_no_stacks(caplog):
@@ -325,3 +360,9 @@ def test_convolutions_and_positions_are_no_stacks(caplog):
     groups = param_groups(model, ranks=(2,))
     assert [group["module"] for group in groups if "module" in group] == ["1"]
     assert not caplog.messages  # less than a twentieth of the parameters
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+def test_a_single_matrix_of_a_stack_is_no_target(option):
+    with pytest.raises(ValueError, match=rf"{option} names \['down_proj\[0\]'\], single matrices of a stack"):
+        param_groups(tiny_mixtral(), ranks=(2,), **{option: ["down_proj[0]"]})

@@ -127,18 +127,22 @@ def _wanted(
     def wanted(name: str, linear: bool) -> bool:
         return (linear if target == "all-linear" else matches(name, target)) and not matches(name, exclude)
 
+    stacks = dict(_stacks(model))
+    holders = {name.rpartition(".")[0] for name in stacks}
     modules = {
         name: module
         for name, module in model.named_modules()
-        if wanted(name, isinstance(module, nn.Linear | Conv1D) and module is not head)
+        if name not in holders and wanted(name, isinstance(module, nn.Linear | Conv1D) and module is not head)
     }
     read = None if isinstance(target, str) else _as_peft_reads(target, model)
     older = list(read.target_parameters or ()) if read is not None else []
-    return modules, {
-        name: p
-        for name, p in _stacks(model)
-        if wanted(name, True) or (matches(name, older) and not matches(name, exclude))
-    }
+
+    def stack_wanted(name: str) -> bool:
+        names = (name, name.rpartition(".")[0])  # a module stands for its stacks
+        targeted = target == "all-linear" or matches(name, older) or any(matches(own, target) for own in names)
+        return targeted and not any(matches(own, exclude) for own in names)
+
+    return modules, {name: p for name, p in stacks.items() if stack_wanted(name)}
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,8 +227,9 @@ def _left(
     left = {}
     for name, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):
-            if p.ndim >= 2 and id(p) not in adapted | known and not matches(name, exclude):
-                full = f"{name}.{key}".lstrip(".")
+            full = f"{name}.{key}".lstrip(".")
+            excluded = matches(name, exclude) or matches(full, exclude)
+            if p.ndim >= 2 and id(p) not in adapted | known and not excluded:
                 left[full.removesuffix(".weight")] = (type(module).__name__, p.numel())
     return left
 

@@ -279,7 +279,8 @@ class StackedLayer(RoutedLayer):
     def set_pair_rows(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
         """Set the i-th pair of all of the layer's matrices to ``A [r, in]`` and ``B [out, r]``; the weights stay."""
         for key, value in (("A", A), ("B", B)):
-            local(self._pair_tensor(i + 1, key).param)[self._held] = value
+            for row in local(self._pair_tensor(i + 1, key).param)[self._held]:
+                row.copy_(value)
         self._state[self.base[0]][f"{self.experts[i + 1]}.wins"] += 1
 
 

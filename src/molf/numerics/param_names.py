@@ -57,7 +57,9 @@ class ParamNames:
             group["params"] = params
 
     def warn_of_changes(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Warn, once for each, of parameters that have gradients but no group, and of those that have left the model.
+        """Warn, once for each, of parameters with gradients that don't move, and of those that have left the model.
+
+        What has a gradient doesn't move if it is in no group, or is the bias of a weight without one, by which all is routed.
 
         The walk over all modules takes less than a percent of a step, even with thousands of small layers.
 
@@ -69,10 +71,16 @@ class ParamNames:
             return
         own = {id(p) for group in groups for p in group["params"]}
         found, untrained = _look_through(model, own)
+        beside = _beside_a_frozen_weight(groups)
+        untrained |= beside
         new, lost = untrained - self._untrained, len(own) - len(found)
         if not new and lost <= self._lost:
             return
-        changes = {"with a gradient, but in no group": [n for n, p in model.named_parameters() if id(p) in new]}
+        names = {id(p): name for name, p in model.named_parameters() if id(p) in new}
+        changes = {
+            "with a gradient, but in no group": [name for key, name in names.items() if key not in beside],
+            "with a gradient, but beside a routed weight without": [n for key, n in names.items() if key in beside],
+        }
         if lost > self._lost:
             changes["in a group, but no longer in the model"] = self._gone(groups, found)
         self._untrained |= new
@@ -88,6 +96,12 @@ class ParamNames:
         """Return names of parameters that the model does not hold; FSDP may hold whole ones in place of their shards."""
         named = zip((n for names in self._names for n in names), (p for g in groups for p in g["params"]), strict=False)
         return [name for name, p in named if id(p) not in found and not is_sharded(p)]
+
+
+def _beside_a_frozen_weight(groups: Sequence[dict[str, Any]]) -> set[int]:
+    """Return ids of the biases that have a gradient while the weight that they are routed with has none."""
+    routed = (group["params"] for group in groups if group.get("form") in ("merged", "stacked"))
+    return {id(p) for weight, *bias in routed if weight.grad is None for p in bias if p.grad is not None}
 
 
 def _look_through(model: nn.Module, own: set[int]) -> tuple[set[int], set[int]]:

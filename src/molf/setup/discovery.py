@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -23,9 +23,17 @@ def routed_linears(
     model: nn.Module,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str],
+    others: Sequence[str] = (),
     may_be_none: bool = False,
 ) -> dict[str, nn.Linear]:
     """Return the layers to route by name, in model order: targeted, not excluded, with a trainable weight that is not empty.
+
+    Args:
+        model: The model.
+        target_modules: As in PEFT.
+        exclude_modules: As in PEFT.
+        others: Names of parameters that are routed although no linear layer holds them; a target may be their module.
+        may_be_none: Whether there may be no such layer.
 
     Raises:
         MolfError: If nothing matches (unless ``may_be_none``), a named target is not a linear layer, or a weight is not 2-D, not
@@ -34,15 +42,17 @@ def routed_linears(
     modules = module_names(model)
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
     output = output_embedding(_unwrapped(model)) if everything else None
+    holders = {name.rpartition(".")[0] for name in others}
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
         wanted = isinstance(module, nn.Linear) and module is not output if everything else matches(name, target_modules)
-        if not wanted or matches(name, exclude_modules):
+        if not wanted or name in holders or matches(name, exclude_modules):
             continue
         if not isinstance(module, nn.Linear):
             raise MolfError(
                 f"target_modules={target_modules!r} matches {name}, a {type(module).__name__}: only nn.Linear layers can be "
-                "routed; name them more exactly or exclude this one"
+                "routed; name them more exactly or exclude this one. A matrix of another module is routed if target_parameters "
+                "name it"
             )
         _check_weight(name, module)
         matched[name] = module
@@ -50,8 +60,8 @@ def routed_linears(
         name: linear for name, linear in matched.items() if linear.weight.requires_grad and linear.weight.numel()
     }
     if not linears and not may_be_none:
-        raise MolfError(_nothing_to_route(modules, matched, target_modules, exclude_modules))
-    check_not_tied(modules, linears)
+        raise MolfError(_nothing_to_route(modules, matched, others, target_modules, exclude_modules))
+    check_not_tied(modules, {name: list(linear.parameters(recurse=False)) for name, linear in linears.items()})
     if everything:
         _warn_of_transposed(modules)
     return linears
@@ -113,6 +123,7 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 def _nothing_to_route(
     modules: dict[str, nn.Module],
     matched: dict[str, nn.Linear],
+    others: Sequence[str],
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str],
 ) -> str:
@@ -122,7 +133,7 @@ def _nothing_to_route(
             "base weight to route in the merged form. Unfreeze them (requires_grad_(True)), or keep the base frozen and train "
             "LoRA experts only: molf.add_lora_experts(model)"
         )
-    linear = _last_parts(modules, "Linear")
+    linear = sorted({*_last_parts(modules, "Linear"), *(name.rpartition(".")[2] for name in others)})
     if transposed := _last_parts(modules, "Conv1D"):  # of transformers: GPT-2's
         return (
             f"the layers {', '.join(transposed)} of this model are Conv1D, whose weights [in, out] cannot be routed in the "
@@ -140,7 +151,7 @@ def _nothing_to_route(
     if target_modules in linear:
         hint = f"; a string is a regular expression for the whole name, so write [{target_modules!r}]"
     return (
-        f"no layer matches target_modules={target_modules!r} with exclude_modules={exclude_modules!r}; the linear layers "
+        f"no layer matches target_modules={target_modules!r} with exclude_modules={exclude_modules!r}; the layers "
         f"here are named {', '.join(linear)}{hint}"
     )
 
@@ -155,27 +166,28 @@ def _is_a(module: nn.Module, kind: str) -> bool:
     return any(base.__name__ == kind for base in type(module).__mro__)
 
 
-def check_not_tied(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
-    """Check that no layer shares its weight or bias with another module.
+def check_not_tied(modules: Mapping[str, nn.Module], routed: Mapping[str, Iterable[nn.Parameter]]) -> None:
+    """Check that nothing that is routed together is shared with another module.
 
     Args:
         modules: All modules by name.
-        linears: The layers to route by name.
+        routed: Weight and bias of what is to be routed, by its name.
 
     Raises:
-        MolfError: If one does.
+        MolfError: If one is.
     """
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for key, p in module.named_parameters(recurse=False):
             owners.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
-    for name, linear in linears.items():
-        for key, p in linear.named_parameters(recurse=False):
+    for name, params in routed.items():
+        for p in params:
             shared = owners[id(p)]
             if len(shared) > 1:
+                own = next((own for own in shared if own.startswith(name)), name)
                 raise MolfError(
-                    f"the {key} of {name} is shared ({' = '.join(shared)}): a routed update would move every user of it; add "
-                    f"{name!r} to exclude_modules"
+                    f"the {own.rpartition('.')[2]} of {name} is shared ({' = '.join(shared)}): a routed update would move every "
+                    f"user of it; add {name!r} to exclude_modules"
                 )
 
 

@@ -14,7 +14,10 @@ from molf.setup.discovery import check_not_tied, matches, module_names, routed_l
 __all__ = ["RoutedParameter", "routed_parameters", "routed_weights", "unrouted_kinds"]
 
 # How modules call the number of their experts, if they do not use transformers' interface for experts.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
+_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts"),
+    *("n_shared_experts", "moe_num_experts", "total_experts"),
+)
 
 
 class RoutedParameter(NamedTuple):
@@ -40,7 +43,8 @@ def routed_weights(
         MolfError: If nothing matches, or something that is named cannot be routed.
     """
     parameters = routed_parameters(model, target_modules, exclude_modules, target_parameters)
-    linears = routed_linears(model, target_modules, exclude_modules, may_be_none=bool(parameters))
+    stacks = [name for name, module, key, p in _raw_parameters(module_names(model)) if _is_layer(module, key, p)]
+    linears = routed_linears(model, target_modules, exclude_modules, stacks, may_be_none=bool(parameters))
     found = {name: RoutedParameter(linear.weight, linear.bias, False) for name, linear in linears.items()}
     return found | parameters
 
@@ -53,21 +57,29 @@ def routed_parameters(
 ) -> dict[str, RoutedParameter]:
     """Return the parameters to route by name, in model order, beside those of ``nn.Linear`` layers.
 
-    "all-linear" means stacks of experts and the fused ``in_proj_weight`` of ``nn.MultiheadAttention``. Other targets find them by
-    the name of the parameter. ``target_parameters`` are names or their last parts, as in PEFT, of any trainable parameter of two
-    or three dimensions.
+    "all-linear" means stacks of experts and the fused ``in_proj_weight`` of ``nn.MultiheadAttention``. Other targets, and
+    exclusions, find them by the name of the parameter or of its module. ``target_parameters`` are names or their last parts, as
+    in PEFT, of any trainable parameter of two or three dimensions.
 
     Raises:
         MolfError: If a name of ``target_parameters`` matches nothing, or something that cannot be routed.
     """
-    if isinstance(target_parameters, str):
+    if target_parameters is None or isinstance(target_parameters, str):
         raise TypeError(f"target_parameters={target_parameters!r}: give a list of names")
+    for option, names in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        single = [] if isinstance(names, str) else [name for name in names if name.endswith("]")]
+        if single:
+            raise MolfError(
+                f"{option} names {single}, single matrices of a stack: a stack is routed whole; name it without []"
+            )
     found: dict[str, RoutedParameter] = {}
     modules = module_names(model)
     missing = set(target_parameters)
 
     def wanted(name: str) -> bool:
-        return (target_modules == "all-linear" or matches(name, target_modules)) and not matches(name, exclude_modules)
+        names = (name, name.rpartition(".")[0])
+        targeted = target_modules == "all-linear" or any(matches(own, target_modules) for own in names)
+        return targeted and not any(matches(own, exclude_modules) for own in names)
 
     for name, module, key, p in _raw_parameters(modules):
         named = {target for target in target_parameters if matches(name, [target])}
@@ -76,8 +88,9 @@ def routed_parameters(
             _check_named(name, p)
         elif not (p.requires_grad and _is_layer(module, key, p) and wanted(name)):
             continue
-        check_not_tied(modules, {name: module})
-        found[name] = RoutedParameter(p, _bias(module, key, p), p.ndim == 3 and _is_transposed(module))
+        bias = _bias(module, key, p)
+        check_not_tied(modules, {name: [own for own in (p, bias) if own is not None]})
+        found[name] = RoutedParameter(p, bias, p.ndim == 3 and _is_transposed(module))
     if missing:
         names = sorted({re.sub(r"\d+", "*", name) for name, _, _, p in _raw_parameters(modules) if p.ndim in (2, 3)})
         raise MolfError(
@@ -100,7 +113,7 @@ def _is_layer(module: nn.Module, key: str, p: nn.Parameter) -> bool:
         return key == "in_proj_weight"
     counts = {getattr(module, name, None) for name in _COUNTS}
     declared = isinstance(getattr(module, "is_transposed", None), bool)  # transformers' interface for experts
-    return p.ndim == 3 and len(p) > 0 and (declared or len(p) in counts) and not hasattr(module, "kernel_size")
+    return p.ndim == 3 and p.numel() > 0 and (declared or len(p) in counts) and not hasattr(module, "kernel_size")
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -48,10 +48,8 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
             f"all layers must have the same experts, but {groups[0]['module']} has {groups[0]['experts']} and "
             f"{different[0]['module']} has {different[0]['experts']}"
         )
-    owners = {
-        group["module"]: layers[group["module"]].get_base_layer() for group in groups if "fft" in group["experts"]
-    }
-    check_not_tied(modules, owners)
+    bases = {group["module"]: base_parameters(layers[group["module"]]) for group in groups if "fft" in group["experts"]}
+    check_not_tied(modules, bases)
     return groups
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from molf.integrations.routing_log import FILE_NAME
-from molf.study.results.routing import ROUTING_FILE, RoutingSummary, read_routing
+from molf.study.results.routing import ROUTING_FILE, RoutingSummary, kind_of, read_routing
 from report_runs import MODULES
 from report_runs import write_log as write_made_up
 
@@ -138,3 +138,8 @@ def test_bad_logs_are_refused(tmp_path):
         log.write_bytes(log.read_bytes().splitlines()[0] + b"\n" + line)
         with pytest.raises(ValueError, match=":2 is not a line of a routing log"):
             read_routing(log)
+
+
+def test_kinds_of_projections():
+    names = ["q_proj", "0.mlp.up_proj[3]", "0.mlp.input_linear.weight[3]", "0.mlp.gate.weight"]
+    assert [kind_of(name) for name in names] == ["q_proj", "up_proj", "input_linear", "gate"]

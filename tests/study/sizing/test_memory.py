@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, JetMoeConfig
 
 from families import FAMILIES
 from models import SHAPES
 from molf import MoLF, add_lora_experts
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.sizing.activations import Activations, measure_activations
 from molf.study.sizing.blueprint import Blueprint
@@ -155,6 +156,20 @@ def test_activations_of_stacked_experts_and_state_spaces(name, method, monkeypat
         real = add_lora_experts(real, **blueprint.recipe.experts)
     monkeypatch.setattr("molf.study.sizing.activations._GroupedProducts", nullcontext)  # the model's own products
     assert measure_activations(real, 2, 16, False).kept == pytest.approx(planned.kept, rel=1e-3)
+
+
+def test_a_model_that_looks_at_values_is_refused_by_name():
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "kv_channels": 4,
+    }
+    config = JetMoeConfig(vocab_size=30, num_local_experts=2, **sizes)
+    blueprint = Blueprint(RunConfig.from_dict({"method": "molf", "ranks": [2]}), config)
+    with blueprint.fake_mode, pytest.raises(MolfError, match="JetMoeForCausalLM looks at values"):
+        measure_activations(blueprint.model, 1, 4, False)
 
 
 def test_activations_grow_with_the_batch_and_leave_no_hook():

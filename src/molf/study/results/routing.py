@@ -84,8 +84,11 @@ def explained_by_kind(share_of: Mapping[str, float]) -> float | None:
 
 
 def kind_of(module: str) -> str:
-    """Return the kind of projection of a layer, or of a matrix in a stack: ``up_proj`` of ``layers.3.experts.up_proj[17]``."""
-    return module.rpartition(".")[2].partition("[")[0]
+    """Return the kind of projection of a layer, or of a matrix in a stack: ``up_proj`` of ``layers.3.experts.up_proj[17]``.
+
+    A parameter that is only called ``weight`` is of the kind of its module: ``gate`` of ``layers.3.gate.weight``.
+    """
+    return module.partition("[")[0].removesuffix(".weight").rpartition(".")[2]
 
 
 def depth_of(module: str) -> str:

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from molf.errors import MolfError
 
 _OUTSIDE = -1  # the block number of what is saved outside of blocks
 
@@ -37,6 +40,9 @@ def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -
         batch: Number of sequences.
         length: Tokens of each.
         bf16: Whether to autocast to bfloat16.
+
+    Raises:
+        MolfError: If the forward pass looks at values, such as the routing of some mixtures of experts.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -58,6 +64,11 @@ def measure_activations(model: nn.Module, batch: int, length: int, bf16: bool) -
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         ):
             base.base_model(**inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise MolfError(
+            f"the forward pass of {type(base).__name__} looks at values ({error.func}), and a model without weights has none: "
+            "its memory can't be planned; train a few steps on the device instead (--max_steps 2)"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
