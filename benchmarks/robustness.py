@@ -2,6 +2,7 @@
 
 molf compare --config configs/compare/smollm2-robustness.yaml        # hours; what is finished can be gathered at any time
 python benchmarks/robustness.py runs/compare/smollm2-robustness      # --draw only redraws from the JSON file
+python benchmarks/robustness.py runs/compare/smollm2-promise --into smollm2-fact-promise.json   # another study, not drawn
 """
 
 import argparse
@@ -31,7 +32,9 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         name = re.sub(r"-lr.*", "", path.parent.name)
         metrics = {metric: result["metrics"][metric] for metric in METRICS}
         settings = {key: result["config"].get(key) for key in SETTINGS}
-        found.append({"name": name, "settings": settings, "metrics": metrics, "routing": result.get("routing")})
+        kept = {key: value for key, value in (result.get("retention") or {}).items() if isinstance(value, dict)}
+        run = {"name": name, "settings": settings, "metrics": metrics, "routing": result.get("routing")}
+        found.append({**run, "retention": kept} if kept else run)
     return found
 
 
@@ -46,10 +49,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| contender | score | efficacy | paraphrase | neighbourhood | exact new | won by FFT |",
         "| --- |" + " ---: |" * 6,
     ]
+    several = len({run["name"] for run in runs}) < len(runs)
     for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
         values = " | ".join(f"{run['metrics'][metric]['value']:.1f}" for metric in METRICS)
         share = f"{100 * run['routing']['fft']:.0f} %" if run["routing"] else ""
-        lines.append(f"| {run['name'].replace('_', ' ')} | {values} | {share} |")
+        which = f", {run['settings']['learning_rate']:g}, seed {run['settings']['seed']}" if several else ""
+        lines.append(f"| {run['name'].replace('_', ' ')}{which} | {values} | {share} |")
     return "\n".join(lines)
 
 
@@ -80,7 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--into", metavar="NAME", help="file beside the others in benchmarks/results/evidence")
     args = parser.parse_args()
+    if args.into and args.folder:
+        runs = gather(args.folder)
+        with atomic_write(GATHERED.with_name(args.into)) as partial:
+            partial.write_text(json.dumps(runs, indent=1) + "\n")
+        print(table(runs))
+        return
     if not args.draw:
         if args.folder is None:
             parser.error("give the folder of the comparison, or --draw")

@@ -189,6 +189,17 @@ def test_robustness(tmp_path, monkeypatch, capsys):
     robustness.main()
     assert "| epd r8 alpha128 | 40.0 |" in capsys.readouterr().out
     assert len(json.loads(robustness.GATHERED.read_text())) == 3 and robustness.PICTURE.stat().st_size > 5000
+    (tmp_path / "fft-lr0.0002-s42").rename(tmp_path / "epd_r8_alpha128-lr0.0004-s43")
+    for folder, rate in (("epd_r8_alpha128-lr0.0002-s42", 2e-4), ("epd_r8_alpha128-lr0.0004-s43", 4e-4)):
+        path = tmp_path / folder / "result.json"
+        result = json.loads(path.read_text())
+        result["config"] |= {"learning_rate": rate, "seed": 42}
+        path.write_text(json.dumps({**result, "retention": {"kl": {"value": 1.0}, "origin": "here"}}))
+    (tmp_path / "matched_random_r8-lr0.0002-s42" / "result.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["robustness", str(tmp_path), "--into", "other.json"])
+    robustness.main()
+    assert "| epd r8 alpha128, 0.0004, seed 42 | 58.0 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "other.json").read_text())[0]["retention"] == {"kl": {"value": 1.0}}
 
 
 def test_router_bed():
