@@ -4,7 +4,7 @@ set -euo pipefail
 
 fail() { echo "chromium.sh: $*" >&2; exit 1; }
 
-if command -v chromium chromedriver >/dev/null; then exit 0; fi
+if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi
 command -v apt-get >/dev/null || fail "there is no chromium with chromedriver, and no apt-get to install them with"
 [ "$(id -u)" = 0 ] || fail "there is no chromium with chromedriver, and only root can install them: apt-get install chromium-driver"
 export DEBIAN_FRONTEND=noninteractive
