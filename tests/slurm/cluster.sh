@@ -14,9 +14,12 @@ install_packages() {
   command -v apt-get >/dev/null || fail "there is no SLURM, and no apt-get to install it with"
   [ "$(id -u)" = 0 ] || fail "there is no SLURM, and only root can install it: apt-get install slurm-wlm munge"
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq >/dev/null || fail "apt-get update failed"
-  # The packages' services would start on their own configuration in a full system; ours are started below.
-  apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null || fail "slurm-wlm and munge cannot be installed"
+  (
+    flock 9 # tests in another process may install a browser now
+    apt-get update -qq >/dev/null || fail "apt-get update failed"
+    # The packages' services would start on their own configuration in a full system; ours are started below.
+    apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null || fail "slurm-wlm and munge cannot be installed"
+  ) 9>/var/lock/molf-tests-apt
 }
 
 configure() {

@@ -29,7 +29,7 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 def headline_figure(results: Mapping[str, Result]) -> dict[str, Any]:
     """Draw every run's main metric with its interval, before training and after."""
     figure = go.Figure()
-    for when, of in (("before", "metrics_before"), ("after", "metrics")):
+    for when, of, colour in (("before", "metrics_before", "#8a939d"), ("after", "metrics", _COLOURS[0])):
         bars = [
             (run, metric)
             for run, result in results.items()
@@ -42,7 +42,7 @@ def headline_figure(results: Mapping[str, Result]) -> dict[str, Any]:
                 y=[plain(run) for run, _ in bars],
                 name=when,
                 mode="markers",
-                marker={"size": 11, "symbol": "circle-open" if when == "before" else "circle", "color": _COLOURS[0]},
+                marker={"size": 11, "symbol": "circle-open" if when == "before" else "circle", "color": colour},
                 error_x={
                     "symmetric": False,
                     "array": [
