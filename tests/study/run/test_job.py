@@ -85,3 +85,11 @@ def test_a_quantised_model_is_refused_before_its_training(saved_model, tmp_path,
         ):
             job(saved_model, tmp_path, sample=True, method=method)
     assert job(saved_model, tmp_path, sample=True, only_eval=True).model.is_quantized
+
+
+def test_a_model_without_gradient_checkpointing_says_what_to_do(saved_model, tmp_path, monkeypatch):
+    loaded = job(saved_model, tmp_path, task="fact", sample=True, limit=2)
+    monkeypatch.setattr(type(loaded.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(MolfError, match=r"LlamaForCausalLM does not support.*--gradient_checkpointing False"):
+        make_trainer(loaded, Recipe(train={}))
+    assert make_trainer(loaded, Recipe(train={"gradient_checkpointing": False})).train_dataset

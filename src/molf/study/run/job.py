@@ -143,6 +143,11 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
         raise MolfError(f"the task {job.task.name} has no training rows in {job.split.origin}")
     conversations = "messages" in examples[0]
     args = build_train_config({"assistant_only_loss": conversations} | job.config.train | recipe.train | settings)
+    if args.gradient_checkpointing and not job.model.supports_gradient_checkpointing:
+        raise MolfError(
+            f"{type(job.model).__name__} does not support gradient checkpointing, which runs use by default: pass "
+            "--gradient_checkpointing False"
+        )
     rows, cut = tokenize_training_data(job.tokenizer, examples, args)
     held_out = None
     if job.validation:
