@@ -118,7 +118,7 @@ class Branched(nn.Module):
         super().__init__()
         self.base_layer = base
         self.r = {f"r{r}": r for r in ranks}
-        self.active_adapters, self.scaling = list(self.r), dict.fromkeys(self.r, 1.0)
+        self.active_adapters, self.scaling, self.lora_variant = list(self.r), dict.fromkeys(self.r, 1.0), {}
         self.lora_A = nn.ModuleDict({k: nn.Linear(base.in_features, r, bias=False) for k, r in self.r.items()})
         self.lora_B = nn.ModuleDict({k: nn.Linear(r, base.out_features, bias=False) for k, r in self.r.items()})
 

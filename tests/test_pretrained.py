@@ -22,6 +22,7 @@ def test_smollm2_learns_facts(tmp_path):
         "num_train_epochs": 6,
         "gradient_checkpointing": False,
         "eval_before": True,
+        "retention": False,  # a minute
         "disable_tqdm": True,
         "output_dir": str(tmp_path),
     }

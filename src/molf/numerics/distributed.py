@@ -241,8 +241,8 @@ def _check_placement(group: dict[str, Any], p: Any, first: Any) -> None:
         )
     if group.get("form") in ("merged", "stacked") and not p.placements[dims[0]].is_shard(0):
         raise MolfError(
-            f"{name} is sharded {p.placements}: the merged form needs row shards (of a stack: whole matrices), Shard(0); leave "
-            "out shard_placement_fn"
+            f"{name} is sharded {p.placements}: the merged form needs row shards, Shard(0), which of a stack are whole "
+            "matrices; leave out shard_placement_fn"
         )
     if master_dtype(p.dtype) != master_dtype(first.dtype):
         raise MolfError(

@@ -35,6 +35,7 @@ def test_molf_takes_the_rates_and_the_clipping_from_the_trainer():
         "score": "epd",
         "target_modules": "all-linear",
         "exclude_modules": ("lm_head",),
+        "target_parameters": (),
         "max_grad_norm": 1.0,
         "optim_bits": 32,
         "optimizer_in_backward": False,
