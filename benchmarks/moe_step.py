@@ -4,7 +4,7 @@
 
 Gradients stay as they are between steps. "same size" keeps the number of parameters and makes the experts smaller; "same
 experts" keeps their size, so that parameters grow with their number. AdamW is PyTorch's fused one. For each, the ratio to AdamW
-in the same round, and MoLF's nanoseconds a parameter.
+in the same round, the same for MoLF on these matrices as separate linear layers, and MoLF's nanoseconds a parameter.
 """
 
 import argparse
@@ -35,14 +35,25 @@ def mixture(layers, n, width, inner, device):
     return model
 
 
+def unstacked(layers, n, width, inner, device):
+    """Return the same matrices as linear layers."""
+    shapes = [(2 * inner, width), (width, inner)] * (layers * n)
+    model = nn.ModuleList(nn.Linear(n_in, n_out, bias=False, device=device) for n_out, n_in in shapes)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
+
+
 def compare(args, n, inner, device):
-    """Return the ratio with its range, and nanoseconds a parameter."""
-    models = [mixture(args.layers, n, args.width, inner, device) for _ in range(2)]
-    adamw = torch.optim.AdamW(models[0].parameters(), fused=True)
-    molf = MoLF(models[1], ranks=(args.rank,), score="random")
-    seconds = take_turns({"adamw": adamw.step, "molf": molf.step}, args.rounds, warmup=2)
-    elements = sum(p.numel() for p in models[1].parameters())
-    return ratio(seconds["molf"], seconds["adamw"]), min(seconds["molf"]) / elements * 1e9
+    """Return the ratio with its range, that of separate linear layers, and nanoseconds a parameter."""
+    shape = (args.layers, n, args.width, inner, device)
+    adamw = torch.optim.AdamW(mixture(*shape).parameters(), fused=True)
+    molf, linear = (MoLF(model, ranks=(args.rank,), score="random") for model in (mixture(*shape), unstacked(*shape)))
+    seconds = take_turns({"adamw": adamw.step, "molf": molf.step, "linear": linear.step}, args.rounds, warmup=2)
+    elements = args.layers * n * 3 * args.width * inner
+    return *(ratio(seconds[name], seconds["adamw"]) for name in ("molf", "linear")), min(
+        seconds["molf"]
+    ) / elements * 1e9
 
 
 def main():
@@ -62,11 +73,10 @@ def main():
     report = {}
     for n in args.experts:
         for case, inner in (("same experts", args.inner), ("same size", args.inner * min(args.experts) // n)):
-            (middle, least, most), cost = compare(args, n, max(1, inner), device)
-            report[f"{case}, {n}"] = [middle, cost]
-            print(
-                f"  {case:13} {n:4} experts of {inner:4}: x{middle:.2f} ({least:.2f} to {most:.2f}), {cost:.1f} ns a parameter"
-            )
+            (middle, least, most), (linear, *_), cost = compare(args, n, max(1, inner), device)
+            report[f"{case}, {n}"] = [middle, linear, cost]
+            stacks = f"x{middle:.2f} ({least:.2f} to {most:.2f}), x{linear:.2f} as linear layers"
+            print(f"  {case:13} {n:4} experts of {inner:4}: {stacks}, {cost:.1f} ns a parameter")
     if args.json:
         print(json.dumps(report))
 
