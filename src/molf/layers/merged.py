@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params, winners_of
+from molf.layers.base import LoraPair, init_moments, init_step, quantized_params, winners_of
+from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import is_sharded, local, local_part, shard_rows_like
@@ -77,12 +78,8 @@ def apply_lora_delta_(effective: Tensor, before: LoraPair, after: LoraPair) -> N
     effective.addmm_(dB, after.A, alpha=after.scale)
 
 
-class MergedLayer(RoutedLayer):
-    """A layer whose weight is the effective weight; its pairs are tensors in the state of that weight.
-
-    State entries are flat tensors by name: ``lora_r8.A``, ``lora_r8.A.exp_avg``, ..., and ``lora_r8.wins``, how often the pair
-    was updated. The bias has AdamW's usual entries.
-    """
+class MergedLayer(PairsInState):
+    """A layer whose weight is the effective weight; its pairs are tensors in the state of that weight."""
 
     @staticmethod
     def init_state(
@@ -113,28 +110,9 @@ class MergedLayer(RoutedLayer):
             entries[f"{name}.wins"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
     @property
-    def base(self) -> list[Tensor]:
-        """The layer's weight, which is ``W_eff``, and its bias if that trains."""
-        return list(self.group["params"])
-
-    @property
-    def pairs(self) -> list[LoraPair]:
-        """The live pairs in the order of the ranks."""
-        entries, scales = self._state[self.base[0]], self.group["scales"]
-        return [
-            LoraPair(entries[f"{name}.A"], entries[f"{name}.B"], scale, b_is_nonzero=bool(entries[f"{name}.wins"]))
-            for name, scale in zip(self.experts[1:], scales, strict=True)
-        ]
-
-    @property
     def _local_pairs(self) -> list[LoraPair]:
         """The pairs with this rank's rows of B."""
         return [pair._replace(B=local(pair.B)) for pair in self.pairs]
-
-    @property
-    def active(self) -> bool:
-        """Whether the weight has a gradient, from which all experts' gradients follow."""
-        return self.base[0].grad is not None
 
     def base_weight(self) -> Tensor:
         """Return ``W = W_eff - sum_i s_i B_i A_i``, a new tensor."""
@@ -151,7 +129,7 @@ class MergedLayer(RoutedLayer):
         before = _copy(pair)
         pair.A.copy_(A)
         pair.B.copy_(local_part(B, self.pairs[i].B))
-        self._count_update(i + 1)
+        self._count_updates(i + 1)
         effective = self._load(self.base[0]).clone()
         apply_lora_delta_(effective, before, pair)
         self._write(self.base[0], effective)
@@ -169,15 +147,6 @@ class MergedLayer(RoutedLayer):
         for i, dA in enumerate(torch.split(out, sizes)):
             pair = self._local_pairs[i]
             self._tensors[i + 1] = self._pair_tensors(i + 1, pair, dA.view_as(pair.A) if pair.b_is_nonzero else None)
-
-    def derived_tensors(self) -> list[TensorState]:
-        """Return A and B of all pairs."""
-        return [tensor for i in range(1, len(self.experts)) for tensor in self.tensors(i)]
-
-    def pair_tensor(self, i: int, key: str) -> TensorState:
-        """Return A or B (``key``) of the i-th expert with its moments and without a gradient."""
-        entries, name = self._state[self.base[0]], f"{self.experts[i]}.{key}"
-        return TensorState(entries[name], None, entries[f"{name}.exp_avg"], entries[f"{name}.exp_avg_sq"])
 
     def _expert_tensors(self, i: int) -> list[TensorState]:
         if i == 0:
@@ -208,13 +177,9 @@ class MergedLayer(RoutedLayer):
         """Apply the pairs' changes to ``W_eff`` and write it back into the model."""
         for i, pair, before in self._moved:
             apply_lora_delta_(self._effective, before, pair)
-            self._count_update(i)
+            self._count_updates(i)
         self._store(self.base[0], self._effective)
         del self._effective, self._moved
-
-    def _count_update(self, i: int) -> None:
-        """Count an update of a pair. The count is on the host, so asking whether B is nonzero needs no sync."""
-        self._state[self.base[0]][f"{self.experts[i]}.wins"] += 1
 
 
 def _copy(pair: LoraPair) -> LoraPair:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.base import RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
 from molf.numerics.distributed import first_row, is_sharded, local, shard_rows_like
@@ -58,11 +59,10 @@ class _Rows:
             getattr(self.whole, key).index_copy_(0, self.index, getattr(self.taken, key))
 
 
-class StackedLayer(RoutedLayer):
+class StackedLayer(PairsInState):
     """The matrices of one stacked parameter, or some of them.
 
-    State entries of the parameter are those of a merged layer, stacked: ``lora_r8.A [n, r, in]``, ``lora_r8.B [n, out, r]``,
-    their moments, and ``lora_r8.wins``, how often one of the pairs was updated. The bias ``[n, out]`` has AdamW's usual entries.
+    The pairs are stacks, too: ``lora_r8.A [n, r, in]``, ``lora_r8.B [n, out, r]``. The bias is ``[n, out]``.
 
     Args:
         group: The stack's parameter group.
@@ -120,25 +120,6 @@ class StackedLayer(RoutedLayer):
         """The names of the matrices."""
         return matrix_names(self.name, len(self.base[0]))[self.rows.start : self.rows.stop]
 
-    @property
-    def base(self) -> list[Tensor]:
-        """The stacked parameter, whose matrices are the effective weights, and the stacked bias if there is one that trains."""
-        return list(self.group["params"])
-
-    @property
-    def pairs(self) -> list[LoraPair]:
-        """The live pairs, stacked, in the order of the ranks."""
-        entries, scales = self._state[self.base[0]], self.group["scales"]
-        return [
-            LoraPair(entries[f"{name}.A"], entries[f"{name}.B"], scale, b_is_nonzero=bool(entries[f"{name}.wins"]))
-            for name, scale in zip(self.experts[1:], scales, strict=True)
-        ]
-
-    @property
-    def active(self) -> bool:
-        """Whether the parameter has a gradient, from which all experts' gradients follow."""
-        return self.base[0].grad is not None
-
     def parts(self, budget: int) -> Sequence[RoutedLayer]:
         """Return the stack in parts of at most ``budget`` elements, or of one matrix; gradients that exist are shared out."""
         size = max(1, budget // max(1, self.numel // len(self.rows)))
@@ -169,14 +150,10 @@ class StackedLayer(RoutedLayer):
         every[self._place] = sums
         return every
 
-    def derived_tensors(self) -> list[TensorState]:
-        """Return A and B of all pairs."""
-        return [tensor for i in range(1, len(self.experts)) for tensor in self.tensors(i)]
-
     def _expert_tensors(self, i: int) -> list[TensorState]:
         if i == 0:
             return [_cut(self._tensor(p).local, self._held) for p in self.base if p.grad is not None]
-        A, B = (_cut(self._pair_tensor(i, key).local, self._held) for key in "AB")
+        A, B = (_cut(self.pair_tensor(i, key).local, self._held) for key in "AB")
         pair, grad = self.pairs[i - 1], local(self.gradients()[0])[self._held].to(A.param.dtype)
         grad = self.oriented(grad)
         dA = torch.zeros_like(A.param)
@@ -185,10 +162,6 @@ class StackedLayer(RoutedLayer):
         dB = torch.empty_like(B.param)
         dB.baddbmm_(grad, A.param.mT, beta=0, alpha=pair.scale)
         return [A._replace(grad=dA), B._replace(grad=dB)]
-
-    def _pair_tensor(self, i: int, key: str) -> TensorState:
-        entries, name = self._state[self.base[0]], f"{self.experts[i]}.{key}"
-        return TensorState(entries[name], None, entries[f"{name}.exp_avg"], entries[f"{name}.exp_avg_sq"])
 
     def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
         """Gather what the winners move, and decay ``W`` inside the effective weights where ``fft`` won."""
@@ -231,7 +204,7 @@ class StackedLayer(RoutedLayer):
         for i, before in self._before.items():
             self._add_pair_change_(i, before)
         for i, won in enumerate(self._chosen.sum(0).tolist()[1:], start=1):
-            self._state[self.base[0]][f"{self.experts[i]}.wins"] += won  # of all ranks, so that they agree
+            self._count_updates(i, won)  # of all ranks, so that they agree
         for p, value in zip(self.base, self._values, strict=True):
             self.store_rows(p, value)
         del self._chosen, self._winners, self._values, self._gathered, self._before
@@ -279,9 +252,9 @@ class StackedLayer(RoutedLayer):
     def set_pair_rows(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
         """Set the i-th pair of all of the layer's matrices to ``A [r, in]`` and ``B [out, r]``; the weights stay."""
         for key, value in (("A", A), ("B", B)):
-            for row in local(self._pair_tensor(i + 1, key).param)[self._held]:
+            for row in local(self.pair_tensor(i + 1, key).param)[self._held]:
                 row.copy_(value)
-        self._state[self.base[0]][f"{self.experts[i + 1]}.wins"] += 1
+        self._count_updates(i + 1)
 
 
 def _cut(tensor: TensorState, rows: slice) -> TensorState:
