@@ -5,6 +5,8 @@ circle. Imports inside functions and under ``TYPE_CHECKING`` count: what is name
 """
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,13 @@ def test_every_file_has_a_room():
 
 def test_nobody_imports_upward():
     assert not broken(EDGES)
+
+
+@pytest.mark.parametrize("module", ["molf", "molf.study.config.run_config", "molf.study.grids.attempt"])
+def test_what_only_starts_or_describes_runs_loads_nothing_heavy(module):
+    """A scheduler's job imports the attempt and waits: seconds of a start, and half a gigabyte, for each run."""
+    heavy = "{'torch', 'transformers', 'trl', 'pandas', 'datasets'}"
+    subprocess.run([sys.executable, "-c", f"import sys, {module}; assert not {heavy} & set(sys.modules)"], check=True)
 
 
 def test_no_circle():

@@ -1,18 +1,19 @@
-"""Text that a run does not train on, to measure what it forgets."""
+"""What a model forgets: text that a run does not train on, and the measurements on it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from molf.errors import MolfError
-from molf.tasks.base import Row
+from molf.tasks.base import Metric, Row
 from molf.tasks.fact import Fact, true_fact
 from molf.tasks.formats import READ, is_readable, records_of
 from molf.tasks.med import Med, answered_question
 from molf.tasks.sources import SourceTask
 from molf.tasks.sql import Sql, answered_query
 
-__all__ = ["background_texts"]
+__all__ = ["Retention", "background_texts"]
 
 ROWS = 16
 """Rows of each source."""
@@ -22,6 +23,32 @@ _PACKAGED: dict[str, tuple[SourceTask, Callable[[Row], str]]] = {
     "med": (Med(), answered_question),
     "sql": (Sql(), answered_query),
 }
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What training cost.
+
+    Attributes:
+        loss_before: Mean loss of the base model on the texts, in nats per token.
+        loss_after: The same of the trained model.
+        loss_rise: Their difference, text by text.
+        kl: KL(base || tuned) on the task's prompts, in nats per token.
+        origin: Where the texts are from.
+        seconds: How long both measurements took.
+    """
+
+    loss_before: Metric
+    loss_after: Metric
+    loss_rise: Metric
+    kl: Metric | None
+    origin: str
+    seconds: float
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return the measurements by name, in nats per token."""
+        found = {name: getattr(self, name) for name in ("loss_before", "loss_after", "loss_rise", "kl")}
+        return {name: metric for name, metric in found.items() if metric is not None}
 
 
 def background_texts(task: str, path: str | None = None) -> tuple[list[str], str]:

@@ -11,10 +11,12 @@ from tiny_checkpoints import SENTENCE, SIZES, TOKENS, byte_tokenizer
 
 TEXTS = ["The king is French.", "The mother tongue of the king", "x" * 500, "a"]
 REQUESTS = [
-    Likelihood("The mother tongue", " of"),
-    Likelihood("The mother tongue", " is"),
-    Generate("Is", 3),
-    ExampleTokens({"text": "not a prompt"}),
+    [
+        Likelihood("The mother tongue", " of"),
+        Likelihood("The mother tongue", " is"),
+        ExampleTokens({"text": "not a prompt"}),
+    ],
+    [Generate("Is", 3)],
 ]
 
 
@@ -31,6 +33,14 @@ def probe():
 def test_texts_are_cut_and_prompts_are_different_ones(probe):
     assert len(probe.texts) == 3 and max(map(len, probe.texts)) == 64  # one token has no loss
     assert len(probe.prompts) == 2
+
+
+def test_every_row_is_asked_before_one_is_asked_twice():
+    tokenizer = byte_tokenizer([SENTENCE], 300)
+    prompts = lambda rows: make_probe(tokenizer, TEXTS, rows).prompts  # noqa: E731
+    many = [[Generate(f"{row} {turn}", 1) for turn in range(9)] for row in range(99)]
+    assert prompts(many) == [tuple(tokenizer(f"{row} 0").input_ids) for row in range(16)]
+    assert prompts(many[:10])[10:] == [tuple(tokenizer(f"{row} 1").input_ids) for row in range(6)]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 4096])

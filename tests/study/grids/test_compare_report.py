@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from molf.study.engine.retention import Retention
 from molf.study.grids.compare import Contender, Outcome
 from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
 from molf.study.grids.spec import Failure
 from molf.study.results.result import Result
 from molf.tasks.base import Metric
+from molf.tasks.retention import Retention
 from small_runs import small_result
 
 

@@ -34,26 +34,19 @@ def slurm(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def test_an_array_of_runs(submit, tmp_path):
-    specs = [fake_run(tmp_path / "out", behaviour) for behaviour in ("finish", "fail", "kill")]
+def test_more_runs_than_an_array_may_have_of_which_two_break_off(submit, tmp_path):
+    behaviours = ["finish", "fail", "kill", "finish", "finish"]
+    specs = [fake_run(tmp_path / "out", name, f"run{number}") for number, name in enumerate(behaviours)]
     outcome, told = submit(specs)
-    assert list(outcome.results) == ["finish"] and outcome.unfinished == ["kill"]
+    assert list(outcome.results) == ["run0", "run3", "run4"] and outcome.unfinished == ["run2"]
     assert [failure.status for failure in outcome.failures] == [3]
-    assert len({job_of(spec).partition("_")[0] for spec in specs}) == 1
-    assert any(line.startswith("submitted 3 jobs") for line in told)
+    arrays = [job_of(spec).partition("_")[0] for spec in specs]
+    assert arrays == [arrays[0]] * largest_array() + [arrays[-1]] and arrays[0] != arrays[-1]
+    assert [line.split(",")[0] for line in told if "submitted" in line] == ["submitted 4 jobs", "submitted 1 jobs"]
     (specs[1].folder / "mended").touch()
     outcome, told = submit(specs, retry=True)
-    assert len(outcome.results) == 3
+    assert len(outcome.results) == 5
     assert specs[2].starts() == [False, True] and len(specs[0].starts()) == 1
-
-
-def test_more_runs_than_an_array_may_have(submit, tmp_path):
-    specs = [fake_run(tmp_path / "out", "finish", f"run{number}") for number in range(6)]
-    outcome, told = submit(specs)
-    assert len(outcome.results) == 6
-    arrays = [job_of(spec).partition("_")[0] for spec in specs]
-    assert arrays == [arrays[0]] * largest_array() + [arrays[-1]] * 2 and arrays[0] != arrays[-1]
-    assert [line.split(",")[0] for line in told if "submitted" in line] == ["submitted 4 jobs", "submitted 2 jobs"]
 
 
 def test_a_job_in_the_queue_is_not_submitted_again(submit, tmp_path):

@@ -25,12 +25,12 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
     "save_strategy": "steps",
-    "learning_rate": [1e-4, 1e-3],
+    "learning_rate": 1e-4,
     "output_root": "out",
     "methods": {"killed": LONG, "requeued": LONG, "fft": None},
     "slurm": {"time": 20, "cpus_per_task": 1},
 }
-NAMES = ["killed", "requeued", "fft-lr0.0001", "fft-lr0.001"]
+NAMES = ["killed", "requeued", "fft"]
 
 
 @pytest.fixture
@@ -70,17 +70,22 @@ def run_of(name):
     return found
 
 
+def has_whole_checkpoint(folder):
+    """Return whether a checkpoint is complete: the next one has been begun."""
+    return len(list(folder.glob("checkpoint-*"))) > 1
+
+
 def job_of(out, name):
     return json.loads((out / f"{name}.job.json").read_text())["job"]
 
 
-def test_four_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
+def test_three_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     out = tmp_path / "out"
     first = start()
-    until(lambda: any(out.glob("killed/checkpoint-*")), first)
+    until(lambda: has_whole_checkpoint(out / "killed"), first)
     for pid in run_of("killed"):
         os.kill(pid, signal.SIGKILL)
-    until(lambda: any(out.glob("requeued/checkpoint-*")), first)
+    until(lambda: has_whole_checkpoint(out / "requeued"), first)
     subprocess.run(["scontrol", "requeue", job_of(out, "requeued")], check=True)
     said, _ = first.communicate(timeout=900)
     assert first.returncode == 1, said
@@ -91,9 +96,9 @@ def test_four_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
     second = start()
     said, _ = second.communicate(timeout=900)
     assert second.returncode == 0, said
-    assert "3 of 4 runs are finished; 1 to run" in said
+    assert "2 of 3 runs are finished; 1 to run" in said
     results = {name: read_result(out / name) for name in NAMES}
-    tokens_per_step = results["fft-lr0.0001"].training.tokens / results["fft-lr0.0001"].training.steps
+    tokens_per_step = results["fft"].training.tokens / results["fft"].training.steps
     assert all(results[name].training.tokens < 120 * tokens_per_step for name in ("killed", "requeued")), "resumed"
     assert results["killed"].training.steps == results["requeued"].training.steps == 120
     assert results["killed"].metrics == results["requeued"].metrics

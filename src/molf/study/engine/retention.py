@@ -10,6 +10,7 @@ https://arxiv.org/abs/2509.04259).
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from molf.study.engine.batching import Ids, batches, tokenize
 from molf.study.engine.inference import evaluation_mode
 from molf.study.engine.likelihood import EncodedTarget, last_logits, score_targets
 from molf.study.engine.prefix import Prefix
-from molf.tasks.base import ExampleTokens, Metric, Request
+from molf.tasks.base import ExampleTokens, Request
 from molf.tasks.metrics import mean
+from molf.tasks.retention import Retention
 
-__all__ = ["Probe", "Reading", "Retention", "compare", "make_probe", "read"]
+__all__ = ["Probe", "Reading", "compare", "make_probe", "read"]
 
 _TEXT_TOKENS = 64  # of each text at the most: enough to see forgetting, little to pay
 _PROMPTS, _POSITIONS = 16, 8  # prompts, and last positions of each whose distributions are compared
@@ -51,46 +53,20 @@ class Reading:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Retention:
-    """What training cost.
-
-    Attributes:
-        loss_before: Mean loss of the base model on the texts, in nats per token.
-        loss_after: The same of the trained model.
-        loss_rise: Their difference, text by text.
-        kl: KL(base || tuned) on the task's prompts, in nats per token.
-        origin: Where the texts are from.
-        seconds: How long both measurements took.
-    """
-
-    loss_before: Metric
-    loss_after: Metric
-    loss_rise: Metric
-    kl: Metric | None
-    origin: str
-    seconds: float
-
-    def metrics(self) -> dict[str, Metric]:
-        """Return the measurements by name, in nats per token."""
-        found = {name: getattr(self, name) for name in ("loss_before", "loss_after", "loss_rise", "kl")}
-        return {name: metric for name, metric in found.items() if metric is not None}
-
-
-def make_probe(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], requests: Iterable[Request]) -> Probe:
+def make_probe(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], requests: Iterable[Sequence[Request]]
+) -> Probe:
     """Choose what to ask.
 
     Args:
         tokenizer: The model's.
         texts: Texts that the run does not train on; the beginning of each is read.
-        requests: The task's requests, of which the first different prompts are taken.
+        requests: The task's requests of every row. The first prompt of each row is taken, then the second, as far as needed.
     """
     encoded = tokenize(tokenizer, texts)
-    asked = (request.prompt for request in requests if not isinstance(request, ExampleTokens))
-    wanted: dict[str, None] = {}
-    while len(wanted) < _PROMPTS and (prompt := next(asked, None)) is not None:
-        wanted[prompt] = None
-    prompts = tokenize(tokenizer, list(wanted))
+    asked = [[r.prompt for r in own if not isinstance(r, ExampleTokens)] for own in islice(requests, _PROMPTS)]
+    turns = (prompt for turn in zip_longest(*asked) for prompt in turn if prompt is not None)
+    prompts = tokenize(tokenizer, list(dict.fromkeys(turns))[:_PROMPTS])
     cut = [ids[:_TEXT_TOKENS] for ids in encoded.values()]
     return Probe([ids for ids in cut if len(ids) > 1], [ids for ids in prompts.values() if ids])
 

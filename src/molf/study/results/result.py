@@ -10,8 +10,8 @@ from typing import Any
 from molf.errors import MolfError
 from molf.files import atomic_write, read_json, typed
 from molf.study.engine.predictions import PREDICTIONS_FILE, rescored
-from molf.study.engine.retention import Retention
 from molf.tasks import Metric, get_task
+from molf.tasks.retention import Retention
 
 RESULT_FILE = "result.json"
 

@@ -12,7 +12,6 @@ from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
-from molf.study.engine.retention import Retention
 from molf.study.faults.trained import Trained
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
 from molf.study.results.gather import append_csv
@@ -22,6 +21,7 @@ from molf.study.results.tables import draw_routing
 from molf.study.run.card import model_card
 from molf.study.run.job import Job
 from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, report_full_disk, run_id
+from molf.tasks.retention import Retention
 
 
 @dataclass(frozen=True)

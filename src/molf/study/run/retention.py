@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from molf.study.engine.retention import Probe, Reading, Retention, compare, make_probe, read
+from molf.study.engine.retention import Probe, Reading, compare, make_probe, read
 from molf.study.run.job import Job, StudyTrainer
 from molf.study.run.process_group import all_wait
+from molf.tasks.retention import Retention
 
 __all__ = ["BaseReading", "measure", "read_base"]
 
@@ -29,8 +30,7 @@ def read_base(job: Job, trainer: StudyTrainer) -> BaseReading | None:
         return None
     with all_wait():
         if trainer.is_world_process_zero():
-            requests = (request for row in job.eval_rows for request in job.task.requests(row))
-            probe = make_probe(job.tokenizer, job.background[0], requests)
+            probe = make_probe(job.tokenizer, job.background[0], map(job.task.requests, job.eval_rows))
             place = trainer.model.device
             model = trainer.model.to(trainer.args.device)
             found = BaseReading(probe, read(model, probe, batch_tokens=job.config.task.eval_batch_tokens))
