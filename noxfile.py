@@ -44,6 +44,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """Build the pages into build/docs; warnings and broken links are errors."""
+    session.install("--constraint", "constraints.txt", "--editable", ".[train,docs]")
+    session.run("python", "-m", "sphinx", "-E", "-W", "--keep-going", "--quiet", "-b", "html", "docs", "build/docs")
+
+
+@nox.session(python="3.11")
 def package(session: nox.Session) -> None:
     """Build the source distribution, and the wheel from it, into dist/; check what an index would refuse."""
     session.install("build", "twine")
