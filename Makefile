@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint docs bench clean
 install: $(VENV)/.installed
 
 # torch first and pinned, so that a machine without a GPU gets the CPU build where its index has one.
@@ -25,6 +25,11 @@ lint: install
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Warnings are errors, and links to pages, headings or files that do not exist are warnings.
+docs: install
+	$(PIP) -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -E -W --keep-going --quiet -b html docs build/docs
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/optimizer_step.py

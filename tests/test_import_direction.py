@@ -34,7 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "tasks": set(),
     **{f"study.{room}": LIBRARY | {f"study.{below}" for below in STUDY[:i]} for i, room in enumerate(STUDY)},
     "study.torchrun": {"study.faults"},
-    "cli": {f"study.{room}" for room in STUDY},
+    "study.doctor": CORE | {"integrations", "study.results"},
+    "cli": {f"study.{room}" for room in [*STUDY, "doctor"]},
 }
 ROOMS["study.config"] = set()  # every flag must be known without torch
 # The package's faces: lazily imported public names.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from molf.scores import Score
     from molf.setup.param_groups import param_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MoLF",
     "Routing",
@@ -48,7 +48,12 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'molf' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        message = f"molf.{name} needs {error.name}; install what trains real models: pip install 'molf[train]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import molf
 from fake_runs import RESULT
 from molf.cli import COMMANDS, main
+from molf.cli.commands import _parse_demo
 from molf.study.config.run_config import DEMO
 from molf.study.faults.preemption import Preempted
 
@@ -121,6 +122,23 @@ def test_the_demo_runs_twice(model_folder, capsys):
     page = Path(DEMO["output_dir"], "report.html")
     assert f"page: {page}" in shown and page.read_text().endswith("</html>\n")
     assert json.loads(Path(DEMO["output_dir"], "result.json").read_text())["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [("--output_dir mine", "mine"), ("--output_root other", None), ("--run_name mine", "runs/mine")],
+)
+def test_a_demo_replaces_no_run_in_a_folder_of_the_user(flags, folder):
+    config = _parse_demo(shlex.split(f"{flags} --seed 3"))
+    assert not config.output.overwrite and config.train["seed"] == 3 and config.task.limit == DEMO["limit"]
+    assert config.output_dir == Path(folder or f"other/{config.run_name}")
+    assert _parse_demo([*shlex.split(flags), "--overwrite"]).output.overwrite
+
+
+def test_a_demo_replaces_an_earlier_demo():
+    config = _parse_demo(["--seed", "3"])
+    assert config.output.overwrite and config.output_dir == Path(DEMO["output_dir"])
+    assert not _parse_demo(["--overwrite", "False"]).output.overwrite
 
 
 @pytest.mark.parametrize(

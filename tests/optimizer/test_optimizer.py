@@ -70,6 +70,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR of torch 2.8
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_a_tensor_rate_is_a_rate(schedule):
     model, optimizer = routed_mlp()

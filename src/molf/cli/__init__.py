@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("commands.train", "fine-tune a model, leave a plain checkpoint, evaluate it"),
     "eval": ("commands.evaluate", "evaluate a model on a task"),
     "demo": ("commands.demo", "teach a small pretrained model some facts with MoLF, in minutes on a CPU"),
+    "doctor": ("doctor.doctor", "show versions, the device, which kernels take steps and why, and what is missing"),
     "compare": ("compare.compare", "compare methods on a task: a table, a bar chart, and the differences"),
     "sweep": ("sweep.sweep", "run a grid of settings, here or on a SLURM cluster"),
     "results": ("finished.results", "gather the results of any number of runs in a table, CSV or Parquet"),

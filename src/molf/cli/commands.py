@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from molf.cli.parsing import parse_run, print_help
 from molf.cli.show import console, show_plan, show_result, write_page
-from molf.study.config.run_config import DEMO, RunConfig
+from molf.study.config.run_config import DEMO, OutputConfig, RunConfig
 
 if TYPE_CHECKING:
     from molf.study.results.result import Result
@@ -20,7 +20,7 @@ def train(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """``molf eval``: a run that does not train."""
-    _parse_and_run("eval", argv, {"only_eval": True})
+    _parse_and_run("eval", argv, lambda argv: parse_run(argv, {"only_eval": True}))
 
 
 def demo(argv: list[str]) -> None:
@@ -29,10 +29,11 @@ def demo(argv: list[str]) -> None:
     def announce(config: RunConfig) -> None:
         console().print(
             f"MoLF teaches {config.model.model_name_or_path} counterfactual facts, which no model knows beforehand.\n"
-            f"It evaluates, trains and evaluates again: minutes on a CPU. All files go to {config.output_dir}."
+            f"It evaluates, trains and evaluates again: minutes on a CPU. All files go to {config.output_dir}; routing.png, "
+            "the picture of what won where, is there once the training ends."
         )
 
-    if (result := _parse_and_run("demo", argv, DEMO, announce)) is not None:
+    if (result := _parse_and_run("demo", argv, _parse_demo, announce)) is not None:
         folder = Path(result.config["output_dir"])
         write_page([folder], folder / "report.html")
 
@@ -59,6 +60,16 @@ def plan(argv: list[str]) -> None:
     console().print(said, style="yellow" if said.startswith("warning") else "")
 
 
+def _parse_demo(argv: list[str]) -> RunConfig:
+    """Return the settings of a demo. It replaces an earlier demo in its own folder, but no run in one that the user chose."""
+    own = ("output_dir", "overwrite")
+    config = parse_run(argv, {name: value for name, value in DEMO.items() if name not in own})
+    chosen = config.train.get("output_dir") or config.train.get("run_name")
+    if chosen or config.output.output_root != OutputConfig.output_root:
+        return config
+    return parse_run(argv, DEMO)
+
+
 def _wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
@@ -66,14 +77,14 @@ def _wants_help(argv: Sequence[str]) -> bool:
 def _parse_and_run(
     command: str,
     argv: list[str],
-    preset: dict[str, Any] | None = None,
+    parse: Callable[[list[str]], RunConfig] = parse_run,
     announce: Callable[[RunConfig], None] = lambda config: None,
 ) -> "Result | None":
     """Return the result of the run; None if there was none, as on all ranks but 0."""
     if _wants_help(argv):
         print_help(command)
         return None
-    config = parse_run(argv, preset)
+    config = parse(argv)
     announce(config)
     if config.output.dry_run:
         from molf.study.run.dry_run import make_plan

@@ -68,6 +68,20 @@ def test_a_run_leaves_a_plain_checkpoint_and_its_record(method, tied, finished, 
     assert (result.training.steps, result.training.loss > 0, result.training.tokens > 0) == (4, True, True)
 
 
+def test_the_picture_is_there_before_the_evaluation(settings, monkeypatch):
+    def killed(job, model, source, shard):
+        raise KeyboardInterrupt
+
+    picture = Path(settings["output_dir"], "routing.png")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("molf.study.run.train._evaluate", killed)
+        carry_out(settings, eval_before=False)
+    assert picture.is_file()
+    picture.unlink()  # as if killed while it was drawn
+    carry_out(settings, eval_before=False, resume_from_checkpoint="True")
+    assert picture.is_file()
+
+
 def changed_weights(start, folder):
     end = weights(folder)
     assert end.keys() == start.keys()

@@ -60,6 +60,13 @@ def make_result(
     )
 
 
+def draw_picture(config: RunConfig) -> None:
+    """Draw the routing of a run that routes, if it has taken a step."""
+    log = config.output_dir / ROUTING_FILE
+    if config.method.routes and log.is_file() and log.stat().st_size > 0:
+        draw_routing(read_routing(log), config.output_dir / PICTURE_FILE, title=config.run_name)
+
+
 def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> None:
     """Write all files of a finished run; the result comes last, because it marks the run as finished.
 
@@ -68,8 +75,10 @@ def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> N
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / PREDICTIONS_FILE, evaluation.predictions)
-    if result.routing is not None:
-        draw_routing(read_routing(folder / ROUTING_FILE), folder / PICTURE_FILE, title=config.run_name)
+    if (
+        result.routing is not None and not (folder / PICTURE_FILE).is_file()
+    ):  # training, which draws it, was killed there
+        draw_picture(config)
     if result.training is not None:
         with atomic_write(folder / CARD_FILE) as partial:
             partial.write_text(model_card(result), encoding="utf-8")

@@ -30,7 +30,7 @@ from molf.study.results.result import Result, Training, read_result
 from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
-from molf.study.run.record import Start, make_result, write_record
+from molf.study.run.record import Start, draw_picture, make_result, write_record
 from molf.study.run.retention import BaseReading, measure, read_base
 from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
@@ -156,6 +156,7 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
             save_checkpoint(model, job.tokenizer, config.output_dir)
             write_history(config.output_dir, trainer.state)
             note_trained(config, trained)
+            draw_picture(config)  # before the evaluation, which may take long
     return _Outcome(main, device, done, trained, model, base)
 
 
