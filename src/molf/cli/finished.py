@@ -58,8 +58,7 @@ def report(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
 
     from molf.study.results.result import check_predictions, read_result
-    from molf.study.results.routing import ROUTING_FILE, read_routing
-    from molf.study.results.tables import draw_routing, metrics_table, runs_table
+    from molf.study.results.tables import draw_log, metrics_table, runs_table
 
     found = {str(folder): read_result(folder) for folder in given.runs}
     out = console()
@@ -68,11 +67,7 @@ def report(argv: Sequence[str]) -> None:
         if given.check:
             check_predictions(folder, result)
             out.print("computed again from the predictions: the same metrics")
-        if (folder / ROUTING_FILE).is_file():
-            picture = folder / "routing.png"
-            draw_routing(
-                read_routing(folder / ROUTING_FILE), picture, title=str(result.config.get("run_name", folder.name))
-            )
+        if (picture := draw_log(folder, title=str(result.config.get("run_name", folder.name)))) is not None:
             out.print(f"routing: {picture}")
     if len(found) > 1:
         out.print(runs_table(found))

@@ -14,6 +14,8 @@ from molf.study.config.unread import check_read, unread
 
 METHODS = get_args(Method)
 OTHER = {
+    "routing_log": "published",
+    "routing_log_every": 3,
     "ranks": [2], "lora_rank": 3, "lora_learning_rate": 1e-3, "lora_weight_decay": 0.5, "lora_alpha": 7.0, "lora_dropout": 0.5,
     "loraplus_lr_ratio": 2.0, "top_k": 2, "score": "pfn", "match_lora_rate": True, "recipe": "published", "optim_bits": 8,
     "bf16_update": "stochastic",

@@ -141,6 +141,16 @@ class MethodConfig:
         "self-test matches PyTorch.",
         read_by=ROUTED,
     )
+    routing_log: Literal["compact", "published"] = setting(
+        "compact",
+        "molf, molf_e: format of the log of all decisions: arrays in routing.jsonl, or the published "
+        "molf_expert_selection.jsonl, which the published flags choose.",
+        shapes="nothing",
+        read_by=ROUTED,
+    )
+    routing_log_every: int = setting(
+        1, "molf, molf_e: log the decision of every so many steps.", shapes="nothing", read_by=ROUTED
+    )
 
     def __post_init__(self) -> None:
         if self.method == "molf_e" and self.fft_expert:
@@ -173,6 +183,8 @@ class MethodConfig:
             raise MolfError(
                 f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be at least 1, so that B learns at least as fast as A"
             )
+        if self.routing_log_every < 1:
+            raise MolfError(f"routing_log_every={self.routing_log_every} must be at least 1")
         if self.lora_rank < 1:
             raise MolfError(f"lora_rank={self.lora_rank} must be at least 1")
         if self.lora_alpha is not None and not self.lora_alpha > 0:

@@ -30,7 +30,7 @@ from molf.study.results.result import Result, Training, read_result
 from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
-from molf.study.run.record import Start, make_result, write_record
+from molf.study.run.record import Start, make_result, read_log, write_record
 from molf.study.run.retention import BaseReading, measure, read_base
 from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
@@ -92,8 +92,9 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
     if outcome.trained is None or after is None or not outcome.main:
         return None
     retention = measure(job, outcome.model, outcome.device, outcome.base)
-    result = make_result(job, start, after, outcome.trained, retention)
-    write_record(config, result, after)
+    routing = read_log(config)
+    result = make_result(job, start, after, outcome.trained, retention, routing)
+    write_record(config, result, after, routing)
     _tidy(config)
     return result
 
