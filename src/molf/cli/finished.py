@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molf.cli.show import console, write_page
-from molf.errors import MolfError
+from molf.errors import MolfError, UsageError
 
 
 def results(argv: Sequence[str]) -> None:
@@ -55,7 +55,16 @@ def report(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page about all runs, which needs no network"
     )
+    parser.add_argument(
+        "--follow", action="store_true", help="show the routing of one run in a table while it goes on, until it ends"
+    )
     given = parser.parse_args(argv)
+    if given.follow:
+        if len(given.runs) > 1 or given.check or given.html is not None:
+            raise UsageError("--follow shows one run that goes on; leave --check, --html and other runs out")
+        from molf.study.run.follow import follow
+
+        return follow(given.runs[0], console())
 
     from molf.study.results.result import check_predictions, read_result
     from molf.study.results.tables import draw_log, metrics_table, runs_table
