@@ -131,7 +131,7 @@ def _check_inputs(config: RunConfig) -> None:
     task, template = config.task, config.train.get("chat_template_path")
     inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
     inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
-    inputs += [("config", file) for file in config.files]
+    inputs += [("config", file) for file in config.files] + [("recipe", config.method.allocation)]
     log = os.environ.get("LOG_FILE")
     for name, given in [*inputs, ("LOG_FILE", log)]:
         if not given:
