@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 import molf.study.run.record
 import molf.study.run.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
-from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.run.job import make_trainer
 from served import CONTEXT
 from small_runs import carry_out, small_run, weights
@@ -137,7 +137,7 @@ class Run:
         return max(float((one[name].double() - two[name].double()).abs().max()) for name in one)
 
     def routing(self):
-        log = self.folder / ROUTING_FILE
+        log = self.folder / LOG_FILES["compact"]
         return log.read_bytes() if log.exists() else None
 
 

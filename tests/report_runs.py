@@ -5,10 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
+from molf import Routing
+from molf.integrations.routing_lines import LOG_FILES, CompactLines
 from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE, write_predictions
 from molf.study.results.history import write_history
 from molf.study.results.result import write_result
-from molf.study.results.routing import ROUTING_FILE, read_routing
+from molf.study.results.routing_reader import read_routing
 from molf.tasks.base import Metric
 from small_runs import small_result
 
@@ -26,18 +30,14 @@ def alternate(step, layer):
     return layer % 2 == 0
 
 
-def write_log(path, steps, modules=MODULES, wins=alternate):
+def write_log(path, steps, modules=MODULES, wins=alternate, lines=CompactLines):
     """Write a routing log in which full fine-tuning wins where ``wins`` says so."""
+    lines = lines()
     with path.open("w") as file:
         for step in range(1, steps + 1):
-            selections = {
-                module: {
-                    "winners": [EXPERTS[0 if wins(step, layer) else 1]],
-                    "scores": dict(zip(EXPERTS, (1e-6 / step, 2e-6 / step), strict=True)),
-                }
-                for layer, module in enumerate(modules)
-            }
-            file.write(json.dumps({"step": step, "selections": selections}) + "\n")
+            scores = torch.tensor([[1e-6 / step, 2e-6 / step]] * len(modules), dtype=torch.float64)
+            fft = torch.tensor([bool(wins(step, layer)) for layer in range(len(modules))])
+            file.write(lines.encode(step, Routing(tuple(modules), EXPERTS, scores, torch.stack([fft, ~fft], 1))))
 
 
 def write_state(folder, steps):
@@ -77,7 +77,7 @@ def prediction(row, right, wrote, subject="Paris"):
 def write_run(folder, name="a run", steps=6, modules=MODULES, wrote="Rome", subject="Paris", wins=alternate, **changes):
     """Write the folder of a run that never was, with four predictions of which each changed in another way."""
     folder.mkdir()
-    write_log(folder / ROUTING_FILE, steps, modules, wins)
+    write_log(folder / LOG_FILES["compact"], steps, modules, wins)
     write_state(folder, steps)
     for file, rights in ((PREDICTIONS_BEFORE_FILE, (0, 1, 0, 1)), (PREDICTIONS_FILE, (1, 0, 0, 1))):
         write_predictions(folder / file, [prediction(row, right, wrote, subject) for row, right in enumerate(rights)])
@@ -86,7 +86,7 @@ def write_run(folder, name="a run", steps=6, modules=MODULES, wrote="Rome", subj
         headline="efficacy_score",
         metrics={"efficacy_score": Metric(50.0, 4, 12.345678, 87.5), "score": Metric(1 / 3, 4)},
         metrics_before={"efficacy_score": Metric(25.125, 4, 0.0, 75.0)},
-        routing=read_routing(folder / ROUTING_FILE).shares(),
+        routing=read_routing(folder / LOG_FILES["compact"]).shares,
     )
     write_result(folder, replace(result, **changes))
     return folder

@@ -10,11 +10,11 @@ from molf import MoLF, Routing, RoutingLog
 from small import mlp, train
 
 
-def run_by_hand(folder):
+def run_by_hand(folder, **settings):
     """A run by hand: what the Trainer would call, one event at a time."""
     model = mlp(torch.float32)
     optimizer = MoLF(model, ranks=(2,), lr=1e-3, lora_lr=3e-3)
-    log, state = RoutingLog(folder / "deep" / "folder"), TrainerState()
+    log, state = RoutingLog(folder / "deep" / "folder", **settings), TrainerState()
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
 
     def event(name, **extra):
@@ -38,8 +38,10 @@ def run_by_hand(folder):
     return SimpleNamespace(log=log, state=state, optimizer=optimizer, event=event, step=step, logged=logged)
 
 
-def steps(log):
-    return [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
+def steps(path):
+    """Return the steps of a log in either format."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["step"] for line in lines if "step" in line]
 
 
 def routing():

@@ -17,6 +17,7 @@ import optimizer_step
 import plan_vs_measured
 import robustness
 import router_bed
+import routing_log
 import sql_rows
 import states
 import step_time
@@ -218,3 +219,9 @@ def test_router_bed():
     assert optimizer.routing.experts == ("fft", "lora_r2")
     assert router_bed.held_out_loss(model, tokenizer, pairs) < before
     assert "| fft |  |  | 1.000 |" in router_bed.table({"facts|fft|0.003|1": {"held_out": 1.0}})
+
+
+def test_the_compact_routing_log_is_a_sixth_of_the_published_one(tmp_path):
+    modules = routing_log.DENSE
+    sizes = [routing_log.measure(kind(), modules, 2, tmp_path / "log")[0] for kind in routing_log.FORMATS.values()]
+    assert sizes[1] * 6 < sizes[0] and len(routing_log.MIXTURE) == 12_480

@@ -31,7 +31,7 @@ def test_pytorch_loop(tiny_checkpoint, capsys):
 def test_trl_sft(tiny_checkpoint, tmp_path):
     trainer = trl_sft.main(tiny_checkpoint, str(tmp_path), rank=2, steps=3)
     assert trainer.state.global_step == 3
-    assert len((tmp_path / "molf_expert_selection.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "routing.jsonl").read_text().splitlines()) == 4, "a header and three steps"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 

@@ -136,3 +136,11 @@ def test_a_comparison_that_is_stopped_stops_its_run_and_resumes(model_folder):
     assert main(shlex.split(line)) == 0
     assert "stopped by SIGTERM after step" in Path(f"out/{name}.log").read_text()
     assert read_result(Path("out") / name).training.steps == 60
+
+
+def test_the_comparison_of_recipes_has_all_controls():
+    found = parse(f"--config {CONFIGS / 'smollm2-recipe.yaml'}")
+    assert list(found.candidates) == ["routing", "random_0", "random_1", "random_2", "kind", "uniform", "eva"]
+    methods = [config.method for own in found.candidates.values() for config in own.values()]
+    assert {method.method for method in methods} == {"static"} and len({method.allocation for method in methods}) == 7
+    assert found.seeds == (42, 1, 2)

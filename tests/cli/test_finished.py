@@ -100,3 +100,9 @@ def test_results_whose_folders_are_no_text_or_hold_none(tmp_path, capsys):
     assert main(["results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "\\xff" in said and "skipped: " in said and "1 unreadable results skipped" in said
+
+
+@pytest.mark.parametrize("more", [["--check"], ["--html", "x.html"], ["another"]])
+def test_following_is_for_one_run(more, capsys):
+    assert main(["report", "runs/x", *more, "--follow"]) == 2
+    assert "--follow shows one run" in capsys.readouterr().err

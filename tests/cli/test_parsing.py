@@ -34,7 +34,7 @@ def test_the_published_command(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["--recipe published", "--mode molf"])
 def test_it_is_a_recipe(recipe):
-    config, plain = parse(PUBLISHED), parse(f"--model_name_or_path M --output_root D {recipe}")
+    config, plain = parse(PUBLISHED), parse(f"--model_name_or_path M --output_root D --routing_log published {recipe}")
     assert parse(f"{PUBLISHED} --recipe default").method.match_lora_rate is False  # LoRA has a rate of its own
     assert plain.resolved().to_dict() | {"lora_learning_rate": 5e-5} == config.resolved().to_dict()
 
@@ -72,7 +72,7 @@ def test_lists_as_people_write_them(written):
 
 def test_molf_efficient_by_its_published_flags():
     published = parse("--mode molf --molf_fft False --molf_lora_ranks [32,128] --molf_freeze_non_linear True").method
-    assert published == parse("--method molf_e --recipe published").method
+    assert published == parse("--method molf_e --recipe published --routing_log published").method
     assert parse("--method molf_e --molf_freeze_non_linear False").method.freeze_non_linear is False
     with pytest.raises(UsageError, match="fft_expert=True with method molf_e"):
         parse("--method molf_e --molf_fft True")

@@ -10,7 +10,10 @@ KNOWN = ["task", "score", "learning_rate", "per_device_train_batch_size", "warmu
 
 def test_aliases_hyphens_and_published_values():
     given = [("dataset-type", "fact"), ("molf_score_fn", "true_projected"), ("learning-rate", "1e-4")]
-    expected = {"task": "fact", "score": "epd", "learning_rate": "1e-4", "recipe": "published"}
+    expected = {"task": "fact", "score": "epd", "learning_rate": "1e-4"} | {
+        "recipe": "published",
+        "routing_log": "published",
+    }
     assert canonical(given, KNOWN, "here") == expected
     assert canonical([("score", "projected")], KNOWN, "here") == {"score": "pfn"}
     assert canonical([("score", "epd")], KNOWN, "here") == {"score": "epd"}
@@ -65,3 +68,11 @@ def test_what_a_type_allows():
         assert allows(declared, list) is is_list(declared) is (declared in (list[int], list[int] | None))
         assert allows(declared, dict) is (declared == dict[str, Any] | str | None)
     assert allows(str | list[str], list) and not is_list(str | list[str]) and not is_list(str | list[str] | None)
+
+
+def test_published_flags_choose_the_published_routing_log():
+    assert "routing_log" not in canonical([("method", "molf")], setting_types(), "here")
+    found = canonical([("molf_topk", 1)], setting_types(), "here")
+    assert (found["recipe"], found["routing_log"]) == ("published", "published")
+    found = canonical([("molf_topk", 1), ("routing_log", "compact")], setting_types(), "here")
+    assert found["routing_log"] == "compact"

@@ -8,7 +8,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from molf import MoLF, RoutingLog, trainer_optimizer
-from molf.integrations.routing_log import _MAX_PENDING, FILE_NAME, Fetch, selection_record
+from molf.integrations.routing_lines import CompactLines, selection_record
+from molf.integrations.routing_log import _MAX_PENDING, Fetch
 from routing_logs import routing, run_by_hand, steps
 from small import tiny_llama
 
@@ -25,32 +26,64 @@ def test_a_fused_step_that_was_left_out_has_no_line(run):
     run.event("on_optimizer_step")
     run.state.global_step += 1
     run.step()
-    assert steps(run.log) == [1, 3]
-
-
-def test_format_of_a_line():
-    q = '"a.q": {"winners": ["lora_r2", "fft"], "scores": {"fft": 1.0, "lora_r2": 2.0}}'
-    k = '"a.k": {"winners": ["fft"], "scores": {"fft": 0.25, "lora_r2": 0.125}}'
-    assert json.dumps(selection_record(3, routing())) == '{"step": 3, "selections": {' + q + ", " + k + "}}"
+    assert steps(run.log.path) == [1, 3]
 
 
 def test_a_line_for_every_step(run):
     assert not run.log.path.parent.exists()
     run.event("on_train_begin")
-    assert run.log.path.name == FILE_NAME == "molf_expert_selection.jsonl"
+    expected, lines = "", CompactLines()
     for t in range(3):
         run.step()
-        last = json.loads(run.log.path.read_text().splitlines()[-1])  # on disk at once
+        expected += lines.encode(t + 1, run.optimizer.routing)
+        assert run.log.path.read_text() == expected  # on disk at once
+    assert [path.name for path in run.log.path.parent.iterdir()] == ["routing.jsonl"]
+
+
+def test_the_published_format(tmp_path):
+    run = run_by_hand(tmp_path, format="published")
+    run.event("on_train_begin")
+    assert run.log.path.name == "molf_expert_selection.jsonl"
+    for t in range(3):
+        run.step()
+        last = json.loads(run.log.path.read_text().splitlines()[-1])
         assert last == selection_record(t + 1, run.optimizer.routing)
-    assert steps(run.log) == [1, 2, 3]
-    assert [path.name for path in run.log.path.parent.iterdir()] == [FILE_NAME]
+    run.state.global_step = 2
+    run.event("on_train_begin")
+    run.step()
+    assert steps(run.log.path) == [1, 2, 3]
+
+
+def test_some_steps_only(tmp_path, caplog):
+    run = run_by_hand(tmp_path, every=3)
+    run.event("on_train_begin")
+    shares = []
+    for _ in range(7):
+        run.step()
+        shares.append(run.optimizer.routing.share("fft"))
+    assert steps(run.log.path) == [3, 6]
+    assert run.logged(loss=1.0)["molf/fft_share"] == pytest.approx(sum(shares) / 7), "that of all steps"
+    run.event("on_train_begin")
+    assert "lacks" not in caplog.text
+    for _ in range(2):
+        run.step()
+    assert steps(run.log.path) == [3, 6, 9]
+    run.log.path.write_text("")
+    run.event("on_train_begin")
+    assert "lacks 3 of the 3 steps before the checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("every", 0), ("format", "csv")])
+def test_settings_that_cannot_be(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name}='?{value}"):
+        RoutingLog(tmp_path, **{name: value})
 
 
 def test_steps_left_out_have_no_line(run):
     run.event("on_train_begin")
     for spoilt in (True, False, True, False):
         run.step(spoilt)
-    assert steps(run.log) == [2, 4]
+    assert steps(run.log.path) == [2, 4]
     assert run.logged(loss=1.0)["molf/skipped_steps"] == 2
 
 
@@ -59,19 +92,47 @@ def test_a_new_run_starts_a_new_log(run):
     run.log.path.write_text('{"step": 1, "selections": {}}\n')
     run.event("on_train_begin")
     run.step()
-    assert steps(run.log) == [1]
-    assert len(json.loads(run.log.path.read_text())["selections"]) == 3
+    assert steps(run.log.path) == [1]
+    assert len(json.loads(run.log.path.read_text().splitlines()[0])["modules"]) == 3
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 3, "selec', '{"step": 3, "selections": {}}'])
-def test_resuming_drops_later_and_torn_lines(run, torn):
+HEADER = '{"experts":["fft","lora_r2"],"modules":["a"]}\n'
+LATER = '{"experts":["fft","lora_r2"],"modules":["a","b"]}\n'
+
+
+def line(step):
+    return f'{{"step":{step},"won":[[1],[0]],"scores":[[1],[2]]}}\n'
+
+
+@pytest.mark.parametrize(
+    "after",
+    ["", line(3), line(3) + line(4)[:20], LATER, LATER + line(3), LATER[:20], line(3)[:-1]],
+    ids=["nothing", "a step", "a torn step", "a header", "a header and a step", "a torn header", "no newline"],
+)
+def test_resuming_drops_later_and_torn_lines(run, after):
     run.log.path.parent.mkdir(parents=True)
-    run.log.path.write_text("".join(f'{{"step": {t}, "selections": {{}}}}\n' for t in (1, 2, 3, 4)) + torn)
+    before = HEADER + line(1) + line(2)
+    run.log.path.write_text(before + after)
     run.state.global_step = 2
     run.event("on_train_begin")
-    assert steps(run.log) == [1, 2]
+    assert run.log.path.read_text() == before
     run.step()
-    assert steps(run.log) == [1, 2, 3]
+    assert steps(run.log.path) == [1, 2, 3]
+    names = json.loads(run.log.path.read_text().splitlines()[3])["modules"]
+    assert names == ["a", *run.optimizer.routing.modules]
+
+
+def test_resuming_needs_no_second_header(run):
+    run.event("on_train_begin")
+    for _ in range(3):
+        run.step()
+    whole = run.log.path.read_text()
+    run.state.global_step = 1
+    run.event("on_train_begin")
+    assert run.log.path.read_text() == "".join(whole.splitlines(keepends=True)[:2])
+    run.step()
+    run.step()
+    assert steps(run.log.path) == [1, 2, 3] and run.log.path.read_text().count("experts") == 1
 
 
 def test_resuming_without_a_log(run, caplog):
@@ -80,7 +141,7 @@ def test_resuming_without_a_log(run, caplog):
         run.event("on_train_begin")
     assert f"{run.log.path} lacks 2 of the 2 steps before the checkpoint" in caplog.text
     run.step()
-    assert steps(run.log) == [3]
+    assert steps(run.log.path) == [3]
 
 
 def test_resuming_with_a_gap_or_none(run, caplog):
@@ -90,7 +151,7 @@ def test_resuming_with_a_gap_or_none(run, caplog):
     run.event("on_train_begin")
     assert "lacks" not in caplog.text, "the step that was left out has no line"
     lines = run.log.path.read_text().splitlines(keepends=True)
-    run.log.path.write_text(lines[0] + lines[2])
+    run.log.path.write_text(lines[0] + lines[1] + lines[3])
     with caplog.at_level(logging.WARNING):
         run.event("on_train_begin")
     assert "lacks 1 of the 4 steps" in caplog.text
@@ -98,12 +159,15 @@ def test_resuming_with_a_gap_or_none(run, caplog):
 
 @pytest.mark.parametrize(
     "line",
-    [b"{broken", b"\xff", b"3", b'{"step": Infinity}', b"[" * 10_000, b'{"step": ' + b"9" * 5000 + b"}"],
+    [
+        *(b"{broken", b"\xff", b"3", b'{"step": Infinity}', b"[" * 10_000, b'{"step": ' + b"9" * 5000 + b"}"),
+        *(b'{"modules": ["a"]}', b'{"modules": 3, "experts": []}', b'{"modules": [["a"]], "experts": []}'),
+    ],
     ids=len,
 )
 def test_a_damaged_line_is_named(line, run):
     run.log.path.parent.mkdir(parents=True)
-    run.log.path.write_bytes(b'{"step": 1, "selections": {}}\n' + line + b"\n")
+    run.log.path.write_bytes(HEADER.encode() + line + b"\n")
     run.state.global_step = 2
     with pytest.raises(ValueError, match=rf"{run.log.path}, line 2: not a line of a routing log"):
         run.event("on_train_begin")
@@ -114,7 +178,7 @@ def test_decisions_of_before_are_not_logged_again(run):
     run.state.global_step = 0
     run.event("on_train_begin")
     run.step(spoilt=True)
-    assert steps(run.log) == []
+    assert steps(run.log.path) == []
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -162,7 +226,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint(run, monkeypatch):
     run.event("on_train_begin")
     run.step()
     run.optimizer.state_dict()
-    assert brought == [(run.log.path, run.log.path.read_text())] and steps(run.log) == [1]
+    assert brought == [(run.log.path, run.log.path.read_text())] and steps(run.log.path) == [1]
     run.log._writes = False
     run.optimizer.state_dict()
     assert len(brought) == 1
@@ -211,7 +275,7 @@ def test_attached_it_comes_before_the_trackers(tmp_path):
     assert {"lr/fft", "lr/lora", "molf/fft_share", "molf/skipped_steps"} <= spy.seen[0].keys()
     assert [row["lr/fft"] for row in spy.seen[:2]] == pytest.approx([1e-3, 5e-4])  # linear decay over two steps
     assert [row["lr/lora"] for row in spy.seen[:2]] == pytest.approx([2e-3, 1e-3])
-    assert steps(log) == [1, 2]
+    assert steps(log.path) == [1, 2]
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3], ids=["clipped in the step", "clipped by the trainer"])
@@ -236,7 +300,7 @@ def test_another_optimizer_is_an_error(tmp_path):
     trainer = trainer_with(tmp_path, callbacks=[RoutingLog(tmp_path)])
     with pytest.raises(TypeError, match=r"this trainer's optimizer is AdamW.*molf\.trainer_optimizer"):
         trainer.train()
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / "routing.jsonl").exists()
 
 
 class Slow:
@@ -263,11 +327,11 @@ def test_no_step_waits_and_no_line_is_lost(run, slow):
     run.event("on_train_begin")
     for _ in range(5):
         run.step()
-    assert steps(run.log) == [] and slow.waited == 0
+    assert steps(run.log.path) == [] and slow.waited == 0
     run.event("on_train_end")
-    assert steps(run.log) == [1, 2, 3, 4, 5]
+    assert steps(run.log.path) == [1, 2, 3, 4, 5]
     run.optimizer.state_dict()
-    assert steps(run.log) == [1, 2, 3, 4, 5]
+    assert steps(run.log.path) == [1, 2, 3, 4, 5]
 
 
 def test_what_is_on_its_way_is_written_in_order_when_it_is_there(run, monkeypatch):
@@ -277,14 +341,14 @@ def test_what_is_on_its_way_is_written_in_order_when_it_is_there(run, monkeypatc
     run.step()
     monkeypatch.setattr(Fetch, "done", True)
     run.step()
-    assert steps(run.log) == [1, 2, 3]
+    assert steps(run.log.path) == [1, 2, 3]
 
 
 def test_no_more_than_a_few_decisions_are_kept(run, slow):
     run.event("on_train_begin")
     for _ in range(_MAX_PENDING + 3):
         run.step()
-    assert steps(run.log) == [1, 2, 3]
+    assert steps(run.log.path) == [1, 2, 3]
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(run, slow):
@@ -293,13 +357,13 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, slow):
     run.step()
     run.step()
     copy.deepcopy(run.optimizer.state_dict())
-    assert steps(run.log) == [1, 2]
+    assert steps(run.log.path) == [1, 2]
     run.step()
     run.state.global_step = 2  # killed, and resumed from that checkpoint
     run.event("on_train_begin")
     run.step()
     run.event("on_train_end")
-    assert steps(run.log) == [1, 2, 3]
+    assert steps(run.log.path) == [1, 2, 3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

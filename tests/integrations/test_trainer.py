@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import molf
 from molf import MoLF, RoutingLog
-from molf.integrations.routing_log import FILE_NAME
+from molf.integrations.routing_lines import LOG_FILES
 from molf.integrations.trainer import MoLFFactory, trainer_optimizer
 from small import tiny_llama
 
@@ -112,7 +112,7 @@ def whole(tmp_path_factory):
 
 
 def lines(trainer):
-    return (trainer_folder(trainer) / FILE_NAME).read_text().splitlines()
+    return (trainer_folder(trainer) / LOG_FILES["compact"]).read_text().splitlines()[1:]  # after the header
 
 
 def trainer_folder(trainer):
@@ -134,9 +134,9 @@ def assert_same_state(one, two):
 def test_resumed_run_is_the_uninterrupted_one(whole, tmp_path, dtype):
     """Killed after step 5, resumed from the checkpoint of step 3."""
     killed = trained(tmp_path, dtype)
-    log = tmp_path / FILE_NAME
+    log = tmp_path / LOG_FILES["compact"]
     written = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(written[:5]) + written[5][:40])
+    log.write_text("".join(written[:6]) + written[6][:40])  # with the header
     torch.manual_seed(77)
     resumed = trained(tmp_path, dtype, resume=str(tmp_path / "checkpoint-3"), model=tiny_llama(dtype, seed=9))
     assert resumed.state.global_step == 6

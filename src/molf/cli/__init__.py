@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "results": ("finished.results", "gather the results of any number of runs in a table, CSV or Parquet"),
     "plan": ("commands.plan", "count parameters and estimate memory without loading weights"),
     "report": ("finished.report", "show finished runs: tables and routing pictures"),
+    "recipe": ("recipe.recipe", "turn the routing of a run into a static allocation within a budget of parameters"),
     "export": ("finished.export", "write the LoRA experts of a run as one PEFT adapter, or merged into the weights"),
 }
 """Command -> its function in this package, and its purpose."""

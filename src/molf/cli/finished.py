@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molf.cli.show import console, write_page
-from molf.errors import MolfError
+from molf.errors import MolfError, UsageError
 
 
 def results(argv: Sequence[str]) -> None:
@@ -55,11 +55,19 @@ def report(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page about all runs, which needs no network"
     )
+    parser.add_argument(
+        "--follow", action="store_true", help="show the routing of one run in a table while it goes on, until it ends"
+    )
     given = parser.parse_args(argv)
+    if given.follow:
+        if len(given.runs) > 1 or given.check or given.html is not None:
+            raise UsageError("--follow shows one run that goes on; leave --check, --html and other runs out")
+        from molf.study.run.follow import follow
+
+        return follow(given.runs[0], console())
 
     from molf.study.results.result import check_predictions, read_result
-    from molf.study.results.routing import ROUTING_FILE, read_routing
-    from molf.study.results.tables import draw_routing, metrics_table, runs_table
+    from molf.study.results.tables import draw_log, metrics_table, runs_table
 
     found = {str(folder): read_result(folder) for folder in given.runs}
     out = console()
@@ -68,11 +76,7 @@ def report(argv: Sequence[str]) -> None:
         if given.check:
             check_predictions(folder, result)
             out.print("computed again from the predictions: the same metrics")
-        if (folder / ROUTING_FILE).is_file():
-            picture = folder / "routing.png"
-            draw_routing(
-                read_routing(folder / ROUTING_FILE), picture, title=str(result.config.get("run_name", folder.name))
-            )
+        if (picture := draw_log(folder, title=str(result.config.get("run_name", folder.name)))) is not None:
             out.print(f"routing: {picture}")
     if len(found) > 1:
         out.print(runs_table(found))

@@ -31,7 +31,7 @@ PUBLISHED_NAMES: dict[str, str] = {
 """Alias -> field."""
 
 PUBLISHED_METHOD = ("mode", "molf_score_fn", "molf_topk", "molf_lora_ranks", "molf_fft", "molf_freeze_non_linear")
-"""Aliases that nobody uses but with the published settings: they choose the published recipe."""
+"""Aliases that nobody uses but with the published settings: they choose the published recipe and routing log."""
 
 _OWN_SCALE = ("adalora", "rslora")
 """Modes that fix what use_rslora chooses."""
@@ -65,7 +65,8 @@ def canonical(settings: Iterable[tuple[str, Any]], known: Collection[str], where
             )
         values[name], given_as[name] = value, spelled
     if set(given_as.values()) & set(PUBLISHED_METHOD):
-        values.setdefault("recipe", "published")
+        for name in ("recipe", "routing_log"):
+            values.setdefault(name, "published")
     if given_as.get("method") == "mode":
         _leave_out_unread(values, given_as)
     return values

@@ -1,6 +1,5 @@
 """A Trainer callback that logs the router's decisions."""
 
-import json
 import logging
 import os
 from collections import deque
@@ -15,27 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import sync
+from molf.integrations.routing_lines import LOG_FILES, CompactLines, Format, PublishedLines, lines_until
 from molf.integrations.trainer import check_release_settings, clip_once
 from molf.optimizer import MoLF
 from molf.routing import Routing
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "molf_expert_selection.jsonl"
 _MAX_PENDING = 16  # decisions being copied to the host; with more, wait for the oldest
-
-
-def selection_record(step: int, routing: Routing) -> dict[str, Any]:
-    """Return one line of the log: the winners (best first) and all scores of every module at a step."""
-    winners = routing.winners()
-    scores = routing.scores.tolist()
-    return {
-        "step": step,
-        "selections": {
-            module: {"winners": winners[module], "scores": dict(zip(routing.experts, row, strict=True))}
-            for module, row in zip(routing.modules, scores, strict=True)
-        },
-    }
 
 
 class Fetch:
@@ -69,21 +55,32 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 class RoutingLog(TrainerCallback):  # type: ignore[misc]
-    """Write every step's decision to ``molf_expert_selection.jsonl`` and add MoLF's numbers to the Trainer's logs.
+    """Write every step's decision to ``routing.jsonl`` and add MoLF's numbers to the Trainer's logs.
 
-    Each line is ``{"step": 3, "selections": {module: {"winners": [...], "scores": {expert: score}}}}``. The logs get
-    ``lr/fft``, ``lr/lora``, ``molf/fft_share`` (share of the wins since the last log), ``molf/skipped_steps`` and ``grad_norm``.
-    When a run resumes, lines of steps after the checkpoint are dropped, so there are neither gaps nor duplicates.
+    The file has a header with all names, then a line of arrays per step (``molf.integrations.routing_lines.CompactLines``); it
+    can be read while it is written. The published format is ``{"step": 3, "selections": {module: {"winners": [...], "scores":
+    {expert: score}}}}`` per line, in ``molf_expert_selection.jsonl``. The logs get ``lr/fft``, ``lr/lora``, ``molf/fft_share``
+    (share of the wins since the last log), ``molf/skipped_steps`` and ``grad_norm``. When a run resumes, lines of steps after the
+    checkpoint are dropped, so there are neither gaps nor duplicates.
 
     No step waits for an accelerator: a line is written when its decision has reached the host, at the latest before the Trainer
     logs, saves the optimizer or ends. If MoLF clips gradients, the Trainer's clipping is turned off.
 
     Args:
         output_dir: Folder of the log file, created when training starts. Only the main process writes.
+        every: Write every ``every``-th step only. The numbers in the Trainer's logs are those of all steps.
+        format: ``compact``, or ``published`` for the published file.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str]):
-        self.path = Path(output_dir) / FILE_NAME
+    def __init__(self, output_dir: str | os.PathLike[str], every: int = 1, format: Format = "compact"):
+        if every < 1:
+            raise MolfError(f"every={every} must be at least 1")
+        if format not in LOG_FILES:
+            raise MolfError(f"format={format!r} is none of {', '.join(LOG_FILES)}")
+        self.path = Path(output_dir) / LOG_FILES[format]
+        self.every = every
+        self._format = format
+        self._lines: CompactLines | PublishedLines = CompactLines()
         self._writes = False
         self._shares: list[float] = []
         self._last: Routing | None = None
@@ -113,12 +110,23 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if not self._writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_until(self.path, state.global_step) if state.global_step else []
-        missing = state.global_step - molf.skipped_steps - len(kept)
-        if missing > 0:
-            logger.warning("%s lacks %d of the %d steps before the checkpoint", self.path, missing, state.global_step)
-        with atomic_write(self.path) as partial:
-            partial.write_bytes(b"".join(kept))
+        self._lines = CompactLines() if self._format == "compact" else PublishedLines()
+        kept = self._keep_until(state.global_step)
+        expected = state.global_step // self.every
+        if (missing := expected - molf.skipped_steps - kept) > 0:
+            logger.warning("%s lacks %d of the %d steps before the checkpoint", self.path, missing, expected)
+
+    def _keep_until(self, step: int) -> int:
+        """Drop what the log has after a step, and return how many steps it keeps."""
+        kept = 0
+        with atomic_write(self.path) as partial, partial.open("wb") as file:
+            for line, is_header in lines_until(self.path, step) if step and self.path.exists() else ():
+                file.write(line)
+                if is_header:
+                    self._lines.resume(line)
+                else:
+                    kept += 1
+        return kept
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         """Start to copy the decision of this step; a skipped step has none."""
@@ -182,10 +190,10 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
             return
         if "fft" in routing.experts:
             self._shares.append(routing.share("fft"))
-        if self._writes:
-            # Opened for each line, so that no file stays open however training ends.
+        if self._writes and step % self.every == 0:
+            # Opened for each step, so that no file stays open however training ends.
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(selection_record(step, routing)) + "\n")
+                file.write(self._lines.encode(step, routing))
 
 
 def _unwrap(optimizer: Any) -> MoLF:
@@ -196,20 +204,3 @@ def _unwrap(optimizer: Any) -> MoLF:
             "optimizer_cls_and_kwargs=molf.trainer_optimizer(...) too"
         )
     return inner
-
-
-def _lines_until(path: Path, step: int) -> list[bytes]:
-    """Return the lines of a log up to a step, without an incomplete last line of a killed run."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return [line for number, line in enumerate(lines, start=1) if _step_of(line, f"{path}, line {number}") <= step]
-
-
-def _step_of(line: bytes, where: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, OverflowError, RecursionError, KeyError, TypeError) as error:
-        raise MolfError(
-            f"{where}: not a line of a routing log ({error!r}); repair or remove the line to resume from a checkpoint"
-        ) from error

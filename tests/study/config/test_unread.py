@@ -14,6 +14,9 @@ from molf.study.config.unread import check_read, unread
 
 METHODS = get_args(Method)
 OTHER = {
+    "allocation": "recipe.yaml",
+    "routing_log": "published",
+    "routing_log_every": 3,
     "ranks": [2], "lora_rank": 3, "lora_learning_rate": 1e-3, "lora_weight_decay": 0.5, "lora_alpha": 7.0, "lora_dropout": 0.5,
     "loraplus_lr_ratio": 2.0, "top_k": 2, "score": "pfn", "match_lora_rate": True, "recipe": "published", "optim_bits": 8,
     "bf16_update": "stochastic",
@@ -64,7 +67,7 @@ def test_all_are_named_at_once_with_what_to_do():
         check_read(config)
     assert str(raised.value) == (
         "method lora does not read ranks=[4] (read by molf, molf_e): give lora_rank; optim_bits=8 (read by molf, molf_e): leave "
-        "it out; weight_decay=0.3 (read by molf, fft): give lora_weight_decay"
+        "it out; weight_decay=0.3 (read by molf, fft, static): give lora_weight_decay"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from faults import METHODS, RUN, killed_at_changes, killed_at_random, log_and_die
 from molf.integrations.checkpoint_folder import checkpoints, step_of
-from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.config.unread import unread
 from molf.study.run.job import make_trainer
 from served import CONTEXT
@@ -121,7 +121,7 @@ def test_the_command_killed_then_stopped_then_finished(settings, tmp_path):
     assert carry_out(again).training.steps == 24
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
-    assert (folder / ROUTING_FILE).read_bytes() == (tmp_path / "whole" / ROUTING_FILE).read_bytes()
+    assert (folder / LOG_FILES["compact"]).read_bytes() == (tmp_path / "whole" / LOG_FILES["compact"]).read_bytes()
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
@@ -133,7 +133,7 @@ def test_a_truncated_checkpoint_is_passed_over(file, whole, begun, settings, cap
     assert f"checkpoint-8 is damaged: {file} has " in caplog.text
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(begun).items())
-    assert (begun / ROUTING_FILE).read_bytes() == (whole / ROUTING_FILE).read_bytes()
+    assert (begun / LOG_FILES["compact"]).read_bytes() == (whole / LOG_FILES["compact"]).read_bytes()
 
 
 class Spoil(TrainerCallback):
@@ -189,7 +189,7 @@ def test_gradients_that_are_not_finite(changes, settings, tmp_path, monkeypatch,
     folder = Path(settings["output_dir"])
     assert spoil.checked == 3 and result.training.steps == 8
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
-    steps = [json.loads(line)["step"] for line in (folder / ROUTING_FILE).read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (folder / LOG_FILES["compact"]).read_text().splitlines()[1:]]
     assert steps == [step + 1 for step in range(8) if step not in spoil.steps]
     groups = load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["skipped_steps"] == 3

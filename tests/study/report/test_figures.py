@@ -37,10 +37,11 @@ def test_a_long_curve_is_shortened_to_means():
 @pytest.mark.parametrize(("low", "scale"), [(1e-6, "log"), (-1.0, "linear"), (0.0, "linear")])
 def test_scores(low, scale):
     scores = np.array([[low, np.nan], [2.0, np.nan]])
-    figure = score_figure(RoutingBins([(1, 4), (5, 8)], ["a"], ["fft", "lora_r2"], np.zeros((2, 1, 2)), scores))
+    figure = score_figure(RoutingBins([(1, 4), (5, 8)], ["a"], ["fft", "lora_r2"], np.zeros((2, 1, 2)), scores, scores))
     (curve,) = figure["data"]
     assert (curve["x"], curve["y"], figure["layout"]["yaxis"]["type"]) == ([2.5, 6.5], [low, 2.0], scale)
 
 
 def test_no_scores():
-    assert score_figure(RoutingBins([(1, 1)], ["a"], ["fft"], np.zeros((1, 1, 1)), np.full((1, 1), np.nan))) is None
+    shares, scores = np.zeros((1, 1, 1)), np.full((1, 1), np.nan)
+    assert score_figure(RoutingBins([(1, 1)], ["a"], ["fft"], shares, shares[0], scores)) is None

@@ -5,14 +5,15 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from molf.study.report.routing_map import routing_map
-from molf.study.results.routing import MAX_BINS, MAX_CELLS, RoutingBins, RoutingSummary, read_routing
+from molf.study.results.routing import MAX_BINS, MAX_CELLS, RoutingBins, RoutingSummary
+from molf.study.results.routing_reader import read_routing
 from report_runs import MODULES, STACKS, write_log
 
 
 def read(tmp_path, **log):
     write_log(tmp_path / "log", **log)
     summary = read_routing(tmp_path / "log")
-    return summary, routing_map(summary, summary.bins)
+    return summary, routing_map(summary)
 
 
 def test_layers_by_depth_and_kind(tmp_path):
@@ -37,11 +38,12 @@ def test_what_the_kind_explains_is_that_of_the_summary(tmp_path):
 
 def test_a_layer_that_was_not_logged_in_a_bin_has_no_share_there(tmp_path):
     write_log(tmp_path / "log", 2)
-    first, second = (tmp_path / "log").read_text().splitlines()
+    header, first, _ = (tmp_path / "log").read_text().splitlines()
     write_log(tmp_path / "short", 2, modules=MODULES[:2])
-    (tmp_path / "log").write_text(f"{first}\n{(tmp_path / 'short').read_text().splitlines()[1]}\n")
+    short = (tmp_path / "short").read_text().splitlines()[2].replace('"won"', '"rows":[0,1],"won"')
+    (tmp_path / "log").write_text(f"{header}\n{first}\n{short}\n")
     summary = read_routing(tmp_path / "log")
-    assert routing_map(summary, summary.bins)["shares"][0] == [[1, 0] * 3, [1, 0] * 3, [1, 0] + [None] * 4]
+    assert routing_map(summary)["shares"][0] == [[1, 0] * 3, [1, 0] * 3, [1, 0] + [None] * 4]
 
 
 def test_the_largest_map_leaves_room_on_the_page():
@@ -50,7 +52,7 @@ def test_the_largest_map_leaves_room_on_the_page():
     names = [f"model.layers.{layer}.mlp.experts.gate_up_proj[{layer}]" for layer in range(layers)]
     shares = np.random.default_rng(0).random((MAX_BINS, layers, 2))
     spans = [(first, first + steps // MAX_BINS - 1) for first in range(1, steps, steps // MAX_BINS)]
-    bins = RoutingBins(spans, names, ["fft", "lora_r128"], shares, shares.mean(axis=1))
+    bins = RoutingBins(spans, names, ["fft", "lora_r128"], shares, *[shares.mean(axis=1)] * 2)
     by_module = {name: {"fft": 0.123456, "lora_r128": 0.876544} for name in names}
-    found = routing_map(RoutingSummary([1, steps], {}, by_module, bins), bins)
+    found = routing_map(RoutingSummary(steps, {}, by_module, bins))
     assert len(json.dumps(found, separators=(",", ":"))) + len(get_plotlyjs().encode()) < 9e6

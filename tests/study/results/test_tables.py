@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from molf.study.results.routing import RoutingSummary
-from molf.study.results.tables import draw_routing, metrics_table, runs_table, share_grid
+from molf.study.results.routing import RoutingBins, RoutingSummary
+from molf.study.results.tables import draw_routing, metrics_table, routing_pixels, runs_table, share_grid
 from molf.tasks.base import Metric
 from small_runs import small_result
 
@@ -20,8 +20,17 @@ def test_names_are_shown_as_they_are(name, tmp_path):
     console.print(metrics_table(result))
     console.print(runs_table({name: result}))
     assert console.export_text().count(name) == 4
-    draw_routing(RoutingSummary([1], {name: [1.0]}, {name: {name: 1.0}}), tmp_path / "x.png", title=name)
+    draw_routing(routing_of({name: {name: 1.0}}), tmp_path / "x.png", title=name)
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def routing_of(by_module, steps=1):
+    """Return a summary in which each expert of the layers won half of them at every step."""
+    experts = list(next(iter(by_module.values())))
+    shares = np.full((steps, len(by_module), len(experts)), 0.5)
+    spans = [(step, step) for step in range(1, steps + 1)]
+    bins = RoutingBins(spans, list(by_module), experts, shares, shares[:, 0], shares[:, 0])
+    return RoutingSummary(steps, dict.fromkeys(experts, 0.5), by_module, bins)
 
 
 def shown(table):
@@ -88,11 +97,7 @@ def test_layers_of_one_cell_are_averaged():
 
 @pytest.mark.parametrize("steps", [1, 50])
 def test_the_picture_is_a_whole_png(steps, tmp_path):
-    summary = RoutingSummary(
-        steps=list(range(1, steps + 1)),
-        by_step={"fft": [0.5] * steps, "lora_r8": [0.5] * steps},
-        by_module={f"model.layers.{depth}.self_attn.q_proj": {"fft": 0.5} for depth in range(2)},
-    )
+    summary = routing_of({f"model.layers.{depth}.self_attn.q_proj": {"fft": 0.5} for depth in range(2)}, steps)
     path = tmp_path / "routing.png"
     draw_routing(summary, path, title="a run")
     content = path.read_bytes()
@@ -100,4 +105,5 @@ def test_the_picture_is_a_whole_png(steps, tmp_path):
     assert content.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", content[16:24])
     assert width > height > 300
+    assert routing_pixels(summary, title="a run").shape == (height, width, 3)
     assert list(tmp_path.iterdir()) == [path]

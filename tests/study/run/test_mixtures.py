@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from molf.study.results.routing import read_routing
+from molf.study.results.routing_reader import read_routing
 from molf.study.results.tables import expert_grids
 from molf.study.run.train import run
 from small_runs import small_config, small_run
@@ -52,9 +52,8 @@ def test_a_mixture_trains_and_its_checkpoint_loads_in_plain_transformers(name, t
     here, there = (model.state_dict() for model in (before, after))
     stacks = [key for key in here if "experts" in key and here[key].ndim == 3]
     assert len(stacks) == 4 and all((here[key] - there[key]).abs().amax((1, 2)).min() > 0 for key in stacks)
-    lines = (tmp_path / "run/molf_expert_selection.jsonl").read_text().splitlines()
-    routed = json.loads(lines[0])["selections"]
+    routed = json.loads((tmp_path / "run/routing.jsonl").read_text().splitlines()[0])["modules"]
     assert "model.layers.1.mlp.experts.gate_up_proj[3]" in routed and len(routed) == 2 * (4 + 2 * 4)
-    grids = expert_grids(read_routing(tmp_path / "run/molf_expert_selection.jsonl").by_module)
+    grids = expert_grids(read_routing(tmp_path / "run/routing.jsonl").by_module)
     assert {kind: grid.shape for kind, (grid, *_) in grids.items()} == {"gate_up_proj": (2, 4), "down_proj": (2, 4)}
     assert (tmp_path / "run/routing.png").stat().st_size > 50_000

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from forked import on_two_ranks
 from molf.errors import MolfError
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.examples import tokenize_examples as tokens
 from molf.study.results.result import read_result
-from molf.study.results.routing import ROUTING_FILE, read_routing
+from molf.study.results.routing_reader import read_routing
 from molf.study.run.dry_run import make_plan
 from molf.study.run.job import Job
 from molf.study.run.train import _evaluate_on_ranks, run
@@ -41,7 +42,7 @@ def test_a_run_leaves_a_plain_checkpoint_and_its_record(method, tied, finished, 
         result = carry_out(settings, method=method, eval_before=True, model_name_or_path=str(start))
         folder = Path(settings["output_dir"])
 
-    extra = {ROUTING_FILE, "routing.png"} if "molf" in method else set()
+    extra = {LOG_FILES["compact"], "routing.png"} if "molf" in method else set()
     extra |= {"adapters"} if method == "molf_e" else set()
     extra |= set() if tied else {"checkpoint-2", "checkpoint-4"}
     extra |= {"predictions_before.jsonl.gz"}
@@ -143,10 +144,10 @@ def test_molf_without_lora_experts_is_full_fine_tuning(settings, tiny_model, sav
 
 def test_routing_is_summarised(finished):
     result, folder = vars(finished(method="molf")).values()
-    summary = read_routing(folder / ROUTING_FILE)
-    assert summary.steps == [2, 3, 4]  # the first step of the warm-up has a rate of 0
+    summary = read_routing(folder / LOG_FILES["compact"])
+    assert (summary.steps, summary.bins.spans[0]) == (3, (2, 2))  # the first step of the warm-up has a rate of 0
     assert len(summary.by_module) == 14
-    assert result.routing == summary.shares()
+    assert result.routing == summary.shares
     assert sum(result.routing.values()) == pytest.approx(1)
 
 
@@ -191,7 +192,7 @@ def test_resumed_equals_uninterrupted(changes, finished, settings):
     assert 0 < result.training.tokens < tokens, "those of this start, whose seconds are counted"
     assert not changed_weights(weights(whole.folder), folder)
     if "molf" in changes["method"]:
-        assert (folder / ROUTING_FILE).read_text() == (whole.folder / ROUTING_FILE).read_text()
+        assert (folder / LOG_FILES["compact"]).read_text() == (whole.folder / LOG_FILES["compact"]).read_text()
 
 
 @pytest.mark.parametrize("method", ["molf", "molf_e"])

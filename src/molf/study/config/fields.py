@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 ROUTED = ("molf", "molf_e")
 ADAPTED = ("lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus")
+STATIC = "static"
 ADDING_LORA = (*ROUTED, *ADAPTED)
 """Methods that share settings. The remaining one, fft, has neither LoRA nor routing."""
 
@@ -63,6 +64,6 @@ TRAINER_READ_BY: dict[str, tuple[str, ...]] = {
         ("optim", "optim_args", "optim_target_modules"),
         ("fft", *(method for method in ADAPTED if method not in _OWN_OPTIMIZER)),
     ),
-    "weight_decay": ("fft", *ROUTED),  # adapters have lora_weight_decay
+    "weight_decay": ("fft", STATIC, *ROUTED),  # adapters have lora_weight_decay
 }
 """The methods that read a field of TRL's ``SFTConfig``; all of them if it is not listed."""

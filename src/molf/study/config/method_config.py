@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from molf.errors import MolfError
-from molf.study.config.fields import ADAPTED, ADDING_LORA, ROUTED, setting
+from molf.study.config.fields import ADAPTED, ADDING_LORA, ROUTED, STATIC, setting
 
-Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus"]
+Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "pissa", "eva", "lora_plus", "static"]
 """The names of all methods."""
 
 
@@ -25,15 +25,21 @@ class MethodConfig:
 
     method: Method = setting(
         "molf",
-        "molf routes the update of each layer; molf_e does so on a frozen base; the others are baselines.",
+        "molf routes the update of each layer; molf_e does so on a frozen base; static trains what a recipe says; the others are "
+        "baselines.",
         shapes="checkpoint",
     )
-    recipe: Literal["default", "published"] = setting(
+    recipe: str = setting(
         "default",
         "published: the paper's settings of molf and molf_e wherever none is given. Flags by their published names (--mode, "
-        "--molf_topk, ...) choose it, too.",
+        "--molf_topk, ...) choose it, too. A file that `molf recipe` wrote: method static by this file.",
         shapes="nothing",  # by itself: the settings that it fills in do
         read_by=ROUTED,
+    )
+    allocation: str | None = setting(
+        None,
+        "static: the file that says which layers train whole and which by LoRA; --recipe FILE chooses both.",
+        read_by=(STATIC,),
     )
     ranks: list[int] | None = setting(
         None,
@@ -51,9 +57,11 @@ class MethodConfig:
         None,
         "Learning rate of LoRA weights; learning_rate if unset.",
         shapes="checkpoint",
-        read_by=ADDING_LORA,
+        read_by=(*ADDING_LORA, STATIC),
     )
-    lora_weight_decay: float = setting(0.01, "Weight decay of LoRA weights.", shapes="checkpoint", read_by=ADDING_LORA)
+    lora_weight_decay: float = setting(
+        0.01, "Weight decay of LoRA weights.", shapes="checkpoint", read_by=(*ADDING_LORA, STATIC)
+    )
     lora_alpha: float | None = setting(
         None,
         "LoRA alpha; by default 32 for molf and molf_e; for the others such that the scale is 2 (1 for pissa): "
@@ -66,7 +74,7 @@ class MethodConfig:
         "LoRA dropout; by default 0 for molf, molf_e and pissa, 0.05 for the others. MoLF with dropout runs its "
         "experts as PEFT adapters.",
         shapes="checkpoint",
-        read_by=ADDING_LORA,
+        read_by=(*ADDING_LORA, STATIC),
     )
     use_rslora: bool | None = setting(
         None,
@@ -141,8 +149,20 @@ class MethodConfig:
         "self-test matches PyTorch.",
         read_by=ROUTED,
     )
+    routing_log: Literal["compact", "published"] = setting(
+        "compact",
+        "molf, molf_e: format of the log of all decisions: arrays in routing.jsonl, or the published "
+        "molf_expert_selection.jsonl, which the published flags choose.",
+        shapes="nothing",
+        read_by=ROUTED,
+    )
+    routing_log_every: int = setting(
+        1, "molf, molf_e: log the decision of every so many steps.", shapes="nothing", read_by=ROUTED
+    )
 
     def __post_init__(self) -> None:
+        if self.recipe not in ("default", "published"):
+            self._take_recipe()
         if self.method == "molf_e" and self.fft_expert:
             raise MolfError("fft_expert=True with method molf_e, whose base is frozen: leave it out or use method molf")
         if self.method == "rslora" and self.use_rslora is False:
@@ -168,11 +188,23 @@ class MethodConfig:
             self.freeze_non_linear = efficient
         self._check_numbers()
 
+    def _take_recipe(self) -> None:
+        """Read ``recipe``, the name of a file, as the method static with that file."""
+        if self.method not in ("molf", STATIC):  # molf is the default
+            raise MolfError(
+                f"recipe={self.recipe} with method {self.method}: a recipe file is a method of its own, static; leave one out"
+            )
+        if self.allocation not in (None, self.recipe):
+            raise MolfError(f"recipe={self.recipe} with allocation={self.allocation}: leave one of them out")
+        self.method, self.allocation, self.recipe = "static", self.recipe, "default"
+
     def _check_numbers(self) -> None:
         if self.loraplus_lr_ratio < 1:
             raise MolfError(
                 f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be at least 1, so that B learns at least as fast as A"
             )
+        if self.routing_log_every < 1:
+            raise MolfError(f"routing_log_every={self.routing_log_every} must be at least 1")
         if self.lora_rank < 1:
             raise MolfError(f"lora_rank={self.lora_rank} must be at least 1")
         if self.lora_alpha is not None and not self.lora_alpha > 0:

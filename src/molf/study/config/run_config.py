@@ -240,6 +240,8 @@ class RunConfig:
         schedule = str(self.train["lr_scheduler_type"])
         if method.method == "fft":
             return [f"lr{rate:g}", schedule]
+        if method.allocation:
+            return [Path(method.allocation).parent.name, f"lr{rate:g}", f"lora{lora_rate:g}", schedule]
         if not method.routes:
             return [f"r{method.lora_rank}", f"lr{lora_rate:g}", schedule]
         lora = [] if method.match_lora_rate else [f"lora{lora_rate:g}"]

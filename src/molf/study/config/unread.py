@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import get_args
 
 from molf.errors import MolfError
-from molf.study.config.fields import READ_BY, TRAINER_READ_BY
+from molf.study.config.fields import READ_BY, STATIC, TRAINER_READ_BY
 from molf.study.config.method_config import Method, MethodConfig
 from molf.study.config.run_config import SECTIONS, RunConfig
 from molf.study.config.sameness import trainer_defaults
@@ -25,6 +25,8 @@ def unread(method: str, freeze_non_linear: bool | None = None) -> set[str]:
     found = {name for name, methods in _READ_BY.items() if method not in methods}
     frozen = method == "molf_e" if freeze_non_linear is None else freeze_non_linear
     if method == "fft" and not frozen:  # everything trains
+        found |= {"target_modules", "exclude_modules"}
+    if method == STATIC:  # its recipe names the layers
         found |= {"target_modules", "exclude_modules"}
     if method == "molf_e" and frozen:  # no weight trains that has full rank
         found.add("weight_decay")

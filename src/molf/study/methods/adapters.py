@@ -1,6 +1,7 @@
 """PEFT adapters of a recipe, and the optimizers that train them."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from molf.optimizer import MoLF
 from molf.setup.peft_adapters import base_parameters
 from molf.study.methods.eva import add_eva_adapter
 from molf.study.methods.recipe import Recipe
+from molf.study.methods.static import StaticFactory, parameters_of, train_only
 
 ADAPTERS_FOLDER = "adapters"
 """Folder of MoLF-Efficient's experts inside a run's folder, with a subfolder for each adapter as PEFT saves them."""
@@ -46,6 +48,8 @@ def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
     if recipe.adalora is not None:
         # AdaLoraAllocation sets the schedule when training starts.
         return get_peft_model(model, AdaLoraConfig(**_named_targets(model, recipe.adalora, stacks=False), total_step=1))
+    if recipe.whole is not None:
+        return _add_static(model, recipe.whole, recipe.lora)
     if recipe.lora is None:
         return model
     plain = not recipe.lora.get("use_dora") and recipe.lora.get("init_lora_weights", True) is True
@@ -53,6 +57,18 @@ def _add_adapters(model: Any, recipe: Recipe, freeze_rest: bool) -> Any:
     if recipe.lora.get("init_lora_weights") == "eva":
         return add_eva_adapter(model, arguments)
     return get_peft_model(model, LoraConfig(**arguments))
+
+
+def _add_static(model: nn.Module, whole: Sequence[str], lora: dict[str, Any] | None) -> Any:
+    parameters_of(model, lora["target_modules"] if lora else ())  # for its error
+    layers = parameters_of(model, whole)
+    train_only(model, layers)
+    if lora is None:
+        return model
+    adapted = get_peft_model(model, LoraConfig(**lora))  # which freezes the rest
+    for p in (p for own in layers.values() for p in own):
+        p.requires_grad_()
+    return adapted
 
 
 def _named_targets(model: nn.Module, arguments: dict[str, Any], stacks: bool) -> dict[str, Any]:
@@ -103,6 +119,8 @@ def optimizer_of(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
     """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes, or None for the Trainer's own optimizer."""
     if recipe.molf is not None:
         return (MoLFFactory if recipe.merged else ExpertsFactory), recipe.molf
+    if recipe.static is not None:
+        return StaticFactory, recipe.static
     return None if recipe.loraplus is None else (LoraPlusFactory, recipe.loraplus)
 
 

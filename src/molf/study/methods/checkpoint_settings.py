@@ -43,6 +43,8 @@ class CheckpointSettings(CheckpointPart):
         settings["training_data"] = _fingerprint(config.task.task, examples)
         settings["base_model"] = base
         settings["chat_template"] = template and _sha(template.encode())
+        if config.method.allocation:  # by its contents, wherever it is
+            settings["recipe"] = _sha(Path(config.method.allocation).read_bytes())
         if config.method.routes:  # the Trainer does not clip then
             settings["max_grad_norm of MoLF"] = config.train["max_grad_norm"]
         self.settings = {name: _plain(value) for name, value in settings.items()}

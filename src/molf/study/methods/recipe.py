@@ -3,11 +3,15 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from molf.errors import MolfError
 from molf.integrations.trainer import check_release_settings
+from molf.study.config.fields import STATIC
 from molf.study.config.method_config import MethodConfig
+from molf.study.methods.recipe_file import SCALE as LORA_SCALE
+from molf.study.methods.recipe_file import lora_arguments, read_recipe
 from molf.study.methods.trainable import target_modules
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,8 +19,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 MOLF_ALPHA = 32.0
 LORA_DROPOUT = 0.05
-LORA_SCALE = 2.0
-"""Scale of the published LoRA baseline."""
 ADALORA_START = 1.5
 """AdaLoRA starts at this multiple of its final mean rank, as published."""
 
@@ -40,6 +42,8 @@ class Recipe:
         lora: Arguments of ``peft.LoraConfig``, or None.
         adalora: Arguments of ``peft.AdaLoraConfig`` without its schedule, or None.
         loraplus: Arguments of LoRA+'s optimizer, or None.
+        static: Arguments of ``StaticFactory``, or None.
+        whole: Layers that train whole beside the adapters, while all others are frozen; None if the method has no such list.
     """
 
     train: dict[str, Any]
@@ -48,6 +52,8 @@ class Recipe:
     lora: dict[str, Any] | None = None
     adalora: dict[str, Any] | None = None
     loraplus: dict[str, Any] | None = None
+    static: dict[str, Any] | None = None
+    whole: tuple[str, ...] | None = None
 
     @property
     def merged(self) -> bool:
@@ -77,6 +83,8 @@ def method_recipe(method: MethodConfig, train: Mapping[str, Any], modules: Colle
     }
     if method.routes:
         return _molf_recipe(method, train, adam, lora_lr=float(rate))
+    if method.method == STATIC:
+        return _static_recipe(method, train, adam, lora_lr=float(rate))
     rates = {"learning_rate": float(rate), "weight_decay": method.lora_weight_decay}
     if method.method == "adalora":
         return Recipe(train=rates, adalora=_adalora_arguments(method, train, modules))
@@ -117,6 +125,17 @@ def _molf_recipe(method: MethodConfig, train: Mapping[str, Any], adam: dict[str,
             "adapters are for linear layers; leave one of them out"
         )
     return Recipe(train=settings, molf=optimizer, experts={**experts, "lora_dropout": dropout, "freeze_base": frozen})
+
+
+def _static_recipe(method: MethodConfig, train: Mapping[str, Any], adam: dict[str, Any], lora_lr: float) -> Recipe:
+    if method.allocation is None:
+        raise MolfError("method static needs to know what trains: give --recipe FILE, which `molf recipe` writes")
+    found = read_recipe(Path(method.allocation))
+    dropout = LORA_DROPOUT if method.lora_dropout is None else method.lora_dropout
+    optimizer = {"lr": float(train["learning_rate"]), "weight_decay": float(train["weight_decay"])}
+    optimizer |= {"lora_lr": lora_lr, "lora_weight_decay": method.lora_weight_decay}
+    lora = lora_arguments(found.ranks, dropout) if found.ranks else None
+    return Recipe(train={}, lora=lora, static=optimizer | adam, whole=tuple(found.whole))
 
 
 _MOLF_OPTIONS = ("lora_weight_decay", "top_k", "score", "optim_bits", "bf16_update", "optimizer_in_backward", "fused")

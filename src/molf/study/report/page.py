@@ -16,12 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from molf.files import atomic_write
+from molf.integrations.routing_lines import find_log
 from molf.study.report.examples import read_examples
 from molf.study.report.figures import curve_figures, headline_figure, score_figure
 from molf.study.report.routing_map import routing_map
 from molf.study.results.history import read_history
 from molf.study.results.result import Result, read_result
-from molf.study.results.routing import MAX_CELLS, ROUTING_FILE, read_routing
+from molf.study.results.routing import MAX_CELLS
+from molf.study.results.routing_reader import read_routing
 from molf.tasks.base import Metric
 
 _HERE = Path(__file__).parent
@@ -78,12 +80,11 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _routing(folder: Path, result: Result, runs: int) -> dict[str, Any]:
-    log = folder / ROUTING_FILE
-    if result.routing is None or not log.is_file():
+    log = find_log(folder)
+    if result.routing is None or log is None:
         return {"map": None, "scores": None}
     summary = read_routing(log, MAX_CELLS // runs)
-    assert summary.bins is not None
-    return {"map": routing_map(summary, summary.bins), "scores": score_figure(summary.bins)}
+    return {"map": routing_map(summary), "scores": score_figure(summary.bins)}
 
 
 def _rendered(runs: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> str:

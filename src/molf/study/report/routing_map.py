@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from molf.study.results.routing import RoutingBins, RoutingSummary, depth_of, explained_by_kind, in_order, kind_of
+from molf.study.results.routing import RoutingSummary, depth_of, explained_by_kind, in_order, kind_of
 
 
-def routing_map(summary: RoutingSummary, bins: RoutingBins) -> dict[str, Any]:
+def routing_map(summary: RoutingSummary) -> dict[str, Any]:
     """Return plain JSON values.
 
     Returns:
@@ -15,6 +15,7 @@ def routing_map(summary: RoutingSummary, bins: RoutingBins) -> dict[str, Any]:
         stack, or None. ``views``: first and last step of all steps, then of each bin. ``shares`` [experts, views, modules]: share
         of steps won, None where a layer was not logged. ``explained`` [experts, views]: what the kind of projection explains.
     """
+    bins = summary.bins
     modules = bins.modules
     of_kind, of_depth = [kind_of(name) for name in modules], [depth_of(name) for name in modules]
     kinds, depths = list(dict.fromkeys(of_kind)), in_order(of_depth)
@@ -24,7 +25,7 @@ def routing_map(summary: RoutingSummary, bins: RoutingBins) -> dict[str, Any]:
         binned = [_logged(modules, view[:, number].tolist()) for view in bins.shares]
         # With one bin, as of a short or an enormous log, it is all there is.
         views.append([whole, *(binned if len(bins.spans) > 1 else [])])
-    spans = [(summary.steps[0], summary.steps[-1]), *(bins.spans if len(bins.spans) > 1 else [])]
+    spans = [(bins.spans[0][0], bins.spans[-1][1]), *(bins.spans if len(bins.spans) > 1 else [])]
     return {
         "modules": modules,
         "experts": bins.experts,

@@ -15,8 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from molf.files import atomic_write
+from molf.integrations.routing_lines import find_log
 from molf.study.results.result import Result
-from molf.study.results.routing import RoutingSummary, depth_of, in_order, kind_of
+from molf.study.results.routing import RoutingBins, RoutingSummary, depth_of, in_order, kind_of
+from molf.study.results.routing_reader import read_routing
+
+PICTURE_FILE = "routing.png"
 
 
 def metrics_table(result: Result) -> Table:
@@ -111,25 +115,44 @@ def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
     The left half shows the share of steps that the FFT expert won, by layer depth and projection; the right half the share of
     layers that each expert won, by step. Of a mixture, a second row shows the share by layer depth and expert.
     """
-    mixtures = expert_grids(summary.by_module)
     with plain_text(), atomic_write(path) as partial:
-        figure = Figure(figsize=(12, 9.5 if mixtures else 5.5), layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.suptitle(title or "Routing")
-        above, *below = figure.subfigures(2 if mixtures else 1, 1, squeeze=False)[:, 0]
-        left, right = above.subplots(1, 2, width_ratios=(1, 1.3))
-        explained = summary.explained_by_kind()
-        kind = "" if explained is None else f"\nthe kind of projection explains {explained:.0%}"
-        _draw_grid(above, left, share_grid(summary.by_module), f"Share of steps won by full fine-tuning{kind}")
-        left.tick_params(axis="x", rotation=45)
-        _draw_steps(right, summary)
-        for lower in below:
-            for axes, (name, grid) in zip(
-                lower.subplots(1, len(mixtures), squeeze=False)[0], mixtures.items(), strict=True
-            ):
-                _draw_grid(lower, axes, grid, f"{name}: share won by full fine-tuning")
-                axes.set_xlabel("expert")
-        canvas.print_png(partial)
+        _routing_canvas(summary, title).print_png(partial)
+
+
+def draw_log(folder: Path, title: str) -> Path | None:
+    """Draw the routing of a run from its log, and return the picture; None if the run has no log."""
+    if (log := find_log(folder)) is None:
+        return None
+    draw_routing(read_routing(log), folder / PICTURE_FILE, title)
+    return folder / PICTURE_FILE
+
+
+def routing_pixels(summary: RoutingSummary, title: str = "") -> np.ndarray[Any, Any]:
+    """Return the same picture as pixels [height, width, 3] of 0 to 255."""
+    with plain_text():
+        canvas = _routing_canvas(summary, title)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _routing_canvas(summary: RoutingSummary, title: str) -> FigureCanvasAgg:
+    mixtures = expert_grids(summary.by_module)
+    figure = Figure(figsize=(12, 9.5 if mixtures else 5.5), layout="constrained")
+    figure.suptitle(title or "Routing")
+    above, *below = figure.subfigures(2 if mixtures else 1, 1, squeeze=False)[:, 0]
+    left, right = above.subplots(1, 2, width_ratios=(1, 1.3))
+    explained = summary.explained_by_kind()
+    kind = "" if explained is None else f"\nthe kind of projection explains {explained:.0%}"
+    _draw_grid(above, left, share_grid(summary.by_module), f"Share of steps won by full fine-tuning{kind}")
+    left.tick_params(axis="x", rotation=45)
+    _draw_steps(right, summary.bins)
+    for lower in below:
+        for axes, (name, grid) in zip(
+            lower.subplots(1, len(mixtures), squeeze=False)[0], mixtures.items(), strict=True
+        ):
+            _draw_grid(lower, axes, grid, f"{name}: share won by full fine-tuning")
+            axes.set_xlabel("expert")
+    return FigureCanvasAgg(figure)
 
 
 def plain_text() -> Any:
@@ -147,13 +170,14 @@ def _draw_grid(figure: Any, axes: Any, grid: tuple[np.ndarray[Any, Any], list[st
     figure.colorbar(image, ax=axes, label="FFT share")
 
 
-def _draw_steps(axes: Any, summary: RoutingSummary) -> None:
-    window = max(1, len(summary.steps) // 20)
-    for expert, series in summary.by_step.items():
+def _draw_steps(axes: Any, bins: RoutingBins) -> None:
+    steps = [(first + last) / 2 for first, last in bins.spans]
+    window = max(1, len(steps) // 20)
+    for expert, series in zip(bins.experts, bins.layers.T, strict=True):
         smooth = pd.Series(series).rolling(window, min_periods=1).mean()
-        (line,) = axes.plot(summary.steps, smooth, linewidth=2, label=expert)
+        (line,) = axes.plot(steps, smooth, linewidth=2, label=expert)
         if window > 1:
-            axes.plot(summary.steps, series, color=line.get_color(), alpha=0.25, linewidth=0.8)
+            axes.plot(steps, series, color=line.get_color(), alpha=0.25, linewidth=0.8)
     axes.set(title="Share of layers won, by step", xlabel="step", ylabel="share of layers", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend(title="expert" if window == 1 else f"expert (mean of {window} steps)")
+    axes.legend(title="expert" if window == 1 else f"expert (mean of {window} points)")

@@ -27,6 +27,7 @@ METHODS = {
     "pissa": "PiSSA, merged",
     "eva": "EVA, merged",
     "lora_plus": "LoRA+, merged",
+    "static": "some layers whole, others by LoRA, merged",
 }
 """Method -> its name in a model card."""
 

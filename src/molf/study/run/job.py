@@ -28,6 +28,7 @@ from molf.study.run.models import load_model_and_tokenizer, use_chat_template
 from molf.study.run.process_group import from_rank_0
 from molf.study.run.selection import load_split, validation_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
+from molf.study.run.tracker_images import RoutingImages
 from molf.study.run.training_data import CutTargets, tokenize_training_data
 from molf.tasks import Row, Split, Task, get_task
 from molf.tasks.custom import Custom
@@ -188,7 +189,8 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base, template=template)
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
-        RoutingLog(args.output_dir).attach(trainer)
+        log = RoutingLog(args.output_dir, method.routing_log_every, method.routing_log).attach(trainer)
+        RoutingImages(log.path).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
         initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from molf.files import atomic_write
-from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.integrations.routing_lines import find_log
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
@@ -16,11 +16,12 @@ from molf.study.faults.trained import Trained
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
 from molf.study.results.gather import append_csv
 from molf.study.results.result import Result, write_result
-from molf.study.results.routing import read_routing
-from molf.study.results.tables import draw_routing
+from molf.study.results.routing import RoutingSummary
+from molf.study.results.routing_reader import RoutingReader
+from molf.study.results.tables import PICTURE_FILE, draw_routing
 from molf.study.run.card import model_card
 from molf.study.run.job import Job
-from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, PICTURE_FILE, RUN_ID_FILE, report_full_disk, run_id
+from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, RUN_ID_FILE, report_full_disk, run_id
 from molf.tasks.retention import Retention
 
 
@@ -32,16 +33,27 @@ class Start:
     commit: str | None = field(default_factory=lambda: source_commit())
 
 
+def draw_log(config: RunConfig) -> RoutingSummary | None:
+    """Draw the routing of a run that has trained, and return it; None if its method does not route or no step was logged."""
+    log = find_log(config.output_dir) if config.method.routes else None
+    if log is None:
+        return None
+    reader = RoutingReader(log)
+    reader.poll()
+    if (routing := reader.summary()) is not None:
+        draw_routing(routing, config.output_dir / PICTURE_FILE, title=config.run_name)
+    return routing
+
+
 def make_result(
     job: Job,
     start: Start,
     evaluation: Evaluation,
     trained: Trained | None = None,
     retention: Retention | None = None,
+    routing: RoutingSummary | None = None,
 ) -> Result:
     """Put the result of a run together."""
-    log = job.config.output_dir / ROUTING_FILE
-    routed = trained is not None and job.config.method.routes and log.exists() and log.stat().st_size > 0
     return Result(
         config=job.config.to_dict(),
         headline=job.task.headline,
@@ -54,17 +66,10 @@ def make_result(
         seconds=time.perf_counter() - start.time,
         peak_memory_bytes=peak_memory_bytes(),
         training=trained.training if trained else None,
-        routing=read_routing(log).shares() if routed else None,
+        routing=routing.shares if routing else None,
         retention=retention,
         run_id=run_id(job.config.output_dir),
     )
-
-
-def draw_picture(config: RunConfig) -> None:
-    """Draw the routing of a run that routes, if it has taken a step."""
-    log = config.output_dir / ROUTING_FILE
-    if config.method.routes and log.is_file() and log.stat().st_size > 0:
-        draw_routing(read_routing(log), config.output_dir / PICTURE_FILE, title=config.run_name)
 
 
 def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> None:
@@ -75,10 +80,6 @@ def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> N
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / PREDICTIONS_FILE, evaluation.predictions)
-    if (
-        result.routing is not None and not (folder / PICTURE_FILE).is_file()
-    ):  # training, which draws it, was killed there
-        draw_picture(config)
     if result.training is not None:
         with atomic_write(folder / CARD_FILE) as partial:
             partial.write_text(model_card(result), encoding="utf-8")

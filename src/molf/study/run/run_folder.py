@@ -14,7 +14,7 @@ from pathlib import Path
 from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import can_resume, checkpoints, is_left, remove_checkpoints
-from molf.integrations.routing_log import FILE_NAME as ROUTING_FILE
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.config.run_config import RunConfig
 from molf.study.config.sameness import differing
 from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE
@@ -24,17 +24,17 @@ from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.gather import check_log
 from molf.study.results.history import HISTORY_FILE
 from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
+from molf.study.results.tables import PICTURE_FILE
 
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
-PICTURE_FILE = "routing.png"
 RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
 _EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
-_MEASURED = (ROUTING_FILE, PICTURE_FILE, HISTORY_FILE, PREDICTIONS_BEFORE_FILE)
+_MEASURED = (*LOG_FILES.values(), PICTURE_FILE, HISTORY_FILE, PREDICTIONS_BEFORE_FILE)
 _TRAINED = re.compile(
     "|".join(map(re.escape, (*_MEASURED, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
     + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
@@ -131,7 +131,7 @@ def _check_inputs(config: RunConfig) -> None:
     task, template = config.task, config.train.get("chat_template_path")
     inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
     inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
-    inputs += [("config", file) for file in config.files]
+    inputs += [("config", file) for file in config.files] + [("recipe", config.method.allocation)]
     log = os.environ.get("LOG_FILE")
     for name, given in [*inputs, ("LOG_FILE", log)]:
         if not given:

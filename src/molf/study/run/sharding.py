@@ -92,6 +92,8 @@ def check_sharding(trainer: Any, recipe: Recipe) -> None:
         )
     if recipe.adalora is not None or (recipe.lora or {}).get("init_lora_weights") == "eva":
         raise MolfError(f"methods with a different rank in every layer (adalora, eva) cannot be sharded: {_DDP}")
+    if recipe.whole is not None:
+        raise MolfError(f"method static, in which every layer trains in its own way, is not sharded: {_DDP}")
 
 
 def whole_model(trainer: Any, config: RunConfig, recipe: Recipe) -> Any:

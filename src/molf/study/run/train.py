@@ -30,7 +30,7 @@ from molf.study.results.result import Result, Training, read_result
 from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
-from molf.study.run.record import Start, draw_picture, make_result, write_record
+from molf.study.run.record import Start, draw_log, make_result, write_record
 from molf.study.run.retention import BaseReading, measure, read_base
 from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
@@ -88,11 +88,12 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
         raise Preempted(
             f"stopped by {signal} after {outcome.done}; start it again with --resume_from_checkpoint True to resume from there"
         )
+    routing = draw_log(config) if outcome.main else None  # before the evaluation, which may take long
     after = _evaluate_on_ranks(job, outcome.main, outcome.device, str(config.output_dir))
     if outcome.trained is None or after is None or not outcome.main:
         return None
     retention = measure(job, outcome.model, outcome.device, outcome.base)
-    result = make_result(job, start, after, outcome.trained, retention)
+    result = make_result(job, start, after, outcome.trained, retention, routing)
     write_record(config, result, after)
     _tidy(config)
     return result
@@ -156,7 +157,6 @@ def _train(job: Job, stop: StopRequest) -> _Outcome:
             save_checkpoint(model, job.tokenizer, config.output_dir)
             write_history(config.output_dir, trainer.state)
             note_trained(config, trained)
-            draw_picture(config)  # before the evaluation, which may take long
     return _Outcome(main, device, done, trained, model, base)
 
 

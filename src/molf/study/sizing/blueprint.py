@@ -44,7 +44,7 @@ class Blueprint:
                 model_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         with torch.device("meta"):
             dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
-            plain = _build(model_config, dtype).train()
+            plain = empty_model(model_config, dtype).train()
             linears = [name for name, module in plain.named_modules() if isinstance(module, LINEAR)]
             self.recipe = recipe = method_recipe(config.method, config.train, linears)
             shapes: dict[str, Any] = {}
@@ -72,9 +72,15 @@ class Blueprint:
         return (defaults | self.config.train | self.recipe.train)[name]
 
 
-def _build(model_config: Any, dtype: str) -> Any:
+def empty_model(model_config: Any, dtype: str = "float32") -> Any:
+    """Return a model without weights, on the meta device.
+
+    Raises:
+        MolfError: It is no causal language model.
+    """
     try:
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except ValueError as error:
         raise MolfError(
             f"{model_config.name_or_path or model_config.model_type!r} is no causal language model: "
