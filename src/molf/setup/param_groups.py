@@ -27,6 +27,7 @@ __all__ = [
     "checked_ranks",
     "expert_names",
     "is_number",
+    "default_score",
     "level_scale",
     "lora_scales",
     "param_groups",
@@ -134,6 +135,21 @@ def param_groups(
     _check_coverage(model, groups)
     _say_what_is_not_routed(model, groups)
     return groups
+
+
+def default_score(groups: Sequence[dict[str, Any]]) -> str:
+    """Return the score of groups for which none is chosen.
+
+    EPD divides a promise by the number of an expert's elements. At matched rates it thus gives every update to the LoRA expert
+    with the lowest rank, for any data; at rates of their own it is what was published.
+    """
+    return "random" if all(_is_level(group) for group in groups if "module" in group) else "epd"
+
+
+def _is_level(group: dict[str, Any]) -> bool:
+    weight = group["params"][0]
+    n_in = weight.shape[-2 if group.get("transposed") else -1]
+    return "b_factors" in group or group["scales"] == tuple(level_scale(r, n_in) for r in group["ranks"])
 
 
 def _merged_groups(

@@ -91,9 +91,10 @@ class MethodConfig:
     top_k: int = setting(
         1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint", read_by=ROUTED
     )
-    score: Literal["epd", "pfn", "descent", "random", "coherence"] = setting(
-        "epd",
-        "molf: expected preconditioned descent, the preconditioned Frobenius norm, total descent, or random routing.",
+    score: Literal["epd", "pfn", "descent", "random", "coherence"] | None = setting(
+        None,
+        "molf, molf_e: expected preconditioned descent, the preconditioned Frobenius norm, total descent, coherence, or random "
+        "routing; by default random at matched rates, and epd at others, as published.",
         shapes="checkpoint",
         read_by=ROUTED,
     )
@@ -178,6 +179,8 @@ class MethodConfig:
             raise MolfError(
                 f"match_lora_rate=True with lora_learning_rate={self.lora_learning_rate}: leave one of them out"
             )
+        if self.score is None:
+            self.score = "random" if self.match_lora_rate else "epd"
         if self.routes:
             self.fft_expert = not efficient
         if self.use_rslora is None:

@@ -248,7 +248,7 @@ class RunConfig:
         rates = lora if lora and method.method == "molf_e" else [f"lr{rate:g}", *lora]
         top_k = [f"k{method.top_k}"] if method.top_k != 1 else []
         dropout = [f"drop{method.lora_dropout:g}"] if method.lora_dropout else []
-        return [f"r{'_'.join(map(str, method.ranks or []))}", method.score, *top_k, *dropout, *rates, schedule]
+        return [f"r{'_'.join(map(str, method.ranks or []))}", str(method.score), *top_k, *dropout, *rates, schedule]
 
     def resolved(self) -> "RunConfig":
         """Return the same configuration with ``output_dir`` and ``run_name`` filled in."""
