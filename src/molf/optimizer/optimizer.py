@@ -70,8 +70,8 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: One number, or one for each rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
-        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``. None means random routing at
-            matched rates, where no score has done better, and ``"epd"`` at other rates, as published.
+        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``. None means random routing
+            at matched rates, where no score has done better, and ``"epd"`` at other rates, as published.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).

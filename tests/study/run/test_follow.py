@@ -103,7 +103,7 @@ def test_who_works_there(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_steps(tmp_path):
-    write_log(tmp_path / "routing.jsonl", 1200)
+    write_log(tmp_path / "routing.jsonl", 300)
     taken = []
 
     def pause(seconds):
@@ -113,7 +113,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
         lines = (tmp_path / "routing.jsonl").read_text().splitlines()
         step = json.loads(lines[-1])["step"]
         with (tmp_path / "routing.jsonl").open("a") as file:
-            for more in range(1, 1201):
+            for more in range(1, 301):
                 file.write(lines[-1].replace(f'"step":{step}', f'"step":{step + more}') + "\n")
 
     tracemalloc.start()

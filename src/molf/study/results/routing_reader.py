@@ -59,9 +59,11 @@ class RoutingReader:
         Raises:
             MolfError: A line has another format, or its step is not after that of the line before.
         """
-        if not self.path.is_file():
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:  # not yet, or a run that starts again has just removed it
             return False
-        with self.path.open("rb") as file:
+        with file:
             file.seek(self._offset - len(self._tail))
             if file.read(len(self._tail)) != self._tail:
                 self._restart()
