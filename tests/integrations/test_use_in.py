@@ -193,15 +193,17 @@ def test_what_is_not_given_comes_from_the_arguments(tmp_path):
     [
         ({"is_deepspeed_enabled": True}, r"DeepSpeed.* use FSDP2.*TrainingArguments\(fsdp=True\)"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"has an optimizer already \(SGD\)"),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, r"has an optimizer already \(SGD\)"),
     ],
-    ids=["deepspeed", "optimizers"],
+    ids=["deepspeed", "optimizers", "optimizer_cls_and_kwargs"],
 )
 def test_trainers_that_are_refused(change, words, tmp_path):
     trainer = Trainer(tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     vars(trainer).update(change)
+    given = trainer.optimizer_cls_and_kwargs
     with pytest.raises(MolfError, match=words):
         molf.use_in(trainer)
-    assert trainer.optimizer_cls_and_kwargs is None
+    assert trainer.optimizer_cls_and_kwargs is given
 
 
 def test_options_that_are_refused(tmp_path, checkpoint):

@@ -45,9 +45,9 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         The same trainer.
 
     Raises:
-        MolfError: DeepSpeed is enabled, the trainer has an optimizer, ``optimizer_in_backward`` meets accumulation, clipping or
-            fp16, the base model would be the reference model but trains or has trained experts, or ``load_best_model_at_end``
-            is set and there are several adapters.
+        MolfError: DeepSpeed is enabled, the trainer has an optimizer already, ``optimizer_in_backward`` meets accumulation,
+            clipping or fp16, the base model would be the reference model but trains or has trained experts, or
+            ``load_best_model_at_end`` is set and there are several adapters.
         TypeError: An option is unknown.
     """
     inspect.signature(MoLF).bind(trainer.model, **options)
@@ -57,9 +57,9 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
             "matrices: leave deepspeed out and use FSDP2, which shards weights, gradients and optimizer state like ZeRO-3: "
             "TrainingArguments(fsdp=True)"
         )
-    if trainer.optimizer is not None:
+    if (given := _given_optimizer(trainer)) is not None:
         raise MolfError(
-            f"the trainer has an optimizer already ({type(trainer.optimizer).__name__}): make it without optimizers=(...), and "
+            f"the trainer has an optimizer already ({given}): make it without optimizers and optimizer_cls_and_kwargs, and "
             "call use_in before train()"
         )
     if trainer.args.optim not in _ADAMW:
@@ -130,6 +130,16 @@ class InUse(TrainerCallback):  # type: ignore[misc]
         clip_once(args, molf.max_grad_norm)
         if self._adapters:
             activate(model, self._adapters)
+
+
+def _given_optimizer(trainer: Any) -> str | None:
+    """Return the name of the optimizer that a trainer was given, or has made; an earlier ``use_in`` does not count."""
+    if trainer.optimizer is not None:
+        return type(trainer.optimizer).__name__
+    kind, _ = trainer.optimizer_cls_and_kwargs or (None, None)
+    if kind is None or getattr(kind, "func", None) is _Factory:
+        return None
+    return str(getattr(kind, "__name__", kind))
 
 
 def _experts_of(model: Any) -> tuple[str, ...]:

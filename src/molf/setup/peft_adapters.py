@@ -102,10 +102,10 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
             "the like off"
         )
     pairs = [(layer.lora_A[a].weight, layer.lora_B[a].weight) for a in adapters]
-    for A, B in pairs:
-        check_not_split(name, A)
-        check_not_split(name, B)
-    if any(p.ndim != 2 for pair in pairs for p in pair):
+    own: list[Any] = [p for pair in pairs for p in pair]
+    for p in own:
+        check_not_split(name, p)
+    if any(p.ndim != 2 for p in own):
         raise MolfError(
             f"{name} is no linear layer ({type(layer.get_base_layer()).__name__}): only those can be routed; leave it out of the "
             "adapters' target_modules"
@@ -116,7 +116,7 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
     base = base_parameters(layer)
     trained = [p for p in base if p.requires_grad] if base and base[0].requires_grad else []  # fft needs the weight
     return {
-        "params": [*trained, *(p for pair in pairs for p in pair)],
+        "params": [*trained, *own],
         "module": name,
         "form": "branched",
         "experts": (*(("fft",) if trained else ()), *(f"lora_r{r}" for r in ranks)),
