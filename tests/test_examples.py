@@ -66,7 +66,7 @@ def test_two_processes():
     """With DDP it says the same; that both equal one process is tested with the optimizer."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(EXAMPLES / "ddp_fsdp2.py"), *shard],
+        [*launch, str(EXAMPLES / "ddp_fsdp2.py"), "--fsdp"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
