@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # importing what is documented asks nobody anything
 
@@ -42,10 +41,5 @@ def setup(app: Sphinx) -> None:
 
 
 def prepare(app: Sphinx, page: str, source: list[str]) -> None:
-    """List the pages of docs/integrations in the index; let links to Markdown outside of docs be files, not pages."""
-    if page == "index":
-        found = sorted(
-            Path(app.srcdir, "integrations").glob("*.md"), key=lambda path: (path.stem != "index", path.stem)
-        )
-        source[0] = source[0].replace("INTEGRATIONS\n", "".join(f"integrations/{path.stem}\n" for path in found))
+    """Let links to Markdown outside of docs be files, not pages."""
     source[0] = OUTSIDE.sub(r"](path:\1)", source[0])

@@ -1,4 +1,4 @@
-"""MoLF in TRL's SFTTrainer, or any Hugging Face trainer: an argument and a callback, no subclass.
+"""MoLF in TRL's SFTTrainer, or any Hugging Face trainer: one call, no subclass.
 
 python examples/trl_sft.py [MODEL] [OUTPUT_DIR]
 """
@@ -23,11 +23,10 @@ def main(name="bundled:smollm2-135m", output_dir="runs/trl_sft", rank=32, steps=
         model=AutoModelForCausalLM.from_pretrained(locate(name)),
         processing_class=AutoTokenizer.from_pretrained(locate(name)),
         train_dataset=Dataset.from_list(ROWS),
-        args=SFTConfig(output_dir, max_steps=steps, logging_steps=1, max_grad_norm=0, bf16=False, report_to="none"),
-        optimizer_cls_and_kwargs=molf.trainer_optimizer(ranks=(rank,), lr=1e-4, max_grad_norm=1.0),
-        callbacks=[molf.RoutingLog(output_dir)],
+        args=SFTConfig(output_dir, max_steps=steps, learning_rate=1e-4, logging_steps=1, bf16=False, report_to="none"),
+        callbacks=[molf.RoutingLog(output_dir)],  # writes every decision down
     )
-    trainer.train()
+    molf.use_in(trainer, ranks=(rank,)).train()
     trainer.save_model(output_dir)  # an ordinary checkpoint: the LoRA parts are merged at all times
     return trainer
 

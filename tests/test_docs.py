@@ -47,4 +47,4 @@ def test_a_broken_link_is_found(tmp_path):
 def test_the_site_lists_every_page():
     index = (ROOT / "docs/index.md").read_text()
     listed = {line for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split()}
-    assert {page.stem for page in ROOT.glob("docs/*.md")} - {"index"} <= listed and "INTEGRATIONS" in listed
+    assert {page.stem for page in ROOT.glob("docs/*.md")} - {"index"} <= listed and "integrations/*" in listed

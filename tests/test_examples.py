@@ -1,15 +1,24 @@
 """Every example runs, on a tiny model instead of the pretrained one."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+import accelerate_loop
+import grpo_arithmetic
 import own_score
 import own_task
 import pytorch_loop
 import trl_sft
+from molf import MoLF
 from molf.study.results.result import read_result
 from molf.tasks import TASKS, TargetScores
 
@@ -34,6 +43,59 @@ def test_trl_sft(tiny_checkpoint, tmp_path):
     assert len((tmp_path / "routing.jsonl").read_text().splitlines()) == 4, "a header and three steps"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_grpo_arithmetic(tmp_path):
+    """Three of its 150 steps, whose reward is no more than luck."""
+    rewards = grpo_arithmetic.main(str(tmp_path), steps=3, batch=8)
+    assert len(rewards) == 3 and all(0 <= reward <= 1 for reward in rewards)
+    assert grpo_arithmetic.is_right(["7", " 7", "8"], [7, 7, 7]) == [1.0, 1.0, 0.0]
+
+
+def test_accelerate_loop_and_its_checkpoint(tmp_path):
+    _, model, optimizer = accelerate_loop.main(str(tmp_path), steps=4)
+    assert type(optimizer) is MoLF and optimizer.routing.chosen.sum() == 2
+    saved = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, again, resumed = accelerate_loop.main(str(tmp_path), steps=4, resume=True)
+    assert float(resumed.state[again[0].weight]["step"]) == 2 * float(optimizer.state[model[0].weight]["step"])
+    assert any(not saved[name].equal(p) for name, p in again.named_parameters())
+
+
+def test_two_processes():
+    """With DDP it says the same; that both equal one process is tested with the optimizer."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(EXAMPLES / "ddp_fsdp2.py"), "--fsdp"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().startswith("loss 0.3767"), done.stdout.decode()
+
+
+def test_lightning_module():
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    loss, winners = importlib.import_module("lightning_module").main(epochs=2, enable_progress_bar=False)
+    assert loss < 1 and winners.keys() == {"net.0", "net.2"}
+
+
+def test_llama_factory(monkeypatch):
+    """Against the two names of LLaMA-Factory's that the example uses; its trainer calls the function as here."""
+    package, train, utils, tuner = (
+        ModuleType(f"llamafactory{name}") for name in ("", ".train", ".train.trainer_utils", ".train.tuner")
+    )
+    train.trainer_utils, train.tuner = utils, tuner
+    utils.create_custom_optimizer = lambda model, args, finetuning_args: None
+    made, args = [], SimpleNamespace(max_grad_norm=0.5, learning_rate=2e-3, weight_decay=0.01)
+    tuner.run_exp = lambda settings: made.append(utils.create_custom_optimizer(settings["model"], args, None))
+    for module in (package, train, utils, tuner):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    importlib.import_module("llama_factory").main({"model": model}, ranks=(2,))
+    (optimizer,) = made
+    assert type(optimizer) is MoLF and (optimizer.max_grad_norm, args.max_grad_norm) == (0.5, 0.0)
+    assert optimizer.param_groups[-1]["lr"] == 2e-3
 
 
 def test_own_score(capsys):

@@ -1,7 +1,7 @@
 """MoLF: fine-tune with full fine-tuning and LoRA as experts of every layer, and let the optimizer choose at every step.
 
-optimizer = molf.MoLF(model, ranks=(128,), lr=5e-5)                                       # any PyTorch loop
-SFTTrainer(model, ..., optimizer_cls_and_kwargs=molf.trainer_optimizer(ranks=(128,)))     # any Hugging Face trainer
+optimizer = molf.MoLF(model, ranks=(128,), lr=5e-5)                    # any PyTorch loop
+molf.use_in(trainer, ranks=(128,)).train()                             # any trainer of transformers or TRL
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from molf.integrations.merge import merge
     from molf.integrations.routing_log import RoutingLog
     from molf.integrations.trainer import trainer_optimizer
+    from molf.integrations.use_in import use_in
     from molf.optimizer import MoLF
     from molf.routing import Routing
     from molf.scores import Score
@@ -30,6 +31,7 @@ __all__ = [
     "merge",
     "param_groups",
     "trainer_optimizer",
+    "use_in",
 ]
 
 # Public names are imported at first use, so that `molf --help` needs no torch and the optimizer no transformers.
@@ -42,6 +44,7 @@ _HOMES = {
     "merge": "molf.integrations.merge",
     "param_groups": "molf.setup.param_groups",
     "trainer_optimizer": "molf.integrations.trainer",
+    "use_in": "molf.integrations.use_in",
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from molf import MoLF, RoutingLog, trainer_optimizer
+import molf
+from molf import MoLF, RoutingLog
 from molf.integrations.routing_lines import CompactLines, selection_record
 from molf.integrations.routing_log import _MAX_PENDING, Fetch
 from routing_logs import routing, run_by_hand, steps
@@ -266,8 +267,7 @@ def trainer_with(folder, max_grad_norm=0.0, model=None, **options):
 
 def test_attached_it_comes_before_the_trackers(tmp_path):
     spy = Spy()
-    rates = trainer_optimizer(ranks=(2,), lr=1e-3, lora_lr=2e-3)
-    trainer = trainer_with(tmp_path, callbacks=[spy], optimizer_cls_and_kwargs=rates)
+    trainer = molf.use_in(trainer_with(tmp_path, callbacks=[spy]), ranks=(2,), lr=1e-3, lora_lr=2e-3)
     log = RoutingLog(tmp_path)
     assert log.attach(trainer) is log
     assert trainer.callback_handler.callbacks[0] is log
@@ -281,8 +281,7 @@ def test_attached_it_comes_before_the_trackers(tmp_path):
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3], ids=["clipped in the step", "clipped by the trainer"])
 def test_logged_norm_is_that_before_clipping(tmp_path, max_grad_norm):
     inside = None if max_grad_norm else 1e-3
-    options = trainer_optimizer(ranks=(2,), max_grad_norm=inside)
-    trainer = trainer_with(tmp_path, max_grad_norm=max_grad_norm, optimizer_cls_and_kwargs=options)
+    trainer = molf.use_in(trainer_with(tmp_path, max_grad_norm=max_grad_norm), ranks=(2,), max_grad_norm=inside)
     RoutingLog(tmp_path).attach(trainer)
     trainer.train()
     assert all(row["grad_norm"] > 0.1 for row in trainer.state.log_history if "loss" in row)
@@ -298,7 +297,7 @@ def test_released_gradients_that_the_trainer_would_clip(tmp_path):
 
 def test_another_optimizer_is_an_error(tmp_path):
     trainer = trainer_with(tmp_path, callbacks=[RoutingLog(tmp_path)])
-    with pytest.raises(TypeError, match=r"this trainer's optimizer is AdamW.*molf\.trainer_optimizer"):
+    with pytest.raises(TypeError, match=r"this trainer's optimizer is AdamW.*molf\.use_in"):
         trainer.train()
     assert not (tmp_path / "routing.jsonl").exists()
 

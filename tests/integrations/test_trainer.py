@@ -1,7 +1,6 @@
 """MoLF inside the stock trainers of transformers and TRL."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,37 +9,34 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import molf
 from molf import MoLF, RoutingLog
 from molf.integrations.routing_lines import LOG_FILES
-from molf.integrations.trainer import MoLFFactory, trainer_optimizer
+from molf.integrations.trainer import MoLFFactory
 from small import tiny_llama
 
 OPTIONS = {"ranks": (2,), "lr": 5e-3, "lora_lr": 1e-2, "max_grad_norm": 1.0}
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]
 
 
-def test_what_the_trainer_takes():
-    factory, options = trainer_optimizer(**OPTIONS)
-    assert (factory, options) == (MoLFFactory, OPTIONS)
+def test_what_the_argument_of_a_trainer_takes(tmp_path):
+    given = arguments(tmp_path, max_grad_norm=0.5)
+    factory, options = molf.trainer_optimizer(given, **OPTIONS)
+    assert (factory, options, given.max_grad_norm) == (MoLFFactory, OPTIONS, 0)
     optimizer = factory()(tiny_llama(), **options)
     assert type(optimizer) is MoLF and len(optimizer.experts) == 14
-    assert molf.trainer_optimizer is trainer_optimizer
 
 
 RELEASING = {"ranks": (2,), "lr": 5e-3, "lora_lr": 1e-2, "optimizer_in_backward": True}
 
 
-def test_gradient_release_needs_the_trainers_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"give the Trainer's arguments too, trainer_optimizer\(args, \.\.\.\)"):
-        trainer_optimizer(**RELEASING)
+def test_gradient_release_needs_settings_that_allow_it(tmp_path):
     for name, value in (("max_grad_norm", 1.0), ("gradient_accumulation_steps", 2)):
         given = arguments(tmp_path, **{"gradient_accumulation_steps": 1, name: value})
         with pytest.raises(ValueError, match=rf"optimizer_in_backward=True with {name}={value}"):
-            trainer_optimizer(given, **RELEASING)
-    assert trainer_optimizer(arguments(tmp_path, gradient_accumulation_steps=1), **RELEASING)[1] == RELEASING
+            molf.use_in(Trainer(tiny_llama(), given), **RELEASING)
 
 
 def arguments(folder, kind=TrainingArguments, **options):
@@ -64,42 +60,33 @@ def trained(folder, dtype=torch.float32, resume=None, model=None, optimizer=OPTI
         model,
         given,
         train_dataset=causal_rows(),
-        optimizer_cls_and_kwargs=trainer_optimizer(given, **optimizer),
         callbacks=[RoutingLog(folder)],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    molf.use_in(trainer, **optimizer).train(resume_from_checkpoint=resume)
     return trainer
 
 
-CLIPPING = (
-    r"MoLF clips the gradients of all experts to max_grad_norm=0\.5, so the Trainer's clipping to 0\.001 is now off"
-)
-
-
 def test_gradients_are_clipped_once(tmp_path, caplog):
-    """Even if the Trainer clips too, as it does by default."""
+    """Even if the Trainer clips too, as it does by default, and whoever makes the optimizer."""
     clipped = {**OPTIONS, "max_grad_norm": 0.5}
     once = trained(tmp_path / "once", optimizer=clipped)
+    assert_same_state(trained(tmp_path / "both", optimizer=clipped, max_grad_norm=1e-3), once)
+    assert_same_state(trained(tmp_path / "arguments", optimizer={**OPTIONS, "max_grad_norm": 0.5}), once)
     assert not caplog.records
-    for folder, args in (("callback", False), ("arguments", True)):
-        caplog.clear()
-        given = arguments(tmp_path / folder, max_grad_norm=1e-3)
-        trainer = Trainer(
-            tiny_llama(),
-            given,
-            train_dataset=causal_rows(),
-            optimizer_cls_and_kwargs=trainer_optimizer(given if args else None, **clipped),
-            callbacks=[] if args else [RoutingLog(tmp_path / folder)],
-        )
-        trainer.train()
-        assert len(re.findall(CLIPPING, caplog.text)) == 1 and given.max_grad_norm == 0
-        assert_same_state(trainer, once)
+    given, model = arguments(tmp_path / "given", max_grad_norm=1e-3), tiny_llama()
+    rates = {"weight_decay": 0.0, "lora_weight_decay": 0.0}
+    torch.manual_seed(given.seed)
+    own = (MoLF(model, **{**clipped, **rates}), None)
+    Trainer(model, given, train_dataset=causal_rows(), optimizers=own, callbacks=[RoutingLog(tmp_path)]).train()
+    clips = (
+        "MoLF clips the gradients of all experts to max_grad_norm=0.5, so the Trainer's clipping to 0.001 is now off"
+    )
+    assert caplog.text.count(clips) == 1 and given.max_grad_norm == 0
 
 
 def test_the_trainer_clips_where_molf_does_not(tmp_path):
-    given = arguments(tmp_path, max_grad_norm=1e-3)
-    trainer_optimizer(given, ranks=(2,))
-    assert given.max_grad_norm == 1e-3
+    trainer = Trainer(tiny_llama(), arguments(tmp_path, max_grad_norm=1e-3))
+    assert molf.use_in(trainer, ranks=(2,), max_grad_norm=None).args.max_grad_norm == 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +181,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path):
     model = tiny_llama()
     fresh = Trainer(model, arguments(tmp_path / "plain"), train_dataset=causal_rows())
     torch.manual_seed(5)
-    optimizer = MoLF(model, **OPTIONS)
+    optimizer = MoLF(model, **OPTIONS, weight_decay=0.0, lora_weight_decay=0.0)  # the Trainer's default
     for group, own in zip(optimizer.param_groups, trainer.optimizer.param_groups, strict=True):
         if "module" in group:
             group["lora_seed"] = own["lora_seed"]
@@ -228,28 +215,10 @@ def test_sft(tmp_path):
         args=arguments(tmp_path, SFTConfig, max_length=16, bf16=False),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
-        optimizer_cls_and_kwargs=trainer_optimizer(**OPTIONS),
         callbacks=[RoutingLog(tmp_path)],
     )
-    trainer.train()
+    molf.use_in(trainer, **OPTIONS).train()
     assert len(lines(trainer)) == 6
     assert all(not torch.equal(p, start[name]) for name, p in trainer.model.named_parameters() if p.ndim == 2)
     assert {"lr/fft", "lr/lora", "molf/fft_share", "molf/skipped_steps"} <= trainer.state.log_history[0].keys()
     LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
-
-
-def test_dpo_takes_the_optimizer_as_an_attribute(tmp_path):
-    rows = [{"prompt": a, "chosen": f" {b} {a}", "rejected": f" {a} {b}"} for a in "abcde" for b in "fghij"]
-    trainer = DPOTrainer(
-        tiny_llama(),
-        ref_model=tiny_llama(),
-        args=arguments(tmp_path, DPOConfig, max_length=16, bf16=False, max_steps=3),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        callbacks=[RoutingLog(tmp_path)],
-    )
-    trainer.optimizer_cls_and_kwargs = trainer_optimizer(**OPTIONS)
-    trainer.train()
-    assert type(trainer.optimizer.optimizer) is MoLF
-    assert len(lines(trainer)) == 3
-    assert len(trainer.optimizer.optimizer.experts) == 14

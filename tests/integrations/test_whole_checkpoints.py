@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
+import molf
 from molf import RoutingLog
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import MANIFEST, UNFINISHED, checkpoints, verify
-from molf.integrations.trainer import trainer_optimizer
 from molf.integrations.whole_checkpoints import WholeCheckpoints
 from small import tiny_llama
 
@@ -37,14 +37,14 @@ def make(folder, kind=WholeTrainer, **options):
         "save_strategy": "steps",
         "save_steps": 2,
     }
-    return kind(
+    trainer = kind(
         tiny_llama(),
         TrainingArguments(output_dir=str(folder), **{**quiet, **shape, **options}),
         train_dataset=rows(),
         eval_dataset=rows(),
-        optimizer_cls_and_kwargs=trainer_optimizer(ranks=(2,), lr=5e-3),
         callbacks=[RoutingLog(folder)],
     )
+    return molf.use_in(trainer, ranks=(2,), lr=5e-3)
 
 
 def steps(folder):

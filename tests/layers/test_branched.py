@@ -197,3 +197,47 @@ def test_conv1d_of_gpt2(freeze_base):
     train(twin, torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], **rates), 4)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE[torch.float64], msg=name)
+
+
+def idle(model, how):
+    """Leave one of a model's adapters active, or freeze the others."""
+    if how == "set_adapter":
+        model.set_adapter("lora_r2")
+    elif how == "layers":
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module._active_adapter = ["lora_r2"]
+    else:
+        model.set_requires_grad("lora_r4", requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "set_to_none"),
+    [
+        ("set_adapter", True),
+        ("set_adapter", False),
+        ("layers", True),
+        ("requires_grad", True),
+        ("requires_grad", False),
+    ],
+)
+def test_an_expert_that_stops_to_train_is_refused(how, set_to_none):
+    """As after PEFT's loading of a checkpoint. Gradients that were set to zero, and not freed, are no sign of training."""
+    model = add_lora_experts(tiny_llama(), ranks=(2, 4))
+    optimizer = MoLF(model, lr=1e-2)
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    idle(model, how)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(
+        ValueError, match=r"of the experts of model\.layers\.0\.self_attn\.q_proj, lora_r4 would never move"
+    ):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.base_model.set_adapter(["lora_r2", "lora_r4"])
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()

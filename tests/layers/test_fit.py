@@ -222,3 +222,15 @@ def test_only_what_is_missing_is_looked_at_twice():
     model.unused.grad = torch.ones(2, 2)
     optimizer.step()
     assert float(optimizer.state[model.unused]["step"]) == 1
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_flattened_parameters_are_refused(adapted):
+    """DeepSpeed's ZeRO puts one flat piece in place of all parameters of a group; FSDP1 flattens each."""
+    model = add_lora_experts(tiny_llama(), ranks=(2, 4)) if adapted else tiny_llama()
+    optimizer = MoLF(model) if adapted else MoLF(model, ranks=(2,))
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    with pytest.raises(MolfError, match=r"q_proj were flattened into \[\d+\], as DeepSpeed's ZeRO.*FSDP2 instead"):
+        optimizer.step()

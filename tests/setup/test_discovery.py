@@ -190,10 +190,19 @@ def layer_with(weight):
     return model
 
 
+def split_by_zero_3():
+    """DeepSpeed leaves an empty tensor with a mark in a parameter's place."""
+    model = mlp()
+    for p in model.parameters():
+        p.data, p.ds_id = torch.zeros(0), 0
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: nn.Sequential(nn.ReLU()), "weights are none"),
+        (split_by_zero_3, r"DeepSpeed's ZeRO-3 has split 1 .* FSDP2 instead.*fully_shard\(model\)"),
         (
             lambda: mlp().requires_grad_(False),
             r"weights of all 3 matching layers are frozen or empty \(1, .*add_lora_experts",
@@ -209,7 +218,7 @@ def layer_with(weight):
         ),
         (lambda: layer_with(torch.zeros(2, 2, 4)), r"q_proj has shape \[2, 2, 4\]"),
     ],
-    ids=["no layer", "frozen", "shared weight", "uint8", "int8", "no matrix"],
+    ids=["no layer", "ZeRO-3", "frozen", "shared weight", "uint8", "int8", "no matrix"],
 )
 def test_models_that_cannot_be_routed(build, words):
     with pytest.raises(ValueError, match=words):

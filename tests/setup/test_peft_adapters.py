@@ -218,3 +218,12 @@ def test_adalora_is_refused():
 def test_only_embeddings_are_nothing_to_route():
     with pytest.raises(ValueError, match="none is active, trains, and is LoRA on a linear layer"):
         MoLF(llama(target_modules=["embed_tokens"]))
+
+
+def test_adapters_that_will_not_train_are_named(caplog):
+    model = several({}, {}, {})
+    MoLF(model)
+    assert not caplog.records
+    model.base_model.set_adapter(["r2", "r4"])
+    MoLF(model)
+    assert "The adapters r3 are no experts: they are not active, or frozen" in caplog.text

@@ -61,7 +61,7 @@ def locate(name: str | None) -> str:
     """Turn the name of a model into an argument of ``from_pretrained``.
 
     Args:
-        name: A folder, a bundled model, or a Hub id, which is returned as it is.
+        name: A folder of a model or of a PEFT adapter, a bundled model, or a Hub id, which is returned as it is.
 
     Raises:
         MolfError: There is no name, or it names a folder without a model or an unknown bundled model.
@@ -75,10 +75,15 @@ def locate(name: str | None) -> str:
     folder = Path(name).expanduser()
     if not folder.exists() and not name.startswith(("/", ".", "~")):
         return name
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         what = "has no config.json" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
         raise MolfError(f"model_name_or_path={name!r} {what}; give a folder that save_pretrained wrote")
     return str(folder)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether a folder holds a PEFT adapter, and not a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def is_bundled(name: str) -> bool:

@@ -82,8 +82,23 @@ def add_lora_experts(
                 adapted.add_adapter(name, config)
     assert adapted is not None
     adapted.base_model.set_adapter(list(adapted.peft_config))
+    adapted.base_model.peft_config = adapted.base_model.model.peft_config = _ExpertConfigs(adapted.peft_config)
     join_experts(adapted)
     if not freeze_base:
         for p in trained:
             p.requires_grad_(True)
     return adapted
+
+
+class _ExpertConfigs(dict[str, LoraConfig]):
+    """Adapters' configurations by name. TRL copies the one named "default" for its reference model; no expert is called so."""
+
+    def __missing__(self, name: str) -> LoraConfig:
+        if name != "default":
+            raise KeyError(name)
+        return next(iter(self.values()))
+
+
+def is_expert_model(model: nn.Module) -> bool:
+    """Return whether ``add_lora_experts`` made a model's adapters."""
+    return isinstance(getattr(model, "peft_config", None), _ExpertConfigs)

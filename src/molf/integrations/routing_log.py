@@ -200,7 +200,7 @@ def _unwrap(optimizer: Any) -> MoLF:
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, MoLF):
         raise TypeError(
-            f"RoutingLog logs the decisions of MoLF, but this trainer's optimizer is {type(inner).__name__}: pass "
-            "optimizer_cls_and_kwargs=molf.trainer_optimizer(...) too"
+            f"RoutingLog logs the decisions of MoLF, but this trainer's optimizer is {type(inner).__name__}: call "
+            "molf.use_in(trainer, ...) before train()"
         )
     return inner

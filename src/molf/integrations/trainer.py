@@ -1,7 +1,7 @@
-"""MoLF in any Hugging Face or TRL Trainer, without a subclass."""
+"""What a Trainer needs to build MoLF, and which of its settings MoLF cannot work with."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,20 +22,29 @@ _RELEASE_SETTINGS = {
 class MoLFFactory:
     """Builds MoLF when a Trainer asks for its optimizer: ``MoLFFactory()(model, **options)``."""
 
-    def __call__(self, model: nn.Module, **options: Any) -> MoLF:
-        """Build the optimizer of a model."""
+    def __call__(self, model: nn.Module, args: Any = None, *, adapters: Sequence[str] = (), **options: Any) -> MoLF:
+        """Build the optimizer of a model.
+
+        Args:
+            model: The model.
+            args: The Trainer's arguments, which axolotl passes on; not read.
+            adapters: PEFT adapters to activate first, because resuming leaves only one of them active.
+            **options: Keyword arguments of ``molf.MoLF``.
+        """
+        if adapters:
+            activate(model, adapters)
         return MoLF(model, **options)
 
 
+def activate(model: Any, adapters: Sequence[str]) -> None:
+    """Activate adapters of a ``PeftModel`` together, so that they run and train; its own ``set_adapter`` takes only one."""
+    model.base_model.set_adapter(list(adapters))
+
+
 def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactory], dict[str, Any]]:
-    """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with MoLF.
+    """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes; ``molf.use_in(trainer, ...)`` is simpler and takes all trainers.
 
-    The Trainer builds the optimizer after placing the model, and saves and resumes it like its own. These options set the
-    learning rates and weight decay; the Trainer sets the schedule. A Trainer whose constructor lacks the argument takes it as an
-    attribute before ``trainer.train()``: ``trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(...)``.
-
-    Give ``max_grad_norm`` here and set the Trainer's to 0: the Trainer does not see the gradients of LoRA experts. Its default is
-    1.0; given ``args`` here or a ``RoutingLog`` callback, MoLF sets it to 0 itself.
+    Options that are not given have MoLF's defaults, not the values of the Trainer's arguments.
 
     Args:
         args: The Trainer's ``TrainingArguments``; required with ``optimizer_in_backward=True``, which not all of them allow.
@@ -44,13 +53,9 @@ def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactor
     Raises:
         MolfError: With ``optimizer_in_backward=True``, ``args`` is missing or sets accumulation, clipping or fp16.
     """
-    released = bool(options.get("optimizer_in_backward"))
-    if released and args is None:
-        raise MolfError(
-            "optimizer_in_backward=True does not work with all settings of a Trainer: give the Trainer's arguments too, "
-            "trainer_optimizer(args, ...), to have them checked"
-        )
-    if released:
+    if options.get("optimizer_in_backward"):
+        if args is None:
+            raise MolfError("optimizer_in_backward=True needs the Trainer's arguments: use molf.use_in(trainer, ...)")
         check_release_settings(vars(args))
     if args is not None:
         clip_once(args, options.get("max_grad_norm"))

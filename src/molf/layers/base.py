@@ -135,6 +135,13 @@ class RoutedLayer(abc.ABC):
         """Whether backward left a gradient to route by."""
         return any(p.grad is not None for p in self.group["params"])
 
+    def check_experts(self) -> None:  # noqa: B027 - only experts that are parameters can be idle
+        """Check that every expert of a layer with gradients trains.
+
+        Raises:
+            MolfError: If one does not.
+        """
+
     def gradients(self) -> list[Tensor]:
         """Return the gradients that backward left on parameters."""
         return [p.grad for p in self.group["params"] if p.grad is not None]

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from molf.errors import MolfError
 from molf.layers.base import LoraPair, RoutedLayer, init_moments, init_step, quantized_params, winners_of
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.distributed import local_part, shard_rows_like
@@ -59,6 +60,21 @@ class BranchedLayer(RoutedLayer):
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
             self._write(p, local_part(value, p))
 
+    def check_experts(self) -> None:
+        """Check that no expert is idle: PEFT's loading and ``set_adapter`` leave one adapter active, and freeze the others."""
+        idle = [
+            name
+            for i, name in enumerate(self.experts)
+            if not any(p.requires_grad and p.grad is not None for p in self._params_of(i))
+        ]
+        if idle:
+            raise MolfError(
+                f"of the experts of {self.name}, {', '.join(idle)} would never move: adapters that are not active, or frozen, "
+                "have no gradient. Loading a checkpoint into a PeftModel and its set_adapter leave one adapter active: activate "
+                "all with model.base_model.set_adapter([...]) before backward. In a Trainer, molf.use_in(trainer, ...) does it "
+                "whenever one is loaded"
+            )
+
     def unlevelled(self) -> list[tuple[Tensor, float]]:
         """Return the gradients of B, which become those of ``B*``."""
         return [
@@ -80,12 +96,13 @@ class BranchedLayer(RoutedLayer):
         return tuple(self.group.get("b_factors", (1.0,) * len(self.group["ranks"])))
 
     def _expert_tensors(self, i: int) -> list[TensorState]:
+        return [self._tensor(p) for p in self._params_of(i) if p.grad is not None]
+
+    def _params_of(self, i: int) -> list[Tensor]:
         if self.experts[i] == "fft":
-            own = self.base
-        else:
-            start = len(self.base) + 2 * (i - (1 if self.base else 0))
-            own = self.group["params"][start : start + 2]
-        return [self._tensor(p) for p in own if p.grad is not None]
+            return self.base
+        start = len(self.base) + 2 * (i - (1 if self.base else 0))
+        return list(self.group["params"][start : start + 2])
 
     def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
         """Return the winners' parameters; a bias is not decayed, and B moves ``c`` times as far as ``B*``."""

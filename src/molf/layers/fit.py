@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from molf.errors import MolfError
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import local
 
-__all__ = ["check_fit", "check_parameter", "fits"]
+__all__ = ["check_fit", "check_not_flat", "check_not_split", "check_parameter", "fits"]
 
 # Of a parameter and its moments; uint8 are codes.
 _DTYPES = {
@@ -27,6 +27,10 @@ _REPLACED = (
 _STALE = "its memory was replaced after backward. Call zero_grad() and backward again"
 _MOVED = (
     "the model was moved. Move the state, too: optimizer.load_state_dict(optimizer.state_dict()), after zero_grad()"
+)
+_USE_FSDP2 = (
+    "and MoLF routes matrices. Shard by FSDP2 instead, which keeps them: fully_shard(model), fsdp_version: 2 in accelerate, or "
+    "TrainingArguments(fsdp=True)"
 )
 
 
@@ -105,3 +109,26 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise MolfError(f"{name} is {p.dtype}: train float32 weights (with autocast), or bfloat16 or float64 ones")
     if not p.is_contiguous():
         raise MolfError(f"{name} is not contiguous in memory: replace it by its .contiguous() copy")
+
+
+def check_not_split(name: str, p: Tensor) -> None:
+    """Check that DeepSpeed's ZeRO-3 has not put an empty tensor in a parameter's place.
+
+    Raises:
+        MolfError: If it has.
+    """
+    if hasattr(p, "ds_id"):
+        raise MolfError(f"DeepSpeed's ZeRO-3 has split {name} and left an empty tensor in its place, {_USE_FSDP2}")
+
+
+def check_not_flat(module: str, params: Sequence[Tensor]) -> None:
+    """Check that the first parameter of a routed layer is still a matrix.
+
+    Raises:
+        MolfError: If not: DeepSpeed's ZeRO and FSDP1 put flat pieces of many parameters into groups.
+    """
+    shape = list(params[0].shape)
+    if len(shape) < 2:
+        raise MolfError(
+            f"the parameters of {module} were flattened into {shape}, as DeepSpeed's ZeRO and FSDP1 do, {_USE_FSDP2}"
+        )

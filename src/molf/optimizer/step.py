@@ -80,9 +80,16 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
 def split_groups(
     groups: Sequence[dict[str, Any]], context: StepContext
 ) -> tuple[list[RoutedLayer], list[dict[str, Any]]]:
-    """Return the routed layers that have gradients, and the ordinary groups."""
+    """Return the routed layers that have gradients, and the ordinary groups.
+
+    Raises:
+        MolfError: If an expert of such a layer has none.
+    """
     layers = [routed_layer(group, context.state, context.noise) for group in groups if "module" in group]
-    return [layer for layer in layers if layer.active], [group for group in groups if "module" not in group]
+    active = [layer for layer in layers if layer.active]
+    for layer in active:
+        layer.check_experts()
+    return active, [group for group in groups if "module" not in group]
 
 
 def _gradients_are_readable(

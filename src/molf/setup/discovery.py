@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from molf.errors import MolfError
+from molf.layers.fit import check_not_split
 
 __all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears"]
 
@@ -193,6 +194,7 @@ def check_not_tied(modules: Mapping[str, nn.Module], routed: Mapping[str, Iterab
 
 def _check_weight(name: str, linear: nn.Linear) -> None:
     weight = linear.weight
+    check_not_split(name, weight)
     if "weight" not in dict(linear.named_parameters(recurse=False)):
         raise MolfError(
             f"the weight of {name} is parametrized (weight norm or the like), so it is no parameter that could be updated: "

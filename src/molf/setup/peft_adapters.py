@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from molf.errors import MolfError
+from molf.layers.fit import check_not_split
 from molf.setup.discovery import check_not_tied, module_names
 
 __all__ = ["adapted_groups", "base_parameters", "is_adapted", "target_name"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -42,6 +48,7 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
             "the model carries PEFT adapters, but none is active, trains, and is LoRA on a linear layer: make one per rank with "
             "molf.add_lora_experts(model, ranks=(32, 128)), or activate yours with base_model.set_adapter([...])"
         )
+    _warn_of_idle(layers.values(), groups)
     different = [group for group in groups if group["experts"] != groups[0]["experts"]]
     if different:
         raise MolfError(
@@ -51,6 +58,18 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
     bases = {group["module"]: base_parameters(layers[group["module"]]) for group in groups if "fft" in group["experts"]}
     check_not_tied(modules, bases)
     return groups
+
+
+def _warn_of_idle(layers: Iterable[Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Warn of adapters that will not train beside those that do: PEFT's loading leaves one active."""
+    own = {id(p) for group in groups for p in group["params"]}
+    idle = {name for layer in layers for name, A in layer.lora_A.items() if id(A.weight) not in own}
+    if idle:
+        logger.warning(
+            "The adapters %s are no experts: they are not active, or frozen. If they should be, activate all before making the "
+            "optimizer: model.base_model.set_adapter([...])",
+            ", ".join(sorted(idle)),
+        )
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -83,7 +102,10 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
             "the like off"
         )
     pairs = [(layer.lora_A[a].weight, layer.lora_B[a].weight) for a in adapters]
-    if any(p.ndim != 2 for pair in pairs for p in pair):
+    own: list[Any] = [p for pair in pairs for p in pair]
+    for p in own:
+        check_not_split(name, p)
+    if any(p.ndim != 2 for p in own):
         raise MolfError(
             f"{name} is no linear layer ({type(layer.get_base_layer()).__name__}): only those can be routed; leave it out of the "
             "adapters' target_modules"
@@ -94,7 +116,7 @@ def _group(name: str, layer: Any) -> dict[str, Any] | None:
     base = base_parameters(layer)
     trained = [p for p in base if p.requires_grad] if base and base[0].requires_grad else []  # fft needs the weight
     return {
-        "params": [*trained, *(p for pair in pairs for p in pair)],
+        "params": [*trained, *own],
         "module": name,
         "form": "branched",
         "experts": (*(("fft",) if trained else ()), *(f"lora_r{r}" for r in ranks)),

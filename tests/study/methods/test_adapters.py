@@ -7,7 +7,7 @@ from molf import MoLF
 from molf.errors import MolfError
 from molf.integrations.trainer import MoLFFactory
 from molf.study.config.run_config import PUBLISHED_RECIPE, MethodConfig
-from molf.study.methods.adapters import ExpertsFactory, LoraPlusFactory, add_adapters, optimizer_of, save_adapters
+from molf.study.methods.adapters import LoraPlusFactory, add_adapters, optimizer_of, save_adapters
 from molf.study.methods.recipe import method_recipe
 
 
@@ -81,8 +81,9 @@ def test_a_trained_base_with_dropout(freeze_rest, tiny_model):
 def test_which_optimizer():
     assert optimizer_of(recipe(method="lora")) is None
     assert optimizer_of(recipe(method="fft")) is None
-    assert optimizer_of(recipe())[0] is MoLFFactory
-    assert optimizer_of(recipe(lora_dropout=0.1))[0] is ExpertsFactory
+    for changes, adapters in (({}, ()), ({"lora_dropout": 0.1}, ("lora_r2", "lora_r4"))):
+        factory, options = optimizer_of(recipe(**changes))
+        assert factory is MoLFFactory and options["adapters"] == adapters
     assert optimizer_of(recipe(method="lora_plus"))[0] is LoraPlusFactory
 
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,9 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from molf.study.config.run_config import RunConfig
+from molf.errors import MolfError
+from molf.study.config.run_config import ModelConfig, RunConfig
 from molf.study.results.result import write_result
 from molf.study.run.export import adapter_folders, export_run, load_experts
+from molf.study.run.models import load_model_and_tokenizer
+from molf.study.run.train import run as evaluate
 from small_runs import small_result
 
 
@@ -91,3 +95,37 @@ def test_a_failed_export_leaves_nothing(run):
     with pytest.raises(ValueError, match="not empty"):
         export_run(run, "merged", taken)
     assert not list(run.glob(".*"))
+
+
+def test_an_exported_adapter_is_evaluated_like_the_experts(run, saved_model, tmp_path):
+    """``molf eval --model_name_or_path`` takes its folder; so does a run that trains on."""
+    export_run(run, "peft")
+    export_run(run, "merged")
+    model, _ = load_model_and_tokenizer(ModelConfig(model_name_or_path=str(run / "export-peft")))
+    expected = logits(load_experts(adapter_folders(run), saved_model)[0])
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-5)
+    results = [
+        evaluate(
+            RunConfig.from_dict(
+                {
+                    "model_name_or_path": str(run / f"export-{kind}"),
+                    "sample": True,
+                    "limit": 4,
+                    "only_eval": True,
+                    "output_dir": str(tmp_path / kind),
+                }
+            )
+        )
+        for kind in ("peft", "merged")
+    ]
+    assert {name: metric.value for name, metric in results[0].metrics.items()} == pytest.approx(
+        {name: metric.value for name, metric in results[1].metrics.items()}, abs=1e-5
+    )
+
+
+def test_an_adapter_without_a_base(run):
+    export_run(run, "peft")
+    file = run / "export-peft" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(MolfError, match="is an adapter, and its adapter_config.json does not name its base model"):
+        load_model_and_tokenizer(ModelConfig(model_name_or_path=str(run / "export-peft")))

@@ -15,7 +15,7 @@ from molf.files import atomic_folder
 from molf.integrations.lora_experts import add_lora_experts
 from molf.integrations.lora_targets import find_targets
 from molf.integrations.trainer import MoLFFactory
-from molf.optimizer import MoLF
+from molf.setup.param_groups import expert_names
 from molf.setup.peft_adapters import base_parameters
 from molf.study.methods.eva import add_eva_adapter
 from molf.study.methods.recipe import Recipe
@@ -93,19 +93,6 @@ def _add_experts(model: nn.Module, arguments: dict[str, Any], freeze_rest: bool)
     return adapted
 
 
-class ExpertsFactory(MoLFFactory):
-    """Builds MoLF for a model with adapters as experts.
-
-    It activates all adapters first: a Trainer that resumes leaves only one of them active.
-    """
-
-    def __call__(self, model: nn.Module, **options: Any) -> MoLF:
-        """Build the optimizer of a model."""
-        adapted: Any = model
-        adapted.base_model.set_adapter(list(adapted.peft_config))
-        return super().__call__(model, **options)
-
-
 class LoraPlusFactory:
     """Builds LoRA+ (Hayou et al. 2024): AdamW with a higher learning rate for B than for A."""
 
@@ -118,7 +105,9 @@ class LoraPlusFactory:
 def optimizer_of(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
     """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes, or None for the Trainer's own optimizer."""
     if recipe.molf is not None:
-        return (MoLFFactory if recipe.merged else ExpertsFactory), recipe.molf
+        # A Trainer that resumes leaves only one adapter active.
+        adapters = () if recipe.experts is None else expert_names(recipe.experts["ranks"])[1:]
+        return MoLFFactory, {**recipe.molf, "adapters": adapters}
     if recipe.static is not None:
         return StaticFactory, recipe.static
     return None if recipe.loraplus is None else (LoraPlusFactory, recipe.loraplus)

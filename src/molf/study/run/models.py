@@ -1,14 +1,17 @@
 """Loading the model and the tokenizer that a run names."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from molf.errors import MolfError
-from molf.integrations.bundled import locate
+from molf.integrations.bundled import is_adapter, locate
 from molf.integrations.loading import explained
+from molf.integrations.merge import merge
 from molf.study.config.run_config import ModelConfig
 from molf.study.engine.bounded import bounded
 
@@ -16,12 +19,16 @@ from molf.study.engine.bounded import bounded
 def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
+    The folder of a PEFT adapter gives its base model with the adapter merged into it.
+
     A tokenizer without a padding token pads with its end-of-text token; no token is ever added.
 
     Raises:
         MolfError: No model is named, it cannot be loaded, or its tokenizer has no token to pad with.
     """
     source = locate(config.model_name_or_path)
+    if is_adapter(source):
+        return _base_with_adapter(source, config, trust_remote_code)
     with explained(f"cannot load the model {config.model_name_or_path!r}", source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -43,6 +50,20 @@ def load_model_and_tokenizer(config: ModelConfig, trust_remote_code: bool = Fals
                 "set one of them in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _base_with_adapter(folder: str, config: ModelConfig, trust_remote_code: bool) -> tuple[Any, Any]:
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise MolfError(
+            f"{folder} is an adapter, and its adapter_config.json does not name its base model: write it there"
+        )
+    model, tokenizer = load_model_and_tokenizer(replace(config, model_name_or_path=base), trust_remote_code)
+    with explained(f"cannot load the adapter {folder}", folder):
+        model = merge(PeftModel.from_pretrained(model, folder))
+        if any(Path(folder).glob("tokenizer*")):
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(folder).chat_template
     return model, tokenizer
 
 

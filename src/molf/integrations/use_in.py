@@ -1,0 +1,152 @@
+"""MoLF in any Hugging Face or TRL trainer, by one call."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from molf.errors import MolfError
+from molf.integrations.lora_experts import is_expert_model
+from molf.integrations.reference_model import prepare_reference
+from molf.integrations.trainer import MoLFFactory, activate, check_release_settings, clip_once
+from molf.optimizer import MoLF
+
+logger = logging.getLogger(__name__)
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")  # what a Trainer takes by default
+
+
+def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
+    """Train with MoLF in a Trainer of transformers or TRL: ``molf.use_in(trainer, ranks=(128,)).train()``.
+
+    Works with every Trainer that builds its optimizer when training starts: ``Trainer``, and TRL's SFT, DPO, KTO, GRPO, RLOO and
+    Reward trainers. Schedules, accumulation, checkpoints, resuming, DDP and FSDP2 stay the Trainer's.
+
+    What is not given comes from the Trainer's arguments: ``lr`` (``learning_rate``), ``weight_decay`` (LoRA experts' is at most
+    0.01), ``betas``, ``eps`` and ``max_grad_norm``. MoLF clips in the step, where it sees the gradients of all experts; the
+    Trainer does not clip then.
+
+    Of a model with several PEFT adapters as experts, the Trainer activates only one when it loads a checkpoint: all are activated
+    again. Where TRL would make an adapter the reference model, the base model without adapters is it.
+
+    Args:
+        trainer: The trainer, before ``train()``; made without ``optimizers`` and ``optimizer_cls_and_kwargs``.
+        **options: Keyword arguments of ``molf.MoLF``.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        MolfError: DeepSpeed is enabled, the trainer has an optimizer already, ``optimizer_in_backward`` meets accumulation,
+            clipping or fp16, the base model would be the reference model but trains or has trained experts, or
+            ``load_best_model_at_end`` is set and there are several adapters.
+        TypeError: An option is unknown.
+    """
+    inspect.signature(MoLF).bind(trainer.model, **options)
+    if trainer.is_deepspeed_enabled:
+        raise MolfError(
+            "the trainer uses DeepSpeed, whose ZeRO flattens parameters and takes other optimizers' place, and MoLF routes "
+            "matrices: leave deepspeed out and use FSDP2, which shards weights, gradients and optimizer state like ZeRO-3: "
+            "TrainingArguments(fsdp=True)"
+        )
+    if (given := _given_optimizer(trainer)) is not None:
+        raise MolfError(
+            f"the trainer has an optimizer already ({given}): make it without optimizers and optimizer_cls_and_kwargs, and "
+            "call use_in before train()"
+        )
+    if trainer.args.optim not in _ADAMW:
+        logger.warning("optim=%r of the Trainer has no effect: its optimizer is MoLF", str(trainer.args.optim.value))
+    adapters = _experts_of(trainer.model)
+    if isinstance(trainer.model, PeftModel):
+        prepare_reference(trainer, adapters)
+    if trainer.args.load_best_model_at_end and len(adapters) > 1:
+        raise MolfError(
+            f"load_best_model_at_end with the adapters {', '.join(adapters)}: the Trainer would load only one of them; set it to "
+            "False and load the best checkpoint's adapters after training"
+        )
+    trainer.args = copy(trainer.args)  # the user may give the same arguments to another trainer
+    if options.get("optimizer_in_backward"):
+        check_release_settings(vars(trainer.args))
+    if options.setdefault("max_grad_norm", trainer.args.max_grad_norm or None) is not None:
+        trainer.args.max_grad_norm = 0.0
+    trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, trainer.args, adapters), options
+    trainer.remove_callback(InUse)
+    trainer.add_callback(InUse(adapters))
+    return trainer
+
+
+class _Factory(MoLFFactory):
+    """Builds MoLF with what a Trainer's arguments say when training starts: a hyperparameter search changes them."""
+
+    def __init__(self, args: Any, adapters: Sequence[str]):
+        self._args, self._adapters = args, adapters
+
+    def __call__(self, model: nn.Module, *_: Any, **options: Any) -> MoLF:
+        """Build the optimizer of a model; axolotl gives the Trainer's arguments, too."""
+        args = self._args
+        decay = options.get("weight_decay", args.weight_decay)
+        settings = {
+            "lr": args.learning_rate,
+            "weight_decay": decay,
+            "lora_weight_decay": min(decay, 0.01),
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+        return super().__call__(model, adapters=self._adapters, **{**settings, **options})
+
+
+class InUse(TrainerCallback):  # type: ignore[misc]
+    """Makes sure, when training starts, that MoLF and all of its experts train.
+
+    Args:
+        adapters: The PEFT adapters that are experts.
+    """
+
+    def __init__(self, adapters: Sequence[str] = ()):
+        self._adapters = adapters
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        """Activate all experts, after the Trainer has loaded a checkpoint.
+
+        Raises:
+            MolfError: The Trainer built another optimizer, or its settings have become such that MoLF cannot work with them.
+        """
+        molf = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(molf, MoLF):
+            raise MolfError(
+                f"this trainer built {type(molf).__name__} although molf.use_in gave it MoLF: its create_optimizer does not read "
+                "optimizer_cls_and_kwargs. Use a trainer that does, or pass optimizers=(molf.MoLF(model, ...), None)"
+            )
+        if molf.optimizer_in_backward:
+            check_release_settings(vars(args))
+        clip_once(args, molf.max_grad_norm)
+        if self._adapters:
+            activate(model, self._adapters)
+
+
+def _given_optimizer(trainer: Any) -> str | None:
+    """Return the name of the optimizer that a trainer was given, or has made; an earlier ``use_in`` does not count."""
+    if trainer.optimizer is not None:
+        return type(trainer.optimizer).__name__
+    kind, _ = trainer.optimizer_cls_and_kwargs or (None, None)
+    if kind is None or getattr(kind, "func", None) is _Factory:
+        return None
+    return str(getattr(kind, "__name__", kind))
+
+
+def _experts_of(model: Any) -> tuple[str, ...]:
+    """Return the PEFT adapters that are experts: those of ``add_lora_experts``, whatever is active, or else the active ones."""
+    if not isinstance(model, PeftModel):
+        return ()
+    if is_expert_model(model):
+        return tuple(name for name in model.peft_config if name != "ref")  # TRL's copy
+    active = model.active_adapters
+    return tuple([active] if isinstance(active, str) else active)
