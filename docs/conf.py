@@ -44,6 +44,8 @@ def setup(app: Sphinx) -> None:
 def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     """List the pages of docs/integrations in the index; let links to Markdown outside of docs be files, not pages."""
     if page == "index":
-        found = sorted(Path(app.srcdir, "integrations").glob("*.md"), key=lambda path: (path.stem != "index", path.stem))
+        found = sorted(
+            Path(app.srcdir, "integrations").glob("*.md"), key=lambda path: (path.stem != "index", path.stem)
+        )
         source[0] = source[0].replace("INTEGRATIONS\n", "".join(f"integrations/{path.stem}\n" for path in found))
     source[0] = OUTSIDE.sub(r"](path:\1)", source[0])

@@ -38,7 +38,9 @@ def test_links_lead_somewhere(page):
 
 def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A `b`: c\n[1](#a-b-c) [2](page.md#a-b-c) [3](no.md) [4](#no) [5](https://no.where)\n```\n[6](no.md)\n```\n")
+    page.write_text(
+        "# A `b`: c\n[1](#a-b-c) [2](page.md#a-b-c) [3](no.md) [4](#no) [5](https://no.where)\n```\n[6](no.md)\n```\n"
+    )
     assert broken(page) == ["no.md#", "#no"]
 
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", ".nox", "*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs"
 )
-ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+# Neither this checkout nor this machine's settings of pip.
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PIP_"))}
+ALONE["PIP_CONFIG_FILE"] = os.devnull
 BUILD = """
 import setuptools.build_meta as backend
 print(backend.build_sdist("dist"), backend.build_wheel("dist"))
@@ -76,20 +78,23 @@ def beside_torch(wheel, tmp_path_factory):
         if not (site / top).exists():
             (site / top).symlink_to(place)
     pip = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin/python"]
-    subprocess.run([*pip, "install", "--quiet", "--no-index", wheel], env=ALONE, check=True, capture_output=True)
+    done = subprocess.run([*pip, "install", "--quiet", "--no-index", wheel], env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder / "bin"
 
 
 def needed(name):
     """Return the top names of a distribution and all that it requires here, with where they are installed."""
-    tops, todo, seen = {}, [name], set()
+    tops, todo, seen = {}, [(name, "")], set()
     while todo:
         seen.add(current := todo.pop())
-        found = importlib.metadata.distribution(current)
+        name, extra = current
+        found = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in found.files if not file.parts[0].startswith("..")}:
             tops[top] = found.locate_file(top)
         wanted = [Requirement(line) for line in found.requires or []]
-        todo += [r.name for r in wanted if (not r.marker or r.marker.evaluate({"extra": ""})) and r.name not in seen]
+        wanted = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": extra})]
+        todo += [(r.name, e) for r in wanted for e in ("", *r.extras) if (r.name, e) not in seen]
     return tops
 
 
