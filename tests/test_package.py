@@ -1,5 +1,6 @@
 """The package that a release publishes, built from a copy of the source: what is in it, and that it works beside torch alone."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -154,3 +155,15 @@ def test_all_files_tell_the_same_version():
 def test_the_licences_of_all_data_are_named():
     notice = (ROOT / "NOTICE").read_text()
     assert all(path.name in notice for path in ROOT.glob("src/molf/tasks/data/LICENSE-*"))
+
+
+def test_public_ci_runs_what_nox_has():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    cells, checks = jobs["tests"]["strategy"]["matrix"], jobs["checks"]["strategy"]["matrix"]["session"]
+    tree = ast.parse((ROOT / "noxfile.py").read_text())
+    made = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    sessions = {node.name: ast.unparse(node.decorator_list[0]) for node in made}
+    assert {"tests", *checks} == sessions.keys()
+    assert sessions["tests"] == f"nox.session(python={cells['python']})"
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    assert list(ast.literal_eval(named["RESOLUTION"])) == cells["versions"]
