@@ -1,5 +1,6 @@
 """The package that a release publishes, built from a copy of the source: what is in it, and that it works beside torch alone."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", ".nox", "*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs"
 )
-ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+# Neither this checkout nor this machine's settings of pip.
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PIP_"))}
+ALONE["PIP_CONFIG_FILE"] = os.devnull
 BUILD = """
 import setuptools.build_meta as backend
 print(backend.build_sdist("dist"), backend.build_wheel("dist"))
@@ -76,20 +79,23 @@ def beside_torch(wheel, tmp_path_factory):
         if not (site / top).exists():
             (site / top).symlink_to(place)
     pip = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin/python"]
-    subprocess.run([*pip, "install", "--quiet", "--no-index", wheel], env=ALONE, check=True, capture_output=True)
+    done = subprocess.run([*pip, "install", "--quiet", "--no-index", wheel], env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder / "bin"
 
 
 def needed(name):
     """Return the top names of a distribution and all that it requires here, with where they are installed."""
-    tops, todo, seen = {}, [name], set()
+    tops, todo, seen = {}, [(name, "")], set()
     while todo:
         seen.add(current := todo.pop())
-        found = importlib.metadata.distribution(current)
+        name, extra = current
+        found = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in found.files if not file.parts[0].startswith("..")}:
             tops[top] = found.locate_file(top)
         wanted = [Requirement(line) for line in found.requires or []]
-        todo += [r.name for r in wanted if (not r.marker or r.marker.evaluate({"extra": ""})) and r.name not in seen]
+        wanted = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": extra})]
+        todo += [(r.name, e) for r in wanted for e in ("", *r.extras) if (r.name, e) not in seen]
     return tops
 
 
@@ -149,3 +155,15 @@ def test_all_files_tell_the_same_version():
 def test_the_licences_of_all_data_are_named():
     notice = (ROOT / "NOTICE").read_text()
     assert all(path.name in notice for path in ROOT.glob("src/molf/tasks/data/LICENSE-*"))
+
+
+def test_public_ci_runs_what_nox_has():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    cells, checks = jobs["tests"]["strategy"]["matrix"], jobs["checks"]["strategy"]["matrix"]["session"]
+    tree = ast.parse((ROOT / "noxfile.py").read_text())
+    made = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    sessions = {node.name: ast.unparse(node.decorator_list[0]) for node in made}
+    assert {"tests", *checks} == sessions.keys()
+    assert sessions["tests"] == f"nox.session(python={cells['python']})"
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    assert list(ast.literal_eval(named["RESOLUTION"])) == cells["versions"]

@@ -70,9 +70,10 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR of torch 2.8
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_a_tensor_rate_is_a_rate(schedule):
+    if torch.__version__ < (2, 9) and schedule is SCHEDULES["sequential"]:
+        pytest.skip("SequentialLR of torch 2.8 gives another rate if it is a tensor, with torch.optim.AdamW too")
     model, optimizer = routed_mlp()
     twin, other = routed_mlp(lr=torch.tensor(1e-2, dtype=torch.float64))
     assert train(model, optimizer, 8, schedule(optimizer)) == train(twin, other, 8, schedule(other))

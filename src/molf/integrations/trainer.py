@@ -42,7 +42,7 @@ def activate(model: Any, adapters: Sequence[str]) -> None:
 
 
 def trainer_optimizer(args: Any = None, **options: Any) -> tuple[type[MoLFFactory], dict[str, Any]]:
-    """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes; ``molf.use_in(trainer, ...)`` is simpler and takes all trainers.
+    """Return what ``Trainer(optimizer_cls_and_kwargs=...)`` takes; ``molf.use_in(trainer, ...)`` takes all trainers.
 
     Options that are not given have MoLF's defaults, not the values of the Trainer's arguments.
 

@@ -68,7 +68,7 @@ def test_a_batch_gets_its_own_copy(tiny_model):
     found = read_prefix(tiny_model, [(*range(40), 1), (*range(40), 2)], most=40)
     assert found.ids == tuple(range(40))
     cache = found.of_batch(3)
-    tiny_model(torch.tensor([[1], [2], [3]]), past_key_values=cache)
+    tiny_model(torch.tensor([[1], [2], [3]]), **{prefix.CACHE: cache})
     assert cache.layers[0].keys.shape[::2] == (3, 41)
     assert found.cache.layers[0].keys.shape[::2] == (1, 40)
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from molf.errors import MolfError
 from molf.study.engine.batching import Ids, base_model, batches, tokenize
-from molf.study.engine.prefix import Prefix, has_full_cache, read_prefix
+from molf.study.engine.prefix import CACHE, Prefix, has_full_cache, read_prefix
 from molf.tasks.base import Generate, Request
 
 _TOKENS_PER_ROUND = 16  # complete rows leave their batch between rounds
@@ -108,11 +108,11 @@ def _continue(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, endi
         output: Any = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             generation_config=ending.settings(min(_TOKENS_PER_ROUND, left) if batch_shrinks else left),
             tokenizer=ending.tokenizer,
+            **{CACHE: cache},
         )
-        ids, cache = output.sequences, output.past_key_values
+        ids, cache = output.sequences, getattr(output, CACHE)
         for row, tokens in zip(going, ids[:, prompt_length:].tolist(), strict=True):
             new_ids[row] = tokens
         kept = [place for place, row in enumerate(going) if batch_shrinks and not ending.reached(new_ids[row])]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from molf.errors import MolfError
 from molf.study.engine.batching import Ids, base_model, batches, tokenize
-from molf.study.engine.prefix import Prefix, read_prefix
+from molf.study.engine.prefix import CACHE, Prefix, read_prefix
 from molf.tasks.base import Likelihood, TargetScores
 
 _TOKENS_PER_SOFTMAX = 256  # bounds the float32 copy of the logits, [256, V]
@@ -126,7 +126,7 @@ def last_logits(model: PreTrainedModel, batch: Sequence[Ids], prefix: Prefix, co
     wanted = {
         # Not every model derives positions from the mask.
         "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, done:],
-        "past_key_values": prefix.of_batch(len(batch)),
+        CACHE: prefix.of_batch(len(batch)),
         "use_cache": bool(done),
         "logits_to_keep": count,
     }

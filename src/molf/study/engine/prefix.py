@@ -3,14 +3,18 @@
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from molf.study.engine.batching import Ids, base_model, left_pad
+
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+"""The argument by which models take their cache, and the field that returns it: transformers 5.24 renamed both."""
 
 MIN_TOKENS = 16
 """A shorter prefix is read again with every row: copying its cache costs more."""
@@ -46,7 +50,7 @@ def read_prefix(model: PreTrainedModel, rows: Sequence[Ids], most: int) -> Prefi
     if len(set(rows)) < 2 or len(shared) < MIN_TOKENS or not has_full_cache(model):
         return Prefix()
     cache = DynamicCache(config=base_model(model).config)
-    model(input_ids=torch.tensor([shared], device=model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([shared], device=model.device), use_cache=True, **{CACHE: cache})
     return Prefix(shared, cache)
 
 
@@ -63,5 +67,5 @@ def has_full_cache(model: PreTrainedModel) -> bool:
     Sliding windows would count the padding after a prefix, and recurrent states cannot be split.
     """
     base = base_model(model)
-    takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
+    takes_cache = CACHE in inspect.signature(base.forward).parameters
     return takes_cache and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
