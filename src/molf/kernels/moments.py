@@ -1,0 +1,87 @@
+"""Phase 1: update the moments of every expert and add up the sums of the scores.
+
+    m += (1 - b1) (g - m)        v = b2 v + (1 - b2) g g        EPD: sum m u,  PFN: sum u u,  u = m / (sqrt(v) + eps)
+
+Every block writes one partial sum, and one of ``g g`` for the norm, which costs no memory traffic here. A second launch adds the
+former per expert in a fixed order, so that equal inputs give equal scores, bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from molf.kernels import tables as t
+from molf.kernels.tables import pointer, size_in
+
+__all__ = ["BLOCK", "CHUNK", "STRIP", "store_sums", "sum_per_expert", "update_moments", "updated"]
+
+CHUNK, BLOCK = 4096, 1024
+STRIP = 256
+
+
+@triton.jit
+def updated(g, m, v, scalars):
+    """Return both moments after a step with these gradients; 1 - b2 is given, because it would lose digits in float32."""
+    g *= tl.load(scalars + t.CLIP)
+    m += tl.load(scalars + t.NEW1) * (g - m)
+    return m, tl.load(scalars + t.BETA2) * v + tl.load(scalars + t.NEW2) * g * g
+
+
+@triton.jit
+def update_moments(
+    addresses,
+    grads,
+    sizes,
+    partials,
+    squares,
+    scalars,
+    blocks,
+    GRAD: tl.constexpr,
+    PFN: tl.constexpr,
+    HINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update float32 moments in place."""
+    if tl.load(scalars + t.GO) == 0:
+        return
+    block = blocks + 3 * tl.program_id(0)
+    i, start, slot = tl.load(block), tl.multiple_of(tl.load(block + 1), CHUNK), tl.load(block + 2)
+    size = size_in(sizes + i * t.SIZES + t.SIZE, HINT) - start
+    grad = pointer(grads + i, GRAD, HINT > 1) + start
+    exp_avg = pointer(addresses + i * t.ADDRESSES + t.EXP_AVG, tl.float32, HINT > 1) + start
+    exp_avg_sq = pointer(addresses + i * t.ADDRESSES + t.EXP_AVG_SQ, tl.float32, HINT > 1) + start
+    total, norm = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, CHUNK, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < size
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        norm += g * g
+        m, v = updated(g, m, v, scalars)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
+        total += u * u if PFN else m * u  # 0 outside: m is
+    store_sums(sizes + i * t.SIZES, partials + slot, squares + slot, tl.sum(total, axis=0), tl.sum(norm, axis=0))
+
+
+@triton.jit
+def store_sums(sizes, partial, square, total, norm):
+    """Store a block's sums, 0 where they do not count."""
+    tl.store(partial, tl.where(tl.load(sizes + t.COUNTED) != 0, total, 0.0))
+    tl.store(square, tl.where(tl.load(sizes + t.NORMED) != 0, norm, 0.0))
+
+
+@triton.jit
+def sum_per_expert(partials, totals, bounds, STRIP: tl.constexpr):
+    """Add an expert's partial sums; ``bounds [experts, 3]`` has its first and its last place."""
+    expert = tl.program_id(0)
+    first, last = tl.load(bounds + 3 * expert + 1), tl.load(bounds + 3 * expert + 2)
+    total = tl.zeros((STRIP,), dtype=tl.float64)
+    for start in range(first, last, STRIP):
+        at = start + tl.arange(0, STRIP)
+        total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
+    tl.store(totals + expert, tl.sum(total, axis=0))
