@@ -25,7 +25,8 @@ def updated(g, m, v, scalars):
     """Return both moments after a step with these gradients; 1 - b2 is given, because it would lose digits in float32."""
     g *= tl.load(scalars + t.CLIP)
     m += tl.load(scalars + t.NEW1) * (g - m)
-    return m, tl.load(scalars + t.BETA2) * v + tl.load(scalars + t.NEW2) * g * g
+    v = tl.load(scalars + t.BETA2) * v + tl.load(scalars + t.NEW2) * g * g
+    return m, tl.minimum(v, 3e38)  # infinite, it would stay so for good
 
 
 @triton.jit
