@@ -73,11 +73,6 @@ class Launches:
         factors = [[entry.decay, entry.scale] for entry in plan.entries]
         self.factors = to_device(torch.tensor(factors, dtype=torch.float32, device="cpu"), device)
 
-    @property
-    def reads_codes(self) -> bool:
-        """Whether some moments are 8-bit."""
-        return any(_quantized(entry) for entry in self._entries)
-
     def still_aligned(self, grads: Sequence[int]) -> bool:
         """Return whether gradients at other addresses are aligned where they were."""
         for address, aligned in zip(grads, self._grads, strict=False):  # noqa: SIM110 - a generator would cost calls
@@ -112,17 +107,17 @@ class Launches:
     def _phase1(self, rows: Sequence[int], experts: int) -> tuple[list[Launch], int, Tensor]:
         """Return the launches over tensors, the number of their partial sums, and between which those of each expert lie."""
         found: list[tuple[tuple[Any, ...], int, int, int]] = []
-        bounds, slot = torch.zeros(experts, 3, dtype=torch.int64, device="cpu"), 0
+        bounds, slot = [[0, 0, 0] for _ in range(experts)], 0
         for i in sorted(rows, key=lambda i: self._entries[i].expert):
             entry = self._entries[i]
             count, kind = self._blocks(i), self._kind(i, min(4, entry.grad.itemsize), reads_grad=True)
             found.append(((*kind, entry.grad), i, count, slot))
             slot += count
             if entry.expert < experts:
-                first = bounds[entry.expert]
-                first[1] = slot - count if first[2] == 0 else first[1]
-                first[2] = slot
-        return [self._launch(own, GRAD=GRADIENTS[key[2]]) for key, own in _grouped(found)], slot, bounds
+                own = bounds[entry.expert]
+                own[1:] = own[1] if own[2] else slot - count, slot
+        table = torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3)
+        return [self._launch(own, GRAD=GRADIENTS[key[2]]) for key, own in _grouped(found)], slot, table
 
     def _phase2(self, rows: Sequence[int], product: bool) -> list[Launch]:
         """Return the launches that move parameters, ``PRODUCT`` where a product is added."""
@@ -176,7 +171,10 @@ class Launches:
         return chunks
 
     def _chunk(self, plan: StepPlan, layers: range, rows_of: Sequence[Sequence[int]]) -> Chunk:
-        operands, products = Layout(self._device), Layout(self._device)
+        operands, products = (
+            Layout(self._device),
+            Layout(self._device, multiple=16),
+        )  # as wide as rows of codes are read
         late, found = [], []
         numbers: dict[str, list[int]] = {"X": [], "Y": [], "P": []}
         for k in layers:

@@ -15,12 +15,16 @@ __all__ = ["Layout"]
 class Layout:
     """Places of float32 tensors in a flat buffer, one behind the other; gaps have arbitrary content.
 
+    Args:
+        device: Of the buffer.
+        multiple: Every tensor begins at a multiple of so many elements.
+
     Attributes:
         numel: Elements of the buffer.
     """
 
-    def __init__(self, device: torch.device):
-        self.numel = 0
+    def __init__(self, device: torch.device, multiple: int = ALIGNMENT // 4):
+        self.numel, self._multiple = 0, multiple
         self._one = torch.empty((), device=device)
         self._shapes: list[Tensor] = []
 
@@ -28,7 +32,7 @@ class Layout:
         """Add a tensor and return its number among the views and its first element."""
         found = len(self._shapes), self.numel
         self._add(tuple(shape))
-        if gap := -self.numel % (ALIGNMENT // 4):
+        if gap := -self.numel % self._multiple:
             self._add((gap,))
         return found
 
