@@ -38,7 +38,7 @@ class Layers(nn.Module):
     def __init__(self, shapes, bias):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=bias) for rows, columns in shapes)
-        self.table, self.scale = nn.Parameter(torch.randn(16, 260)), nn.Parameter(torch.ones(9))
+        self.table, self.scale = nn.Parameter(torch.randn(16, 272)), nn.Parameter(torch.ones(9))
         self.nothing = nn.Parameter(torch.empty(0))
 
 
@@ -115,13 +115,15 @@ def against_plain(name, dtype, bias, options):
     return furthest(weights(model, made[0]), weights(other, made[1]), start)
 
 
-def stochastic(name):
+def stochastic(name, **options):
     """Return how much further than one rounding a step a weight is from that of exact steps, in steps."""
     ends = []
     for how in ("stochastic", "split"):
         model = model_of(name, True, torch.bfloat16)
         torch.manual_seed(1)
-        optimizer = MoLF(model, ranks=MODELS[name][0], exclude_modules=(), fused=True, bf16_update=how, **RATES)
+        optimizer = MoLF(
+            model, ranks=MODELS[name][0], exclude_modules=(), fused=True, bf16_update=how, **RATES, **options
+        )
         give_gradients((model,), 0, missing=False)
         optimizer.step()
         ends.append(weights(model, optimizer))
@@ -151,11 +153,15 @@ def cases():
         "clipped": lambda: against_plain("around blocks", torch.float32, True, {"max_grad_norm": 0.1}),
         "8-bit states": lambda: against_plain("around blocks", torch.float32, True, {"optim_bits": 8}),
         "8-bit states, bf16": lambda: against_plain("around blocks", torch.bfloat16, True, {"optim_bits": 8}),
-        "8-bit states, aligned": lambda: against_plain("aligned", torch.bfloat16, True, {"optim_bits": 8}),
         "stochastic rounding": lambda: stochastic("aligned"),
         "stochastic rounding, odd": lambda: stochastic("odd"),
+        "stochastic rounding, 8-bit states": lambda: stochastic("aligned", optim_bits=8),
         "PyTorch's kernels": lambda: against_oracle("aligned", torch.float32, True, {}, fused=False),
     }
+    for dtype, score in itertools.product((torch.float32, torch.bfloat16), ("epd", "pfn")):
+        options = {"optim_bits": 8, "score": score}
+        case = f"8-bit states, aligned, {str(dtype).removeprefix('torch.')}, {score}"
+        found[case] = functools.partial(against_plain, "aligned", dtype, True, options)
     for dtype, name, (score, top_k), bias in itertools.product(
         (torch.float32, torch.bfloat16), MODELS, (("epd", 1), ("pfn", 2)), (False, True)
     ):

@@ -143,7 +143,8 @@ def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets them all from the programme")
 @pytest.mark.parametrize(
-    "case", ["clipped", "8-bit states, aligned", "stochastic rounding", "odd, bfloat16, pfn, K = 2, biases"]
+    "case",
+    ["clipped", "8-bit states, aligned, bfloat16, epd", "stochastic rounding", "odd, bfloat16, pfn, K = 2, biases"],
 )
 def test_cases_of_the_kernels(case):
     """With float32 products, and with the error of TF32 within a GPU's tolerance."""
