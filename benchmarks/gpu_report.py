@@ -44,7 +44,7 @@ class Report:
 
     Args:
         path: Of the JSON file, None for none.
-        budget: Seconds after which no further case is begun.
+        budget: Seconds after which no further case is begun; those of a part may end before.
     """
 
     def __init__(self, path, budget):
@@ -52,7 +52,11 @@ class Report:
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._end = time.monotonic() + budget
+        self._end = self._last = time.monotonic() + budget
+
+    def begin(self, seconds):
+        """Begin a part that may begin cases for so many seconds, within the budget of the whole."""
+        self._last = min(self._end, time.monotonic() + seconds)
 
     def add(self, *args, **kwargs):
         row = Row(*args, **kwargs)
@@ -62,7 +66,7 @@ class Report:
 
     def attempt(self, part, case, work):
         """Do some work that adds rows; what fails, or comes too late, is a row too and does not end the programme."""
-        if time.monotonic() > self._end:
+        if time.monotonic() > self._last:
             return self.add(part, case, None, "", note="not begun: out of time")
         try:
             return work()

@@ -1,22 +1,20 @@
 """Part (b) of the GPU programme: the optimizer step against fused AdamW and 8-bit AdamWs, in time and in bytes moved.
 
-The contenders work one after another on one model and its gradients, float32, since two states do not fit at 3B. Bytes are
-counted from what has to be read and written, each tensor once for each pass over it:
+The contenders work one after another on one model and its gradients, float32, since two states do not fit at 3B. All pairs have
+moved once before, so that nothing is zero. The time of the device is taken between events behind a sleep that lets the host run
+ahead; the time of the host is that until ``step`` returns. Bytes are those of ``gpu_cost``.
 
-    fused AdamW               28 a parameter
-    MoLF, all                 4 for the norm of the gradients, which says whether the step is taken
-    MoLF, ordinary parameter  20 for the moments, 16 for the step
-    MoLF, routed weight       20, 4 for each product with G, 16 if it wins, 8 for the fold if a pair wins; no dA until B moved
-    MoLF, pair                4 written as gradient, 20, and 20 if it wins
-    with 8-bit moments        6 and 8 for a weight's moments instead of 20, 8 instead of 16 if it wins
+    python benchmarks/gpu_step.py     # what a step should cost, counted and not measured
 """
 
 import importlib
 import importlib.util
 import statistics
+import time
 
 import torch
 
+import gpu_cost
 from gpu_report import device, forget
 from models import random_model
 from molf import MoLF
@@ -25,13 +23,15 @@ from timing import take_turns
 # The rates decide who wins: a score is in proportion to its expert's.
 FFT_WINS, LORA_WINS = {"lr": 1e-6, "lora_lr": 1e-14}, {"lr": 1e-14, "lora_lr": 1e-6}
 CONTENDERS = {
-    "FFT wins": (FFT_WINS, 32, 1.5),
-    "LoRA wins": (LORA_WINS, 32, 1.0),
-    "FFT wins, 8-bit": (FFT_WINS, 8, None),
-    "LoRA wins, 8-bit": (LORA_WINS, 8, None),
+    "FFT wins": (FFT_WINS, {"fused": True}, 2.0),
+    "LoRA wins": (LORA_WINS, {"fused": True}, 1.8),
+    "FFT wins, PyTorch's kernels": (FFT_WINS, {"fused": False}, None),
+    "LoRA wins, PyTorch's kernels": (LORA_WINS, {"fused": False}, None),
+    "FFT wins, 8-bit": (FFT_WINS, {"fused": True, "optim_bits": 8}, None),
+    "LoRA wins, 8-bit": (LORA_WINS, {"fused": True, "optim_bits": 8}, None),
 }
 OTHERS = {"torchao 8-bit": ("torchao.optim", "AdamW8bit"), "bitsandbytes 8-bit": ("bitsandbytes.optim", "AdamW8bit")}
-ROUNDS, WARM_UP = (10, 3) if device().type == "cuda" else (1, 1)  # there it is Triton's interpreter
+ROUNDS, WARM_UP = (10, 3) if device().type == "cuda" else (1, 0)  # there it is Triton's interpreter
 
 
 def copy_bandwidth():
@@ -43,34 +43,46 @@ def copy_bandwidth():
 
 
 def seconds_of(optimizer):
-    return statistics.median(take_turns({"step": optimizer.step}, ROUNDS, WARM_UP)["step"])
+    """Return the seconds that the device and the host take for a step, medians; equal on a CPU."""
+    for _ in range(WARM_UP):
+        optimizer.step()
+    found = []
+    for _ in range(ROUNDS):
+        if device().type != "cuda":
+            began = time.perf_counter()
+            optimizer.step()
+            found.append((time.perf_counter() - began,) * 2)
+            continue
+        torch.cuda.synchronize()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+        first.record()
+        began = time.perf_counter()
+        optimizer.step()
+        host = time.perf_counter() - began
+        last.record()
+        torch.cuda.synchronize()
+        found.append((first.elapsed_time(last) / 1e3, host))
+    return tuple(map(statistics.median, zip(*found, strict=True)))
 
 
-def counts_of(model, rank):
-    """Return the elements of routed weights, of their LoRA pairs, and of everything that trains."""
+def bytes_of(model, rank, bits, fft_wins):
+    """Return the bytes that a step of MoLF moves."""
     routed = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    everything = sum(p.numel() for p in model.parameters())
-    return sum(w.numel() for w in routed), sum(rank * sum(w.shape) for w in routed), everything
+    weights, (in_A, in_B) = sum(w.numel() for w in routed), (rank * sum(w.shape[i] for w in routed) for i in (1, 0))
+    others = sum(p.numel() for p in model.parameters()) - weights
+    return sum(cost.bytes for cost in gpu_cost.step(weights, others, in_A, in_B, len(routed), rank, fft_wins, bits))
 
 
-def bytes_of(counts, bits, fft_wins, b_is_nonzero):
-    """Return the bytes that a step of MoLF moves; ``b_is_nonzero`` says whether pairs have moved before, and so have a dA."""
-    weights, pairs, everything = counts
-    moments, step = (20, 16) if bits == 32 else (14, 8)
-    products = 8 if b_is_nonzero else 4
-    won = weights * step if fft_wins else weights * 8 + pairs * 20
-    return (
-        everything * 4 + weights * (moments + products) + (everything - weights) * (moments + step) + pairs * 24 + won
-    )
-
-
-def print_floors(shapes, rank):
-    """Print what a float32 step can be at best, counted in bytes, against fused AdamW's."""
-    for shape in shapes:
-        counts = counts_of(random_model(shape, "meta"), rank)
-        cases = {"FFT wins, no pair moved yet": (True, False), "FFT wins": (True, True), "LoRA wins": (False, True)}
-        floors = {case: bytes_of(counts, 32, *how) / (28 * counts[-1]) for case, how in cases.items()}
-        print(f"{shape}: " + ", ".join(f"{case} x{floor:.2f}" for case, floor in floors.items()))
+def started(model, rank, rates, **options):
+    """Return an optimizer whose pairs have all won once, with the rates that decide who wins from now on."""
+    optimizer = MoLF(model, ranks=(rank,), **LORA_WINS, **options)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = rates["lr"]
+        if "module" in group:
+            group["lora_lr_ratio"] = rates["lora_lr"] / rates["lr"]
+    return optimizer
 
 
 def measure(report, shape, rank):
@@ -80,25 +92,25 @@ def measure(report, shape, rank):
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
     count = sum(p.numel() for p in model.parameters())
-    baseline = seconds_of(torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True))
+    baseline, host = seconds_of(torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True))
     forget()
     report.add(
         *("step", f"{shape}: fused AdamW", 1.0, "x"),
-        note=speed(baseline, 28 * count, bandwidth) + f", {count:,} weights",
+        note=speed(baseline, host, 28 * count, bandwidth) + f", {count:,} weights",
     )
-    for name, (rates, bits, limit) in CONTENDERS.items():
+    for name, (rates, options, limit) in CONTENDERS.items():
         case = f"{shape}: MoLF, {name}"
 
-        def work(rates=rates, bits=bits, limit=limit, case=case):
-            optimizer = MoLF(model, ranks=(rank,), fused=True, optim_bits=bits, **rates)
-            seconds = seconds_of(optimizer)
-            fft_wins = rates is FFT_WINS
-            moved = bytes_of(counts_of(model, rank), bits, fft_wins, b_is_nonzero=not fft_wins)
+        def work(rates=rates, options=options, limit=limit, case=case):
+            optimizer = started(model, rank, rates, **options)
+            seconds, host = seconds_of(optimizer)
+            moved = bytes_of(model, rank, options.get("optim_bits", 32), rates is FFT_WINS)
             floor = f", x{moved / (28 * count):.2f} by bytes"
-            report.add("step", case, seconds / baseline, "x", limit, note=speed(seconds, moved, bandwidth) + floor)
+            report.add(
+                "step", case, seconds / baseline, "x", limit, note=speed(seconds, host, moved, bandwidth) + floor
+            )
             _check_winner(optimizer, "fft" if rates is FFT_WINS else f"lora_r{rank}")
-            if limit is not None and seconds / baseline > limit:
-                report.profiles[case] = profile(optimizer)
+            report.profiles[case] = profile(optimizer)
 
         report.attempt("step", case, work)
         forget()
@@ -110,16 +122,16 @@ def measure(report, shape, rank):
 
         def work(module=module, kind=kind, case=case):
             optimizer = getattr(importlib.import_module(module), kind)(model.parameters(), lr=1e-6)
-            seconds = seconds_of(optimizer)
-            report.add("step", case, seconds / baseline, "x", note=f"{seconds * 1e3:.2f} ms")
+            seconds, host = seconds_of(optimizer)
+            report.add("step", case, seconds / baseline, "x", note=f"{seconds * 1e3:.2f} ms, host {host * 1e3:.2f}")
 
         report.attempt("step", case, work)
         forget()
 
 
-def speed(seconds, moved, bandwidth):
+def speed(seconds, host, moved, bandwidth):
     rate = moved / seconds
-    return f"{seconds * 1e3:.2f} ms, {rate / 1e9:,.0f} GB/s, {rate / bandwidth:.0%} of a copy's"
+    return f"{seconds * 1e3:.2f} ms, host {host * 1e3:.2f}, {rate / 1e9:,.0f} GB/s, {rate / bandwidth:.0%} of a copy's"
 
 
 def _check_winner(optimizer, expected):
@@ -141,4 +153,4 @@ def profile(optimizer):
 
 
 if __name__ == "__main__":
-    print_floors(("qwen2.5-1.5b", "qwen2.5-3b"), rank=128)
+    gpu_cost.main()

@@ -10,7 +10,7 @@ from models import random_model
 from molf import MoLF, add_lora_experts
 from timing import take_turns
 
-SEQUENCE, ROUNDS, WARM_UP = (512, 5, 2) if device().type == "cuda" else (32, 1, 1)
+SEQUENCE, ROUNDS, WARM_UP = (512, 4, 2) if device().type == "cuda" else (32, 1, 0)
 GB = 1e9
 
 
@@ -63,28 +63,26 @@ def step_of(model, optimizer, batch):
     return step
 
 
-def measure(report, shape, rank, batch, quick=False):
-    """Train every contender for a few steps, float32 weights under bf16 autocast; with checkpointing too unless it is quick."""
-    for checkpointing in (False,) if quick else (False, True):
+def measure(report, shape, rank, tokens):
+    """Train every contender for a few steps of so many tokens each, float32 weights under bf16 autocast."""
+    for count in tokens:
         seen = {}
         for name, (adapt, optimize) in contenders(rank).items():
-            case = f"{shape}, {batch * SEQUENCE} tokens{', checkpointing' * checkpointing}: {name}"
+            case = f"{shape}, {count} tokens: {name}"
 
-            def work(name=name, adapt=adapt, optimize=optimize, case=case, seen=seen, checkpointing=checkpointing):
-                seen[name] = one(shape, adapt, optimize, batch, checkpointing)
+            def work(name=name, adapt=adapt, optimize=optimize, case=case, seen=seen, count=count):
+                seen[name] = one(shape, adapt, optimize, max(1, count // SEQUENCE))
                 speed, peak, _ = seen[name]
                 report.add("training", case, speed, "tokens/s", note=f"peak {peak / GB:.2f} GB")
 
             report.attempt("training", case, work)
             forget()
-        compare(report, seen, f"{shape}{', checkpointing' * checkpointing}", rank)
+        compare(report, seen, f"{shape}, {count} tokens", rank)
 
 
-def one(shape, adapt, optimize, batch, checkpointing):
+def one(shape, adapt, optimize, batch):
     """Return tokens a second, the peak of memory, and the elements in LoRA pairs that the optimizer keeps."""
     model = random_model(shape, device())
-    if checkpointing:
-        recompute_activations(model)
     model = adapt(model).to(device())
     optimizer = optimize(model)
     seconds = take_turns({"step": step_of(model, optimizer, batch)}, ROUNDS, WARM_UP)["step"]

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from molf import MoLF
-from molf.kernels import products, step  # noqa: F401 - imported before TRITON_INTERPRET is set, below
+from molf.kernels import step  # noqa: F401 - imported before TRITON_INTERPRET is set, below
 from small import wide
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -29,11 +29,12 @@ def even(dtype):
     return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.Linear(128, 16)).to(dtype)
 
 
-VARIANTS = [  # together they launch every kernel with every storage of weights, gradients of both dtypes, up to two pairs
+VARIANTS = [  # together they launch every kernel with every storage of weights, and gradients of both dtypes
     (wide, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (2,)}),
     (even, torch.bfloat16, {"optim_bits": 8, "ranks": (16,)}),
-    (even, torch.float32, {"ranks": (16, 32), "score": "pfn"}),
-    (even, torch.float32, {"ranks": ()}),
+    (even, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (16,)}),
+    (even, torch.bfloat16, {"bf16_update": "stochastic", "ranks": (16,), "score": "pfn"}),
+    (even, torch.float32, {"ranks": (8,)}),
 ]
 
 
@@ -57,12 +58,11 @@ def compiled_by(variants):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("R", "GRAD", "STORAGE", "PFN", "KEEP", "ALIGNED")]
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("GRAD", "STORAGE", "PRODUCT", "PFN", "HINT")]
         found[f"{self.__name__}({', '.join(constants)})"] = kernel
 
     triton.JITFunction.run = compile_only
     driver.set_active(CompileOnlyDriver())
-    products.cuts_factors = lambda device: True
     os.environ["TRITON_INTERPRET"] = "1"
     for make, dtype, options in variants:
         model = make(dtype)
@@ -74,20 +74,23 @@ def compiled_by(variants):
 
 
 def resources(kernel):
-    """Return registers and memory per thread, and the numbers of instructions that round to TF32 or move several words."""
+    """Return registers and memory of a thread, and the numbers of instructions that move elements, by their width in bytes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [TOOLS / "cuobjdump", "-res-usage", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
+    moves = re.findall(r"(?:ld|st)\.global(?:\.[a-z_0-9:]+)*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    widths = [int(many or 1) * int(bits) // 8 for many, bits in moves]
     return {
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "roundings": len(re.findall(r"cvt\.rna\.tf32|and\.b32.*, -8192;", kernel.asm["ptx"])),
-        "vectors": len(re.findall(r"\.global[^ ]*\.v[24]", kernel.asm["ptx"])),
+        "widths": {width: widths.count(width) for width in sorted(set(widths))},
+        "divisions": len(re.findall(r"\b(?:div|rem)\.[su]64", kernel.asm["ptx"])),
+        "instructions": len(re.findall(r"^\s+[a-z@].*;", kernel.asm["ptx"], re.MULTILINE)),
     }
 
 

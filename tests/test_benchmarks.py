@@ -1,6 +1,8 @@
 """The benchmark scripts run and report what they promise; how fast is not a test."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -10,7 +12,9 @@ import torch
 import communication
 import eval_speed
 import gpu
+import gpu_cost
 import gpu_kernels
+import gpu_step
 import many_layers
 import moe_step
 import optimizer_step
@@ -21,6 +25,8 @@ import routing_log
 import sql_rows
 import states
 import step_time
+from emulated_tf32 import EmulatedTF32
+from molf import MoLF
 from small import tiny_llama
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -125,9 +131,8 @@ def test_states(monkeypatch, capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets the programme itself, not its smallest form")
 def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
     """Every part runs in Triton's interpreter; the kernels are right, and what cannot be measured says so."""
-    flags = ["--shapes", "smallest", "--rank", "4", "--batch", "1", "--quick"]
     files = ["--json", str(tmp_path / "all.json"), "--table", str(tmp_path / "all.md")]
-    monkeypatch.setattr(sys, "argv", ["gpu", *flags, *files])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", *files])
     assert gpu.main() == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "all.json").read_text())
     assert {row["part"] for row in found["rows"]} == set(gpu.PARTS)
@@ -138,9 +143,76 @@ def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gets them all from the programme")
-@pytest.mark.parametrize("case", ["clipped", "8-bit states", "8-bit states, bf16", "odd, bfloat16, pfn, K = 2, biases"])
+@pytest.mark.parametrize(
+    "case",
+    ["clipped", "8-bit states, aligned, bfloat16, epd", "stochastic rounding", "odd, bfloat16, pfn, K = 2, biases"],
+)
 def test_cases_of_the_kernels(case):
+    """With float32 products, and with the error of TF32 within a GPU's tolerance."""
     assert gpu_kernels.cases()[case]() < gpu_kernels.TOLERANCE["cpu"]
+    with EmulatedTF32():
+        assert gpu_kernels.cases()[case]() < gpu_kernels.TOLERANCE["cuda"]
+
+
+# Widths of blocks as in Qwen2.5-1.5B, Gemma 3 and Llama 3.1, divided by 16, 8 and 64; multiples of 16 as these are.
+FAMILIES = {"qwen": (96, 560, 16), "gemma": (80, 256, 32), "llama": (64, 224, 16)}
+STORAGES = [
+    (torch.float32, {}),
+    (torch.bfloat16, {}),
+    (torch.float32, {"optim_bits": 8}),
+    (torch.bfloat16, {"optim_bits": 8}),
+    (torch.bfloat16, {"bf16_update": "stochastic"}),
+    (torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8}),
+]
+
+
+def block(hidden, inner, key_value):
+    sizes = [(hidden, hidden), (hidden, key_value), (hidden, inner), (inner, hidden)]
+    layers = [torch.nn.Linear(*size, bias=i < 2) for i, size in enumerate(sizes)]
+    return torch.nn.ModuleList([*layers, torch.nn.Embedding(256, hidden), torch.nn.RMSNorm(hidden)])
+
+
+def test_cases_compile_all_that_real_models_run(monkeypatch):
+    """The kernels and constants of the programme's cases are a superset of those of models."""
+    step = pytest.importorskip("molf.kernels.step", exc_type=ImportError)
+    found: set[str] = set()
+
+    def note(kernel, what, *args, **constants):
+        found.add(f"{kernel.fn.__name__} {sorted({**what.constants, **constants}.items(), key=str)}")
+
+    monkeypatch.setattr(step, "launch", note)
+    monkeypatch.setattr(gpu_kernels, "STEPS", 1)
+    for case in gpu_kernels.cases().values():
+        with contextlib.suppress(RuntimeError):  # nothing was launched, so other experts win
+            case()
+    compiled, found = found, set()
+    for widths, (dtype, options), score in itertools.product(FAMILIES.values(), STORAGES, ("epd", "pfn")):
+        model = block(*widths).to(dtype)
+        optimizer = MoLF(model, ranks=(8, 16), fused=True, score=score, **options)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert found and not sorted(found - compiled)
+
+
+def test_what_a_step_should_cost(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_cost"])
+    gpu_cost.main()
+    shown = capsys.readouterr().out
+    assert shown.count("against fused AdamW** |") == 2 and shown.count(" | x") > 2 * len(gpu_cost.GPUS) * len(
+        gpu_cost.SHAPES
+    )
+    shape, h200 = gpu_cost.SHAPES["1.5B"], gpu_cost.GPUS["H200"]
+    floors = [gpu_cost.ratio(shape, h200, 128, wins, gpu_cost.Cost.floor) for wins in (True, False)]
+    assert floors == pytest.approx([1.92, 1.48], abs=0.01)
+    speeds = [gpu_cost.speed(shape, h200, 128, True, n) for n in (1024, 4096, 16384)]
+    assert speeds == sorted(speeds) and speeds[-1] < 1
+
+
+def test_bytes_of_a_model_are_those_of_its_shape():
+    model, shape = gpu_step.random_model("tiny", "meta"), gpu_cost.Shape(64, 160, 32, 2, 512)
+    costs = gpu_cost.step_of(shape, 4, fft_wins=True)
+    assert gpu_step.bytes_of(model, 4, 32, fft_wins=True) == sum(cost.bytes for cost in costs)
 
 
 class CompilerError(Exception):

@@ -9,7 +9,7 @@ import torch
 from dispatch_modes import NoScalarReads, NoSyncs
 from fused import DEVICE, quantizable
 from molf import MoLF
-from molf.kernels.tables import Tables
+from molf.kernels import prepared, step
 from sharding import adapted
 from small import differing, loss_of, mlp, snapshot, train
 
@@ -73,34 +73,43 @@ def warmed_up(dtype, options, model=None):
 @kinds
 def test_a_step_neither_syncs_nor_copies_a_table_if_gradients_stay_in_place(dtype, options, monkeypatch, request):
     model, optimizer = warmed_up(dtype, options)
-    made, buffers, changed = Tables.made, {}, set()
 
-    def watched(tables, name, key, make):
-        buffers[tables.buffer.data_ptr()] = tables.buffer  # kept, so that the next step gets other memory
-        if tables._kept[name][0] != key:
-            changed.add(name)
-        return made(tables, name, key, make)
+    def copied(*args):
+        raise AssertionError("a table is copied")
 
-    monkeypatch.setattr(Tables, "made", watched)
+    for name in ("launches", "prepared"):
+        monkeypatch.setattr(f"molf.kernels.{name}.to_device", copied)
     request.getfixturevalue("no_syncs")
     for t in (2, 3):
         static_gradients(model, t)
         optimizer.step()
-    assert not changed and len(buffers) == (1 if options.get("ranks") == () else 2)
 
 
-def test_the_gradients_of_pairs_are_freed_after_a_step(monkeypatch):
-    made, buffers = Tables.made, []
+def test_a_gradient_elsewhere_and_another_rate_copy_one_table_each(monkeypatch):
+    model, optimizer = warmed_up(torch.float32, {})
+    copies, to_device = [], prepared.to_device
+    monkeypatch.setattr(prepared, "to_device", lambda *args: copies.append(args) or to_device(*args))
+    for p in model.parameters():
+        p.grad = p.grad.clone()
+    optimizer.step()
+    assert len(copies) == 1
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    assert len(copies) == 2
 
-    def watched(tables, *args):
-        buffers.append(weakref.ref(tables.buffer))  # alive as long as a view of it is
-        return made(tables, *args)
 
-    monkeypatch.setattr(Tables, "made", watched)
-    _, optimizer = warmed_up(torch.float32, {})
-    last = optimizer._fused_steps[0]._tables.buffer
-    buffers = [buffer for buffer in buffers if buffer() is not last]
-    assert buffers and all(buffer() is None for buffer in buffers) and not last.numel()
+def test_the_gradients_are_freed_after_a_step(monkeypatch):
+    made, found = step.pair_gradients, []
+
+    def watched(pairs, dense, dAs, dBs):
+        found.extend(weakref.ref(x) for x in (*dense, *dAs, *dBs, dAs[0]._base))
+        return made(pairs, dense, dAs, dBs)
+
+    monkeypatch.setattr(step, "pair_gradients", watched)
+    model, optimizer = warmed_up(torch.float32, {})
+    optimizer.zero_grad()
+    assert found and all(x() is None for x in found) and model
 
 
 def test_adapters_do_not_sync(request):

@@ -146,13 +146,13 @@ def test_the_models_device_is_the_current_one_at_every_launch(monkeypatch):
         inside.pop()
 
     def watch(launch):
-        return lambda *args: (launched.append(inside[-1]), launch(*args))[1]
+        return lambda *args, **how: (launched.append(inside[-1]), launch(*args, **how))[1]
 
     monkeypatch.setattr(torch.cuda, "device_of", current)
-    for name in ("pair_gradients", "update_moments_", "move_winners_", "update_merged_weights_", "requantize_"):
+    for name in ("pair_gradients", "launch"):
         monkeypatch.setattr(kernels, name, watch(getattr(kernels, name)))
     train(model, MoLF(model, ranks=(2,), fused=True), 1)
-    assert launched == [DEVICE] * 6 and not inside
+    assert len(launched) > 4 and set(launched) == {DEVICE} and not inside
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -168,7 +168,7 @@ def test_layers_that_missed_steps_draw_no_noise_again(monkeypatch):
     torch.manual_seed(1)
     model, seeds = mlp(torch.bfloat16).to(DEVICE), []
     optimizer = MoLF(model, ranks=(2,), bf16_update="stochastic", fused=True)
-    monkeypatch.setattr(kernels, "update_merged_weights_", lambda *args: seeds.append(int(args[-1])))
+    monkeypatch.setattr(kernels._Step, "_move_chunk", lambda step, chunk: seeds.append(int(step._noise)))
     for t in range(4):
         give_gradients((model,), t, (1, 2) if t % 2 else ())
         optimizer.step()

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from emulated_tf32 import EmulatedTF32
 from forked import on_two_ranks
 from fused import CLOSE, DEVICE, TOLERANCE, quantizable
 from molf import MoLF
@@ -112,11 +113,11 @@ def test_a_failed_self_test_is_logged_once_and_pytorchs_kernels_are_used(monkeyp
 
 
 def test_an_error_of_triton_fails_the_self_test(monkeypatch):
-    def no_compiler(*_):
+    def no_compiler(*_, **__):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(kernel_choice, "kernels_run_on", lambda device: True)
-    monkeypatch.setattr(kernels, "update_moments_", no_compiler)
+    monkeypatch.setattr(kernels, "launch", no_compiler)
     kernel_choice.self_test.cache_clear()
     model, optimizer = made()
     try:
@@ -234,12 +235,8 @@ def test_right_kernels_pass_and_draw_no_random_number(options):
     assert torch.random.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_adapters_pass(aligned):
-    _, optimizer = made()
-    tested = signature()._replace(
-        form="branched", experts=("fft", "lora_r2"), dtypes=(torch.float32,) * 3, ranks=(2,), aligned=aligned
-    )
+def test_adapters_pass():
+    tested = signature()._replace(form="branched", experts=("fft", "lora_r2"), dtypes=(torch.float32,) * 3, ranks=(2,))
     assert kernel_choice.self_test.__wrapped__(tested) is None
 
 
@@ -249,24 +246,25 @@ def test_signatures_differ_where_kernels_do():
 
 
 SPOILERS = {
-    "update_moments_": lambda args: args[0][0].exp_avg.view(-1)[0].add_(1.0),
-    "move_winners_": lambda args: args[1] and args[1][-1].param.view(-1)[0].add_(1.0),
-    "update_merged_weights_": lambda args: args[0][0].weight.view(-1)[0].add_(1.0),
-    "pair_gradients": lambda args: args[0][0].dB.mul_(1.5),
-    "_count_updates": lambda args: args[0].update_counts[0][0].add_(1),
+    "_update_moments": lambda step, _: step._plan.entries[0].tensor.exp_avg.view(-1)[0].add_(1.0),
+    "_move_ordinary": lambda step: step._plan.ordinary[0].states[0].param.view(-1)[0].add_(1.0),
+    "_launch_winners": lambda step, *_: step._plan.entries[0].tensor.param.view(-1)[0].add_(1.0),
+    "_move_chunk": lambda step, _: step._plan.pairs[0].B.view(-1)[0].add_(1.0),
+    "_prepare_gradients": lambda step, buffer: buffer.mul_(1.5),
+    "_decide": lambda step, *_: step._plan.update_counts[0].add_(1),
 }
 
 
 @pytest.mark.parametrize("name", SPOILERS)
 def test_a_wrong_kernel_fails_the_self_test(name, monkeypatch):
-    right = getattr(kernels, name)
+    right = getattr(kernels._Step, name)
 
     def wrong(*args):
         result = right(*args)
-        SPOILERS[name](args)
+        SPOILERS[name](*args)
         return result
 
-    monkeypatch.setattr(kernels, name, wrong)
+    monkeypatch.setattr(kernels._Step, name, wrong)
     assert "is off by" in kernel_choice.self_test.__wrapped__(signature())
 
 
@@ -275,6 +273,6 @@ def test_a_wrong_decision_fails_the_self_test(monkeypatch):
     assert "other winners" in kernel_choice.self_test.__wrapped__(signature())
 
 
-def test_rounding_to_tf32_passes(monkeypatch):
-    monkeypatch.setattr("molf.kernels.products.cuts_factors", lambda device: True)
-    assert kernel_choice.self_test.__wrapped__(signature()) is None
+def test_rounding_to_tf32_passes():
+    with EmulatedTF32():
+        assert kernel_choice.self_test.__wrapped__(signature()) is None

@@ -1,21 +1,16 @@
-"""The tensors of a fused step, as the lists that kernel tables are made of."""
+"""What a fused step works on: the tensors of all experts, and where the gradients of pairs lie."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from molf.kernels.grad_buffer import GradBuffer
-from molf.kernels.merged_update import Effective, UpdatedPair
-from molf.kernels.moments import Moments
-from molf.kernels.products import Product
-from molf.kernels.quantized import Quantized
-from molf.kernels.requantize import QuantizedStep
-from molf.kernels.tables import Rate
-from molf.kernels.winners import Step
+from molf.kernels.layout import Layout
+from molf.kernels.pairs import Pair
+from molf.kernels.winners import storage_of
 from molf.layers.base import RoutedLayer
 from molf.layers.branched import BranchedLayer
 from molf.layers.merged import MergedLayer
@@ -24,176 +19,141 @@ from molf.numerics.bf16 import SEED_STRIDE
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
 
-__all__ = ["StepPlan", "TensorEntry"]
+__all__ = ["Entry", "Ordinary", "StepPlan"]
 
 
-class TensorEntry(NamedTuple):
+class Entry(NamedTuple):
     """One tensor that an expert moves.
 
     Attributes:
-        tensor: This rank's part, with gradient and moments.
+        tensor: This rank's part, without its gradient.
+        owner: The parameter that has the gradient; None for pairs of the merged form, whose gradients are computed.
+        grad: Dtype of the gradient.
         size: Elements of the whole tensor.
         sharded: Whether other ranks hold other parts of it.
         stream: Selects its random numbers; equal on all ranks for replicated tensors.
         expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
         layer: Number of its step count: the layers', then one for each ordinary parameter.
-        lr: Learning rate.
-        weight_decay: Decoupled decay.
-        derived: Whether it belongs to a pair of the merged form, whose gradient is computed from the dense one.
-        effective: Whether it is an effective weight, which ``merged_update`` moves.
+        group: Number of the group whose rate it follows.
+        ratio: Its rate as a share of the group's.
+        decay: Decoupled decay.
+        counted: Whether it counts in its expert's sum here; replicated tensors count on the first rank only.
+        scale: Of a pair's B; 1 for all others.
+        weight: The row of the effective weight of a pair; -1 for all others.
+        effective: Whether it is an effective weight with pairs.
     """
 
     tensor: TensorState
+    owner: Tensor | None
+    grad: torch.dtype
     size: int
     sharded: bool
     stream: int
     expert: int
     layer: int
-    lr: float | Rate
-    weight_decay: float
-    derived: bool = False
+    group: int
+    ratio: float
+    decay: float
+    counted: bool
+    scale: float = 1.0
+    weight: int = -1
     effective: bool = False
+
+    @property
+    def storage(self) -> int:
+        """How the parameter is stored."""
+        return storage_of(self.tensor.param, self.tensor.low)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that kernels read and write by address."""
+        return [x for x in self.tensor[:-1] if isinstance(x, Tensor)]
+
+
+class Ordinary(NamedTuple):
+    """Float32 parameters of one group, which PyTorch's fused AdamW moves."""
+
+    group: int
+    decay: float
+    owners: list[Tensor]
+    states: list[TensorState]
+    counts: list[Tensor]
 
 
 class StepPlan:
-    """The tensors of all layers and ordinary parameters that have gradients.
+    """The tensors of all layers and ordinary parameters that have gradients. It holds no gradient.
 
     Args:
         layers: The L routed layers, all with E experts; merged ones have weights of one dtype.
-        ordinary: Groups of parameters that take plain AdamW.
+        groups: All groups of the step, those of the layers too.
         context: Of the step; counts in its state are moved to the device the first time.
         device: The model's.
 
     Attributes:
-        entries: Every tensor.
-        buffer: Memory for the gradients of the merged form's pairs.
+        entries: All tensors but those of ``ordinary``; first the ``owned`` ones, then A and B of all pairs.
+        ordinary: Float32 parameters that are not routed.
         counts: Step counts, first those of the layers, then those of ordinary parameters.
-        products: The inputs of these pairs' gradients.
-        update_counts: How often each of these pairs was updated, and the numbers of their experts.
-        effective: The merged form's weights.
-        rates: The learning rates of all experts of all layers.
+        pairs: The merged form's pairs.
+        effective: The rows of the weights of their layers.
+        update_counts: How often each of these pairs was updated; ``update_experts`` are the numbers of their experts.
         routed: The number of experts of all layers together, ``L * E``.
         experts: The same, plus one for each ordinary parameter.
+        n: The number of elements of every routed expert, all shards included.
+        names: Of the layers.
+        expert_names: Of a layer's experts.
+        expert_groups: The number of every routed expert's group; ``expert_ratios`` are its rates as shares of the group's.
+        gradients: Where the gradients of pairs lie in their buffer.
     """
 
     def __init__(
         self,
         layers: Sequence[RoutedLayer],
-        ordinary: Sequence[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
         context: StepContext,
         device: torch.device,
     ):
-        ranks = context.ranks
-        self._state: MutableMapping[Any, dict[str, Any]] = context.state
-        self._rank, self._device, self._layers = ranks.shard_index, device, len(layers)
-        self.entries: list[TensorEntry] = []
+        self._device, self._state = device, context.state
+        self._rank, self.shards = context.ranks.shard_index, context.ranks.shards
+        self.entries: list[Entry] = []
         self.counts: list[Tensor] = []
-        self.products: list[Product] = []
-        self.update_counts: list[tuple[Tensor, int]] = []
-        self.effective: list[Effective] = []
-        self.rates: list[float | Rate] = []
-        merged = [layer for layer in layers if isinstance(layer, MergedLayer)]
-        self.buffer = GradBuffer(merged, 0 if ranks.shards is None else ranks.shard_count, device)
-        for layer in layers:
-            self._add_layer(layer)
+        self.ordinary: list[Ordinary] = []
+        self.pairs: list[Pair] = []
+        self.effective: list[int] = []
+        self.update_counts: list[Tensor] = []
+        self.update_experts: list[int] = []
         self.routed = sum(len(layer.experts) for layer in layers)
-        for group in ordinary:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._add_ordinary(p, group)
+        self.names = tuple(layer.name for layer in layers)
+        self.expert_names = layers[0].experts if layers else ()
+        self.expert_groups: list[int] = []
+        self.expert_ratios: list[float] = []
+        pairs: list[Entry] = []
+        number = {id(group): i for i, group in enumerate(groups)}
+        for layer in layers:
+            pairs += self._add_layer(layer, number[id(layer.group)])
+        for i, group in enumerate(groups):
+            if "module" not in group:
+                self._add_ordinary(i, group)
+        self.owned = len(self.entries)
+        self.entries += pairs  # behind all whose gradients backward leaves
         self.experts = self.routed + len(self.counts) - len(layers)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The number of elements of every expert, all shards included."""
-        sizes = [0] * self.experts
+        sizes = [0] * self.routed
         for entry in self.entries:
-            sizes[entry.expert] += entry.size
-        return tuple(sizes)
+            if entry.expert < self.routed:
+                sizes[entry.expert] += entry.size
+        self.n = tuple(sizes)
+        self.gradients = PairGradients(self, context.ranks.shard_count if self.shards is not None else 0, device)
 
-    def moments(self) -> list[Moments]:
-        """Return the tensors with float32 moments for phase 1."""
-        return [
-            Moments(x.tensor.grad, x.tensor.exp_avg, x.tensor.exp_avg_sq, x.expert, self._counts_here(x))
-            for x in self.entries
-            if x.tensor.grad is not None and not x.tensor.is_quantized
-        ]
+    # Which tensors there are.
 
-    def quantized_steps(self) -> list[QuantizedStep]:
-        """Return the matrices with 8-bit moments; ``merged_update`` moves the parameters of effective weights."""
-        return [
-            QuantizedStep(
-                quantized=self._quantized(x),
-                param=None if x.effective else x.tensor.param,
-                low=None if x.effective else x.tensor.low,
-                layer=x.layer,
-                stream=x.stream,
-                lr=x.lr,
-                weight_decay=x.weight_decay,
-            )
-            for x in self.entries
-            if x.tensor.is_quantized
-        ]
-
-    def gradients(self, derived: bool, sharded: bool) -> list[Tensor]:
-        """Return the gradients that backward left, plus those of the merged form's pairs if ``derived``; sharded or whole."""
-        return [
-            x.tensor.grad
-            for x in self.entries
-            if x.sharded == sharded and x.derived <= derived and x.tensor.grad is not None
-        ]
-
-    def steps(self, derived: bool) -> list[Step]:
-        """Return the merged form's pairs, whose changes overwrite their gradients, or all other tensors with float32 moments."""
-        return [
-            Step(
-                param=x.tensor.param,
-                low=x.tensor.low,
-                exp_avg=x.tensor.exp_avg,
-                exp_avg_sq=x.tensor.exp_avg_sq,
-                expert=x.expert,
-                layer=x.layer,
-                stream=x.stream,
-                lr=x.lr,
-                weight_decay=x.weight_decay,
-                change=x.tensor.grad if derived else None,
-            )
-            for x in self.entries
-            if x.derived == derived and not x.effective and not x.tensor.is_quantized
-        ]
-
-    def _add(
-        self,
-        tensor: TensorState,
-        expert: int,
-        layer: int,
-        lr: float | Rate,
-        weight_decay: float,
-        derived: bool = False,
-        effective: bool = False,
-    ) -> TensorEntry:
-        """Add a tensor, whole or sharded, and return its entry."""
+    def _entry(self, tensor: TensorState, owner: Tensor | None, number: int, **how: Any) -> Entry:
+        """Return the entry of a tensor, whole or sharded; ``number`` counts the tensors of this rank."""
         sharded = is_sharded(tensor.param)
         # Distinct for every tensor of this rank; for a shard, distinct on every rank.
-        number = len(self.entries) + (sharded * (self._rank + 1) << 32)
-        stream = number * SEED_STRIDE % 2**62
-        own, size = tensor.local if sharded else tensor, tensor.param.numel()
-        entry = TensorEntry(own, size, sharded, stream, expert, layer, lr, weight_decay, derived, effective)
-        self.entries.append(entry)
-        return entry
-
-    def _counts_here(self, entry: TensorEntry) -> bool:
-        """Return whether a tensor counts in its expert's sum on this rank: replicated ones count on the first only."""
-        return entry.sharded or self._rank == 0
-
-    def _quantized(self, entry: TensorEntry) -> Quantized:
-        """Return the 8-bit moments of a tensor with its gradient."""
-        tensor = entry.tensor
-        assert tensor.grad is not None and tensor.exp_avg_absmax is not None and tensor.exp_avg_sq_absmax is not None
-        absmax = tensor.exp_avg_absmax, tensor.exp_avg_sq_absmax
-        return Quantized(
-            tensor.grad, tensor.exp_avg, tensor.exp_avg_sq, *absmax, entry.expert, self._counts_here(entry)
-        )
+        stream = (number + (sharded * (self._rank + 1) << 32)) * SEED_STRIDE % 2**62
+        dtype = torch.float32 if owner is None or owner.grad is None else owner.grad.dtype
+        own = tensor._replace(grad=None).local if sharded else tensor._replace(grad=None)
+        counted = sharded or self._rank == 0
+        return Entry(own, owner, dtype, tensor.param.numel(), sharded, stream, counted=counted, **how)
 
     def _count(self, p: Tensor, key: str) -> Tensor:
         entries = self._state[p]
@@ -202,56 +162,91 @@ class StepPlan:
         count: Tensor = entries[key]
         return count
 
-    def _rate(self, group: dict[str, Any], ratio: float = 1.0) -> float | Rate:
-        """Return a group's rate times a ratio; a tensor on the device stays there."""
-        lr: float | Tensor = group["lr"]
-        return Rate(lr, ratio) if isinstance(lr, Tensor) and lr.device == self._device else float(lr) * ratio
-
-    def _add_layer(self, layer: RoutedLayer) -> None:
-        number = len(self.counts)
+    def _add_layer(self, layer: RoutedLayer, group: int) -> list[Entry]:
+        """Add a layer's tensors and return the pairs of a merged one."""
+        number, pairs = len(self.counts), []
         self.counts.append(self._count(layer.group["params"][0], "step"))
-        first = number * len(layer.experts)
-        rates = [self._rate(layer.group, ratio) for ratio in layer.lr_ratios]
-        self.rates += rates
-        if isinstance(layer, MergedLayer):
-            self._add_merged(layer, number, first, rates)
-            return
-        assert isinstance(layer, BranchedLayer)
-        for e, ratio in enumerate(layer.lr_ratios):
-            decay = layer.group["weight_decay" if layer.experts[e] == "fft" else "lora_weight_decay"]
-            for tensor in layer.tensors(e):
-                factor = layer.b_factor(tensor.param)
-                lr = self._rate(layer.group, ratio * factor)
-                self._add(tensor, first + e, number, lr, decay / factor if tensor.param.ndim > 1 else 0.0)
-
-    def _add_merged(self, layer: MergedLayer, number: int, first: int, rates: Sequence[float | Rate]) -> None:
+        self.expert_groups += [group] * len(layer.experts)
+        self.expert_ratios += layer.lr_ratios
+        how: dict[str, Any] = {"layer": number, "group": group}
+        first, decays = number * len(layer.experts), (layer.group["weight_decay"], layer.group["lora_weight_decay"])
+        if isinstance(layer, BranchedLayer):
+            for e, ratio in enumerate(layer.lr_ratios):
+                for x in layer.tensors(e):
+                    factor = layer.b_factor(x.param)
+                    decay = decays[layer.experts[e] != "fft"] / factor if x.param.ndim > 1 else 0.0
+                    self._own(x, expert=first + e, ratio=ratio * factor, decay=decay, **how)
+            return []
+        assert isinstance(layer, MergedLayer)
         weight, *biases = layer.tensors(0)
-        lr, *lora_lrs = rates
-        decay, lora_decay = layer.group["weight_decay"], layer.group["lora_weight_decay"]
-        entry = self._add(weight, first, number, lr, decay, effective=True)
-        grad = entry.tensor.grad
-        assert grad is not None, "a layer without a gradient is not routed"
+        at = self._own(weight, expert=first, ratio=1.0, decay=decays[0], effective=len(layer.experts) > 1, **how)
         for bias in biases:
-            self._add(bias, first, number, lr, 0.0)
-        pairs = []
+            self._own(bias, expert=first, ratio=1.0, decay=0.0, **how)
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
-            updates = self._count(layer.base[0], f"{name}.wins")
+            self.update_counts.append(self._count(layer.base[0], f"{name}.wins"))
+            self.update_experts.append(first + e)
             A, B = (layer.pair_tensor(e, key) for key in "AB")
-            rows = local(B.param)
-            dA, dB = self.buffer.take(A.param, is_sharded(layer.base[0])), self.buffer.take(rows, reduced=False)
-            pairs.append(UpdatedPair(A.param, rows, dA, dB, scale, updates))
-            self.update_counts.append((updates, first + e))
-            self.products.append(Product(grad, A.param, rows, scale, updates, dA, dB))
-            for tensor, out in ((A, dA), (B, dB)):
-                self._add(tensor._replace(grad=out), first + e, number, lora_lrs[e - 1], lora_decay, derived=True)
-        tensor = entry.tensor
-        moments = self._quantized(entry) if tensor.is_quantized else (tensor.exp_avg, tensor.exp_avg_sq)
-        self.effective.append(
-            Effective(tensor.param, tensor.low, moments, number, entry.stream, lr, decay, tuple(pairs))
-        )
+            self.pairs.append(Pair(A.param, local(B.param), scale, len(self.effective)))
+            how |= {"expert": first + e, "ratio": layer.lr_ratios[e], "decay": decays[1], "weight": at}
+            pairs += [self._entry(A, None, -1, **how), self._entry(B, None, -1, scale=scale, **how)]
+        if pairs:
+            self.effective.append(at)
+        return pairs
 
-    def _add_ordinary(self, p: Tensor, group: dict[str, Any]) -> None:
-        number = len(self.counts)
-        self.counts.append(self._count(p, "step"))
-        expert = self.routed + number - self._layers
-        self._add(TensorState.of(p, self._state[p]), expert, number, self._rate(group), group["weight_decay"])
+    def _own(self, x: TensorState, **how: Any) -> int:
+        """Add a tensor with a gradient of its own and return its row."""
+        self.entries.append(self._entry(x, x.param, len(self.entries), **how))
+        return len(self.entries) - 1
+
+    def _add_ordinary(self, number: int, group: dict[str, Any]) -> None:
+        """Add the parameters of a group that have a gradient; float32 ones need no kernel of ours."""
+        found = Ordinary(number, group["weight_decay"], [], [], [])
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            tensor, layer = TensorState.of(p, self._state[p]), len(self.counts)
+            self.counts.append(self._count(p, "step"))
+            if p.dtype == torch.float32 and not tensor.is_quantized:
+                found.owners.append(p)
+                found.states.append(tensor._replace(grad=None).local)
+                found.counts.append(self.counts[-1])
+            else:
+                expert = self.routed + layer - len(self.names)
+                self._own(tensor, expert=expert, layer=layer, group=number, ratio=1.0, decay=group["weight_decay"])
+        if found.owners:
+            self.ordinary.append(found)
+
+
+class PairGradients:
+    """Where the gradients of the merged form's pairs lie: in one buffer, so that one all-reduce sums those of A.
+
+        | dA of sharded layers | a norm per shard | all dB, dA of whole layers |
+        |-------- summed over the shards ---------|
+
+    Attributes:
+        numel: Elements of the buffer.
+        reduced: Elements that are summed over the shards.
+        offsets: First bytes of dA and dB of every pair, in the order of the entries.
+    """
+
+    def __init__(self, plan: StepPlan, shards: int, device: torch.device):
+        layout, places = Layout(device), {}
+        sharded = [plan.entries[plan.effective[pair.layer]].sharded for pair in plan.pairs]
+        for i, pair in enumerate(plan.pairs):
+            if sharded[i]:
+                places["A", i] = layout.place(pair.A.shape)
+        self._norms = layout.place((shards,))
+        self.reduced = self._norms[1] + shards
+        for i, pair in enumerate(plan.pairs):
+            places["B", i] = layout.place(pair.B.shape)
+            if not sharded[i]:
+                places["A", i] = layout.place(pair.A.shape)
+        self._layout, self.numel = layout, layout.numel
+        self._places = [[places[key, i][0] for i in range(len(plan.pairs))] for key in "AB"]
+        self.offsets = [4 * places[key, i][1] for i in range(len(plan.pairs)) for key in "AB"]
+
+    def views(self, buffer: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return dA and dB of all pairs, and the norms of the shards, in a buffer of ``numel`` elements."""
+        views = self._layout.views(buffer)
+        dAs, dBs = ([views[i] for i in own] for own in self._places)
+        return dAs, dBs, views[self._norms[0]]

@@ -14,7 +14,7 @@ from molf.layers.stacked_matrix import StackedMatrix
 from molf.numerics.bf16 import Noise
 from molf.numerics.context import StepContext
 
-__all__ = ["LAYER_TYPES", "init_state_", "matrix_of", "modules_of", "routed_layer"]
+__all__ = ["LAYER_TYPES", "active_layers", "init_state_", "matrix_of", "modules_of", "routed_layer"]
 
 LAYER_TYPES: dict[str, type[RoutedLayer]] = {"merged": MergedLayer, "stacked": StackedLayer, "branched": BranchedLayer}
 """The ways of holding the experts, by the ``form`` of a parameter group."""
@@ -25,6 +25,21 @@ def routed_layer(
 ) -> RoutedLayer:
     """Return the layer of a routed group whose state exists."""
     return LAYER_TYPES[group["form"]](group, state, noise)
+
+
+def active_layers(
+    groups: Sequence[dict[str, Any]], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None = None
+) -> list[RoutedLayer]:
+    """Return the layers of the routed groups among some that have gradients.
+
+    Raises:
+        MolfError: If an expert of such a layer has none.
+    """
+    layers = [routed_layer(group, state, noise) for group in groups if "module" in group]
+    active = [layer for layer in layers if layer.active]
+    for layer in active:
+        layer.check_experts()
+    return active
 
 
 def modules_of(group: dict[str, Any]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import is_sharded, local, local_part, shard_rows_like
+from molf.numerics.tf32 import tf32_products
 
 __all__ = ["MergedLayer", "apply_lora_delta_", "base_weight", "decay_base_", "expert_gradients"]
 
@@ -154,7 +155,8 @@ class MergedLayer(PairsInState):
         return self._pair_tensors(i, self._local_pairs[i - 1])
 
     def _pair_tensors(self, i: int, pair: LoraPair, out: Tensor | None = None) -> list[TensorState]:
-        gradients = expert_gradients(local(self.gradients()[0]).to(pair.A.dtype), pair, out)
+        with tf32_products(pair.A.device):
+            gradients = expert_gradients(local(self.gradients()[0]).to(pair.A.dtype), pair, out)
         return [self.pair_tensor(i, key)._replace(grad=grad) for key, grad in zip("AB", gradients, strict=True)]
 
     def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
@@ -166,7 +168,8 @@ class MergedLayer(PairsInState):
         work = []
         if 0 in winners:
             rates = self._rates(0)
-            decay_base_(self._effective, pairs, rates.lr * rates.weight_decay)
+            with tf32_products(self._effective.device):
+                decay_base_(self._effective, pairs, rates.lr * rates.weight_decay)
             undecayed = self._rates(0, decayed=False)
             work = [(undecayed, weight._replace(param=self._effective, low=None)), *((undecayed, x) for x in bias)]
         for i, _, _ in self._moved:
@@ -175,9 +178,10 @@ class MergedLayer(PairsInState):
 
     def finish_update(self) -> None:
         """Apply the pairs' changes to ``W_eff`` and write it back into the model."""
-        for i, pair, before in self._moved:
-            apply_lora_delta_(self._effective, before, pair)
-            self._count_updates(i)
+        with tf32_products(self._effective.device):
+            for i, pair, before in self._moved:
+                apply_lora_delta_(self._effective, before, pair)
+                self._count_updates(i)
         self._store(self.base[0], self._effective)
         del self._effective, self._moved
 

@@ -26,6 +26,7 @@ from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
 from molf.numerics.distributed import first_row, is_sharded, local, shard_rows_like
+from molf.numerics.tf32 import tf32_products
 
 __all__ = ["StackedLayer", "matrix_names"]
 
@@ -157,10 +158,11 @@ class StackedLayer(PairsInState):
         pair, grad = self.pairs[i - 1], local(self.gradients()[0])[self._held].to(A.param.dtype)
         grad = self.oriented(grad)
         dA = torch.zeros_like(A.param)
-        if pair.b_is_nonzero:
-            dA.baddbmm_(B.param.mT, grad, beta=0, alpha=pair.scale)
         dB = torch.empty_like(B.param)
-        dB.baddbmm_(grad, A.param.mT, beta=0, alpha=pair.scale)
+        with tf32_products(grad.device):
+            if pair.b_is_nonzero:
+                dA.baddbmm_(B.param.mT, grad, beta=0, alpha=pair.scale)
+            dB.baddbmm_(grad, A.param.mT, beta=0, alpha=pair.scale)
         return [A._replace(grad=dA), B._replace(grad=dB)]
 
     def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:
@@ -223,7 +225,8 @@ class StackedLayer(PairsInState):
     def _add_product_(self, weight: Tensor, B: Tensor, A: Tensor, alpha: float) -> None:  # noqa: N803 - the paper's letters
         """Add ``alpha B A`` to weights as they are stored."""
         left, right = (A.mT, B.mT) if self._transposed else (B, A)
-        weight.baddbmm_(left, right, alpha=alpha)
+        with tf32_products(weight.device):
+            weight.baddbmm_(left, right, alpha=alpha)
 
     def _base_tensors(self) -> list[TensorState]:
         """Return the ``fft`` expert's tensors with the values that move in place of the parameters."""

@@ -11,6 +11,7 @@ Under DDP and on one device nothing is sharded. Whenever several ranks train one
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -260,8 +261,8 @@ def check_no_orphaned_state(groups: Sequence[dict[str, Any]], state: Mapping[Ten
     Raises:
         RuntimeError: If some does not.
     """
-    known = {id(p) for group in groups for p in group["params"]}
-    if not all(id(p) in known for p in state):
+    known = set(map(id, itertools.chain.from_iterable(group["params"] for group in groups)))
+    if not known.issuperset(map(id, state)):
         raise RuntimeError(
             "the model's parameters were replaced after this optimizer had state, which cannot follow them: by fully_shard, then "
             "shard first, then load the state, assign experts and take steps; by new layers, then make a new optimizer"

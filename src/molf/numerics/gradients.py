@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,7 +69,12 @@ def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all tensors together, 0-dim float64 on the device of the first; infinite if their dtype overflows."""
-    return _joined(torch._foreach_norm(list(tensors)))
+    kinds: dict[torch.dtype, list[Tensor]] = {tensors[0].dtype: list(tensors)}
+    if any(map(operator.ne, [x.dtype for x in tensors], [tensors[0].dtype] * len(tensors))):
+        kinds = {}
+        for x in tensors:  # a list of several dtypes would be taken tensor by tensor
+            kinds.setdefault(x.dtype, []).append(x)
+    return _joined([norm for own in kinds.values() for norm in torch._foreach_norm(own)])
 
 
 def exact_norm(gradients: Sequence[Tensor], clipped: bool) -> Tensor:
@@ -90,8 +96,8 @@ def exact_norm(gradients: Sequence[Tensor], clipped: bool) -> Tensor:
 
 def _joined(norms: Sequence[Tensor]) -> Tensor:
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for norm in norms:
-        kinds.setdefault((norm.device, norm.dtype), []).append(norm)
+    for kind in dict.fromkeys([(norm.device, norm.dtype) for norm in norms]):
+        kinds[kind] = [norm for norm in norms if (norm.device, norm.dtype) == kind]
     together = [torch.stack(own).to(norms[0].device, torch.float64) for own in kinds.values()]
     total: Tensor = torch.linalg.vector_norm(torch.cat(together))
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ class ParamNames:
         model = self._model()
         if model is None:
             return
-        own = {id(p) for group in groups for p in group["params"]}
+        own = set(map(id, itertools.chain.from_iterable(group["params"] for group in groups)))
         found, untrained = _look_through(model, own)
         beside = _beside_a_frozen_weight(groups)
         untrained |= beside
@@ -100,8 +101,11 @@ class ParamNames:
 
 def _beside_a_frozen_weight(groups: Sequence[dict[str, Any]]) -> set[int]:
     """Return ids of the biases that have a gradient while the weight that they are routed with has none."""
-    routed = (group["params"] for group in groups if group.get("form") in ("merged", "stacked"))
-    return {id(p) for weight, *bias in routed if weight.grad is None for p in bias if p.grad is not None}
+    found = set()
+    for group in groups:
+        if "form" in group and group["form"] in ("merged", "stacked") and group["params"][0].grad is None:
+            found.update([id(p) for p in group["params"][1:] if p.grad is not None])
+    return found
 
 
 def _look_through(model: nn.Module, own: set[int]) -> tuple[set[int], set[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections import defaultdict
@@ -19,15 +20,15 @@ from molf.numerics.bf16 import load
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import Ranks, is_sharded
 from molf.optimizer.step import step_groups
-from molf.scores import SCORES, Score
+from molf.scores import SCORES, Evidence, Score
 
 __all__ = ["KernelSelector", "StepSignature", "kernels_run_on", "self_test", "signature_of"]
 
 logger = logging.getLogger(__name__)
 
 _OVERRIDE = "fused=True insists on the Triton kernels, fused=False never uses them"
-# [out, in]: more than one block of elements and more than one tile; sizes that are aligned and sizes that are not.
-_SHAPES = {True: ((16, 272), (80, 16)), False: ((17, 263), (67, 19))}
+# [out, in]: more than one block of elements; sizes that are read several elements at once, and sizes that are not.
+_SHAPES = (16, 272), (67, 19)
 # Decay, lr and eps are large, so that every part of a step shows and rounding where gradients are near zero does not.
 _GROUP = {
     "lr": 0.1,
@@ -52,7 +53,6 @@ class StepSignature(NamedTuple):
     score: str
     stochastic: bool
     optim_bits: int
-    aligned: bool
 
 
 class KernelSelector:
@@ -123,19 +123,9 @@ def _unmet_condition(context: StepContext, device: torch.device) -> str | None:
 def signature_of(context: StepContext) -> StepSignature:
     """Return the signature of an optimizer's steps."""
     routed = next(group for group in context.groups if "module" in group)
-    params = [p for group in context.groups for p in group["params"]]
-    sizes = [n for p in params for n in (p.numel(), p.shape[-1] if p.ndim else 1)] + list(routed["ranks"])
-    return StepSignature(
-        device=params[0].device,
-        form=routed["form"],
-        experts=routed["experts"],
-        ranks=routed["ranks"],
-        dtypes=tuple(p.dtype for p in routed["params"]),
-        score=context.score.name,
-        stochastic=context.stochastic,
-        optim_bits=context.optim_bits,
-        aligned=all(n % 16 == 0 for n in sizes),
-    )
+    params, settings = routed["params"], (context.score.name, context.stochastic, context.optim_bits)
+    dtypes = tuple(p.dtype for p in params)
+    return StepSignature(params[0].device, routed["form"], routed["experts"], routed["ranks"], dtypes, *settings)
 
 
 @functools.cache
@@ -153,87 +143,64 @@ def self_test(signature: StepSignature) -> str | None:
 
 
 def _differences(signature: StepSignature) -> Iterator[str]:
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator, count = torch.Generator("cpu").manual_seed(0), len(signature.experts)
     contexts = [_small_model(signature), _small_model(signature)]
     params = [[p for group in context.groups for p in group["params"]] for context in contexts]
-    count = len(signature.experts)
     for step in range(count + 1):
         for p, q in zip(*params, strict=True):
             p.grad = torch.randn(p.shape, generator=generator).to(p)
             q.grad = p.grad.clone()
-        last = step == count
-        options: dict[str, Any] = {"top_k": count if last else 1, "max_grad_norm": 10.0 if last else None}
-        score = _Favour(SCORES[signature.score], step)
-        fused = step_groups(contexts[0].groups, replace(contexts[0], fused=True, score=score, **options))
-        plain = step_groups(contexts[1].groups, replace(contexts[1], score=score, **options).with_noise())
+        options: dict[str, Any] = {"top_k": count, "max_grad_norm": 10.0} if step == count else {}
+        options["score"] = _favouring(signature.score, step)
+        fused = step_groups(contexts[0].groups, replace(contexts[0], fused=True, fused_required=True, **options))
+        plain = step_groups(contexts[1].groups, replace(contexts[1], **options).with_noise())
         if bool(fused.taken) is not True or abs(float(fused.norm) / float(plain.norm) - 1) > _TOLERANCE:
             yield f"step {step + 1}: the gradient norm is {float(fused.norm):.4g}, not {float(plain.norm):.4g}"
         assert fused.routing is not None and plain.routing is not None, "both layers have gradients"
         if not torch.equal(fused.routing.chosen.cpu(), plain.routing.chosen.cpu()):
             yield f"step {step + 1}: other winners"
         for p, q in zip(*params, strict=True):
-            for name, found, expected in _tensors(p, q, contexts[0].state[p], contexts[1].state[q]):
-                error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+            entries, expected = contexts[0].state[p], contexts[1].state[q]
+            # 8-bit codes show in the weights of the next steps.
+            pairs = [(key, entries[key], x) for key, x in expected.items() if x.is_floating_point()]
+            for name, x, y in [("value", load(p, entries.get("low")), load(q, expected.get("low"))), *pairs]:
+                error = float((x.double().cpu() - y.double().cpu()).abs().max()) / (float(y.abs().max()) or 1.0)
                 if not error <= _TOLERANCE + _BF16_ULPS * (p.dtype == torch.bfloat16):
                     yield f"step {step + 1}: {name} of a parameter {list(p.shape)} {p.dtype} is off by {error:.2g}"
 
 
-def _tensors(
-    p: Tensor, q: Tensor, entries: dict[str, Any], expected: dict[str, Any]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, found and expected value of what a step changes; 8-bit codes show in the weights of the next steps."""
-    yield "the value", load(p, entries.get("low")).double(), load(q, expected.get("low")).double()
-    for key, value in expected.items():
-        if value.is_floating_point():
-            yield key, entries[key].to(value.device).double(), value.double()
+def _favouring(name: str, expert: int) -> Score:
+    """Return a score by which a given expert of the first layer wins, and the next one in the second layer."""
+    score = copy.copy(SCORES[name])
+    right = score.scores
 
+    def scores(evidence: Evidence) -> Tensor:
+        found = right(evidence)
+        for i in range(len(found)):
+            found[i, (expert + i) % found.shape[1]] *= 1e6
+        return found
 
-class _Favour(Score):
-    """A score that lets a given expert of the first layer win, and the next one in the second layer."""
-
-    def __init__(self, score: Score, expert: int):
-        self.name, self._score, self._expert = score.name, score, expert
-
-    def term(self, m: Tensor, v: Tensor, eps: float) -> Tensor:
-        return self._score.term(m, v, eps)
-
-    def finish(self, total: Tensor, n: Tensor, lr: Tensor) -> Tensor:
-        scores = self._score.finish(total, n, lr)
-        for i in range(len(scores)):
-            scores[i, (self._expert + i) % scores.shape[1]] *= 1e6
-        return scores
+    score.scores = scores  # type: ignore[method-assign]
+    return score
 
 
 def _small_model(signature: StepSignature) -> StepContext:
     """Return the context of two small layers and an ordinary matrix and vector, always with the same values."""
-    generator = torch.Generator("cpu").manual_seed(1)
-
-    def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=generator)).to(signature.device, dtype)
-
-    routed, shapes = [], _SHAPES[signature.aligned]
+    generator, groups = torch.Generator("cpu").manual_seed(1), list[dict[str, Any]]()
     adapters = 2 * len(signature.ranks) if signature.form == "branched" else 0
-    for i, (n_out, n_in) in enumerate(shapes):
+    for i, (n_out, n_in) in enumerate(_SHAPES):
         own: list[tuple[int, ...]] = [(n_out, n_in), (n_out,)][: len(signature.dtypes) - adapters]
         own += [shape for r in signature.ranks for shape in ((r, n_in), (n_out, r))][:adapters]
         tags = {"module": str(i), "form": signature.form, "experts": signature.experts, "ranks": signature.ranks}
-        params = [parameter(shape, dtype) for shape, dtype in zip(own, signature.dtypes, strict=True)]
-        routed.append({"params": params, **tags, "scales": (1.0,) * len(signature.ranks), "lora_seed": i, **_GROUP})
-    dtype = signature.dtypes[0]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter(shapes[0], dtype), parameter(shapes[0][:1], dtype)], **_GROUP},
-        *routed,
-    ]
-    state: dict[Any, dict[str, Any]] = defaultdict(dict)
-    for p in (p for group in groups for p in group["params"]):
-        p.grad = torch.zeros_like(p)
-    context = StepContext(
-        groups,
-        state,
-        Ranks(),
-        SCORES[signature.score],
-        stochastic=signature.stochastic,
-        optim_bits=signature.optim_bits,
-    )
+        groups.append({"params": own, **tags, "scales": (1.0,) * len(signature.ranks), "lora_seed": i, **_GROUP})
+    groups.insert(0, {"params": [_SHAPES[0], _SHAPES[0][:1]], **_GROUP})
+    for group in groups:
+        dtypes = signature.dtypes if "module" in group else signature.dtypes[:1] * 2
+        values = [0.3 * torch.randn(shape, generator=generator) for shape in group["params"]]
+        group["params"] = [x.to(signature.device, dtype) for x, dtype in zip(values, dtypes, strict=True)]
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    settings = {"stochastic": signature.stochastic, "optim_bits": signature.optim_bits}
+    context = StepContext(groups, defaultdict(dict), Ranks(), SCORES[signature.score], **settings)  # type: ignore[arg-type]
     init_state_(groups, context)
     return context

@@ -200,8 +200,9 @@ class MoLF(torch.optim.Optimizer):
         """Decide, then move the winners.
 
         A step with a non-finite gradient is skipped whole (moments too), counted in ``skipped_steps`` and logged. So is one whose
-        gradient has a square that overflows, unless it is clipped, and a fused step whose norm does (1.8e19 in float32). With
-        ``optimizer_in_backward`` the layers have moved in backward, and this completes the step.
+        gradient has a square that overflows, unless it is clipped. A fused step is skipped if the norm that it looks at overflows
+        (1.8e19 in float32): that of all gradients, or without clipping, loss scale and shards that of all B's and of what is no
+        routed weight. With ``optimizer_in_backward`` the layers have moved in backward, and this completes the step.
 
         Args:
             closure: Re-evaluates the model and returns the loss.

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from molf.errors import MolfError
-from molf.kernels.checks import check_gradients, check_groups
 from molf.layers.base import RoutedLayer
-from molf.layers.build import routed_layer
+from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
 from molf.numerics.gradients import all_zero
 from molf.optimizer.torch_step import torch_step
@@ -59,22 +58,31 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
     Raises:
         MolfError: If ``fused=True`` and the kernels cannot take the step.
     """
-    if context.fused_required:
-        check_groups(groups, context.score)
-    layers, ordinary = split_groups(groups, context)
-    if context.fused and not _gradients_are_readable(layers, ordinary, context):
+    if context.fused:
+        fused_step = _prepared(groups, context, unit)
+        if fused_step is not None:
+            outcome: Outcome = fused_step.step(context, seed=context.seed + unit * _UNIT_STRIDE)
+            return outcome
         context = context.without_fused()
-        layers, ordinary = split_groups(groups, context)
-    if not context.fused:
-        return torch_step(layers, ordinary, context)
+    return torch_step(*split_groups(groups, context), context)
+
+
+def _prepared(groups: Sequence[dict[str, Any]], context: StepContext, unit: int) -> Any:
+    """Return the fused step that is ready to take this step; None if the kernels cannot take it."""
     from molf.kernels.step import FusedStep
 
     device = groups[0]["params"][0].device
     fused_step = context.fused_steps.get(unit)
     if fused_step is None or fused_step.device != device:
         fused_step = context.fused_steps[unit] = FusedStep(device)
-    outcome: Outcome = fused_step.step(layers, ordinary, context, seed=context.seed + unit * _UNIT_STRIDE)
-    return outcome
+    try:
+        fused_step.prepare(groups, context)
+    except MolfError as unreadable:
+        if context.fused_required:
+            raise
+        logger.debug("PyTorch's kernels take this step: %s", unreadable)
+        return None
+    return fused_step
 
 
 def split_groups(
@@ -85,21 +93,5 @@ def split_groups(
     Raises:
         MolfError: If an expert of such a layer has none.
     """
-    layers = [routed_layer(group, context.state, context.noise) for group in groups if "module" in group]
-    active = [layer for layer in layers if layer.active]
-    for layer in active:
-        layer.check_experts()
+    active = active_layers(groups, context.state, context.noise)
     return active, [group for group in groups if "module" not in group]
-
-
-def _gradients_are_readable(
-    layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]], context: StepContext
-) -> bool:
-    try:
-        check_gradients(layers, ordinary)
-    except MolfError as unreadable:
-        if context.fused_required:
-            raise
-        logger.debug("PyTorch's kernels take this step: %s", unreadable)
-        return False
-    return True

@@ -1,0 +1,104 @@
+"""The LoRA pairs of the merged form: their gradients, their step, and what it changes in the effective weight. cuBLAS multiplies.
+
+    dB_i = s_i G A_i^T        dA_i = s_i B_i^T G
+
+With the changes ``DB = B' - B`` and ``DA = A' - A`` (0 where the pair lost), and ``f = lr wd`` if ``fft`` won and else 0:
+
+    W_eff += sum_i s_i B_i (f A_i + DA_i) + s_i DB_i A_i'
+
+The first part undoes what the decay of all of ``W_eff`` did to the LoRA parts, which are not ``W``'s. All of it is one product
+``X Y`` a layer, with ``X [out, 2 sum r]`` and ``Y [2 sum r, in]`` written by one kernel: no decision reaches the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molf.kernels import tables as t
+from molf.kernels.tables import pointer, size_in
+from molf.kernels.winners import moved
+
+__all__ = ["Pair", "move_pairs", "pair_gradients"]
+
+
+class Pair(NamedTuple):
+    """A pair of this rank's tensors, with the number of its layer among the merged ones."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    layer: int
+
+
+def pair_gradients(
+    pairs: Sequence[Pair], dense: Sequence[Tensor], dAs: Sequence[Tensor], dBs: Sequence[Tensor]
+) -> None:
+    """Fill the gradients ``dA`` and ``dB`` of all pairs from the dense gradients of their layers, float32 or bf16."""
+    number, grad = -1, torch.empty(0)
+    for (A, B, scale, layer), dA, dB in zip(pairs, dAs, dBs, strict=True):
+        if layer != number:
+            number, grad = layer, dense[layer]
+            if grad.dtype != torch.float32:
+                grad = grad.float()
+        torch.addmm(dB, grad, A.T, beta=0, alpha=scale, out=dB)
+        torch.addmm(dA, B.T, grad, beta=0, alpha=scale, out=dA)
+
+
+@triton.jit
+def move_pairs(
+    addresses,
+    sizes,
+    factors,
+    rates,
+    corrections,
+    chosen,
+    operands,
+    scalars,
+    blocks,
+    HINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move A and B of the pairs that won, and write the operands of all: parts of X from B, of Y from A."""
+    block = blocks + 3 * tl.program_id(0)
+    i, start = tl.load(block), tl.multiple_of(tl.load(block + 1).to(tl.int32), CHUNK)
+    row, address = sizes + i * t.SIZES, addresses + i * t.ADDRESSES
+    size, columns = size_in(row + t.SIZE, HINT).to(tl.int32), size_in(row + t.COLUMNS, HINT).to(tl.int32)
+    stride = size_in(row + t.STRIDE, HINT).to(tl.int32)
+    first_operand = operands + size_in(row + t.OFFSET, HINT)
+    second_operand = operands + size_in(row + t.SECOND, HINT)
+    running = tl.load(scalars + t.GO) != 0
+    won = running & (tl.load(chosen + tl.load(row + t.EXPERT)) != 0)
+    # From B: s B beside s DB. From A, whose own scale is 1: f A + DA above A'.
+    weight, scale, is_b = (
+        tl.load(row + t.WEIGHT),
+        tl.load(factors + i * t.FACTORS + t.SCALE),
+        tl.load(row + t.IS_B) != 0,
+    )
+    fft = running & (tl.load(chosen + tl.load(sizes + weight * t.SIZES + t.EXPERT)) != 0)
+    decay = tl.load(rates + weight) * tl.load(factors + weight * t.FACTORS + t.DECAY)
+    of_a = tl.where(is_b, 0.0, 1.0)
+    old = tl.where(is_b, scale, tl.where(fft, decay, 0.0))
+    param = pointer(address + t.PARAM, tl.float32, HINT > 1)
+    exp_avg = pointer(address + t.EXP_AVG, tl.float32, HINT > 1)
+    exp_avg_sq = pointer(address + t.EXP_AVG_SQ, tl.float32, HINT > 1)
+    for first in range(0, CHUNK, BLOCK):
+        at = start + first + tl.arange(0, BLOCK)
+        inside = at < size
+        p = tl.load(param + at, mask=inside, other=0.0)
+        change = tl.zeros((BLOCK,), dtype=tl.float32)
+        if won:
+            m = tl.load(exp_avg + at, mask=inside, other=0.0)
+            v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+            now = moved(p, m, v, i, sizes, factors, rates, corrections, scalars)
+            tl.store(param + at, now, mask=inside)
+            change = now - p
+        to = (at // columns) * stride + at % columns
+        tl.store(first_operand + to, old * p + of_a * change, mask=inside)
+        tl.store(second_operand + to, of_a * p + scale * change, mask=inside)

@@ -1,0 +1,80 @@
+"""Plans made by hand for the tests of single kernels: tensors, tables and launches without a model."""
+
+from types import SimpleNamespace
+
+import torch
+
+from molf.kernels.launches import Launches
+from molf.kernels.pairs import Pair
+from molf.kernels.plan import Entry
+from molf.kernels.step import _Step
+from molf.kernels.tables import to_device
+from molf.numerics.adamw import TensorState
+from molf.scores import EPD
+
+BETAS, EPS, LR, DECAY, T = (0.9, 0.99), 1e-8, 0.1, 0.3, 3
+CORRECTIONS = (1 - BETAS[0] ** T, (1 - BETAS[1] ** T) ** 0.5)
+
+
+def entry(param, m, v, expert, grad=torch.float32, low=None, absmax=(None, None), **how):
+    """Return a plan's entry of a tensor, by default one that is whole, of layer 0, with a stream of its own."""
+    how = {"layer": 0, "stream": 11 * expert, "decay": DECAY, "counted": True} | how
+    tensor = TensorState(param, None, m, v, low, *absmax)
+    return Entry(tensor, None, grad, param.numel(), False, expert=expert, group=0, ratio=1.0, **how)
+
+
+def step_of(entries, grads, experts, device, clip=1.0, go=1.0, score=None, pairs=(), effective=(), chosen=None, seed=3):
+    """Return a step over tensors, ready for any of its phases.
+
+    Args:
+        entries: Those with gradients of their own, then A and B of all pairs.
+        grads: The gradients of the former.
+        experts: The number of experts.
+        device: Of all of them.
+        clip: The factor of the gradients.
+        go: 0 for a step that is skipped.
+        score: EPD unless given.
+        pairs: ``Pair`` of the entries behind.
+        effective: The rows of their layers' weights.
+        chosen: The experts that won.
+        seed: For stochastic rounding.
+    """
+    gradients = SimpleNamespace(offsets=[0] * (len(entries) - len(grads)))
+    plan = SimpleNamespace(
+        entries=entries,
+        owned=len(grads),
+        routed=experts,
+        pairs=list(pairs),
+        effective=list(effective),
+        gradients=gradients,
+    )
+    addresses = [grad.data_ptr() for grad in grads]
+    table = to_device(torch.tensor(addresses + gradients.offsets, dtype=torch.int64), device)
+    made = SimpleNamespace(plan=plan, device=device, grad_table=lambda buffer: table)
+    made.launches = Launches(plan, addresses, device)
+    made.rates = torch.full((len(entries),), LR, device=device)
+    step = _Step(made, SimpleNamespace(score=score or EPD()), 0)
+    scalars = [go, clip, 1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS]
+    step._scalars = torch.tensor(scalars, device=device)
+    step._grads = table
+    step._corrections = torch.tensor([CORRECTIONS], device=device)
+    won = [int(e in (chosen or ())) for e in range(experts)]
+    step._won = torch.tensor(won, dtype=torch.int8, device=device)
+    step._noise = torch.full((), seed, device=device)
+    return step
+
+
+def phase2(step):
+    """Move the winners of a step that ``step_of`` made."""
+    for what in step._tables.early:
+        step._launch_winners(what, step._scalars)
+    for chunk in step._tables.chunks:
+        step._move_chunk(chunk)
+
+
+def adam(m, v):
+    """Return a step at rate 1, by the formula."""
+    return (m / CORRECTIONS[0]) / (v.sqrt() / CORRECTIONS[1] + EPS)
+
+
+__all__ = ["BETAS", "DECAY", "EPS", "LR", "Pair", "adam", "entry", "phase2", "step_of"]
