@@ -224,13 +224,25 @@ def test_only_what_is_missing_is_looked_at_twice():
     assert float(optimizer.state[model.unused]["step"]) == 1
 
 
+@pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_flattened_parameters_are_refused(adapted):
-    """DeepSpeed's ZeRO puts one flat piece in place of all parameters of a group; FSDP1 flattens each."""
+def test_flattened_parameters_are_refused(adapted, emptied):
+    """DeepSpeed's ZeRO puts one flat piece in place of all parameters of a group, or nothing; FSDP1 flattens each."""
     model = add_lora_experts(tiny_llama(), ranks=(2, 4)) if adapted else tiny_llama()
     optimizer = MoLF(model) if adapted else MoLF(model, ranks=(2,))
     for group in optimizer.param_groups:
-        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
-        group["params"][0].grad = torch.ones_like(group["params"][0])
-    with pytest.raises(MolfError, match=r"q_proj were flattened into \[\d+\], as DeepSpeed's ZeRO.*FSDP2 instead"):
+        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))][emptied:]
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    with pytest.raises(MolfError, match=r"q_proj were flattened into \[\d*\], as DeepSpeed's ZeRO.*FSDP2 instead"):
+        optimizer.step()
+
+
+def test_groups_that_are_stepped_one_by_one_are_refused():
+    """As DeepSpeed's ZeRO-2 does, the ordinary ones first."""
+    optimizer = MoLF(tiny_llama(), ranks=(2,))
+    optimizer.param_groups = optimizer.param_groups[:1]
+    with pytest.raises(
+        MolfError, match=r"groups of the routed layers are gone, which DeepSpeed's ZeRO .*FSDP2 instead"
+    ):
         optimizer.step()

@@ -7,7 +7,7 @@ from typing import Any
 
 from molf.layers.base import Matrix, RoutedLayer, init_moments, init_step, quantized_params
 from molf.layers.branched import BranchedLayer
-from molf.layers.fit import check_fit, check_not_flat, fits
+from molf.layers.fit import check_fit, fits
 from molf.layers.merged import MergedLayer
 from molf.layers.stacked import StackedLayer, matrix_names
 from molf.layers.stacked_matrix import StackedMatrix
@@ -65,12 +65,8 @@ def init_state_(groups: Sequence[dict[str, Any]], context: StepContext) -> None:
         context: Of the step.
 
     Raises:
-        MolfError: If parameters were flattened, or state or a gradient does not fit its parameter any more; nothing has changed
-            then.
+        MolfError: If state or a gradient does not fit its parameter any more; nothing has changed then.
     """
-    for group in groups:
-        if "module" in group:
-            check_not_flat(group["module"], group["params"])
     incomplete = [group for group in groups if not _is_complete(group, context)]
     for p in (p for group in incomplete for p in group["params"]):
         check_fit(p, context.state.get(p, {}), context.name_of)

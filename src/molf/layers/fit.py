@@ -121,14 +121,18 @@ def check_not_split(name: str, p: Tensor) -> None:
         raise MolfError(f"DeepSpeed's ZeRO-3 has split {name} and left an empty tensor in its place, {_USE_FSDP2}")
 
 
-def check_not_flat(module: str, params: Sequence[Tensor]) -> None:
-    """Check that the first parameter of a routed layer is still a matrix.
+def check_not_flat(groups: Sequence[dict[str, Any]]) -> None:
+    """Check that routed layers still have their matrices.
 
     Raises:
-        MolfError: If not: DeepSpeed's ZeRO and FSDP1 put flat pieces of many parameters into groups.
+        MolfError: If not: DeepSpeed's ZeRO and FSDP1 put flat pieces of many parameters into groups, or nothing, and ZeRO has
+            groups stepped one by one.
     """
-    shape = list(params[0].shape)
-    if len(shape) < 2:
-        raise MolfError(
-            f"the parameters of {module} were flattened into {shape}, as DeepSpeed's ZeRO and FSDP1 do, {_USE_FSDP2}"
-        )
+    if not any("module" in group for group in groups):
+        raise MolfError(f"the groups of the routed layers are gone, which DeepSpeed's ZeRO takes apart, {_USE_FSDP2}")
+    for group in groups:
+        shape = list(group["params"][0].shape) if group["params"] else []
+        if "module" in group and len(shape) < 2:
+            raise MolfError(
+                f"the parameters of {group['module']} were flattened into {shape}, as DeepSpeed's ZeRO and FSDP1 do, {_USE_FSDP2}"
+            )

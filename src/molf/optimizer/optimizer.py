@@ -14,6 +14,7 @@ from molf.errors import MolfError
 from molf.kernels.checks import check_options as check_fused
 from molf.layers.base import Matrix
 from molf.layers.build import init_state_, matrix_of, modules_of
+from molf.layers.fit import check_not_flat
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import Ranks, broadcast_seeds, check_no_orphaned_state, find_ranks
 from molf.numerics.param_names import ParamNames
@@ -239,6 +240,7 @@ class MoLF(torch.optim.Optimizer):
 
     def _begin(self) -> StepContext:
         """Return the context of a new step, with all missing state created."""
+        check_not_flat(self.param_groups)
         if self._names is not None:
             self._names.refresh(self.param_groups)
         ranks = find_ranks(self.param_groups, self._process_group)
