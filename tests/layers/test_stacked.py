@@ -52,7 +52,9 @@ def test_stacked_and_unstacked_experts_are_equal(options, transposed):
     compare(options, transposed=transposed)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "lora_lr": "matched"}, {"score": "pfn"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"score": "epd"}, {"score": "epd", "top_k": 2, "lora_lr": "matched"}, {"score": "pfn"}], ids=str
+)
 def test_every_step_equals_the_oracle(options):
     """The oracle takes one matrix after the other, from the same start."""
     torch.manual_seed(5)

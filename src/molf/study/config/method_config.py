@@ -14,7 +14,7 @@ Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "
 class MethodConfig:
     """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or a PEFT adapter.
 
-    Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``use_rslora``, ``fft_expert``,
+    Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``score``, ``use_rslora``, ``fft_expert``,
     ``freeze_non_linear``. What the method does not read is refused when a run starts (``molf.study.config.unread``).
 
     Raises:
@@ -180,7 +180,7 @@ class MethodConfig:
                 f"match_lora_rate=True with lora_learning_rate={self.lora_learning_rate}: leave one of them out"
             )
         if self.score is None:
-            self.score = "random" if self.match_lora_rate else "epd"
+            self.score = "random" if self.match_lora_rate or not self.routes else "epd"
         if self.routes:
             self.fft_expert = not efficient
         if self.use_rslora is None:
