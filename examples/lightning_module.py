@@ -29,7 +29,7 @@ class Regression(lightning.LightningModule):
 def main(epochs=5, **settings):
     torch.manual_seed(0)
     x = torch.randn(256, 32)
-    trainer = lightning.Trainer(max_epochs=epochs, logger=False, **settings)
+    trainer = lightning.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, **settings)
     trainer.fit(Regression(), DataLoader(TensorDataset(x, torch.tanh(x[:, :8])), batch_size=64))
     return float(trainer.callback_metrics["loss"]), trainer.optimizers[0].routing.winners()
 

@@ -46,7 +46,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fast_path_equals_the_oracle(case, dtype):
-    options = {"lr": 2e-3, **case}
+    options = {"lr": 2e-3, "score": "epd", **case}
     model = mlp(dtype)
     twin = copy.deepcopy(model)
     torch.manual_seed(5)

@@ -197,7 +197,9 @@ def _small_model(signature: StepSignature) -> StepContext:
     for group in groups:
         dtypes = signature.dtypes if "module" in group else signature.dtypes[:1] * 2
         values = [0.3 * torch.randn(shape, generator=generator) for shape in group["params"]]
-        group["params"] = [x.to(signature.device, dtype) for x, dtype in zip(values, dtypes, strict=True)]
+        group["params"] = [
+            x.to(signature.device, dtype).requires_grad_() for x, dtype in zip(values, dtypes, strict=True)
+        ]
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     settings = {"stochastic": signature.stochastic, "optim_bits": signature.optim_bits}

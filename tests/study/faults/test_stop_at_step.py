@@ -9,10 +9,12 @@ from transformers import TrainerControl
 
 from forked import on_two_ranks
 from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.faults.preemption import Preempted, StopRequest
 from molf.study.faults.stop_at_step import StopAtStep
-from molf.study.results.routing import ROUTING_FILE
 from small_runs import SignalAt, carry_out, weights
+
+ROUTING_LOG = LOG_FILES["compact"]
 
 
 @pytest.mark.parametrize(("number", "strategy"), [(signal.SIGTERM, "epoch"), (signal.SIGUSR1, "no")])
@@ -35,14 +37,14 @@ def test_stopped_in_the_last_step_nothing_is_trained_again(settings, callbacks):
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 5}
     carry_out(settings, **changes)
     folder = Path(settings["output_dir"])
-    whole, log = weights(folder), (folder / ROUTING_FILE).read_text()
+    whole, log = weights(folder), (folder / ROUTING_LOG).read_text()
     callbacks.append(SignalAt(4, signal.SIGTERM))
     with pytest.raises(Preempted, match="75"):
         carry_out(settings, **changes, overwrite=True)
     callbacks.clear()
     assert carry_out(settings, **changes, resume_from_checkpoint=True).training.steps == 5
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
-    assert (folder / ROUTING_FILE).read_text() == log
+    assert (folder / ROUTING_LOG).read_text() == log
 
 
 def test_without_a_signal_nothing_changes():

@@ -9,12 +9,14 @@ from transformers import TrainerCallback
 
 from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
+from molf.integrations.routing_lines import LOG_FILES
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import evaluate
 from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE, find_trained
-from molf.study.results.routing import ROUTING_FILE
 from small_runs import NoStep, carry_out, weights
+
+ROUTING_LOG = LOG_FILES["compact"]
 
 
 class SignalAtTheEnd(TrainerCallback):
@@ -61,8 +63,8 @@ def test_stopped_in_its_evaluation_a_run_is_only_evaluated(changes, settings, ca
     left = {path.name for path in there.iterdir()} - {"checkpoint-2", "checkpoint-4"}
     assert {path.name for path in folder.iterdir()} == left
     assert all(torch.equal(tensor, weights(there)[name]) for name, tensor in weights(folder).items())
-    if ROUTING_FILE in left:
-        assert (folder / ROUTING_FILE).read_text() == (there / ROUTING_FILE).read_text()
+    if ROUTING_LOG in left:
+        assert (folder / ROUTING_LOG).read_text() == (there / ROUTING_LOG).read_text()
 
 
 def test_told_to_stop_after_the_last_step_the_model_is_saved_first(settings, callbacks):
