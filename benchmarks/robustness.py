@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,16 +47,38 @@ def family(name: str) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """Return the runs as a Markdown table."""
     lines = [
-        "| contender | score | efficacy | paraphrase | neighbourhood | exact new | won by FFT |",
-        "| --- |" + " ---: |" * 6,
+        "| contender | score | efficacy | paraphrase | neighbourhood | exact new | won by FFT | forgotten |",
+        "| --- |" + " ---: |" * 7,
     ]
     several = len({run["name"] for run in runs}) < len(runs)
     for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
-        values = " | ".join(f"{run['metrics'][metric]['value']:.1f}" for metric in METRICS)
+        values = " | ".join(f"{value:.1f}" for value in values_of(run))
         share = f"{100 * run['routing']['fft']:.0f} %" if run["routing"] else ""
+        rise = run.get("retention", {}).get("loss_rise")
         which = f", {run['settings']['learning_rate']:g}, seed {run['settings']['seed']}" if several else ""
-        lines.append(f"| {run['name'].replace('_', ' ')}{which} | {values} | {share} |")
-    return "\n".join(lines)
+        forgotten = f"{rise['value']:.2f}" if rise else ""
+        lines.append(f"| {run['name'].replace('_', ' ')}{which} | {values} | {share} | {forgotten} |")
+    return "\n".join([*lines, *means(runs)])
+
+
+def values_of(run: dict[str, Any]) -> list[float]:
+    """Return the metrics of a run in the order of ``METRICS``."""
+    return [run["metrics"][metric]["value"] for metric in METRICS]
+
+
+def means(runs: list[dict[str, Any]]) -> list[str]:
+    """Return a row for each contender and rate of which there are several seeds."""
+    seeds: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for run in runs:
+        seeds.setdefault((run["name"], run["settings"]["learning_rate"]), []).append(run)
+    lines = []
+    for (name, rate), own in seeds.items():
+        if len(own) > 1:
+            values = " | ".join(f"{mean(column):.1f}" for column in zip(*map(values_of, own), strict=True))
+            rises = [run["retention"]["loss_rise"]["value"] for run in own if "loss_rise" in run.get("retention", {})]
+            forgotten = f"{mean(rises):.2f}" if len(rises) == len(own) else ""
+            lines.append(f"| {name.replace('_', ' ')}, {rate:g}, mean of {len(own)} | {values} | | {forgotten} |")
+    return lines
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

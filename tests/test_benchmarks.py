@@ -268,10 +268,16 @@ def test_robustness(tmp_path, monkeypatch, capsys):
         result = json.loads(path.read_text())
         result["config"] |= {"learning_rate": rate, "seed": 42}
         path.write_text(json.dumps({**result, "retention": {"kl": {"value": 1.0}, "origin": "here"}}))
+    again = tmp_path / "epd_r8_alpha128-lr0.0004-s44"
+    again.mkdir()
+    metrics = {metric: {"value": 60.0} for metric in robustness.METRICS}
+    (again / "result.json").write_text(json.dumps({**result, "metrics": metrics}))
     (tmp_path / "matched_random_r8-lr0.0002-s42" / "result.json").unlink()
     monkeypatch.setattr(sys, "argv", ["robustness", str(tmp_path), "--into", "other.json"])
     robustness.main()
-    assert "| epd r8 alpha128, 0.0004, seed 42 | 58.0 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| epd r8 alpha128, 0.0004, seed 42 | 58.0 |" in told
+    assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 |" in told
     assert json.loads((tmp_path / "other.json").read_text())[0]["retention"] == {"kl": {"value": 1.0}}
 
 

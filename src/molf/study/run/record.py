@@ -33,7 +33,7 @@ class Start:
     commit: str | None = field(default_factory=lambda: source_commit())
 
 
-def draw_log(config: RunConfig) -> RoutingSummary | None:
+def draw_and_read_routing(config: RunConfig) -> RoutingSummary | None:
     """Draw the routing of a run that has trained, and return it; None if its method does not route or no step was logged."""
     log = find_log(config.output_dir) if config.method.routes else None
     if log is None:
