@@ -1,6 +1,6 @@
 """MoLF in LLaMA-Factory, which asks a function of its own for optimizers that it does not know by name.
 
-python examples/llama_factory.py llama_factory.yaml
+python examples/llama_factory.py llama_factory.yaml   # settings of LLaMA-Factory, and those of MoLF under molf:
 """
 
 import sys
@@ -12,14 +12,15 @@ from llamafactory.train import trainer_utils, tuner
 from molf import MoLF
 
 
-def main(settings: dict[str, Any], **options: Any) -> None:
-    """Train with LLaMA-Factory's settings, and MoLF's options."""
+def main(settings: dict[str, Any]) -> None:
+    """Train with LLaMA-Factory's settings, and MoLF's options under ``molf``."""
+    options = settings.pop("molf", {})
 
     def create(model: Any, args: Any, *_: Any) -> MoLF:
         clip = args.max_grad_norm or None
         args.max_grad_norm = 0.0  # MoLF clips the LoRA experts' gradients too
-        rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "max_grad_norm": clip}
-        return MoLF(model, **rates, **options)
+        given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "max_grad_norm": clip}
+        return MoLF(model, **(given | options))
 
     for module in list(sys.modules.values()):  # its trainers have imported the function by name
         if getattr(module, "create_custom_optimizer", None) is not None:
@@ -30,4 +31,4 @@ def main(settings: dict[str, Any], **options: Any) -> None:
 
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
-        main(yaml.safe_load(file), ranks=(128,))
+        main(yaml.safe_load(file))

@@ -92,7 +92,7 @@ def test_llama_factory(monkeypatch):
     for module in (package, train, utils, tuner):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-    importlib.import_module("llama_factory").main({"model": model}, ranks=(2,))
+    importlib.import_module("llama_factory").main({"model": model, "molf": {"ranks": [2]}})
     (optimizer,) = made
     assert type(optimizer) is MoLF and (optimizer.max_grad_norm, args.max_grad_norm) == (0.5, 0.0)
     assert optimizer.param_groups[-1]["lr"] == 2e-3
