@@ -1,7 +1,7 @@
 """MoLF: fine-tune with full fine-tuning and LoRA as experts of every layer, and let the optimizer choose at every step.
 
-optimizer = molf.MoLF(model, ranks=(128,), lr=5e-5)                    # any PyTorch loop
-molf.use_in(trainer, ranks=(128,)).train()                             # any trainer of transformers or TRL
+optimizer = molf.MoLF(model, ranks=(32,), lr=5e-5)                    # any PyTorch loop
+molf.use_in(trainer, ranks=(32,)).train()                             # any trainer of transformers or TRL
 """
 
 from __future__ import annotations
