@@ -13,8 +13,9 @@ if importlib.util.find_spec("triton"):
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The plain step multiplies in float32; on tensor cores the kernels multiply in TF32.
-TOLERANCE = {"rtol": 2e-6, "atol": 2e-6} if DEVICE == "cpu" else {"rtol": 2e-3, "atol": 1e-4}
-CLOSE = {"rtol": 1e-4 if DEVICE == "cpu" else 5e-3, "atol": 0.0}
+TF32_TOLERANCE, TF32_CLOSE = {"rtol": 2e-3, "atol": 1e-4}, {"rtol": 5e-3, "atol": 0.0}
+TOLERANCE = {"rtol": 2e-6, "atol": 2e-6} if DEVICE == "cpu" else TF32_TOLERANCE
+CLOSE = {"rtol": 1e-4, "atol": 0.0} if DEVICE == "cpu" else TF32_CLOSE
 """Scores and norms."""
 
 

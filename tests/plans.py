@@ -13,14 +13,14 @@ from molf.numerics.adamw import TensorState
 from molf.scores import EPD
 
 BETAS, EPS, LR, DECAY, T = (0.9, 0.99), 1e-8, 0.1, 0.3, 3
-CORRECTIONS = (1 - BETAS[0] ** T, (1 - BETAS[1] ** T) ** 0.5)
+CORRECTIONS = (1 - BETAS[0] ** T, 1 - BETAS[1] ** T)
 
 
 def entry(param, m, v, expert, grad=torch.float32, low=None, absmax=(None, None), **how):
     """Return a plan's entry of a tensor, by default one that is whole, of layer 0, with a stream of its own."""
     how = {"layer": 0, "stream": 11 * expert, "decay": DECAY, "counted": True} | how
     tensor = TensorState(param, None, m, v, low, *absmax)
-    return Entry(tensor, None, grad, param.numel(), False, expert=expert, group=0, ratio=1.0, **how)
+    return Entry(tensor, -1, grad, param.numel(), False, expert=expert, group=0, ratio=1.0, **how)
 
 
 def step_of(entries, grads, experts, device, clip=1.0, go=1.0, score=None, pairs=(), effective=(), chosen=None, seed=3):
@@ -44,22 +44,23 @@ def step_of(entries, grads, experts, device, clip=1.0, go=1.0, score=None, pairs
         entries=entries,
         owned=len(grads),
         routed=experts,
+        experts=experts,
+        counts=[None],
         pairs=list(pairs),
         effective=list(effective),
         gradients=gradients,
     )
     addresses = [grad.data_ptr() for grad in grads]
-    table = to_device(torch.tensor(addresses + gradients.offsets, dtype=torch.int64), device)
+    table = to_device(addresses + gradients.offsets, torch.int64, device)
     made = SimpleNamespace(plan=plan, device=device, grad_table=lambda buffer: table)
     made.launches = Launches(plan, addresses, device)
-    made.rates = torch.full((len(entries),), LR, device=device)
     step = _Step(made, SimpleNamespace(score=score or EPD()), 0)
     scalars = [go, clip, 1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS]
     step._scalars = torch.tensor(scalars, device=device)
     step._grads = table
-    step._corrections = torch.tensor([CORRECTIONS], device=device)
-    won = [int(e in (chosen or ())) for e in range(experts)]
-    step._won = torch.tensor(won, dtype=torch.int8, device=device)
+    won = torch.tensor([float(e in (chosen or ())) for e in range(experts)], device=device)
+    rates = torch.tensor([LR] * len(entries) + [LR * one.decay for one in entries], device=device)
+    step._moves = made.launches.moves([won], torch.tensor([CORRECTIONS], device=device), rates)
     step._noise = torch.full((), seed, device=device)
     return step
 
@@ -74,7 +75,7 @@ def phase2(step):
 
 def adam(m, v):
     """Return a step at rate 1, by the formula."""
-    return (m / CORRECTIONS[0]) / (v.sqrt() / CORRECTIONS[1] + EPS)
+    return (m / CORRECTIONS[0]) / ((v / CORRECTIONS[1]).sqrt() + EPS)
 
 
 __all__ = ["BETAS", "DECAY", "EPS", "LR", "Pair", "adam", "entry", "phase2", "step_of"]

@@ -59,13 +59,9 @@ def test_elements_are_moved_16_bytes_at_once(compiled):
 
 def test_instructions_stay_few(compiled):
     """Of all widths, in PTX; 64-bit divisions of single elements, and random numbers in 64 bits, would show."""
-    limits = {"move_pairs": 400, "move_winners": 400, "update_moments": 400, "requantize": 1900, "score_quantized": 700}
+    limits = {"move_pairs": 400, "move_winners": 400, "update_moments": 400, "requantize": 2000, "score_quantized": 900}
     for name, made in vectorized(compiled).items():
         kernel = name.partition("(")[0]
         noise = (500 if kernel == "move_winners" else 1200) * ("STORAGE=2" in name)
         assert made["instructions"] <= limits[kernel] + noise, name
-        assert (
-            made["divisions"] == 0
-            if kernel in ("move_pairs", "move_winners", "update_moments")
-            else made["divisions"] <= 3
-        ), name
+        assert made["divisions"] == 0, name

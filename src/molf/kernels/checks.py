@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.layers.base import RoutedLayer
 from molf.numerics.distributed import local
 from molf.numerics.gradients import check_dense
 from molf.scores import EPD, PFN, Descent, Random, Score
@@ -23,15 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
-    """Check conditions of the kernels that do not depend on the device.
-
-    Args:
-        groups: The optimizer's groups, or some of them.
-        score: Scores the experts of a layer.
-
-    Raises:
-        MolfError: If one is not met.
-    """
+    """Check conditions of the kernels that do not depend on the device, and raise a ``MolfError`` if one is not met."""
     if not _has_triton():
         raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
     if type(score) not in (EPD, PFN, Descent, Random):
@@ -52,15 +43,7 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
 
 
 def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
-    """Check all conditions of the kernels for groups where they are now.
-
-    Args:
-        groups: The optimizer's groups, or those that will move.
-        score: Scores the experts of a layer.
-
-    Raises:
-        MolfError: If one is not met.
-    """
+    """Check all conditions of the kernels for groups where they are now, and raise a ``MolfError`` if one is not met."""
     check_options(groups, score)
     params = [p for group in groups for p in group["params"]]
     devices = sorted({str(p.device) for p in params})
@@ -73,31 +56,16 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
         raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
 
 
-def check_gradients(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]) -> None:
-    """Check that kernels can read all gradients.
-
-    Args:
-        layers: The routed layers that move.
-        ordinary: Groups of parameters that take plain AdamW.
-
-    Raises:
-        MolfError: If a gradient is sparse, or not like its parameter and contiguous.
-    """
-    params = [p for group in (*ordinary, *(layer.group for layer in layers)) for p in group["params"]]
-    check_dense([p.grad for p in params if p.grad is not None])
-    for p in params:
-        if p.grad is not None and not _readable(p, p.grad):
-            shape, found = list(local(p).shape), local(p.grad)
+def check_gradients(params: Iterable[Tensor]) -> None:
+    """Raise a ``MolfError`` if kernels cannot read a gradient; that shapes and devices fit was checked before."""
+    for p in (p for p in params if p.grad is not None):
+        assert p.grad is not None
+        check_dense([p.grad])
+        if p.grad.dtype != p.dtype or not local(p.grad).is_contiguous():
             raise _refusal(
-                f"the gradient of a parameter {shape} {p.dtype} is {list(found.shape)} {found.dtype} on {found.device} with "
-                f"strides {found.stride()}, and the kernels need one like the parameter, contiguous and on {local(p).device}"
+                f"the gradient of a parameter {list(p.shape)} is {p.grad.dtype} with strides {local(p.grad).stride()}, and the "
+                f"kernels need {p.dtype} and contiguous memory"
             )
-
-
-def _readable(p: Tensor, grad: Tensor) -> bool:
-    p, grad = local(p), local(grad)
-    alike = grad.shape == p.shape and grad.dtype == p.dtype and grad.device == p.device
-    return alike and grad.is_contiguous() and p.is_contiguous()
 
 
 def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:

@@ -27,19 +27,22 @@ class Layout:
         self.numel, self._multiple = 0, multiple
         self._one = torch.empty((), device=device)
         self._shapes: list[Tensor] = []
+        self._numbers: list[int] = []
 
-    def place(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Add a tensor and return its number among the views and its first element."""
-        found = len(self._shapes), self.numel
+    def place(self, shape: Sequence[int]) -> int:
+        """Add a tensor and return its first element."""
+        first = self.numel
+        self._numbers.append(len(self._shapes))
         self._add(tuple(shape))
         if gap := -self.numel % self._multiple:
             self._add((gap,))
-        return found
+        return first
 
     def _add(self, shape: tuple[int, ...]) -> None:
         self._shapes.append(self._one.expand(shape))  # costs no memory
         self.numel += self._shapes[-1].numel()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return all tensors, and gaps, in a buffer of ``numel`` elements; one call for all of them."""
-        return torch._C._nn.unflatten_dense_tensors(buffer, self._shapes)
+        """Return all tensors, in the order of their places, in a buffer of ``numel`` elements; one call for all of them."""
+        views = torch._C._nn.unflatten_dense_tensors(buffer, self._shapes)
+        return [views[i] for i in self._numbers]

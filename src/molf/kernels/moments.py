@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 
 from molf.kernels import tables as t
-from molf.kernels.tables import pointer, size_in
+from molf.kernels.tables import BLOCK, CHUNK, pointer, size_in
 
-__all__ = ["BLOCK", "CHUNK", "STRIP", "store_sums", "sum_per_expert", "update_moments", "updated"]
+__all__ = ["store_sums", "sum_per_expert", "update_moments", "updated"]
 
-CHUNK, BLOCK = 4096, 1024
-STRIP = 256
+_STRIP = tl.constexpr(256)
 
 
 @triton.jit
@@ -31,28 +30,18 @@ def updated(g, m, v, scalars):
 
 @triton.jit
 def update_moments(
-    addresses,
-    grads,
-    sizes,
-    partials,
-    squares,
-    scalars,
-    blocks,
-    GRAD: tl.constexpr,
-    PFN: tl.constexpr,
-    HINT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, grads, partials, squares, scalars, blocks, GRAD: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr
 ):
     """Update float32 moments in place."""
     if tl.load(scalars + t.GO) == 0:
         return
     block = blocks + 3 * tl.program_id(0)
     i, start, slot = tl.load(block), tl.multiple_of(tl.load(block + 1), CHUNK), tl.load(block + 2)
-    size = size_in(sizes + i * t.SIZES + t.SIZE, HINT) - start
+    row = rows + i * t.ROW
+    size = size_in(row + t.SIZE, HINT) - start
     grad = pointer(grads + i, GRAD, HINT > 1) + start
-    exp_avg = pointer(addresses + i * t.ADDRESSES + t.EXP_AVG, tl.float32, HINT > 1) + start
-    exp_avg_sq = pointer(addresses + i * t.ADDRESSES + t.EXP_AVG_SQ, tl.float32, HINT > 1) + start
+    exp_avg = pointer(row + t.EXP_AVG, tl.float32, HINT > 1) + start
+    exp_avg_sq = pointer(row + t.EXP_AVG_SQ, tl.float32, HINT > 1) + start
     total, norm = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, CHUNK, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -66,23 +55,25 @@ def update_moments(
         tl.store(exp_avg_sq + at, v, mask=inside)
         u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
         total += u * u if PFN else m * u  # 0 outside: m is
-    store_sums(sizes + i * t.SIZES, partials + slot, squares + slot, tl.sum(total, axis=0), tl.sum(norm, axis=0))
+    store_sums(row, partials + slot, squares + slot, tl.sum(total, axis=0), tl.sum(norm, axis=0))
 
 
 @triton.jit
-def store_sums(sizes, partial, square, total, norm):
+def store_sums(row, partial, square, total, norm):
     """Store a block's sums, 0 where they do not count."""
-    tl.store(partial, tl.where(tl.load(sizes + t.COUNTED) != 0, total, 0.0))
-    tl.store(square, tl.where(tl.load(sizes + t.NORMED) != 0, norm, 0.0))
+    tl.store(partial, tl.where(tl.load(row + t.COUNTED) != 0, total, 0.0))
+    tl.store(square, tl.where(tl.load(row + t.NORMED) != 0, norm, 0.0))
 
 
 @triton.jit
-def sum_per_expert(partials, totals, bounds, STRIP: tl.constexpr):
-    """Add an expert's partial sums; ``bounds [experts, 3]`` has its first and its last place."""
+def sum_per_expert(partials, squares, totals, norms, blocks):
+    """Add an expert's partial sums; ``blocks [experts, 3]`` has its first and its last place."""
     expert = tl.program_id(0)
-    first, last = tl.load(bounds + 3 * expert + 1), tl.load(bounds + 3 * expert + 2)
-    total = tl.zeros((STRIP,), dtype=tl.float64)
-    for start in range(first, last, STRIP):
-        at = start + tl.arange(0, STRIP)
+    first, last = tl.load(blocks + 3 * expert + 1), tl.load(blocks + 3 * expert + 2)
+    total, norm = tl.zeros((_STRIP,), dtype=tl.float64), tl.zeros((_STRIP,), dtype=tl.float64)
+    for start in range(first, last, _STRIP):
+        at = start + tl.arange(0, _STRIP)
         total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
+        norm += tl.load(squares + at, mask=at < last, other=0.0).to(tl.float64)
     tl.store(totals + expert, tl.sum(total, axis=0))
+    tl.store(norms + expert, tl.sum(norm, axis=0))

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels import tables as t
-from molf.kernels.tables import pointer, size_in
+from molf.kernels.tables import BLOCK, CHUNK, pointer, size_in
 from molf.kernels.winners import moved
 
 __all__ = ["Pair", "move_pairs", "pair_gradients"]
@@ -51,43 +51,24 @@ def pair_gradients(
 
 
 @triton.jit
-def move_pairs(
-    addresses,
-    sizes,
-    factors,
-    rates,
-    corrections,
-    chosen,
-    operands,
-    scalars,
-    blocks,
-    HINT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def move_pairs(rows, moves, operands, scalars, blocks, HINT: tl.constexpr):
     """Move A and B of the pairs that won, and write the operands of all: parts of X from B, of Y from A."""
     block = blocks + 3 * tl.program_id(0)
     i, start = tl.load(block), tl.multiple_of(tl.load(block + 1).to(tl.int32), CHUNK)
-    row, address = sizes + i * t.SIZES, addresses + i * t.ADDRESSES
+    row, move = rows + i * t.ROW, moves + i * t.MOVE
     size, columns = size_in(row + t.SIZE, HINT).to(tl.int32), size_in(row + t.COLUMNS, HINT).to(tl.int32)
     stride = size_in(row + t.STRIDE, HINT).to(tl.int32)
     first_operand = operands + size_in(row + t.OFFSET, HINT)
     second_operand = operands + size_in(row + t.SECOND, HINT)
     running = tl.load(scalars + t.GO) != 0
-    won = running & (tl.load(chosen + tl.load(row + t.EXPERT)) != 0)
+    won, fft = running & (tl.load(move + t.WON) != 0), running & (tl.load(move + t.FFT) != 0)
     # From B: s B beside s DB. From A, whose own scale is 1: f A + DA above A'.
-    weight, scale, is_b = (
-        tl.load(row + t.WEIGHT),
-        tl.load(factors + i * t.FACTORS + t.SCALE),
-        tl.load(row + t.IS_B) != 0,
-    )
-    fft = running & (tl.load(chosen + tl.load(sizes + weight * t.SIZES + t.EXPERT)) != 0)
-    decay = tl.load(rates + weight) * tl.load(factors + weight * t.FACTORS + t.DECAY)
+    scale, is_b = tl.load(move + t.SCALE), tl.load(row + t.IS_B) != 0
     of_a = tl.where(is_b, 0.0, 1.0)
-    old = tl.where(is_b, scale, tl.where(fft, decay, 0.0))
-    param = pointer(address + t.PARAM, tl.float32, HINT > 1)
-    exp_avg = pointer(address + t.EXP_AVG, tl.float32, HINT > 1)
-    exp_avg_sq = pointer(address + t.EXP_AVG_SQ, tl.float32, HINT > 1)
+    old = tl.where(is_b, scale, tl.where(fft, tl.load(move + t.FFT_DECAY), 0.0))
+    param = pointer(row + t.PARAM, tl.float32, HINT > 1)
+    exp_avg = pointer(row + t.EXP_AVG, tl.float32, HINT > 1)
+    exp_avg_sq = pointer(row + t.EXP_AVG_SQ, tl.float32, HINT > 1)
     for first in range(0, CHUNK, BLOCK):
         at = start + first + tl.arange(0, BLOCK)
         inside = at < size
@@ -96,7 +77,7 @@ def move_pairs(
         if won:
             m = tl.load(exp_avg + at, mask=inside, other=0.0)
             v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
-            now = moved(p, m, v, i, sizes, factors, rates, corrections, scalars)
+            now = moved(p, m, v, move, scalars)
             tl.store(param + at, now, mask=inside)
             change = now - p
         to = (at // columns) * stride + at % columns

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
     Attributes:
         tensor: This rank's part, without its gradient.
-        owner: The parameter that has the gradient; None for pairs of the merged form, whose gradients are computed.
+        owner: The number of the parameter that has the gradient; -1 for pairs of the merged form, whose gradients are computed.
         grad: Dtype of the gradient.
         size: Elements of the whole tensor.
         sharded: Whether other ranks hold other parts of it.
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """
 
     tensor: TensorState
-    owner: Tensor | None
+    owner: int
     grad: torch.dtype
     size: int
     sharded: bool
@@ -71,11 +71,11 @@ class Entry(NamedTuple):
 
 
 class Ordinary(NamedTuple):
-    """Float32 parameters of one group, which PyTorch's fused AdamW moves."""
+    """Float32 parameters of one group, which PyTorch's fused AdamW moves; ``owners`` are their numbers."""
 
     group: int
     decay: float
-    owners: list[Tensor]
+    owners: list[int]
     states: list[TensorState]
     counts: list[Tensor]
 
@@ -95,12 +95,12 @@ class StepPlan:
         counts: Step counts, first those of the layers, then those of ordinary parameters.
         pairs: The merged form's pairs.
         effective: The rows of the weights of their layers.
-        update_counts: How often each of these pairs was updated; ``update_experts`` are the numbers of their experts.
+        update_counts: How often each of these pairs was updated.
+        levelled: Numbers of parameters whose gradients have other units than those of levelled scales, with the factor.
         routed: The number of experts of all layers together, ``L * E``.
         experts: The same, plus one for each ordinary parameter.
         n: The number of elements of every routed expert, all shards included.
-        names: Of the layers.
-        expert_names: Of a layer's experts.
+        names: Of the layers; ``expert_names`` of a layer's experts.
         expert_groups: The number of every routed expert's group; ``expert_ratios`` are its rates as shares of the group's.
         gradients: Where the gradients of pairs lie in their buffer.
     """
@@ -112,48 +112,50 @@ class StepPlan:
         context: StepContext,
         device: torch.device,
     ):
-        self._device, self._state = device, context.state
-        self._rank, self.shards = context.ranks.shard_index, context.ranks.shards
+        self._device, self._state, self._rank = device, context.state, context.ranks.shard_index
+        self._number = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         self.entries: list[Entry] = []
         self.counts: list[Tensor] = []
         self.ordinary: list[Ordinary] = []
         self.pairs: list[Pair] = []
         self.effective: list[int] = []
         self.update_counts: list[Tensor] = []
-        self.update_experts: list[int] = []
+        self.levelled: list[tuple[int, float]] = []
         self.routed = sum(len(layer.experts) for layer in layers)
         self.names = tuple(layer.name for layer in layers)
         self.expert_names = layers[0].experts if layers else ()
         self.expert_groups: list[int] = []
         self.expert_ratios: list[float] = []
         pairs: list[Entry] = []
-        number = {id(group): i for i, group in enumerate(groups)}
+        numbers = {id(group): i for i, group in enumerate(groups)}
         for layer in layers:
-            pairs += self._add_layer(layer, number[id(layer.group)])
+            pairs += self._add_layer(layer, numbers[id(layer.group)])
         for i, group in enumerate(groups):
             if "module" not in group:
                 self._add_ordinary(i, group)
         self.owned = len(self.entries)
         self.entries += pairs  # behind all whose gradients backward leaves
         self.experts = self.routed + len(self.counts) - len(layers)
-        sizes = [0] * self.routed
+        sizes = [0] * self.experts
         for entry in self.entries:
-            if entry.expert < self.routed:
-                sizes[entry.expert] += entry.size
-        self.n = tuple(sizes)
-        self.gradients = PairGradients(self, context.ranks.shard_count if self.shards is not None else 0, device)
+            sizes[entry.expert] += entry.size
+        self.n = sizes[: self.routed]
+        self.gradients = PairGradients(self, 0 if context.ranks.shards is None else context.ranks.shard_count, device)
 
-    # Which tensors there are.
-
-    def _entry(self, tensor: TensorState, owner: Tensor | None, number: int, **how: Any) -> Entry:
-        """Return the entry of a tensor, whole or sharded; ``number`` counts the tensors of this rank."""
-        sharded = is_sharded(tensor.param)
+    def _entry(self, x: TensorState, number: int = -1, **how: Any) -> Entry:
+        """Return the entry of a tensor, whole or sharded; ``number`` counts those of this rank, but for pairs."""
+        sharded = is_sharded(x.param)
         # Distinct for every tensor of this rank; for a shard, distinct on every rank.
         stream = (number + (sharded * (self._rank + 1) << 32)) * SEED_STRIDE % 2**62
-        dtype = torch.float32 if owner is None or owner.grad is None else owner.grad.dtype
-        own = tensor._replace(grad=None).local if sharded else tensor._replace(grad=None)
-        counted = sharded or self._rank == 0
-        return Entry(own, owner, dtype, tensor.param.numel(), sharded, stream, counted=counted, **how)
+        dtype = torch.float32 if number < 0 or x.param.grad is None else x.param.grad.dtype
+        owner, counted = self._number.get(id(x.param), -1), sharded or self._rank == 0
+        own = x._replace(grad=None).local
+        return Entry(own, owner, dtype, x.param.numel(), sharded, stream, counted=counted, **how)
+
+    def _own(self, x: TensorState, **how: Any) -> int:
+        """Add a tensor with a gradient of its own and return its row."""
+        self.entries.append(self._entry(x, len(self.entries), **how))
+        return len(self.entries) - 1
 
     def _count(self, p: Tensor, key: str) -> Tensor:
         entries = self._state[p]
@@ -175,7 +177,8 @@ class StepPlan:
                 for x in layer.tensors(e):
                     factor = layer.b_factor(x.param)
                     decay = decays[layer.experts[e] != "fft"] / factor if x.param.ndim > 1 else 0.0
-                    self._own(x, expert=first + e, ratio=ratio * factor, decay=decay, **how)
+                    row = self._own(x, expert=first + e, ratio=ratio * factor, decay=decay, **how)
+                    self.levelled += [(self.entries[row].owner, factor)] if factor != 1 else []
             return []
         assert isinstance(layer, MergedLayer)
         weight, *biases = layer.tensors(0)
@@ -184,37 +187,28 @@ class StepPlan:
             self._own(bias, expert=first, ratio=1.0, decay=0.0, **how)
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             self.update_counts.append(self._count(layer.base[0], f"{name}.wins"))
-            self.update_experts.append(first + e)
             A, B = (layer.pair_tensor(e, key) for key in "AB")
             self.pairs.append(Pair(A.param, local(B.param), scale, len(self.effective)))
             how |= {"expert": first + e, "ratio": layer.lr_ratios[e], "decay": decays[1], "weight": at}
-            pairs += [self._entry(A, None, -1, **how), self._entry(B, None, -1, scale=scale, **how)]
+            pairs += [self._entry(A, **how), self._entry(B, scale=scale, **how)]
         if pairs:
             self.effective.append(at)
         return pairs
 
-    def _own(self, x: TensorState, **how: Any) -> int:
-        """Add a tensor with a gradient of its own and return its row."""
-        self.entries.append(self._entry(x, x.param, len(self.entries), **how))
-        return len(self.entries) - 1
-
     def _add_ordinary(self, number: int, group: dict[str, Any]) -> None:
         """Add the parameters of a group that have a gradient; float32 ones need no kernel of ours."""
         found = Ordinary(number, group["weight_decay"], [], [], [])
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            tensor, layer = TensorState.of(p, self._state[p]), len(self.counts)
+        for p in (p for p in group["params"] if p.grad is not None):
+            x, layer = TensorState.of(p, self._state[p]), len(self.counts)
             self.counts.append(self._count(p, "step"))
-            if p.dtype == torch.float32 and not tensor.is_quantized:
-                found.owners.append(p)
-                found.states.append(tensor._replace(grad=None).local)
+            if p.dtype == torch.float32 and not x.is_quantized:
+                found.owners.append(self._number[id(p)])
+                found.states.append(x._replace(grad=None).local)
                 found.counts.append(self.counts[-1])
             else:
                 expert = self.routed + layer - len(self.names)
-                self._own(tensor, expert=expert, layer=layer, group=number, ratio=1.0, decay=group["weight_decay"])
-        if found.owners:
-            self.ordinary.append(found)
+                self._own(x, expert=expert, layer=layer, group=number, ratio=1.0, decay=group["weight_decay"])
+        self.ordinary += [found] if found.owners else []
 
 
 class PairGradients:
@@ -230,23 +224,19 @@ class PairGradients:
     """
 
     def __init__(self, plan: StepPlan, shards: int, device: torch.device):
-        layout, places = Layout(device), {}
-        sharded = [plan.entries[plan.effective[pair.layer]].sharded for pair in plan.pairs]
-        for i, pair in enumerate(plan.pairs):
-            if sharded[i]:
-                places["A", i] = layout.place(pair.A.shape)
-        self._norms = layout.place((shards,))
-        self.reduced = self._norms[1] + shards
-        for i, pair in enumerate(plan.pairs):
-            places["B", i] = layout.place(pair.B.shape)
-            if not sharded[i]:
-                places["A", i] = layout.place(pair.A.shape)
-        self._layout, self.numel = layout, layout.numel
-        self._places = [[places[key, i][0] for i in range(len(plan.pairs))] for key in "AB"]
-        self.offsets = [4 * places[key, i][1] for i in range(len(plan.pairs)) for key in "AB"]
+        self._layout, count = Layout(device), len(plan.pairs)
+        summed = [(i, "A") for i in range(count) if plan.entries[plan.effective[plan.pairs[i].layer]].sharded]
+        others = [(i, key) for i in range(count) for key in "BA" if (i, key) not in set(summed)]
+        places = {(i, key): self._layout.place(getattr(plan.pairs[i], key).shape) for i, key in summed}
+        self.reduced = self._layout.place((shards,)) + shards
+        places |= {(i, key): self._layout.place(getattr(plan.pairs[i], key).shape) for i, key in others}
+        self.numel = self._layout.numel
+        self.offsets = [4 * places[i, key] for i in range(count) for key in "AB"]
+        order = {place: number for number, place in enumerate([*summed, None, *others])}
+        self._numbers, self._norms = [[order[i, key] for i in range(count)] for key in "AB"], order[None]
 
     def views(self, buffer: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Return dA and dB of all pairs, and the norms of the shards, in a buffer of ``numel`` elements."""
         views = self._layout.views(buffer)
-        dAs, dBs = ([views[i] for i in own] for own in self._places)
-        return dAs, dBs, views[self._norms[0]]
+        dAs, dBs = ([views[i] for i in own] for own in self._numbers)
+        return dAs, dBs, views[self._norms]

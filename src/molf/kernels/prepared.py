@@ -11,14 +11,13 @@ from torch import Tensor
 from molf.kernels.checks import check_gradients, check_groups
 from molf.kernels.launches import Launches
 from molf.kernels.plan import StepPlan
-from molf.kernels.tables import to_device
+from molf.kernels.tables import MOVE, to_device
 from molf.kernels.winners import STOCHASTIC
-from molf.layers.branched import BranchedLayer
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "are_at"]
 
 
 class Prepared:
@@ -44,7 +43,7 @@ class Prepared:
     def __init__(self, groups: Sequence[dict[str, Any]], context: StepContext, device: torch.device):
         check_groups(groups, context.score)
         layers = active_layers(groups, context.state)
-        check_gradients(layers, [group for group in groups if "module" not in group])
+        check_gradients(p for group in groups for p in group["params"])
         self.device = device
         self.plan = plan = StepPlan(layers, groups, context, device)
         self.betas, self.eps = groups[0]["betas"], groups[0]["eps"]
@@ -53,27 +52,16 @@ class Prepared:
         self._had = [p.grad is not None for p in self._params]
         self.is_sharded = [is_sharded(p) for p in self._params]
         self._sharded = any(self.is_sharded)
-        used = {id(p) for layer in layers for p in layer.group["params"]}
-        used |= {id(p) for group in groups if "module" not in group for p in group["params"] if p.grad is not None}
-        self.moves = [id(p) in used for p in self._params]
-        self._kept = [list(context.state[p].items()) if id(p) in used else [] for p in self._params]
-        number = {id(p): i for i, p in enumerate(self._params)}
-        self.owned = [number[id(entry.owner)] for entry in plan.entries[: plan.owned]]
-        self.ordinary = [[number[id(p)] for p in own.owners] for own in plan.ordinary]
-        self._b_grads = [
-            (number[id(p)], layer.b_factor(p))
-            for layer in layers
-            if isinstance(layer, BranchedLayer)
-            for p in layer.group["params"]
-            if p.grad is not None and layer.b_factor(p) != 1
-        ]
-        self._addresses = self._addresses_of([local(p) for p in self._params])
+        self._kept = [list(context.state.get(p, {}).items()) for p in self._params]
+        self.owned = [entry.owner for entry in plan.entries[: plan.owned]]
+        self.moving = sorted({*self.owned, *(i for own in plan.ordinary for i in own.owners)})
+        self._addresses = [local(self._params[i]).data_ptr() for i in self.owned]
         self.grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
         self._grad_addresses = self._addresses_of(self.grads)
         self.launches = Launches(plan, self._grad_addresses, device)
         self._make_grad_table()
         self._make_fixed_tables()
-        self._lrs: list[Any] = []
+        self._on_host: list[float | None] = []
         self._update_rates(groups)
 
     def is_current(self, groups: Sequence[dict[str, Any]], context: StepContext) -> bool:
@@ -99,7 +87,7 @@ class Prepared:
                         return False
         except KeyError:  # of a state that was loaded
             return False
-        if self._addresses_of(own) != self._addresses:
+        if not are_at([own[i] for i in self.owned], self._addresses):
             return False
         self.grads = grads
         self._now = self._addresses_of(grads)
@@ -121,8 +109,8 @@ class Prepared:
 
     def level_gradients_(self) -> None:
         """Bring gradients into the units of levelled scales, as ``level_gradients_`` does."""
-        if self._b_grads:
-            torch._foreach_mul_([self.grads[i] for i, _ in self._b_grads], [factor for _, factor in self._b_grads])
+        if own := self.plan.levelled:
+            torch._foreach_mul_([self.grads[i] for i, _ in own], [factor for _, factor in own])
 
     def grad_table(self, buffer: Tensor) -> Tensor:
         """Return the addresses of all gradients, with those of pairs in a buffer."""
@@ -135,58 +123,47 @@ class Prepared:
         return list(map(torch.Tensor.data_ptr, [tensors[i] for i in self.owned]))  # type: ignore[arg-type]
 
     def _make_grad_table(self) -> None:
-        addresses = torch.tensor(self._grad_addresses + self.plan.gradients.offsets, dtype=torch.int64, device="cpu")
-        self._grad_table = to_device(addresses, self.device)
+        self._grad_table = to_device(self._grad_addresses + self.plan.gradients.offsets, torch.int64, self.device)
 
     def _make_fixed_tables(self) -> None:
         """Make what depends on the plan alone."""
-        plan, (beta1, beta2) = self.plan, self.betas
-        inside = [0] * plan.owned + [1] * (len(plan.entries) - plan.owned)
-        group = [entry.group for entry in plan.entries] + plan.expert_groups
-        ratio = [entry.ratio for entry in plan.entries] + plan.expert_ratios
-        made = {"inside": inside, "group": group, "experts": plan.update_experts}
-        self._inside, self._group, self.update_experts = (
-            to_device(torch.tensor(own, dtype=torch.int64, device="cpu"), self.device) for own in made.values()
+        plan, entries, (beta1, beta2) = self.plan, self.plan.entries, self.betas
+        self._inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
+        # Rates: of all entries, their products with the decays, and of all routed experts.
+        self._group = to_device([entry.group for entry in entries] * 2 + plan.expert_groups, torch.int64, self.device)
+        shares = [entry.ratio for entry in entries], [entry.ratio * entry.decay for entry in entries]
+        self._shares = to_device([*shares[0], *shares[1], *plan.expert_ratios], torch.float64, self.device)
+        self.update_places = to_device(
+            [MOVE.value * i for i in range(plan.owned, len(entries), 2)], torch.int64, self.device
         )
-        self._ratio, self.n = (
-            to_device(torch.tensor(own, dtype=torch.float64, device="cpu"), self.device) for own in (ratio, plan.n)
-        )
-        ordinary = plan.experts - plan.routed
-        self.always = torch.ones(ordinary, dtype=torch.bool, device=self.device)
+        self.n = to_device(plan.n, torch.float64, self.device).view(len(plan.names), -1 if plan.names else 0)
+        self.unknown = torch.full_like(self.n, torch.nan)
+        self.powers = to_device(self.betas, torch.float64, self.device)
+        self.always = torch.ones(plan.experts - plan.routed, device=self.device)
         self.one = torch.ones((), device=self.device)
-        settings = torch.tensor([1 - beta1, beta2, 1 - beta2, self.eps], dtype=torch.float32, device="cpu")
-        self.settings = to_device(settings, self.device)
-        self.draws = any(entry.storage == STOCHASTIC for entry in plan.entries)
+        self.settings = to_device([1 - beta1, beta2, 1 - beta2, self.eps], torch.float32, self.device)
+        self.draws = any(entry.storage == STOCHASTIC for entry in entries)
 
     def _update_rates(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the rates up to date and return whether a table was copied; tensors on the device are read at every step."""
-        lrs = [group["lr"] for group in groups]
-        live: dict[int, Tensor] = {}
-        for lr in lrs:
-            if isinstance(lr, Tensor) and lr.device == self.device:
-                live[id(lr)] = lr
-        at = {key: i for i, key in enumerate(live)}
-        # Rates on the host stand behind those on the device.
-        values = [at[id(lr)] if id(lr) in at else float(lr) for lr in lrs] if live else list(map(float, lrs))
-        copied = values != self._lrs
+        lrs: list[Any] = [group["lr"] for group in groups]
+        live = {id(lr): lr.view(()) for lr in lrs if isinstance(lr, Tensor) and lr.device == self.device}
+        on_host = [None if id(lr) in live else float(lr) for lr in lrs]
+        copied = on_host != self._on_host
         if copied:
-            self._lrs = values
-            table = [0.0 if id(lr) in at else float(lr) for lr in lrs]
-            self._lr_table = to_device(torch.tensor(table, dtype=torch.float64, device="cpu"), self.device)
-            if live:
-                place = [at.get(id(lr), len(live) + i) for i, lr in enumerate(lrs)]
-                self._place = to_device(torch.tensor(place, dtype=torch.int64, device="cpu"), self.device)
-        self.lrs: list[Any] = lrs
-        if not (copied or live):
-            return False
-        lr_of_group = self._lr_table
+            self._on_host = on_host
+            self._lr_table = to_device([lr or 0.0 for lr in on_host], torch.float64, self.device)
+        self.lrs, lr_of_group = lrs, self._lr_table
         if live:
-            now = torch.stack([lr.view(()) for lr in live.values()]).double()
-            self.lrs = [lr.view(()).float() if id(lr) in at else lr for lr in lrs] if self.plan.ordinary else lrs
-            lr_of_group = torch.cat([now, self._lr_table]).index_select(0, self._place)
-        every = lr_of_group.index_select(0, self._group) * self._ratio
-        rows = len(self.plan.entries)
-        self.rates, self.score_rates = every[:rows].float(), every[rows:]
+            now = {key: lr.double() for key, lr in live.items()}
+            lr_of_group = torch.stack([now.get(id(lr), own) for lr, own in zip(lrs, lr_of_group.unbind(), strict=True)])
+            self.lrs = [live[id(lr)].float() if id(lr) in live else lr for lr in lrs] if self.plan.ordinary else lrs
+        if copied or live:
+            every = lr_of_group.index_select(0, self._group) * self._shares
+            self.rates, self.score_rates = (
+                every[: 2 * len(self.plan.entries)].float(),
+                every[2 * len(self.plan.entries) :].view_as(self.n),
+            )
         return copied
 
 
@@ -194,3 +171,10 @@ def _settings(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """Return what a plan takes from groups, beside parameters and rates."""
     keys, routed = ("weight_decay", "betas", "eps"), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
     return [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
+
+
+def are_at(tensors: list[Tensor], addresses: list[int]) -> bool:
+    """Return whether tensors are where they were. PyTorch's CUDA builds compare all in one call."""
+    if compare := getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None):
+        return bool(compare(tensors, addresses, list(range(len(tensors)))))
+    return list(map(torch.Tensor.data_ptr, tensors)) == addresses

@@ -14,17 +14,14 @@ from torch import Tensor
 
 from molf.kernels import tables as t
 from molf.kernels.moments import store_sums, updated
-from molf.kernels.tables import pointer, size_in
+from molf.kernels.tables import CODES, TILE, pointer, size_in
 from molf.kernels.winners import load_weight, moved, store_weight
 from molf.numerics.quantization import code_values, nearest_code
 
-__all__ = ["ROWS", "WARPS", "nearest", "requantize", "score_quantized", "values"]
+__all__ = ["WARPS", "code_tables", "requantize", "score_quantized"]
 
-ROWS = 16
-"""Blocks of a tile."""
-
-WARPS = 8
-"""Warps of programs on tiles of 4096 8-bit elements; 4 would spill registers."""
+WARPS = 4
+"""Warps of programs on tiles of 2048 8-bit elements; on larger tiles Triton 3.6 needs a whole multiprocessor's registers."""
 
 
 @triton.jit
@@ -36,59 +33,35 @@ def _moments(codes, absmax, values, block, here, at, inside, ALIGNED: tl.constex
 
 
 @triton.jit
-def _updated(
-    i,
-    addresses,
-    grads,
-    sizes,
-    values,
-    scalars,
-    first,
-    GRAD: tl.constexpr,
-    HINT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _updated(row, grad, values, scalars, first, GRAD: tl.constexpr, HINT: tl.constexpr):
     """Return a tile's updated moments, its gradient, its blocks and its elements, each with a mask."""
-    row, address = sizes + i * t.SIZES, addresses + i * t.ADDRESSES
-    block = first + tl.arange(0, ROWS)
-    n, in_row = size_in(row + t.COLUMNS, HINT), tl.load(row + t.IN_ROW)
-    column = (block % in_row * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    at = (block // in_row * n)[:, None] + column
-    here = (block < tl.load(row + t.BLOCKS))[:, None]
-    inside, block = here & (column < n), block[:, None]
-    g = tl.load(pointer(grads + i, GRAD, HINT > 1) + at, mask=inside, other=0.0).to(tl.float32)
-    m = _moments(address + t.EXP_AVG, address + t.ABSMAX, values, block, here, at, inside, HINT > 1)
-    v = _moments(address + t.EXP_AVG_SQ, address + t.ABSMAX_SQ, values + 256, block, here, at, inside, HINT > 1)
+    n, block = size_in(row + t.COLUMNS, HINT), first.to(tl.int32) + tl.arange(0, TILE)
+    in_row = tl.cdiv(n.to(tl.int32), CODES)  # in 64 bits, divisions cost several times as much
+    begin = ((block // in_row) * n)[:, None]
+    column = (block % in_row * CODES)[:, None] + tl.arange(0, CODES)[None, :]
+    here, block, at = begin < tl.load(row + t.SIZE), block[:, None], begin + column
+    inside = here & (column < n)
+    g = tl.load(pointer(grad, GRAD, HINT > 1) + at, mask=inside, other=0.0).to(tl.float32)
+    m = _moments(row + t.EXP_AVG, row + t.ABSMAX, values, block, here, at, inside, HINT > 1)
+    v = _moments(row + t.EXP_AVG_SQ, row + t.ABSMAX_SQ, values + 256, block, here, at, inside, HINT > 1)
     m, v = updated(g, m, v, scalars)
     return m, v, g, block, here, at, inside
 
 
 @triton.jit
 def score_quantized(
-    addresses,
-    grads,
-    sizes,
-    partials,
-    squares,
-    scalars,
-    values,
-    blocks,
-    GRAD: tl.constexpr,
-    PFN: tl.constexpr,
-    HINT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, grads, partials, squares, scalars, values, blocks, GRAD: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr
 ):
     """Add up the sums of the scores as ``update_moments`` does; nothing is kept."""
     if tl.load(scalars + t.GO) == 0:
         return
     start = blocks + 3 * tl.program_id(0)
     i, first, slot = tl.load(start), tl.load(start + 1), tl.load(start + 2)
-    m, v, g, _, _, _, _ = _updated(i, addresses, grads, sizes, values, scalars, first, GRAD, HINT, ROWS, BLOCK)
+    row = rows + i * t.ROW
+    m, v, g, _, _, _, _ = _updated(row, grads + i, values, scalars, first, GRAD, HINT)
     u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
     total, norm = tl.sum(tl.sum(u * u if PFN else m * u, axis=1), axis=0), tl.sum(tl.sum(g * g, axis=1), axis=0)
-    store_sums(sizes + i * t.SIZES, partials + slot, squares + slot, total, norm)
+    store_sums(row, partials + slot, squares + slot, total, norm)
 
 
 @triton.jit
@@ -107,58 +80,44 @@ def _quantize(codes, absmax, block, here, at, inside, x, lower, starts, SIGNED: 
 
 @triton.jit
 def requantize(
-    addresses,
-    grads,
-    sizes,
-    factors,
-    rates,
-    corrections,
-    chosen,
+    rows,
+    moves,
     products,
+    scalars,
+    seed,
+    grads,
     values,
     lower,
     starts,
-    scalars,
-    seed,
     blocks,
     GRAD: tl.constexpr,
     STORAGE: tl.constexpr,
     PRODUCT: tl.constexpr,
     HINT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Update the moments and write them back, for winners and losers; move parameters as ``move_winners`` does."""
     if tl.load(scalars + t.GO) == 0:
         return
     start = blocks + 3 * tl.program_id(0)
     i, first = tl.load(start), tl.load(start + 1)
-    row, address = sizes + i * t.SIZES, addresses + i * t.ADDRESSES
-    m, v, _, block, here, at, inside = _updated(
-        i, addresses, grads, sizes, values, scalars, first, GRAD, HINT, ROWS, BLOCK
-    )
-    won = tl.load(chosen + tl.load(row + t.EXPERT)) != 0
+    row, move = rows + i * t.ROW, moves + i * t.MOVE
+    m, v, _, block, here, at, inside = _updated(row, grads + i, values, scalars, first, GRAD, HINT)
+    won = tl.load(move + t.WON) != 0
     if won | PRODUCT:
         origin = first * 0
-        p = load_weight(address, origin, at, inside, STORAGE, HINT > 1)
+        p = load_weight(row, origin, at, inside, STORAGE, HINT > 1)
         if won:
-            p = moved(p, m, v, i, sizes, factors, rates, corrections, scalars)
+            p = moved(p, m, v, move, scalars)
         if PRODUCT:
             p += tl.load(products + size_in(row + t.OFFSET, HINT) + at, mask=inside, other=0.0)
-        store_weight(address, origin, at, inside, p, seed, row + t.STREAM, STORAGE, HINT > 1)
-    _quantize(address + t.EXP_AVG, address + t.ABSMAX, block, here, at, inside, m, lower, starts, True, HINT > 1)
-    codes, absmax = address + t.EXP_AVG_SQ, address + t.ABSMAX_SQ
+        store_weight(row, origin, at, inside, p, seed, STORAGE, HINT > 1)
+    _quantize(row + t.EXP_AVG, row + t.ABSMAX, block, here, at, inside, m, lower, starts, True, HINT > 1)
+    codes, absmax = row + t.EXP_AVG_SQ, row + t.ABSMAX_SQ
     _quantize(codes, absmax, block, here, at, inside, v, lower + 65536, starts + 256, False, HINT > 1)
 
 
 @functools.lru_cache
-def values(device: torch.device) -> Tensor:
-    """Return the values of the codes, first and second moments, float32 ``[512]``."""
-    return torch.cat([code_values(signed, device) for signed in (True, False)])
-
-
-@functools.lru_cache
-def nearest(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the tables of ``nearest_code`` for first and second moments, concatenated."""
-    first, second = (nearest_code(signed, device) for signed in (True, False))
-    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+def code_tables(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the values of the codes and the two tables of ``nearest_code``, of first moments and, behind them, second ones."""
+    kinds = [(code_values(signed, device), *nearest_code(signed, device)) for signed in (True, False)]
+    return tuple(map(torch.cat, zip(*kinds, strict=True)))

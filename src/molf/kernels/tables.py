@@ -2,10 +2,9 @@
 
 Row i of every table is about tensor i of the plan. Kernels work on addresses, so one launch takes tensors of any shape.
 
-    addresses [S, ADDRESSES]   int64, of the parameter, its moments, low part and block maxima; ``grads [S]`` apart, which change
-    sizes     [S, SIZES]       int64
-    factors   [S, FACTORS]     float32; ``rates [S]`` apart, which change
-    blocks    [N, 3]           int64, of one launch: tensor, first element (or quantization block), place of its partial sum
+    rows   [S, ROW]    int64, what stays: addresses and sizes; ``grads [S]`` apart, the addresses of gradients, which change
+    moves  [S, MOVE]   float32, of one step: whether the expert won, and by how much its tensors move
+    blocks [N, 3]      int64, of one launch: tensor, first element (or quantization block), place of its partial sum
 """
 
 from __future__ import annotations
@@ -18,18 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molf.numerics import quantization
+
 __all__ = [
-    "ADDRESSES",
-    "ALIGNMENT",
-    "FACTORS",
-    "GRADIENTS",
-    "SIZES",
-    "Launch",
-    "blocks_of",
-    "launch",
-    "pointer",
+    "ALIGNMENT", "BLOCK", "CHUNK", "CODES", "GRADIENTS", "TILE", "Launch", "blocks_of", "launch", "pointer", "size_in",
     "to_device",
-]
+]  # fmt: skip
 
 ALIGNMENT = 16
 """Bytes of a vector load."""
@@ -37,21 +30,25 @@ ALIGNMENT = 16
 GRADIENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 """The dtypes that gradients may have."""
 
-# Columns of ``addresses``.
-PARAM, EXP_AVG, EXP_AVG_SQ, LOW, ABSMAX, ABSMAX_SQ = map(tl.constexpr, range(6))
-ADDRESSES = tl.constexpr(6)
+CHUNK, BLOCK = tl.constexpr(4096), tl.constexpr(1024)
+"""Elements that a program works on, and at once, of tensors with float32 moments."""
 
-# Columns of ``sizes``: elements; elements of a row; number of the expert and of the step count; noise stream; whether it counts
-# in its expert's sum here; whether its gradient counts in the norm of phase 1; blocks of a row and in all, of 8-bit moments;
-# and of the merged form (offsets in elements): the product or first operand, the second operand, elements between rows of
-# operands, whether it is a B, and the row of the effective weight.
-SIZE, COLUMNS, EXPERT, LAYER, STREAM, COUNTED, NORMED, IN_ROW, BLOCKS = map(tl.constexpr, range(9))
-OFFSET, SECOND, STRIDE, IS_B, WEIGHT = map(tl.constexpr, range(9, 14))
-SIZES = tl.constexpr(14)
+TILE, CODES = tl.constexpr(8), tl.constexpr(quantization.BLOCK)
+"""Quantization blocks that a program works on at once, and the elements of each."""
 
-# Columns of ``factors``: weight decay, and the scale of a pair.
-DECAY, SCALE = map(tl.constexpr, range(2))
-FACTORS = tl.constexpr(2)
+# Columns of ``rows``: addresses of the parameter, its moments, low part and block maxima; elements; elements of a row; noise
+# stream; whether it counts in its expert's sum here; whether its gradient counts in the norm of phase 1; and of the merged form
+# (offsets in elements): the product or first operand, the second operand, elements between rows of operands, whether it is a B.
+PARAM, EXP_AVG, EXP_AVG_SQ, LOW, ABSMAX, ABSMAX_SQ, SIZE, COLUMNS, STREAM, COUNTED, NORMED = map(
+    tl.constexpr, range(11)
+)
+OFFSET, SECOND, STRIDE, IS_B = map(tl.constexpr, range(11, 15))
+ROW = tl.constexpr(15)
+
+# Columns of ``moves``: 1 if the expert won, else 0; the learning rate; its product with the weight decay; the corrections
+# ``1 - b1^t`` and ``1 - b2^t``; and of a pair its scale, and the first and third of these for the layer's effective weight.
+WON, LR, DECAY, CORRECTION1, CORRECTION2, SCALE, FFT, FFT_DECAY = map(tl.constexpr, range(8))
+MOVE = tl.constexpr(8)
 
 # Elements of ``scalars``, float32: 0 to skip the step (a gradient is not finite), else 1; the factor of all gradients; what new
 # gradients weigh in the first moments; the second beta; what new gradients weigh in the second; and epsilon.
@@ -75,25 +72,22 @@ def launch(kernel: Any, what: Launch, *args: Any, **constants: Any) -> None:
         kernel[(programs,)](*args, what.blocks, **what.constants, **constants, **_OPTIONS)
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a host table; from pinned memory that needs no sync, and PyTorch keeps the memory until it is done."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a table of host values; from pinned memory that needs no sync, and PyTorch keeps the memory until it is done."""
+    table = torch.as_tensor(values, dtype=dtype, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
-def blocks_of(tensors: Sequence[int], counts: Sequence[int], slots: Sequence[int], step: int) -> Tensor:
-    """Cut tensors into blocks.
+def blocks_of(tensors: Sequence[tuple[int, int, int]], step: int) -> Tensor:
+    """Cut tensors into blocks, ``[blocks, 3]``.
 
     Args:
-        tensors: Their rows in the tables.
-        counts: The number of blocks of each.
-        slots: The place of each tensor's first partial sum.
+        tensors: The row of each in the tables, its number of blocks, and the place of its first partial sum.
         step: Elements (or quantization blocks) of a block.
     """
-    number = torch.tensor(counts, dtype=torch.int64, device="cpu")
-    before = number.cumsum(0) - number
-    rows = torch.tensor([tensors, slots], dtype=torch.int64, device="cpu").repeat_interleave(number, dim=1)
-    within = torch.arange(rows.shape[1], dtype=torch.int64, device="cpu") - before.repeat_interleave(number)
-    return torch.stack([rows[0], within * step, rows[1] + within], dim=1)
+    row, count, slot = torch.tensor(tensors, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)
+    within = torch.cat([torch.arange(n, dtype=torch.int64, device="cpu") for n in count.tolist()])
+    return torch.stack([row.repeat_interleave(count), within * step, slot.repeat_interleave(count) + within], dim=1)
 
 
 @triton.jit
