@@ -193,7 +193,9 @@ def on_rank(rank, size, folder, ranks):
 def count_on_ranks(size, ranks=(2, 4)):
     """Count on so many gloo ranks; return counts and what the formulas say, by sharding and method."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_rank, (size, folder, ranks), nprocs=size)
+        # A fork has imported everything; CUDA does not survive one.
+        how = "spawn" if torch.cuda.is_available() else "fork"
+        torch.multiprocessing.start_processes(on_rank, (size, folder, ranks), nprocs=size, start_method=how)
         with open(f"{folder}/counts.json") as file:
             counts = json.load(file)
     foreseen = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+import molf.cli
 import molf.study.run.record
 import molf.study.run.train
 from molf.integrations.checkpoint_folder import UNFINISHED, checkpoints, step_of
@@ -180,6 +181,24 @@ def log_and_die(settings, log_file):
     os.environ["LOG_FILE"] = str(log_file)
     molf.study.run.record.write_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     carry_out(settings)
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("this rank fails")
+
+
+def fail_on_rank_1(argv):
+    """Carry out a ``molf`` command whose training fails after its first step on rank 1."""
+
+    def make(*given, **more):
+        trainer = make_trainer(*given, **more)
+        if os.environ["RANK"] == "1":
+            trainer.add_callback(Fail())
+        return trainer
+
+    molf.study.run.train.make_trainer = make
+    return molf.cli.main(argv)
 
 
 def killed_at_random(name, model, folder, kills, rng):

@@ -147,8 +147,9 @@ def test_the_gpu_programme_is_ready(monkeypatch, capsys, tmp_path):
     "case",
     ["clipped", "8-bit states, aligned, bfloat16, epd", "stochastic rounding", "odd, bfloat16, pfn, K = 2, biases"],
 )
-def test_cases_of_the_kernels(case):
+def test_cases_of_the_kernels(case, monkeypatch):
     """With float32 products, and with the error of TF32 within a GPU's tolerance."""
+    monkeypatch.setattr(gpu_kernels, "STEPS", 2)  # the second one is without a gradient, where there is such a case
     assert gpu_kernels.cases()[case]() < gpu_kernels.TOLERANCE["cpu"]
     with EmulatedTF32():
         assert gpu_kernels.cases()[case]() < gpu_kernels.TOLERANCE["cuda"]
@@ -241,6 +242,7 @@ def test_the_gpu_programme_ends_in_time(monkeypatch, capsys):
     assert capsys.readouterr().out.count("not begun: out of time") == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_bytes_that_ranks_send_are_as_the_formulas_say():
     counted, foreseen = communication.count_on_ranks(2)
     fused = communication.FUSED if importlib.util.find_spec("triton") else ()

@@ -1,5 +1,4 @@
 import json
-import os
 import pydoc
 import re
 import shlex
@@ -11,10 +10,12 @@ import pytest
 
 import molf
 from fake_runs import RESULT
+from faults import fail_on_rank_1
 from molf.cli import COMMANDS, main
 from molf.cli.commands import _parse_demo
 from molf.study.config.run_config import DEMO
 from molf.study.faults.preemption import Preempted
+from served import free_port, start
 
 SMALL = "--sample --limit 4 --per_device_batch_size 2 --gradient_accumulation_steps 1 --ranks 4 --disable_tqdm True"
 
@@ -268,36 +269,20 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys):
     assert "molf train: stopped by SIGTERM after step 3 of 9" in capsys.readouterr().err
 
 
-FAILING = """
-import os, sys
-from transformers import TrainerCallback
-from molf.cli import main
-from molf.study.run import train
-
-class Fail(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        raise RuntimeError("this rank fails")
-
-def make(*given, **more):
-    trainer = original(*given, **more)
-    if os.environ["RANK"] == "1":
-        trainer.add_callback(Fail())
-    return trainer
-
-original, train.make_trainer = train.make_trainer, make
-sys.exit(main())
-"""
-
-
-def test_a_rank_that_fails_ends_the_run_with_its_error(model_folder):
-    """It does not wait for the others, which wait for it."""
-    Path("failing.py").write_text(FAILING)
-    line = f"failing.py train --model_name_or_path {model_folder} {SMALL} --limit 8 --output_dir two"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*torchrun, *shlex.split(line)], capture_output=True, text=True, env=quiet, timeout=600)
-    assert done.returncode == 1 and "failed (exitcode: 1) local_rank: 1" in done.stderr, done.stderr
-    assert "RuntimeError: this rank fails" in done.stderr
+def test_a_rank_that_fails_ends_with_its_error(model_folder):
+    """It does not wait for the others, which wait for it; whatever started them stops these then."""
+    line = f"train --model_name_or_path {model_folder} {SMALL} --limit 8 --output_dir two"
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start(fail_on_rank_1, f"rank{rank}.log", shlex.split(line), **where, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+    ranks[1].join(timeout=120)
+    said = Path("rank1.log").read_text()
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert ranks[1].exitcode == 1 and "RuntimeError: this rank fails" in said, said
 
 
 def test_after_an_error_the_process_group_is_not_waited_for(monkeypatch):

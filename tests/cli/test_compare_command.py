@@ -1,6 +1,4 @@
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.attempt import Attempt
 from molf.study.results.result import read_result
+from served import start_command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 SMALL = (
@@ -117,20 +116,20 @@ def test_a_failed_run_fails_the_command(model_folder, monkeypatch, capsys):
     assert "1 runs failed: once the cause is gone, the same command runs them again" in captured.err
 
 
-def test_a_comparison_that_is_stopped_stops_its_run_and_resumes(model_folder):
+def test_a_comparison_that_is_stopped_stops_its_run_and_resumes(model_folder, in_process):
+    """The first one starts its run as a process of its own; the second one carries it out here."""
     line = (
         f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out "
         "--num_train_epochs 60 --save_strategy steps --save_steps 2 --save_total_limit 2"
     )
     name = "fft-lr0.0001-s42"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "molf", *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not list(Path("out").glob(f"{name}/checkpoint-*")):
+    process = start_command(shlex.split(line), "said.txt")
+    while process.is_alive() and not list(Path("out").glob(f"{name}/checkpoint-*")):
         time.sleep(0.05)
     process.terminate()
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == PREEMPTED
+    process.join(timeout=120)
+    said = Path("said.txt").read_text()
+    assert process.exitcode == PREEMPTED, said
     assert "the runs have saved what they could, and the same command continues" in said
     assert not in_use(Path("out") / name)
     assert main(shlex.split(line)) == 0

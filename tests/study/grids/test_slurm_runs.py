@@ -1,19 +1,23 @@
-"""Real runs on a real SLURM: what is killed or requeued half-way is finished in the end."""
+"""A real run on a real SLURM: killed and then requeued half-way, it is finished in the end."""
 
-import json
 import os
+import shlex
 import signal
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 import yaml
 
+from molf.cli import main
+from molf.cli.sweep import parse_sweep
+from molf.integrations.checkpoint_folder import checkpoints, step_of
+from molf.study.grids import slurm
+from molf.study.grids.slurm import job_of
 from molf.study.results.result import read_result
 
-LONG = {"method": "fft", "learning_rate": 1e-4, "num_train_epochs": 60, "save_steps": 10, "save_total_limit": 2}
+STEPS = 120
 SETTINGS = {
     "task": "fact",
     "sample": True,
@@ -21,84 +25,79 @@ SETTINGS = {
     "eval_limit": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1,
+    "max_steps": STEPS,
     "gradient_checkpointing": False,
     "disable_tqdm": True,
     "save_strategy": "steps",
+    "save_steps": 10,
+    "save_total_limit": 2,
+    "method": "fft",
     "learning_rate": 1e-4,
-    "output_root": "out",
-    "methods": {"killed": LONG, "requeued": LONG, "fft": None},
-    "slurm": {"time": 20, "cpus_per_task": 1},
 }
-NAMES = ["killed", "requeued", "fft"]
+GRID = "sweep grid.yaml --output_root out --engine slurm --time 20 --cpus_per_task 1"
 
 
-@pytest.fixture
-def start(cluster, tiny_checkpoint, tmp_path):
-    """Start a grid on the cluster, in an empty folder."""
-    (tmp_path / "grid.yaml").write_text(
-        yaml.safe_dump({"model_name_or_path": tiny_checkpoint, **SETTINGS}, sort_keys=False)
-    )
-
-    def start():
-        line = [sys.executable, "-m", "molf", "sweep", "grid.yaml", "--engine", "slurm"]
-        return subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    return start
-
-
-def until(condition, process, seconds=900):
-    """Wait for something to come true while the sweep goes on, and return it."""
-    for _ in range(int(seconds / 0.05)):
-        if found := condition():
-            return found
-        assert process.poll() is None, process.stdout.read()
+def until(condition, seconds=300):
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not true after {seconds} s"
         time.sleep(0.05)
-    raise AssertionError(f"still not true after {seconds} s")
 
 
-def run_of(name):
-    """The process ids of a spec's ``molf train``."""
-    found = []
+def kill(spec):
+    """Send SIGKILL to the run's ``molf train``."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:  # it has ended meanwhile
             continue
-        if b"train" in words and f"out/{name}.yaml".encode() in words:
-            found.append(int(folder.name))
-    return found
+        if b"train" in words and str(spec.settings_file).encode() in words:
+            os.kill(int(folder.name), signal.SIGKILL)
 
 
-def has_whole_checkpoint(folder):
-    """Return whether a checkpoint is complete: the next one has been begun."""
-    return len(list(folder.glob("checkpoint-*"))) > 1
+def requeue(spec):
+    subprocess.run(["scontrol", "requeue", job_of(spec)], check=True)
 
 
-def job_of(out, name):
-    return json.loads((out / f"{name}.job.json").read_text())["job"]
+def while_it_runs(disturb, spec):
+    """Carry out the grid, disturb its run once it has left a whole checkpoint, and return the exit status."""
+    before = last_step(spec)
+    with ThreadPoolExecutor() as pool:
+
+        def work():
+            until(lambda: last_step(spec) > before)
+            disturb(spec)
+
+        done = pool.submit(work)
+        status = main(shlex.split(GRID))
+        done.result()
+    return status
 
 
-def test_three_runs_of_which_one_is_killed_and_one_requeued(start, tmp_path):
-    out = tmp_path / "out"
-    first = start()
-    until(lambda: has_whole_checkpoint(out / "killed"), first)
-    for pid in run_of("killed"):
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: has_whole_checkpoint(out / "requeued"), first)
-    subprocess.run(["scontrol", "requeue", job_of(out, "requeued")], check=True)
-    said, _ = first.communicate(timeout=900)
-    assert first.returncode == 1, said
-    assert "out/killed was interrupted" in said and "1 runs are not finished" in said
-    finished = {path.parent.name for path in out.glob("*/result.json")}
-    assert finished == set(NAMES) - {"killed"}, said
+def last_step(spec):
+    """Return the step of the last checkpoint but one, which is complete: the next one has been begun."""
+    return max((step_of(checkpoint) for checkpoint in checkpoints(spec.folder)[:-1]), default=0)
 
-    second = start()
-    said, _ = second.communicate(timeout=900)
-    assert second.returncode == 0, said
-    assert "2 of 3 runs are finished; 1 to run" in said
-    results = {name: read_result(out / name) for name in NAMES}
-    tokens_per_step = results["fft"].training.tokens / results["fft"].training.steps
-    assert all(results[name].training.tokens < 120 * tokens_per_step for name in ("killed", "requeued")), "resumed"
-    assert results["killed"].training.steps == results["requeued"].training.steps == 120
-    assert results["killed"].metrics == results["requeued"].metrics
+
+def test_a_run_that_is_killed_and_then_requeued(cluster, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOG_FILE", raising=False)
+    monkeypatch.setattr(slurm, "_LONGEST_PAUSE", 1.0)
+    settings = {"model_name_or_path": tiny_checkpoint, **SETTINGS}
+    Path("grid.yaml").write_text(yaml.safe_dump(settings))
+    _, (spec,) = parse_sweep(shlex.split(GRID)[1:])
+
+    assert while_it_runs(kill, spec) == 1
+    said = capsys.readouterr()
+    assert f"{spec.folder} was interrupted" in said.out and "1 runs are not finished" in said.err
+    assert while_it_runs(requeue, spec) == 0, spec.log_file.read_text()
+    assert "0 of 1 runs are finished; 1 to run" in capsys.readouterr().out
+
+    assert main(["train", "--config", "grid.yaml", "--output_dir", "whole"]) == 0
+    found, whole = read_result(spec.folder), read_result(Path("whole"))
+    assert found.training.steps == whole.training.steps == STEPS
+    assert found.training.tokens < whole.training.tokens, "resumed"
+    assert found.metrics == whole.metrics
+    log = spec.log_file.read_text()
+    assert "stopped by SIGTERM" in log and "resum" in log
