@@ -1,6 +1,8 @@
 """Shared by all tests: offline, one tolerance table, small models."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import platform
 
@@ -19,6 +21,9 @@ import torch
 # Before anything imports Triton: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# accelerate asks many times in every run whether PEFT is installed, and parses its metadata each time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 # The largest absolute difference allowed between two computations of the same thing, by dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -63,5 +68,5 @@ def tiny_checkpoint(tmp_path):
     """The folder of a tiny random model with its tokenizer."""
     from tiny_checkpoints import save_tiny_checkpoint  # slow to import, and the core does not need it
 
-    save_tiny_checkpoint(tmp_path / "tiny")
+    save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
     return str(tmp_path / "tiny")

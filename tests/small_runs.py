@@ -43,6 +43,7 @@ def small_run(model, folder):
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": False,  # the default is a run's of `test_combinations` and of the commands
         "disable_tqdm": True,
         "retention": False,
         "output_dir": str(folder),

@@ -75,6 +75,7 @@ def test_smollm2_learns_facts(unpacked, tmp_path):
         "sample": True,
         "limit": 8,
         "method": "molf",
+        "ranks": [16],
         "learning_rate": 2e-4,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,

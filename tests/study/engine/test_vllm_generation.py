@@ -59,6 +59,13 @@ class LLM:
 
 
 @pytest.fixture
+def saved_model(saved_model, tiny_model):
+    """A folder with the very model."""
+    tiny_model.save_pretrained(saved_model)
+    return saved_model
+
+
+@pytest.fixture
 def vllm(monkeypatch):
     """The stand-in, and how often it was asked for a model."""
     module = types.ModuleType("vllm")

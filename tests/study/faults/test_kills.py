@@ -30,7 +30,7 @@ KILLS = 1
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_tiny_checkpoint(folder)
+    save_tiny_checkpoint(folder, num_hidden_layers=1)
     return str(folder)
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_other_settings_is_refused(here, words, begun, settings)
 
 
 def test_a_checkpoint_of_another_model_is_refused(begun, settings, tmp_path):
-    save_tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    save_tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"was made with base_model=SHA-256 \w{12} \(here SHA-256 \w{12}\)"):
         carry_out(settings, model_name_or_path=str(tmp_path / "deeper"), max_steps=9, resume_from_checkpoint=True)
 

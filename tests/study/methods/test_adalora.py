@@ -7,7 +7,7 @@ from molf.study.config.run_config import RunConfig
 from molf.study.methods.adalora import AdaLoraAllocation, orthogonality
 from molf.study.run.job import job_recipe, load_job, make_trainer
 
-LAYERS = 14
+LAYERS = 7
 START, TARGET = 6, 4
 
 

@@ -52,6 +52,7 @@ def settings_of(model, folder, name, size):
         "save_steps": sharded_runs.STEPS // 2,
         "eval_limit": 2,
         "use_cpu": True,
+        "gradient_checkpointing": True,  # by FSDP's own means
         "fsdp": size > 1,
         **CASES[name],
     }

@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ def as_predictions(task: Task, rows: list[Row], answers: list[list[Answer]]) -> 
 
 def _record(request: Request, given: Answer) -> dict[str, Any]:
     """Return a request and its answer as plain JSON."""
-    return {**asdict(request), **({"text": given} if isinstance(given, str) else asdict(given))}
+    # Not asdict, which copies every value: an evaluation has many thousands of answers.
+    return {**vars(request), **({"text": given} if isinstance(given, str) else vars(given))}
 
 
 def _answer(record: dict[str, Any]) -> Answer:
