@@ -14,7 +14,7 @@ from molf import MoLF
 
 def main(settings: dict[str, Any]) -> None:
     """Train with LLaMA-Factory's settings, and MoLF's options under ``molf``."""
-    options = settings.pop("molf", {})
+    options = settings.pop("molf", None) or {}
 
     def create(model: Any, args: Any, *_: Any) -> MoLF:
         clip = args.max_grad_norm or None

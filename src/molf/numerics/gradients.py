@@ -95,13 +95,9 @@ def exact_norm(gradients: Sequence[Tensor], clipped: bool) -> Tensor:
 
 
 def _joined(norms: Sequence[Tensor]) -> Tensor:
-    total: Tensor
-    if len({(norm.device, norm.dtype) for norm in norms}) == 1:
-        total = torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float64)
-        return total
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for kind in dict.fromkeys([(norm.device, norm.dtype) for norm in norms]):
         kinds[kind] = [norm for norm in norms if (norm.device, norm.dtype) == kind]
     together = [torch.stack(own).to(norms[0].device, torch.float64) for own in kinds.values()]
-    total = torch.linalg.vector_norm(torch.cat(together))
+    total: Tensor = torch.linalg.vector_norm(torch.cat(together))
     return total
