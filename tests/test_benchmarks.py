@@ -11,6 +11,7 @@ import torch
 
 import communication
 import eval_speed
+import evidence
 import gpu
 import gpu_cost
 import gpu_kernels
@@ -19,7 +20,6 @@ import many_layers
 import moe_step
 import optimizer_step
 import plan_vs_measured
-import robustness
 import router_bed
 import routing_log
 import sql_rows
@@ -251,36 +251,39 @@ def test_bytes_that_ranks_send_are_as_the_formulas_say():
     assert counted == foreseen
 
 
-def test_robustness(tmp_path, monkeypatch, capsys):
-    for name, score in (("fft", 58.0), ("epd_r8_alpha128", 40.0), ("matched_random_r8", 60.0)):
-        (tmp_path / f"{name}-lr0.0002-s42").mkdir()
-        metrics = {metric: {"value": score} for metric in robustness.METRICS}
-        routing = None if name == "fft" else {"fft": 0.5}
-        result = {"config": {"ranks": [8]}, "metrics": metrics, "routing": routing}
-        (tmp_path / f"{name}-lr0.0002-s42" / "result.json").write_text(json.dumps(result))
-    monkeypatch.setattr(robustness, "GATHERED", tmp_path / "gathered.json")
-    monkeypatch.setattr(robustness, "PICTURE", tmp_path / "picture.png")
-    monkeypatch.setattr(sys, "argv", ["robustness", str(tmp_path)])
-    robustness.main()
-    assert "| epd r8 alpha128 | 40.0 |" in capsys.readouterr().out
-    assert len(json.loads(robustness.GATHERED.read_text())) == 3 and robustness.PICTURE.stat().st_size > 5000
-    (tmp_path / "fft-lr0.0002-s42").rename(tmp_path / "epd_r8_alpha128-lr0.0004-s43")
-    for folder, rate in (("epd_r8_alpha128-lr0.0002-s42", 2e-4), ("epd_r8_alpha128-lr0.0004-s43", 4e-4)):
-        path = tmp_path / folder / "result.json"
-        result = json.loads(path.read_text())
-        result["config"] |= {"learning_rate": rate, "seed": 42}
-        path.write_text(json.dumps({**result, "retention": {"kl": {"value": 1.0}, "origin": "here"}}))
-    again = tmp_path / "epd_r8_alpha128-lr0.0004-s44"
-    again.mkdir()
-    metrics = {metric: {"value": 60.0} for metric in robustness.METRICS}
-    (again / "result.json").write_text(json.dumps({**result, "metrics": metrics}))
-    (tmp_path / "matched_random_r8-lr0.0002-s42" / "result.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["robustness", str(tmp_path), "--into", "other.json"])
-    robustness.main()
-    told = capsys.readouterr().out
-    assert "| epd r8 alpha128, 0.0004, seed 42 | 58.0 |" in told
-    assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 |" in told
-    assert json.loads((tmp_path / "other.json").read_text())[0]["retention"] == {"kl": {"value": 1.0}}
+def test_evidence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "GATHERED", tmp_path)
+
+    def finish(name, score, **config):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        config = {"ranks": [8], "learning_rate": 2e-4, "seed": 42, **config}
+        metrics = {"score": {"value": score}, "unusable_gold": {"value": 1}}
+        result = {"config": config, "metrics": metrics, "routing": None if name.startswith("fft") else {"fft": 0.5}}
+        result["retention"] = {"loss_rise": {"value": 1.0}, "origin": "here"} if "_r8" in name else None
+        (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result))
+
+    def told(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evidence", *map(str, arguments)])
+        evidence.main()
+        return capsys.readouterr().out
+
+    finish("fft-lr0.0002-s42", 58.0)
+    finish("epd_r8_alpha128-lr0.0002-s42", 40.0)
+    finish("epd_r8_alpha128-lr0.0004-s43", 58.0, learning_rate=4e-4, seed=43)
+    finish("epd_r8_alpha128-lr0.0004-s44", 60.0, learning_rate=4e-4, seed=44)
+    finish("static-lr0.0002-s42", 50.0, lora_learning_rate=1e-3)
+    table = told(tmp_path / "runs", "fact", "--draw", tmp_path / "picture.png")
+    assert "| contender | score | won by FFT | forgotten |" in table
+    assert "| fft, 0.0002, seed 42 | 58.0 |  |  |" in table
+    assert "| epd r8 alpha128, 0.0002, seed 42 | 40.0 | 50% | 1.00 |" in table
+    assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 | 50% | 1.00 |" in table
+    assert "| static, 0.0002 / 0.001, seed 42 | 50.0 | 50% |  |" in table and table.count("mean of") == 1
+    assert told("fact") == table and (tmp_path / "picture.png").stat().st_size > 5000
+    kept = json.loads((tmp_path / "fact.json").read_text())
+    assert len(kept) == 5 and kept[0]["retention"] == {"loss_rise": {"value": 1.0}}
+    with pytest.raises(SystemExit):
+        told(tmp_path, "nothing")
+    assert "no finished run" in capsys.readouterr().err and not (tmp_path / "nothing.json").exists()
 
 
 def test_router_bed():

@@ -1,0 +1,138 @@
+"""Gather the finished runs of a study in one small JSON file, and print them as a table with means over seeds.
+
+molf compare --config configs/compare/smollm2-promise.yaml                       # hours; gather what is finished at any time
+python benchmarks/evidence.py runs/compare/smollm2-promise smollm2-fact-promise
+python benchmarks/evidence.py smollm2-fact-promise                               # only print what was gathered
+python benchmarks/evidence.py smollm2-fact-robustness --draw docs/robustness.png
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from molf.files import atomic_write
+
+GATHERED = Path(__file__).parent / "results/evidence"
+METRICS = {
+    "score": "score",
+    "efficacy_score": "efficacy",
+    "paraphrase_score": "paraphrase",
+    "neighborhood_score": "neighbourhood",
+    "exact_new": "exact new",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "execution_accuracy_filled": "execution, filled",
+    "valid_sql": "valid SQL",
+    "bleu": "BLEU",
+}
+SETTINGS = ("task", "method", "allocation", "score", "ranks", "lora_alpha", "match_lora_rate", "top_k", "learning_rate")
+SETTINGS += ("lora_learning_rate", "num_train_epochs", "limit", "seed")
+FAMILIES = {"epd": "published rule (EPD)", "matched_epd": "EPD, matched", "matched_random": "random routing, matched"}
+
+
+def gather(folder: Path) -> list[dict[str, Any]]:
+    """Return settings, metrics, routing shares and forgetting of every finished run."""
+    found = []
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        metrics = {metric: result["metrics"][metric] for metric in METRICS if metric in result["metrics"]}
+        settings = {key: result["config"][key] for key in SETTINGS if result["config"].get(key) is not None}
+        kept = {key: value for key, value in (result.get("retention") or {}).items() if isinstance(value, dict)}
+        run = {"name": re.sub(r"-lr.*", "", path.parent.name), "settings": settings, "metrics": metrics}
+        found.append({**run, "routing": result.get("routing"), **({"retention": kept} if kept else {})})
+    return found
+
+
+def family(name: str) -> str:
+    """Return the name of a contender without its rank and alpha."""
+    return re.sub(r"_r\d+(_alpha\d+)?$", "", name)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return the runs as a Markdown table, then a row of means for every contender and rate with several seeds."""
+    columns = [metric for metric in METRICS if any(metric in run["metrics"] for run in runs)]
+    lines = ["| contender | " + " | ".join(METRICS[metric] for metric in columns) + " | won by FFT | forgotten |"]
+    lines.append("| --- |" + " ---: |" * (len(columns) + 2))
+    seeds: dict[tuple[str, Any, Any], list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
+        settings = run["settings"]
+        rates = settings["learning_rate"], settings.get("lora_learning_rate")
+        seeds.setdefault((run["name"], *rates), []).append(run)
+        lines.append(row(f"{label(run['name'], *rates)}, seed {settings['seed']}", [run], columns))
+    for key, own in seeds.items():
+        if len(own) > 1:
+            lines.append(row(f"{label(*key)}, mean of {len(own)}", own, columns))
+    return "\n".join(lines)
+
+
+def label(name: str, rate: float, lora_rate: float | None) -> str:
+    """Return how a table calls a contender at its rates."""
+    return f"{name.replace('_', ' ')}, {rate:g}" + (f" / {lora_rate:g}" if lora_rate is not None else "")
+
+
+def row(name: str, runs: list[dict[str, Any]], columns: list[str]) -> str:
+    """Return a row with the means of the runs; a value that a run lacks leaves its cell empty."""
+    cells = [average((run["metrics"].get(metric, {}).get("value") for run in runs), "{:.1f}") for metric in columns]
+    won = average(((run["routing"] or {}).get("fft") for run in runs), "{:.0%}")
+    forgotten = average((run.get("retention", {}).get("loss_rise", {}).get("value") for run in runs), "{:.2f}")
+    return f"| {name} | {' | '.join([*cells, won, forgotten])} |"
+
+
+def average(values: Any, form: str) -> str:
+    """Return the mean in the form, or nothing where a value is missing."""
+    known = list(values)
+    return "" if None in known else form.format(mean(known))
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the score of every contender by rank and alpha, with full fine-tuning as a line."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    labels: list[str] = []
+    for key, legend in FAMILIES.items():
+        own = [run for run in runs if family(run["name"]) == key]
+        own.sort(key=lambda run: [int(number) for number in re.findall(r"\d+", run["name"])])
+        heights = [run["metrics"]["score"]["value"] for run in own]
+        bars = axes.bar(range(len(labels), len(labels) + len(own)), heights, label=legend)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        labels += [run["name"][len(key) + 1 :].replace("_alpha", "\nalpha ").replace("r", "r ", 1) for run in own]
+    full = [run["metrics"]["score"]["value"] for run in runs if run["name"] == "fft"]
+    if full:
+        axes.axhline(full[0], color="black", linewidth=1, linestyle="--", label="full fine-tuning, same rate")
+    axes.set_xticks(range(len(labels)), labels, fontsize=8)
+    axes.set(ylabel="harmonic mean of the three scores", ylim=(0, 75))
+    axes.set_title("SmolLM2-135M learns 100 facts at one learning rate: what alpha and the rank change", fontsize=10)
+    axes.legend(loc="lower right", fontsize=8)
+    with atomic_write(path) as partial:
+        canvas.print_png(partial)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="folder of finished runs; what was gathered is read if left out"
+    )
+    parser.add_argument("name", help=f"file under {GATHERED}, without .json")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the score by rank and alpha")
+    args = parser.parse_args()
+    gathered = GATHERED / f"{args.name}.json"
+    if args.folder is not None:
+        runs = gather(args.folder)
+        if not runs:
+            parser.error(f"no finished run (a folder with result.json) under {args.folder}")
+        with atomic_write(gathered) as partial:
+            partial.write_text(json.dumps(runs, indent=1) + "\n")
+    runs = json.loads(gathered.read_text())
+    if args.draw:
+        draw(runs, args.draw)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
