@@ -59,7 +59,7 @@ def small_config(settings, **changes):
 
 def carry_out(settings, **changes):
     """Carry out a run with an empty picture of its routing, whose drawing would take a third of the time."""
-    with mock.patch("molf.study.run.record.draw_routing", lambda summary, path, title: path.touch()):
+    with mock.patch("molf.study.results.tables.draw_routing", lambda summary, path, title: path.touch()):
         return run(small_config(settings, **changes))
 
 

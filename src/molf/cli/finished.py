@@ -67,7 +67,7 @@ def report(argv: Sequence[str]) -> None:
         return follow(given.runs[0], console())
 
     from molf.study.results.result import check_predictions, read_result
-    from molf.study.results.tables import draw_log, metrics_table, runs_table
+    from molf.study.results.tables import PICTURE_FILE, draw_log, metrics_table, runs_table
 
     found = {str(folder): read_result(folder) for folder in given.runs}
     out = console()
@@ -76,8 +76,8 @@ def report(argv: Sequence[str]) -> None:
         if given.check:
             check_predictions(folder, result)
             out.print("computed again from the predictions: the same metrics")
-        if (picture := draw_log(folder, title=str(result.config.get("run_name", folder.name)))) is not None:
-            out.print(f"routing: {picture}")
+        if draw_log(folder, title=str(result.config.get("run_name", folder.name))) is not None:
+            out.print(f"routing: {folder / PICTURE_FILE}")
     if len(found) > 1:
         out.print(runs_table(found))
     if given.html is not None:

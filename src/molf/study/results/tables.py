@@ -18,7 +18,7 @@ from molf.files import atomic_write
 from molf.integrations.routing_lines import find_log
 from molf.study.results.result import Result
 from molf.study.results.routing import RoutingBins, RoutingSummary, depth_of, in_order, kind_of
-from molf.study.results.routing_reader import read_routing
+from molf.study.results.routing_reader import RoutingReader
 
 PICTURE_FILE = "routing.png"
 
@@ -119,12 +119,15 @@ def draw_routing(summary: RoutingSummary, path: Path, title: str = "") -> None:
         _routing_canvas(summary, title).print_png(partial)
 
 
-def draw_log(folder: Path, title: str) -> Path | None:
-    """Draw the routing of a run from its log, and return the picture; None if the run has no log."""
+def draw_log(folder: Path, title: str) -> RoutingSummary | None:
+    """Draw the routing of a run from its log as ``PICTURE_FILE``, and return it; None if no step was logged."""
     if (log := find_log(folder)) is None:
         return None
-    draw_routing(read_routing(log), folder / PICTURE_FILE, title)
-    return folder / PICTURE_FILE
+    reader = RoutingReader(log)
+    reader.poll()
+    if (routing := reader.summary()) is not None:
+        draw_routing(routing, folder / PICTURE_FILE, title)
+    return routing
 
 
 def routing_pixels(summary: RoutingSummary, title: str = "") -> np.ndarray[Any, Any]:

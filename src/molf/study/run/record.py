@@ -8,7 +8,6 @@ from pathlib import Path
 import yaml
 
 from molf.files import atomic_write
-from molf.integrations.routing_lines import find_log
 from molf.study.config.run_config import RunConfig
 from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
@@ -17,8 +16,6 @@ from molf.study.results.environment import device_name, library_versions, peak_m
 from molf.study.results.gather import append_csv
 from molf.study.results.result import Result, write_result
 from molf.study.results.routing import RoutingSummary
-from molf.study.results.routing_reader import RoutingReader
-from molf.study.results.tables import PICTURE_FILE, draw_routing
 from molf.study.run.card import model_card
 from molf.study.run.job import Job
 from molf.study.run.run_folder import CARD_FILE, CONFIG_FILE, RUN_ID_FILE, report_full_disk, run_id
@@ -31,18 +28,6 @@ class Start:
 
     time: float = field(default_factory=time.perf_counter)
     commit: str | None = field(default_factory=lambda: source_commit())
-
-
-def draw_and_read_routing(config: RunConfig) -> RoutingSummary | None:
-    """Draw the routing of a run that has trained, and return it; None if its method does not route or no step was logged."""
-    log = find_log(config.output_dir) if config.method.routes else None
-    if log is None:
-        return None
-    reader = RoutingReader(log)
-    reader.poll()
-    if (routing := reader.summary()) is not None:
-        draw_routing(routing, config.output_dir / PICTURE_FILE, title=config.run_name)
-    return routing
 
 
 def make_result(

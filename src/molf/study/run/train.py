@@ -27,10 +27,11 @@ from molf.study.methods.recipe import Recipe
 from molf.study.methods.trainable import lora_pairs, trained_base
 from molf.study.results.history import write_history
 from molf.study.results.result import Result, Training, read_result
+from molf.study.results.tables import draw_log
 from molf.study.run.job import Job, StudyTrainer, check_evaluation, job_recipe, load_job, make_trainer
 from molf.study.run.models import load_model_and_tokenizer
 from molf.study.run.process_group import all_wait, leave_process_group, true_on_all_ranks
-from molf.study.run.record import Start, draw_and_read_routing, make_result, write_record
+from molf.study.run.record import Start, make_result, write_record
 from molf.study.run.retention import BaseReading, measure, read_base
 from molf.study.run.run_folder import check_folder, clear_folder, finished_result, report_full_disk, run_id
 from molf.study.run.sharding import whole_model
@@ -88,7 +89,8 @@ def _train_and_evaluate(config: RunConfig, stop: StopRequest) -> Result | None:
         raise Preempted(
             f"stopped by {signal} after {outcome.done}; start it again with --resume_from_checkpoint True to resume from there"
         )
-    routing = draw_and_read_routing(config) if outcome.main else None  # before the evaluation, which may take long
+    routed = outcome.main and config.method.routes  # drawn before the evaluation, which may take long
+    routing = draw_log(config.output_dir, config.run_name) if routed else None
     after = _evaluate_on_ranks(job, outcome.main, outcome.device, str(config.output_dir))
     if outcome.trained is None or after is None or not outcome.main:
         return None
