@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import alignment
 import communication
 import eval_speed
 import evidence
@@ -249,6 +250,16 @@ def test_bytes_that_ranks_send_are_as_the_formulas_say():
     cases = [(sharding, method) for sharding in ("ddp", "fsdp") for method in communication.METHODS]
     assert set(counted) == {f"{s} {m}" for s, m in (*cases, *(("fsdp", method) for method in fused))}
     assert counted == foreseen
+
+
+def test_alignment(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    found = alignment.alignments(torch.randn(500, 400), ranks=(8, 128))
+    assert found == {r: pytest.approx(alignment.alignment(r, 400), rel=0.1) for r in (8, 128)}
+    save_tiny_checkpoint(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["alignment", "--model", str(tmp_path), "--rows", "2"])
+    alignment.main()
+    assert "| down_proj |" in capsys.readouterr().out
 
 
 def test_evidence(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import torch
 
 from conftest import TOLERANCE
 from molf import MoLF
-from molf.setup.param_groups import level_scale
+from molf.setup.param_groups import level_scales
 from small import loss_of, mlp, tiny_llama, train
 
 
@@ -44,7 +44,7 @@ def test_shapes_and_scale():
     own = optimizer.experts["1"]
     assert own["fft"].weight.shape == (13, 7) and own["fft"].bias.shape == (13,)
     assert own["lora_r3"].A.shape == (3, 7) and own["lora_r3"].B.shape == (13, 3)
-    assert own["lora_r3"].scale == pytest.approx(level_scale(3, 7))
+    assert own["lora_r3"].scale == pytest.approx(level_scales((3,), 7)[0])
     assert optimizer.experts["4"]["fft"].bias is None
 
 

@@ -6,6 +6,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, Sequ
 import molf.errors
 from molf import MoLF, add_lora_experts, param_groups
 from molf.scores import EPD
+from molf.setup.param_groups import alignment
 from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, tiny_llama, train, zero_gradients
 from stacks import Stacks
 
@@ -190,30 +191,32 @@ def test_with_matched_rates_alpha_changes_nothing():
     assert_same_bits(*ends[0], *ends[1])
 
 
-@pytest.mark.parametrize("rank", [1, 8, 32])
-def test_a_matched_lora_step_is_as_long_as_a_full_rank_step(rank):
-    lengths = []
+@pytest.mark.parametrize("rank", [1, 8, 32, 128])
+def test_a_matched_lora_step_is_as_long_as_it_is_aligned(rank):
+    lengths, cosines = [], []
     for column in (0, 1):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(400, 300, bias=False))
         before = model[0].weight.detach().clone()
-        optimizer = MoLF(
-            model, ranks=(rank,), lr=1e-3, lora_lr="matched", score=Prefer(column), weight_decay=0.0, lora_alpha=7.0
-        )
+        optimizer = MoLF(model, ranks=(rank,), lr=1e-3, score=Prefer(column), weight_decay=0.0, lora_alpha=7.0)
         model(torch.randn(50, 400)).pow(3).sum().backward()
         optimizer.step()
-        lengths.append((model[0].weight - before).norm().item())
-    assert lengths[1] == pytest.approx(lengths[0], rel=0.1)
+        step, gradient = before - model[0].weight, model[0].weight.grad
+        lengths.append(step.norm().item())
+        cosines.append((step * gradient).sum().item() / (step.norm() * gradient.norm()).item())
+    assert cosines[1] / cosines[0] == pytest.approx(alignment(rank, 400), rel=0.15)
+    assert lengths[1] / lengths[0] == pytest.approx(alignment(rank, 400), rel=0.1)
 
 
+@pytest.mark.parametrize("rank", [4, 16, 64])
 @pytest.mark.parametrize(
-    ("score", "low", "high"), [("epd", 1.5, 4.0), ("descent", 0.0, 0.5), ("coherence", 0.95, 1.05)], ids=str
+    ("score", "low", "high"), [("epd", 0.42, 0.52), ("descent", 0.0, 0.25), ("coherence", 0.95, 1.05)], ids=str
 )
-def test_what_shape_alone_makes_of_a_score_at_matched_rates(score, low, high):
-    """LoRA's score as a multiple of that of ``fft``, if all gradients are noise."""
+def test_what_shape_alone_makes_of_a_score_at_matched_rates(score, low, high, rank):
+    """LoRA's score as a multiple of that of ``fft``, if gradients are noise: EPD's is some ``out / (in + out)`` at any rank."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(256, 256, bias=False))
-    optimizer = MoLF(model, ranks=(16,), lr=1e-3, score=score)
+    optimizer = MoLF(model, ranks=(rank,), lr=1e-3, score=score)
     for _ in range(5):
         model[0].weight.grad = torch.randn(256, 256)
         optimizer.step()

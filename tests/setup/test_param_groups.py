@@ -1,11 +1,12 @@
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from molf import MoLF, param_groups
-from molf.setup.param_groups import expert_names, level_scale, lora_scales
+from molf.setup.param_groups import alignment, expert_names, level_scales, lora_scales
 from small import mlp, tiny_llama, train
 from stacks import Stacks
 
@@ -61,11 +62,22 @@ def test_norms_and_biases_of_more_dimensions_are_not_decayed():
     assert {id(p) for p in rest["params"]} == {id(p) for p in (model.experts_bias, *model[0].parameters())}
 
 
+def test_level_scales():
+    """As long as a full-rank step, shortened by the alignment; without such a step the best aligned one is as long."""
+    ranks, n_in = (2, 128), 200
+    longer = [1 + 2 * r / (math.pi * n_in) for r in ranks]
+    equal = [math.sqrt(3 * n_in / r / f) for r, f in zip(ranks, longer, strict=True)]
+    shorter = [alignment(r, n_in) for r in ranks]
+    assert level_scales(ranks, n_in) == pytest.approx([s * a for s, a in zip(equal, shorter, strict=True)])
+    alone = [equal[0] * shorter[0] / shorter[1], equal[1]]
+    assert level_scales(ranks, n_in, full_rank=False) == pytest.approx(alone)
+
+
 def test_defaults_are_the_published_recipe_at_matched_rates():
     group = param_groups(nn.Sequential(nn.Linear(200, 200)))[0]
     recipe = {"lr": 5e-5, "weight_decay": 0.1, "lora_weight_decay": 0.01, "ranks": (128,)}
     assert recipe.items() <= group.items()
-    assert group["scales"] == pytest.approx(((3 * 200 / 128) ** 0.5,)) and group["lora_lr_ratio"] == 1.0
+    assert group["scales"] == level_scales((128,), 200) and group["lora_lr_ratio"] == 1.0
     published = param_groups(nn.Sequential(nn.Linear(200, 200)), lora_lr=None)[0]
     assert published["scales"] == pytest.approx((32 / 128**0.5,)) and published["lora_lr_ratio"] == 1.0
     assert param_groups(mlp(), ranks=(2,), lr=1e-3, lora_lr=4e-3)[-1]["lora_lr_ratio"] == pytest.approx(4.0)
@@ -247,7 +259,7 @@ def test_stacked_experts_are_routed_and_routers_named(caplog):
     assert list(routed) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
     stack = routed["gate_up_proj"]
     assert stack["form"] == "stacked" and stack["transposed"] is False and stack["params"][0].shape == (4, 48, 16)
-    assert stack["scales"] == (level_scale(2, 16),)
+    assert stack["scales"] == level_scales((2,), 16)
     (message,) = caplog.messages
     assert "1.0 % of the trained parameters are matrices outside of linear layers" in message
     assert "model.layers.*.mlp.gate.weight [4, 16]" in message and "target_parameters" in message

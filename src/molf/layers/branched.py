@@ -4,7 +4,7 @@ Used if the base is frozen (MoLF-Efficient) or quantised, or if LoRA has dropout
 their parameters, so it needs torch alone.
 
 The model holds ``B`` under the adapter's scale ``s``. With matched LoRA rates the step is the one at the levelled scale ``s*``
-(``level_scale``), under which the same product has ``B* = (s / s*) B``. With ``c = s* / s``, the gradient of ``B*`` is ``c dB``,
+(``level_scales``), under which the same product has ``B* = (s / s*) B``. With ``c = s* / s``, the gradient of ``B*`` is ``c dB``,
 and a change of ``B*`` is ``c`` times as large in ``B``.
 """
 

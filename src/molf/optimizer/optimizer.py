@@ -61,9 +61,8 @@ class MoLF(torch.optim.Optimizer):
             unknown.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
-        lora_lr: ``"matched"``: a LoRA step is as long as a full-rank one at ``lr``, whatever ``lora_alpha`` and the rank
-            (``molf.param_groups``). Or a learning rate of its own, which follows the schedule of ``lr``; None for ``lr``, as
-            published.
+        lora_lr: ``"matched"``: ``lr`` for LoRA, too, whatever ``lora_alpha`` and the rank (``molf.param_groups``). Or a learning
+            rate of its own, which follows the schedule of ``lr``; None for ``lr`` at LoRA's scale, as published.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices (never of norms and biases).
         lora_weight_decay: Decoupled decay of A and B.
         betas: Decay rates of the two moments.

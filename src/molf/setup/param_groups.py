@@ -28,7 +28,8 @@ __all__ = [
     "expert_names",
     "is_number",
     "default_score",
-    "level_scale",
+    "alignment",
+    "level_scales",
     "lora_scales",
     "param_groups",
 ]
@@ -47,14 +48,30 @@ def lora_scales(ranks: Sequence[int], alphas: Sequence[float], use_rslora: bool)
     return tuple(alpha / r**power for alpha, r in zip(alphas, ranks, strict=True))
 
 
-def level_scale(rank: int, n_in: int) -> float:
-    """Return the scale ``s* = sqrt(3 in / r)`` at which a LoRA step is as long as a full-rank step of the same rate.
+def level_scales(ranks: Sequence[int], n_in: int, full_rank: bool = True) -> tuple[float, ...]:
+    """Return the scale ``s*`` of every LoRA expert of a layer at which its step is as long as it is well aligned.
 
-    The first step moves every element of ``W [out, in]``, or of ``B [out, r]``, by ``lr``. Its Frobenius norm is
-    ``lr sqrt(out in)``, or ``s lr sqrt(out r / 3)`` in the mean, because ``A`` has variance ``1 / (3 in)`` (Kaiming-uniform,
-    a = sqrt 5).
+    The first full-rank step is ``lr sign(g)`` in every row ``g [in]`` of the gradient, ``lr sqrt(in)`` long. That of LoRA is
+    ``s lr sign(A g) A``. ``A [r, in]`` has variance ``1 / (3 in)`` (Kaiming-uniform, a = sqrt 5), so it is
+    ``s lr sqrt((r + 2 r^2 / (pi in)) / 3)`` long: across ``g``, where ``A`` is noise, and along it. Its cosine with ``g`` is
+    that of the full-rank step times ``alignment``, and so is its length at ``s*``. Of all lengths with the same sum of squares,
+    these promise most together.
+
+    Args:
+        ranks: The ranks of the layer's LoRA experts.
+        n_in: Inputs of the layer.
+        full_rank: Whether the layer has an ``fft`` expert; if not, the largest rank steps as far as that would.
     """
-    return math.sqrt(3 * n_in / rank)
+    best = 1.0 if full_rank else max(alignment(r, n_in) for r in ranks)
+    return tuple(math.sqrt(3) / (1 + 2 * r / (math.pi * n_in)) / best for r in ranks)
+
+
+def alignment(rank: int, n_in: int) -> float:
+    """Return the cosine of a first LoRA step and the gradient, as a share of that of a full-rank step.
+
+    ``sqrt(r / (in + 2 r / pi))``, for gradients with normal elements.
+    """
+    return math.sqrt(rank / (n_in + 2 * rank / math.pi))
 
 
 def param_groups(
@@ -83,9 +100,9 @@ def param_groups(
         ranks: Rank of each LoRA expert beside ``fft``; None means ``(128,)``, ``()`` means none. The LoRA options are for
             plain models only.
         lr: Learning rate of ``fft`` experts and of everything that is not routed.
-        lora_lr: ``"matched"`` makes a LoRA step as long as a full-rank step at ``lr``, whatever ``lora_alpha`` and the rank:
-            experts step as at the scale ``level_scale``. A number is the rate of the LoRA experts, None stands for ``lr``. It
-            is kept as a ratio to ``lr``, so it follows its schedule.
+        lora_lr: ``"matched"`` makes the length of a LoRA step follow from ``lr``, whatever ``lora_alpha``: it is shorter than a
+            full-rank step as it is less aligned with the gradient (``level_scales``). A number is the rate of the LoRA experts,
+            None stands for ``lr``. It is kept as a ratio to ``lr``, so it follows its schedule.
         weight_decay: Decoupled decay of ``fft`` weights and ordinary matrices.
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.
@@ -140,8 +157,7 @@ def param_groups(
 def default_score(groups: Sequence[dict[str, Any]]) -> str:
     """Return the score of groups for which none is chosen.
 
-    EPD divides a promise by the number of an expert's elements. At matched rates it thus gives every update to the LoRA expert
-    with the lowest rank, for any data; at rates of their own it is what was published.
+    No score has done better than random routing at matched rates; at rates of their own EPD is what was published.
     """
     return "random" if all(_is_level(group) for group in groups if "module" in group) else "epd"
 
@@ -149,7 +165,7 @@ def default_score(groups: Sequence[dict[str, Any]]) -> str:
 def _is_level(group: dict[str, Any]) -> bool:
     weight = group["params"][0]
     n_in = weight.shape[-2 if group.get("transposed") else -1]
-    return "b_factors" in group or group["scales"] == tuple(level_scale(r, n_in) for r in group["ranks"])
+    return "b_factors" in group or group["scales"] == level_scales(group["ranks"], n_in)
 
 
 def _merged_groups(
@@ -167,7 +183,7 @@ def _merged_groups(
             "form": "stacked" if weight.ndim == 3 else "merged",
             "experts": expert_names(ranks),
             "ranks": ranks,
-            "scales": scales or tuple(level_scale(r, n_in) for r in ranks),
+            "scales": scales or level_scales(ranks, n_in),
         }
         groups.append({**group, "transposed": transposed} if weight.ndim == 3 else group)
     return groups
@@ -175,9 +191,9 @@ def _merged_groups(
 
 def _b_factors(group: dict[str, Any]) -> tuple[float, ...]:
     """Return ``s* / s`` of each adapter."""
-    lora_a = group["params"][-2 * len(group["ranks"]) :: 2]
-    adapters = zip(group["ranks"], group["scales"], lora_a, strict=True)
-    return tuple(level_scale(r, A.shape[1]) / scale for r, scale, A in adapters)
+    A = group["params"][-2]
+    level = level_scales(group["ranks"], A.shape[1], full_rank="fft" in group["experts"])
+    return tuple(wanted / scale for wanted, scale in zip(level, group["scales"], strict=True))
 
 
 def _ordinary_groups(model: nn.Module, routed: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:

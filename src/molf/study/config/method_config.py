@@ -100,8 +100,8 @@ class MethodConfig:
     )
     match_lora_rate: bool | None = setting(
         None,
-        "molf, molf_e: make a LoRA step as long as a full-rank step at learning_rate, whatever lora_alpha and the rank; by "
-        "default unless lora_learning_rate is given or the recipe is the published one.",
+        "molf, molf_e: let the length of a LoRA step follow from learning_rate, whatever lora_alpha, as far as it is aligned "
+        "with the gradient; by default unless lora_learning_rate is given or the recipe is the published one.",
         shapes="checkpoint",
         read_by=ROUTED,
     )
