@@ -14,7 +14,7 @@ from molf import MoLF
 
 
 def main(shard, steps=10):
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dist.init_process_group()  # NCCL on GPUs, else gloo
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if device.type != "cpu":

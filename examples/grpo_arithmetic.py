@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import molf
@@ -23,6 +23,7 @@ def tiny():
 
 
 def main(output_dir="runs/grpo", steps=150, batch=64):
+    set_seed(0)
     model, tokenizer = tiny()
     settings = dict(learning_rate=3e-3, max_completion_length=1, logging_steps=1, bf16=False, report_to="none")
     args = GRPOConfig(output_dir, max_steps=steps, per_device_train_batch_size=batch, **settings)

@@ -10,6 +10,7 @@ import yaml
 from llamafactory.train import trainer_utils, tuner
 
 from molf import MoLF
+from molf.errors import MolfError
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -17,6 +18,8 @@ def main(settings: dict[str, Any]) -> None:
     options = settings.pop("molf", None) or {}
 
     def create(model: Any, args: Any, *_: Any) -> MoLF:
+        if hasattr(model, "peft_config"):
+            raise MolfError("finetuning_type: lora trains one adapter, and leaves MoLF nothing to choose: use full")
         clip = args.max_grad_norm or None
         args.max_grad_norm = 0.0  # MoLF clips the LoRA experts' gradients too
         given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "max_grad_norm": clip}

@@ -32,7 +32,8 @@ def test_two_names_of_one_setting_must_agree():
 
 
 @pytest.mark.parametrize(
-    ("misspelt", "nearest"), [("learning_rte", "learning_rate"), ("dataset_typ", "dataset_type"), ("zzz", None)]
+    ("misspelt", "nearest"),
+    [("learning_rte", "learning_rate"), ("lr", "learning_rate"), ("dataset_typ", "dataset_type"), ("zzz", None)],
 )
 def test_unknown_names(misspelt, nearest):
     with pytest.raises(ValueError, match=f"unknown setting '{misspelt}' in here") as raised:

@@ -208,8 +208,16 @@ def test_trainers_that_are_refused(change, words, tmp_path):
 
 def test_options_that_are_refused(tmp_path, checkpoint):
     args = Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, gradient_accumulation_steps=2)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
-        molf.use_in(Trainer(tiny_llama(), args), rank=2)
+    for wrong, words in (
+        ({"rank": 2}, "no option 'rank': did you mean 'ranks'"),
+        ({"learning_rate": 1e-4}, "no option 'learning_rate': did you mean 'lr'"),
+        ({"zzz": 1}, "no option 'zzz': It has ranks, lr, lora_lr"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            molf.use_in(Trainer(tiny_llama(), args), **wrong)
+    for given, words in ((tiny_llama(), "got LlamaForCausalLM"), (Trainer, "got the class Trainer")):
+        with pytest.raises(TypeError, match=words):
+            molf.use_in(given)
     with pytest.raises(MolfError, match="optimizer_in_backward=True with gradient_accumulation_steps=2"):
         molf.use_in(Trainer(tiny_llama(), args), optimizer_in_backward=True)
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from molf import MoLF, param_groups
+from molf import MoLF, add_lora_experts, param_groups
 from molf.setup.param_groups import alignment, expert_names, level_scales, lora_scales
 from small import mlp, tiny_llama, train
 from stacks import Stacks
@@ -148,6 +148,7 @@ def test_start_is_kaiming_uniform():
         ({"ranks": (2,), "lora_alpha": (1.0, 2.0)}, "give one number"),
         ({"lora_alpha": 0}, r"lora_alpha=0: must be above 0; without LoRA experts, ranks=\(\), this is AdamW"),
         ({"lr": "high"}, "lr='high': must be a finite number, 0 or more"),
+        ({"lr": "5e-5"}, "0 or more; it is text, as YAML reads 5e-5: write 5.0e-5"),
         ({"lr": -1e-3}, r"lr=-0\.001: must be a finite number, 0 or more"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": torch.tensor(float("inf"))}, r"lr=tensor\(inf\)"),
@@ -363,6 +364,15 @@ def test_an_empty_stack_is_not_routed():
     model.num_experts, model.nothing = 3, nn.Parameter(torch.zeros(3, 0, 2))
     groups = param_groups(model, ranks=(2,))
     assert [group["module"] for group in groups if "module" in group] == ["up_proj", "down_proj"]
+
+
+def test_one_expert_leaves_nothing_to_choose(caplog):
+    param_groups(add_lora_experts(tiny_llama(), ranks=(2, 4)))
+    param_groups(mlp(), ranks=())  # AdamW on purpose
+    assert not caplog.messages
+    param_groups(add_lora_experts(tiny_llama(), ranks=(2,)))
+    (message,) = caplog.messages
+    assert "Every routed layer has one expert, lora_r2: there is nothing to choose" in message
 
 
 def test_convolutions_and_positions_are_no_stacks(caplog):

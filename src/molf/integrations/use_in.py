@@ -1,9 +1,10 @@
 """MoLF in any Hugging Face or TRL trainer, by one call."""
 
+import difflib
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
+# What Trainers call options of MoLF.
+_TRAINER_NAMES = {"learning_rate": "lr", "lora_learning_rate": "lora_lr", "adam_epsilon": "eps", "adam_beta1": "betas"}
 _ADAMW = ("adamw_torch", "adamw_torch_fused")  # what a Trainer takes by default
 
 
@@ -48,9 +51,14 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         MolfError: DeepSpeed is enabled, the trainer has an optimizer already, ``optimizer_in_backward`` meets accumulation,
             clipping or fp16, the base model would be the reference model but trains or has trained experts, or
             ``load_best_model_at_end`` is set and there are several adapters.
-        TypeError: An option is unknown.
+        TypeError: An option is unknown, or ``trainer`` is no trainer.
     """
-    inspect.signature(MoLF).bind(trainer.model, **options)
+    if not isinstance(trainer, Trainer):
+        given = f"the class {trainer.__name__}" if isinstance(trainer, type) else type(trainer).__name__
+        raise TypeError(
+            f"use_in takes a trainer, of transformers or TRL, got {given}: make one first, SFTTrainer(model, ...) for example"
+        )
+    _check_options(options)
     if trainer.is_deepspeed_enabled:
         raise MolfError(
             "the trainer uses DeepSpeed, whose ZeRO flattens parameters and takes other optimizers' place, and MoLF routes "
@@ -130,6 +138,15 @@ class InUse(TrainerCallback):  # type: ignore[misc]
         clip_once(args, molf.max_grad_norm)
         if self._adapters:
             activate(model, self._adapters)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(MoLF).parameters if name != "model"]
+    for name in options:
+        if name not in known:
+            close = [_TRAINER_NAMES[name]] if name in _TRAINER_NAMES else difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"molf.MoLF has no option {name!r}: {hint}It has {', '.join(known)}")
 
 
 def _given_optimizer(trainer: Any) -> str | None:

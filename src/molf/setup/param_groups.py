@@ -151,6 +151,12 @@ def param_groups(
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
     _say_what_is_not_routed(model, groups)
+    if ranks != () and {len(group["experts"]) for group in routed} == {1}:
+        logger.warning(
+            "Every routed layer has one expert, %s: there is nothing to choose, and the steps are AdamW's. Give several, as by "
+            "molf.add_lora_experts(model, ranks=(8, 32)), or train the plain model.",
+            routed[0]["experts"][0],
+        )
     return groups
 
 
@@ -276,7 +282,8 @@ def check_numbers(**numbers: float | torch.Tensor | None) -> None:
     """
     for name, value in numbers.items():
         if not (is_number(value) and value >= 0) and not (name == "lora_lr" and value is None):
-            raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more")
+            text = "; it is text, as YAML reads 5e-5: write 5.0e-5" if isinstance(value, str) else ""
+            raise MolfError(f"{name}={value!r}: must be a finite number, 0 or more{text}")
 
 
 def _check_coverage(model: nn.Module, groups: list[dict[str, Any]]) -> None:

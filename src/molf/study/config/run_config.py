@@ -274,7 +274,17 @@ def folder_name(name: str, what: str) -> str:
     return name
 
 
+# What the optimizer calls settings of a run.
+_OPTIMIZER_NAMES = {
+    "lr": "learning_rate",
+    "lora_lr": "lora_learning_rate",
+    "eps": "adam_epsilon",
+    "betas": "adam_beta1",
+}
+
+
 def suggestion(name: str, known: Collection[str]) -> str:
     """Return the end of an error message that suggests the closest known name, or nothing if none is close."""
-    close = difflib.get_close_matches(name, known, n=1)
+    same = _OPTIMIZER_NAMES.get(name)
+    close = [same] if same in known else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
