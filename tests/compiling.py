@@ -58,7 +58,7 @@ def compiled_by(variants):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("GRAD", "STORAGE", "PRODUCT", "PFN", "HINT")]
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("BF16", "STORAGE", "PRODUCT", "PFN", "HINT")]
         found[f"{self.__name__}({', '.join(constants)})"] = kernel
 
     triton.JITFunction.run = compile_only

@@ -178,8 +178,8 @@ def test_cases_compile_all_that_real_models_run(monkeypatch):
     step = pytest.importorskip("molf.kernels.step", exc_type=ImportError)
     found: set[str] = set()
 
-    def note(kernel, what, *args, **constants):
-        found.add(f"{kernel.fn.__name__} {sorted({**what.constants, **constants}.items(), key=str)}")
+    def note(what, *args, **constants):
+        found.add(f"{what.kernel.fn.__name__} {sorted({**what.constants, **constants}.items(), key=str)}")
 
     monkeypatch.setattr(step, "launch", note)
     monkeypatch.setattr(gpu_kernels, "STEPS", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
         found = ", ".join(sorted({str(p.dtype) for group in groups for p in group["params"]}))
         raise _refusal(f"the kernels need weights that are all float32 or all bfloat16, and these are {found}")
     for group in routed:
-        if any(len({p.dtype for p in expert}) > 1 for expert in _experts(group)):
+        adapters = len(group["params"]) - 2 * len(group["ranks"]) * (group["form"] == "branched")
+        dtypes = [p.dtype for p in group["params"]]
+        if len({*dtypes[:adapters]}) > 1 or dtypes[adapters::2] != dtypes[adapters + 1 :: 2]:
             found = ", ".join(str(p.dtype) for p in group["params"])
             raise _refusal(
                 f"the kernels need one dtype in each expert, and the tensors of {group['module']} are {found}"
@@ -66,15 +68,6 @@ def check_gradients(params: Iterable[Tensor]) -> None:
                 f"the gradient of a parameter {list(p.shape)} is {p.grad.dtype} with strides {local(p.grad).stride()}, and the "
                 f"kernels need {p.dtype} and contiguous memory"
             )
-
-
-def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:
-    """Yield the parameters of each expert that has parameters in the model."""
-    adapters = 2 * len(group["ranks"]) if group["form"] == "branched" else 0
-    base = len(group["params"]) - adapters
-    yield group["params"][:base]
-    for i in range(base, len(group["params"]), 2):
-        yield group["params"][i : i + 2]
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
     m += (1 - b1) (g - m)        v = b2 v + (1 - b2) g g        EPD: sum m u,  PFN: sum u u,  u = m / (sqrt(v) + eps)
 
-Every block writes one partial sum, and one of ``g g`` for the norm, which costs no memory traffic here. A second launch adds the
-former per expert in a fixed order, so that equal inputs give equal scores, bit for bit.
+Every block writes one partial sum, and one of ``g g`` for the norm, which costs no memory traffic here: ``sums [slots, 2]``. A
+second launch adds them per expert in a fixed order, so that equal inputs give equal scores, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def updated(g, m, v, scalars):
 
 
 @triton.jit
-def update_moments(
-    rows, grads, partials, squares, scalars, blocks, GRAD: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr
-):
+def update_moments(rows, sums, scalars, blocks, BF16: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr):
     """Update float32 moments in place."""
     if tl.load(scalars + t.GO) == 0:
         return
@@ -39,7 +37,7 @@ def update_moments(
     i, start, slot = tl.load(block), tl.multiple_of(tl.load(block + 1), CHUNK), tl.load(block + 2)
     row = rows + i * t.ROW
     size = size_in(row + t.SIZE, HINT) - start
-    grad = pointer(grads + i, GRAD, HINT > 1) + start
+    grad = pointer(row + t.GRAD, tl.bfloat16 if BF16 else tl.float32, HINT > 1) + start
     exp_avg = pointer(row + t.EXP_AVG, tl.float32, HINT > 1) + start
     exp_avg_sq = pointer(row + t.EXP_AVG_SQ, tl.float32, HINT > 1) + start
     total, norm = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
@@ -55,25 +53,25 @@ def update_moments(
         tl.store(exp_avg_sq + at, v, mask=inside)
         u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
         total += u * u if PFN else m * u  # 0 outside: m is
-    store_sums(row, partials + slot, squares + slot, tl.sum(total, axis=0), tl.sum(norm, axis=0))
+    store_sums(row, sums + 2 * slot, tl.sum(total, axis=0), tl.sum(norm, axis=0))
 
 
 @triton.jit
-def store_sums(row, partial, square, total, norm):
+def store_sums(row, to, total, norm):
     """Store a block's sums, 0 where they do not count."""
-    tl.store(partial, tl.where(tl.load(row + t.COUNTED) != 0, total, 0.0))
-    tl.store(square, tl.where(tl.load(row + t.NORMED) != 0, norm, 0.0))
+    tl.store(to, tl.where(tl.load(row + t.COUNTED) != 0, total, 0.0))
+    tl.store(to + 1, tl.where(tl.load(row + t.NORMED) != 0, norm, 0.0))
 
 
 @triton.jit
-def sum_per_expert(partials, squares, totals, norms, blocks):
+def sum_per_expert(sums, totals, norms, blocks):
     """Add an expert's partial sums; ``blocks [experts, 3]`` has its first and its last place."""
     expert = tl.program_id(0)
     first, last = tl.load(blocks + 3 * expert + 1), tl.load(blocks + 3 * expert + 2)
     total, norm = tl.zeros((_STRIP,), dtype=tl.float64), tl.zeros((_STRIP,), dtype=tl.float64)
     for start in range(first, last, _STRIP):
         at = start + tl.arange(0, _STRIP)
-        total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
-        norm += tl.load(squares + at, mask=at < last, other=0.0).to(tl.float64)
+        total += tl.load(sums + 2 * at, mask=at < last, other=0.0).to(tl.float64)
+        norm += tl.load(sums + 2 * at + 1, mask=at < last, other=0.0).to(tl.float64)
     tl.store(totals + expert, tl.sum(total, axis=0))
     tl.store(norms + expert, tl.sum(norm, axis=0))
