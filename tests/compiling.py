@@ -36,7 +36,7 @@ VARIANTS = [  # together they launch every kernel with every storage of weights,
     (block, torch.bfloat16, {"optim_bits": 8, "ranks": (128,)}),
     (block, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (128,)}),
     (block, torch.bfloat16, {"bf16_update": "stochastic", "ranks": (128,), "score": "pfn"}),
-    (block, torch.bfloat16, {"ranks": (128,)}),
+    (block, torch.bfloat16, {"ranks": (128,), "score": "coherence"}),
     (block, torch.float32, {"optim_bits": 8, "ranks": (128,)}),
     (block, torch.float32, {"ranks": (8, 128)}),
 ]
@@ -62,7 +62,7 @@ def compiled_by(variants):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("BF16", "STORAGE", "PRODUCT", "PFN", "HINT")]
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("BF16", "STORAGE", "PRODUCT", "KIND", "HINT")]
         name = f"{self.__name__}({', '.join(constants)})"
         found[name] = kernel
         models.setdefault(name, set()).add(make.__name__)

@@ -187,7 +187,7 @@ def test_cases_compile_all_that_real_models_run(monkeypatch):
         with contextlib.suppress(RuntimeError):  # nothing was launched, so other experts win
             case()
     compiled, found = found, set()
-    for widths, (dtype, options), score in itertools.product(FAMILIES.values(), STORAGES, ("epd", "pfn")):
+    for widths, (dtype, options), score in itertools.product(FAMILIES.values(), STORAGES, ("epd", "pfn", "coherence")):
         model = block(*widths).to(dtype)
         optimizer = MoLF(model, ranks=(8, 16), fused=True, score=score, **options)
         for p in model.parameters():

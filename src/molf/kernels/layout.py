@@ -20,18 +20,16 @@ class Layout:
 
     Attributes:
         numel: Elements of the buffer.
-        first: The first element of every tensor, by its key.
     """
 
     def __init__(self, device: torch.device):
         self.numel, self._one = 0, torch.empty((), device=device)
-        self.first: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
         self._shapes: list[Tensor] = []
 
     def place(self, key: Hashable, shape: Sequence[int]) -> int:
         """Add a tensor and return its first element."""
-        first = self.first[key] = self.numel
+        first = self.numel
         self._add(key, shape)
         if gap := -self.numel % _MULTIPLE:
             self._add(None, (gap,))

@@ -117,10 +117,10 @@ class StepPlan:
         self.routed = sum(len(layer.experts) for layer in layers)
         self.names = tuple(layer.name for layer in layers)
         self.expert_names = layers[0].experts if layers else ()
-        self.expert_groups: list[int] = []
-        self.expert_ratios: list[float] = []
+        self.expert_ratios = [ratio for layer in layers for ratio in layer.lr_ratios]
         pairs: list[Entry] = []
         numbers = {id(group): i for i, group in enumerate(groups)}
+        self.expert_groups = [numbers[id(layer.group)] for layer in layers for _ in layer.experts]
         for layer in layers:
             pairs += self._add_layer(layer, numbers[id(layer.group)])
         for i, group in enumerate(groups):
@@ -157,8 +157,6 @@ class StepPlan:
         """Add a layer's tensors and return the pairs of a merged one."""
         number, pairs = len(self.counts), []
         self.counts.append(self._count(layer.group["params"][0], "step"))
-        self.expert_groups += [group] * len(layer.experts)
-        self.expert_ratios += layer.lr_ratios
         how: dict[str, Any] = {"layer": number, "group": group}
         first, decays = number * len(layer.experts), (layer.group["weight_decay"], layer.group["lora_weight_decay"])
         if isinstance(layer, BranchedLayer):
@@ -210,15 +208,13 @@ class PairGradients:
 
     def __init__(self, plan: StepPlan, shards: int, device: torch.device):
         self._layout, self._rows = Layout(device), range(plan.owned, len(plan.entries))
-        for a in self._rows[::2]:
-            if plan.entries[plan.entries[a].weight].sharded:
-                self._layout.place(a, plan.entries[a].tensor.param.shape)
+        shapes = {i: plan.entries[i].tensor.param.shape for i in self._rows}
+        summed = [a for a in self._rows[::2] if plan.entries[plan.entries[a].weight].sharded]
+        places = {a: self._layout.place(a, shapes[a]) for a in summed}
         self.reduced = self._layout.place("norms", (shards,)) + shards
-        for i in self._rows:
-            if i not in self._layout.first:
-                self._layout.place(i, plan.entries[i].tensor.param.shape)
+        places |= {i: self._layout.place(i, shapes[i]) for i in self._rows if i not in places}
         self.numel = self._layout.numel
-        self.offsets = [4 * self._layout.first[i] for i in self._rows]
+        self.offsets = [4 * places[i] for i in self._rows]
 
     def views(self, buffer: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Return dA and dB of all pairs, and the norms of the shards, in a buffer of ``numel`` elements."""

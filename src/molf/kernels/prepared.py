@@ -47,7 +47,7 @@ class Prepared:
         check_gradients(p for group in groups for p in group["params"])
         self.device = device
         self.plan = plan = StepPlan(layers, groups, context, device)
-        self._score, self._ranks, self._settings = type(context.score), context.ranks, _settings(groups)
+        self._settings = _settings(groups, context)
         self._params = [p for group in groups for p in group["params"]]
         self._had = [p.grad is not None for p in self._params]
         self.is_sharded = [is_sharded(p) for p in self._params]
@@ -66,12 +66,9 @@ class Prepared:
     def is_current(self, groups: Sequence[dict[str, Any]], context: StepContext) -> bool:
         """Return whether the tables hold for a step, but for other addresses of gradients and other rates."""
         params = [p for group in groups for p in group["params"]]
-        if len(params) != len(self._params) or _settings(groups) != self._settings:
+        if len(params) != len(self._params) or _settings(groups, context) != self._settings:
             return False
-        if type(context.score) is not self._score or context.ranks != self._ranks:
-            return False
-        grads, state = [p.grad for p in params], context.state
-        own = params
+        own, grads, state = params, [p.grad for p in params], context.state
         if self._sharded:
             own, grads = [local(p) for p in params], [None if grad is None else local(grad) for grad in grads]
         try:
@@ -144,10 +141,11 @@ class Prepared:
         return copied
 
 
-def _settings(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return what a plan takes from groups, beside parameters and rates."""
+def _settings(groups: Sequence[dict[str, Any]], context: StepContext) -> list[Any]:
+    """Return what a plan takes from groups and context, beside parameters and rates."""
     keys, routed = ("weight_decay", "betas", "eps"), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
-    return [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
+    own = [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
+    return [type(context.score), context.ranks, *own]
 
 
 def are_at(tensors: list[Tensor], addresses: list[int]) -> bool:

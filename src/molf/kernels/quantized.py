@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels import tables as t
-from molf.kernels.moments import store_sums, updated
+from molf.kernels.moments import store_sums, terms, updated
 from molf.kernels.tables import CODES, TILE, pointer, size_in
 from molf.kernels.winners import load_weight, moved, store_weight
 from molf.numerics.quantization import code_values, nearest_code
@@ -50,7 +50,7 @@ def _updated(row, values, scalars, first, BF16: tl.constexpr, HINT: tl.constexpr
 
 
 @triton.jit
-def score_quantized(rows, sums, scalars, values, blocks, BF16: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr):
+def score_quantized(rows, sums, scalars, values, blocks, BF16: tl.constexpr, KIND: tl.constexpr, HINT: tl.constexpr):
     """Add up the sums of the scores as ``update_moments`` does; nothing is kept."""
     if tl.load(scalars + t.GO) == 0:
         return
@@ -58,9 +58,9 @@ def score_quantized(rows, sums, scalars, values, blocks, BF16: tl.constexpr, PFN
     i, first, slot = tl.load(start), tl.load(start + 1), tl.load(start + 2)
     row = rows + i * t.ROW
     m, v, g, _, _, _, _ = _updated(row, values, scalars, first, BF16, HINT)
-    u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
-    total, norm = tl.sum(tl.sum(u * u if PFN else m * u, axis=1), axis=0), tl.sum(tl.sum(g * g, axis=1), axis=0)
-    store_sums(row, sums + 2 * slot, total, norm)
+    one, two = terms(g, m, v, scalars, KIND)
+    total, other = tl.sum(tl.sum(one, axis=1), axis=0), tl.sum(tl.sum(two, axis=1), axis=0)
+    store_sums(row, sums + 2 * slot, total, other, KIND)
 
 
 @triton.jit

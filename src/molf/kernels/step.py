@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from molf.kernels.launches import Chunk
+from molf.kernels.moments import COHERENCE, EPD, PFN
 from molf.kernels.pairs import pair_gradients
 from molf.kernels.prepared import Prepared
 from molf.kernels.tables import GRAD, WON, Launch, launch
@@ -73,6 +74,7 @@ class _Step:
     def __init__(self, made: Prepared, context: StepContext, seed: int):
         self._made, self._plan, self._tables, self._context = made, made.plan, made.launches, context
         self._seed, self._device = seed, made.device
+        self._kind = {"pfn": PFN, "coherence": COHERENCE}.get(context.score.name, EPD)
 
     def take(self) -> Outcome:
         plan = self._plan
@@ -84,20 +86,20 @@ class _Step:
         norm = self._prepare_gradients(buffer)
         torch._foreach_add_(plan.counts, [self._scalars[0]] * len(plan.counts))
         steps = torch.stack(plan.counts)
-        total, squares = self._update_moments() if plan.entries else (norm, norm)
+        sums = self._update_moments() if plan.entries else torch.empty(0)
         del buffer  # its memory serves as operands
-        routing = self._decide(total, steps) if plan.names else None
+        routing = self._decide(sums, steps) if plan.names else None
         self._move(routing, steps)
         if not self._has_norm:
-            squares = squares.sqrt()
+            squares = sums[1].sum().sqrt()  # of the gradients that dB stood for
             norm = torch.where(self._taken, squares if norm is None else norm.hypot(squares), self._finite)
         return Outcome(routing, norm, self._taken)
 
     def _prepare_gradients(self, buffer: Tensor) -> Any:
         """Compute the gradients of pairs, decide whether the step is taken, and return the norm of the gradients.
 
-        Without clipping, loss scales and shards, dB tells whether G is finite. The norm is then that of the other gradients,
-        None without others, and ``update_moments`` adds what is missing.
+        Without clipping, loss scales, shards and coherence, dB tells whether G is finite. The norm is then that of the other
+        gradients, None without others, and ``update_moments`` adds what is missing.
         """
         made, plan, context = self._made, self._plan, self._context
         dAs, dBs, norms = plan.gradients.views(buffer)
@@ -105,7 +107,7 @@ class _Step:
         torch.add(made.grad_table, made.inside, alpha=buffer.data_ptr(), out=self._tables.rows[:, GRAD.value])
         clip, shards = context.max_grad_norm is not None, context.ranks.shards is not None
         scaled = context.found_inf is not None or context.grad_scale is not None
-        self._has_norm = clip or shards or scaled or not plan.pairs
+        self._has_norm = clip or shards or scaled or not plan.pairs or self._kind == COHERENCE
         dense = set() if self._has_norm else {made.owned[i] for i in plan.effective}
         parts = [(made.grads[i], made.is_sharded[i]) for i in made.moving if i not in dense]
         if clip:
@@ -137,22 +139,23 @@ class _Step:
         self._scalars = torch.cat([self._taken.view(1), factor.float().view(1), self._made.settings])
         return norm
 
-    def _update_moments(self) -> tuple[Tensor, Tensor]:
-        """Update all moments; return the sum of every routed expert, and the squared norm of the gradients that dB stood for."""
+    def _update_moments(self) -> Tensor:
+        """Update all moments and return both sums of every routed expert, ``[2, L E]`` float64."""
         tables = self._tables
         sums = torch.zeros(tables.slots, 2, device=self._device)
         for what in tables.moments:
-            launch(what, tables.rows, sums, self._scalars, PFN=self._context.score.name == "pfn")
-        totals, squares = torch.empty(2, self._plan.routed, dtype=torch.float64, device=self._device).unbind()
-        launch(tables.sums, sums, totals, squares)
-        return totals, squares.sum()
+            launch(what, tables.rows, sums, self._scalars, KIND=self._kind)
+        totals = torch.empty(2, self._plan.routed, dtype=torch.float64, device=self._device)
+        launch(tables.sums, sums, *totals.unbind())
+        return totals
 
-    def _decide(self, total: Tensor, steps: Tensor) -> Routing:
+    def _decide(self, sums: Tensor, steps: Tensor) -> Routing:
         context, made, names, experts = self._context, self._made, self._plan.names, self._plan.expert_names
         if context.ranks.shards is not None:
-            context.ranks.sum_(total)
-        total, steps = total.view_as(made.n), steps[: len(names)].double()
-        descent = total if context.score.sums_descent else made.unknown  # not asked for
+            context.ranks.sum_(sums)
+        (total, other), steps = sums.view(2, *made.n.shape).unbind(), steps[: len(names)].double()
+        descent = made.unknown if self._kind == PFN else total  # PFN does not ask for it
+        total = other if self._kind == COHERENCE else total
         scores = context.score.scores(Evidence(names, total, made.n, made.score_rates, descent, steps))
         chosen = context.ranks.broadcast_decision(choose(scores, context.top_k), self._device)
         return Routing(names, experts, scores, chosen, self._taken)
