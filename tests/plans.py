@@ -52,7 +52,7 @@ def step_of(entries, grads, experts, device, clip=1.0, go=1.0, score=None, chose
     made.launches.rows[:, GRAD.value] = torch.tensor(addresses + gradients.offsets)
     step = _Step(made, SimpleNamespace(score=score or EPD()), 0)
     scalars = [go, clip, 1 - BETAS[0], BETAS[1], 1 - BETAS[1], EPS]
-    step._scalars = torch.tensor(scalars, device=device)
+    step._scalars, step._go = torch.tensor(scalars, device=device), torch.tensor(go, device=device)
     won = torch.tensor([float(e in (chosen or ())) for e in range(experts)], device=device)
     rates = torch.tensor([LR] * len(entries) + [LR * one.decay for one in entries], device=device)
     step._moves = made.launches.moves([won], torch.tensor([CORRECTIONS], device=device), rates)

@@ -84,7 +84,7 @@ class _Step:
             torch._foreach_mul_([self._made.grads[i] for i, _ in own], [factor for _, factor in own])
         buffer = torch.empty(plan.gradients.numel, device=self._device)
         norm = self._prepare_gradients(buffer)
-        torch._foreach_add_(plan.counts, [self._scalars[0]] * len(plan.counts))
+        torch._foreach_add_(plan.counts, [self._go] * len(plan.counts))
         steps = torch.stack(plan.counts)
         sums = self._update_moments() if plan.entries else torch.empty(0)
         del buffer  # its memory serves as operands
@@ -136,17 +136,17 @@ class _Step:
             self._taken = self._taken & (context.found_inf == 0).view(())
         if context.max_grad_norm is not None:
             factor = factor * (context.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        self._scalars = torch.cat([self._taken.view(1), factor.float().view(1), self._made.settings])
+        self._go = self._taken.float()
+        self._scalars = torch.cat([self._go.view(1), factor.float().view(1), self._made.settings])
         return norm
 
     def _update_moments(self) -> Tensor:
         """Update all moments and return both sums of every routed expert, ``[2, L E]`` float64."""
-        tables = self._tables
-        sums = torch.zeros(tables.slots, 2, device=self._device)
-        for what in tables.moments:
-            launch(what, tables.rows, sums, self._scalars, KIND=self._kind)
+        sums = torch.zeros(self._tables.slots, 2, device=self._device)
+        for what in self._tables.moments:
+            launch(what, self._tables.rows, sums, self._scalars, KIND=self._kind)
         totals = torch.empty(2, self._plan.routed, dtype=torch.float64, device=self._device)
-        launch(tables.sums, sums, *totals.unbind())
+        launch(self._tables.sums, sums, *totals.unbind())
         return totals
 
     def _decide(self, sums: Tensor, steps: Tensor) -> Routing:
@@ -162,7 +162,7 @@ class _Step:
 
     def _move(self, routing: Routing | None, steps: Tensor) -> None:
         """Take the step of the winners and of ordinary parameters, and count what was updated."""
-        made, plan, tables, go = self._made, self._plan, self._tables, self._scalars[0]
+        made, plan, tables, go = self._made, self._plan, self._tables, self._go
         won = [made.always] if routing is None else [routing.chosen.view(-1), made.always]
         self._moves = tables.moves(won, 1 - made.powers.pow(steps.unsqueeze(1)), made.rates)
         # A layer may have missed steps, but the largest count is new at every step.
@@ -206,5 +206,5 @@ class _Step:
                 lr=made.lrs[own.group],
                 weight_decay=own.decay,
                 grad_scale=scalars[1].reciprocal() if scaled else None,
-                found_inf=1 - scalars[0],
+                found_inf=1 - self._go,
             )
