@@ -158,7 +158,10 @@ def cases():
         "stochastic rounding, 8-bit states": lambda: stochastic("aligned", optim_bits=8),
         "PyTorch's kernels": lambda: against_oracle("aligned", torch.float32, True, {}, fused=False),
     }
-    for dtype, score in itertools.product((torch.float32, torch.bfloat16), ("epd", "pfn")):
+    for dtype in (torch.float32, torch.bfloat16):  # the oracle has no coherence
+        case = f"aligned, {str(dtype).removeprefix('torch.')}, coherence"
+        found[case] = functools.partial(against_plain, "aligned", dtype, True, {"score": "coherence"})
+    for dtype, score in itertools.product((torch.float32, torch.bfloat16), ("epd", "pfn", "coherence")):
         options = {"optim_bits": 8, "score": score}
         case = f"8-bit states, aligned, {str(dtype).removeprefix('torch.')}, {score}"
         found[case] = functools.partial(against_plain, "aligned", dtype, True, options)

@@ -24,17 +24,21 @@ from small import wide
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def even(dtype):
-    """A model whose sizes are all multiples of 16, as in large ones."""
-    return nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.Linear(128, 16)).to(dtype)
+def block(dtype):
+    """Layers of a block whose sizes are multiples of 64, as in Qwen, Llama and Gemma: for kernels they look alike."""
+    sizes = [(192, 192), (192, 128), (192, 320), (320, 192)]
+    layers = [nn.Linear(*size, bias=i < 2) for i, size in enumerate(sizes)]
+    return nn.ModuleList([nn.Embedding(256, 192), nn.RMSNorm(192), *layers]).to(dtype)
 
 
 VARIANTS = [  # together they launch every kernel with every storage of weights, and gradients of both dtypes
     (wide, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (2,)}),
-    (even, torch.bfloat16, {"optim_bits": 8, "ranks": (16,)}),
-    (even, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (16,)}),
-    (even, torch.bfloat16, {"bf16_update": "stochastic", "ranks": (16,), "score": "pfn"}),
-    (even, torch.float32, {"ranks": (8,)}),
+    (block, torch.bfloat16, {"optim_bits": 8, "ranks": (128,)}),
+    (block, torch.bfloat16, {"bf16_update": "stochastic", "optim_bits": 8, "ranks": (128,)}),
+    (block, torch.bfloat16, {"bf16_update": "stochastic", "ranks": (128,), "score": "pfn"}),
+    (block, torch.bfloat16, {"ranks": (128,), "score": "coherence"}),
+    (block, torch.float32, {"optim_bits": 8, "ranks": (128,)}),
+    (block, torch.float32, {"ranks": (8, 128)}),
 ]
 
 
@@ -52,14 +56,16 @@ class CompileOnlyDriver:
 
 
 def compiled_by(variants):
-    """Return the compiled kernels that the first step of these variants launches, by name."""
-    found = {}
+    """Return the compiled kernels that the first step of these variants launches, by name, and of which models they are."""
+    found, models = {}, {}
     run = triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("GRAD", "STORAGE", "PRODUCT", "PFN", "HINT")]
-        found[f"{self.__name__}({', '.join(constants)})"] = kernel
+        constants = [f"{k}={v}" for k, v in kwargs.items() if k in ("BF16", "STORAGE", "PRODUCT", "KIND", "HINT")]
+        name = f"{self.__name__}({', '.join(constants)})"
+        found[name] = kernel
+        models.setdefault(name, set()).add(make.__name__)
 
     triton.JITFunction.run = compile_only
     driver.set_active(CompileOnlyDriver())
@@ -70,7 +76,7 @@ def compiled_by(variants):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-    return found
+    return found, models
 
 
 def resources(kernel):
@@ -95,5 +101,6 @@ def resources(kernel):
 
 
 if __name__ == "__main__":
-    kernels = compiled_by(VARIANTS)
-    json.dump({name: resources(kernel) for name, kernel in sorted(kernels.items())}, sys.stdout, indent=1)
+    kernels, models = compiled_by(VARIANTS)
+    found = {name: {**resources(kernel), "models": sorted(models[name])} for name, kernel in sorted(kernels.items())}
+    json.dump(found, sys.stdout, indent=1)

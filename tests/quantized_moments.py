@@ -10,7 +10,7 @@ from plans import BETAS, entry
 SHAPES = [(21, 5), (3, 256), (2, 300), (4, 10, 30), (0, 7)]
 
 
-def random_quantized(device, shape, expert, storage="float", grad=torch.float32, **how):
+def random_quantized(device, shape, expert, storage="float", **how):
     """Draw a parameter with moments, and its gradient."""
     generator = torch.Generator().manual_seed(expert)
     g, m, v, value = (torch.randn(shape, generator=generator) for _ in range(4))
@@ -24,7 +24,7 @@ def random_quantized(device, shape, expert, storage="float", grad=torch.float32,
     high, low = split(value)
     param = (value if storage == "float" else high.clone()).to(device)
     low = low.clone().to(device) if storage == "split" else None
-    return entry(param, *codes, expert, grad, low=low, absmax=maxima, **how), g.to(device, grad)
+    return entry(param, *codes, expert, low=low, absmax=maxima, **how), g.to(param)
 
 
 def dequantized(one):

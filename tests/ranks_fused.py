@@ -135,7 +135,7 @@ class Fused:
         return Three(self._alone, small, hsdp if self._size == 4 else fully_shard, **how).given(4, scaled)
 
     def fused_in_part(self):
-        return Three(self._alone, small, in_part, max_grad_norm=0.5).given(2)
+        return Three(self._alone, small, in_part, max_grad_norm=0.5, score="coherence").given(2)
 
     def fused_adapters(self):
         return Three(self._alone, adapted, ranks=None).given(2)

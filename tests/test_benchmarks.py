@@ -179,8 +179,8 @@ def test_cases_compile_all_that_real_models_run(monkeypatch):
     step = pytest.importorskip("molf.kernels.step", exc_type=ImportError)
     found: set[str] = set()
 
-    def note(kernel, what, *args, **constants):
-        found.add(f"{kernel.fn.__name__} {sorted({**what.constants, **constants}.items(), key=str)}")
+    def note(what, *args, **constants):
+        found.add(f"{what.kernel.fn.__name__} {sorted({**what.constants, **constants}.items(), key=str)}")
 
     monkeypatch.setattr(step, "launch", note)
     monkeypatch.setattr(gpu_kernels, "STEPS", 1)
@@ -188,7 +188,7 @@ def test_cases_compile_all_that_real_models_run(monkeypatch):
         with contextlib.suppress(RuntimeError):  # nothing was launched, so other experts win
             case()
     compiled, found = found, set()
-    for widths, (dtype, options), score in itertools.product(FAMILIES.values(), STORAGES, ("epd", "pfn")):
+    for widths, (dtype, options), score in itertools.product(FAMILIES.values(), STORAGES, ("epd", "pfn", "coherence")):
         model = block(*widths).to(dtype)
         optimizer = MoLF(model, ranks=(8, 16), fused=True, score=score, **options)
         for p in model.parameters():

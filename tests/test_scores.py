@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from molf.scores import EPD, PFN, SCORES, Evidence, Random, Score, get_score
+from molf.scores import EPD, PFN, SCORES, Evidence, Random, Score, _keys, get_score
 
 EPS = 1e-3
 
@@ -89,6 +89,15 @@ def test_random_scores_depend_on_seed_module_and_step_alone():
     assert torch.equal(scores[1:], Random().scores(evidence(["b"], [1])))
     others = [Random().scores(evidence(["a"], [2])), Random(1).scores(evidence(["a"], [1])), scores[1:]]
     assert all(not torch.equal(other, scores[:1]) for other in others)
+
+
+def test_modules_that_are_scored_one_by_one_are_hashed_once():
+    """As in backward: hashing again would copy to the device at every step."""
+    _keys.cache_clear()
+    for t in range(2):
+        for i in range(500):
+            Random().scores(evidence([str(i)], [t]))
+    assert _keys.cache_info().misses == 500
 
 
 def test_random_routing_gives_every_expert_its_share():

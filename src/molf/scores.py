@@ -185,8 +185,7 @@ class Random(EPD):
     def scores(self, evidence: Evidence) -> Tensor:
         """Return random numbers, uniform in [0, 1), on the device of the step counts."""
         steps = evidence.steps.long()
-        x = _keys(evidence.modules, self.seed, steps.device) + steps * _GOLDEN
-        x = x[:, None] + torch.arange(evidence.lr.shape[1], device=steps.device) * _MIX[0]
+        x = _keys(evidence.modules, evidence.lr.shape[1], self.seed, steps.device) + (steps * _GOLDEN)[:, None]
         # The finaliser of SplitMix64 (Steele, Lea, Flood 2014); int64 wraps around, and its shifts are made logical.
         for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
             x = (x ^ _shift(x, shift)) * factor
@@ -201,11 +200,12 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-@functools.lru_cache(maxsize=64)
-def _keys(modules: tuple[str, ...], seed: int, device: torch.device) -> Tensor:
-    """Return a number for each module, ``[M]``."""
+@functools.lru_cache(maxsize=4096)  # layers that move alone, in backward, have an entry each
+def _keys(modules: tuple[str, ...], experts: int, seed: int, device: torch.device) -> Tensor:
+    """Return a number for each expert of each module, ``[M, E]``."""
     digests = (hashlib.sha256(f"{seed} {module}".encode()).digest()[:8] for module in modules)
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=device)
+    keys = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=device)
+    return keys[:, None] + torch.arange(experts, device=device) * _MIX[0]
 
 
 SCORES: dict[str, Score] = {

@@ -38,6 +38,13 @@ def test_every_kernel_compiles_for_an_h100(compiled):
     assert {name.partition("(")[0] for name in vectorized(compiled)} == KERNELS - {"sum_per_expert"}
 
 
+def test_a_decoder_at_any_rank_runs_the_kernels_that_read_vectors(compiled):
+    """All of them, with every kind of moments and weights: what is asked of these below holds at rank 128, too."""
+    own = {name for name, made in compiled.items() if "block" in made["models"]}
+    assert own - set(vectorized(compiled)) == {"sum_per_expert()"}
+    assert {name.partition("(")[0] for name in own} == KERNELS
+
+
 def test_nothing_spills_and_a_multiprocessor_holds_two_blocks(compiled):
     """Of its 65536 registers and 227 KiB of memory; kernels for odd sizes may need more, because they are rare."""
     for name, made in compiled.items():
@@ -53,8 +60,10 @@ def test_elements_are_moved_16_bytes_at_once(compiled):
         if name.startswith(("move", "update")):
             assert made["widths"]["16"] >= 6 and made["widths"].get("2", 0) == 0, name
             assert made["widths"]["4"] <= 10, name
-        else:  # 8-bit codes are looked up one by one, and so is where a row ends
-            assert made["widths"]["16"] >= 4, name
+        else:  # of a thread's 16 elements, two codes each are looked up one by one; in ``requantize`` those to write, too
+            lookups = 32 * (1 + name.startswith("requantize"))
+            assert made["widths"]["16"] >= 4 and made["widths"].get("2", 0) == 0, name
+            assert made["widths"]["4"] <= lookups + 15 and made["widths"].get("1", 0) <= lookups - 32, name
 
 
 def test_instructions_stay_few(compiled):

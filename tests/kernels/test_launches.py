@@ -18,13 +18,13 @@ def test_blocks_cover_every_tensor_once_and_leave_empty_ones_out():
 
 def test_tensors_in_a_buffer_are_aligned_and_disjoint(device):
     layout = Layout(device)
-    places = [layout.place(shape) for shape in ((3, 5), (0,), (4, 4), (1, 1))]
+    places = [layout.place(key, shape) for key, shape in enumerate(((3, 5), (0,), (4, 4), (1, 1)))]
     views = layout.views(torch.zeros(layout.numel, device=device))
     for value, first in enumerate(places):
         views[value].fill_(value)
-        assert first % 4 == 0
-    assert [view.unique().tolist() for view in views] == [[0.0], [], [2.0], [3.0]]
-    assert [tuple(view.shape) for view in views] == [(3, 5), (0,), (4, 4), (1, 1)]
+        assert first % 16 == 0
+    assert [views[i].unique().tolist() for i in range(4)] == [[0.0], [], [2.0], [3.0]]
+    assert [tuple(views[i].shape) for i in range(4)] == [(3, 5), (0,), (4, 4), (1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from molf.kernels import launches
-from molf.kernels.pairs import Pair, pair_gradients
+from molf.kernels.pairs import pair_gradients
 from molf.layers.base import LoraPair
 from molf.layers.merged import apply_lora_delta_, decay_base_
 from molf.numerics.bf16 import join, split
@@ -23,16 +23,19 @@ def test_gradients_equal_the_formulas(device, dtype, tensor_cores):
     tolerance = 5e-2 if tensor_cores else 2e-5
     dense = [torch.randn(70, 33, device=device).to(dtype), torch.randn(16, 130, device=device).to(dtype)]
     pairs = [
-        Pair(torch.randn(r, G.shape[1], device=device), torch.randn(len(G), r, device=device), 0.3, layer)
-        for layer, G in enumerate(dense)
+        tuple(
+            entry(torch.randn(shape, device=device), None, None, 1, scale=scale, weight=row)
+            for shape, scale in (((r, G.shape[1]), 1.0), ((len(G), r), 0.3))
+        )
+        for row, G in enumerate(dense)
         for r in (5, 12)
     ]
-    dAs, dBs = [torch.full_like(p.A, torch.nan) for p in pairs], [torch.full_like(p.B, torch.nan) for p in pairs]
+    dAs, dBs = ([torch.full_like(pair[i].tensor.param, torch.nan) for pair in pairs] for i in (0, 1))
     pair_gradients(pairs, dense, dAs, dBs)
-    for (A, B, s, layer), dA, dB in zip(pairs, dAs, dBs, strict=True):
-        G = dense[layer].double()
-        torch.testing.assert_close(dB, s * (G @ A.double().T).float(), rtol=1e-5, atol=tolerance)
-        torch.testing.assert_close(dA, s * (B.double().T @ G).float(), rtol=1e-5, atol=tolerance)
+    for (a, b), dA, dB in zip(pairs, dAs, dBs, strict=True):
+        G, A, B = dense[a.weight].double(), a.tensor.param.double(), b.tensor.param.double()
+        torch.testing.assert_close(dB, 0.3 * (G @ A.T).float(), rtol=1e-5, atol=tolerance)
+        torch.testing.assert_close(dA, 0.3 * (B.T @ G).float(), rtol=1e-5, atol=tolerance)
 
 
 def drawn(device, storage, b_is_nonzero):
@@ -52,11 +55,6 @@ def drawn(device, storage, b_is_nonzero):
                 m, v = torch.randn(x.shape).to(device), torch.rand(x.shape).to(device)
                 pairs.append(entry(x.to(device), m, v, 3 * layer + e, decay=0.2, scale=scale, weight=layer))
     return [*weights, *pairs]
-
-
-def pairs_of(entries):
-    own = [(one.tensor.param, one.weight) for one in entries[len(WON) :]]
-    return [Pair(A, B, SCALE, layer) for (A, layer), (B, _) in zip(own[::2], own[1::2], strict=True)]
 
 
 def value(one):
@@ -91,13 +89,9 @@ def test_a_step_equals_the_merged_form(device, storage, b_is_nonzero, at_once, t
         monkeypatch.setattr(launches, "_AT_ONCE", at_once)
     entries, before = drawn(device, storage, b_is_nonzero), drawn(device, storage, b_is_nonzero)
     count = len(WON)
-    ends = [
-        Pair(a.tensor.param, b.tensor.param, SCALE, a.weight)
-        for a, b in zip(entries[count::2], entries[count + 1 :: 2], strict=True)
-    ]
     chosen = {3 * layer + e for layer, won in enumerate(WON) for e in range(3) if won[e]}
     grads = [torch.empty(0, device=device)] * count
-    step = step_of(entries, grads, 3 * count, device, pairs=ends, effective=range(count), chosen=chosen)
+    step = step_of(entries, grads, 3 * count, device, chosen=chosen)
     assert len(step._tables.chunks) == (1 if at_once is None else 4)
     phase2(step)
     tolerance = {"rtol": 2e-3, "atol": 5e-3} if tensor_cores else {"rtol": 5e-6, "atol": 5e-6}
@@ -117,11 +111,7 @@ def test_a_skipped_step_moves_nothing(device):
     count = len(WON)
     for one in entries:
         one.tensor.exp_avg.fill_(torch.nan)
-    ends = [
-        Pair(a.tensor.param, b.tensor.param, SCALE, a.weight)
-        for a, b in zip(entries[count::2], entries[count + 1 :: 2], strict=True)
-    ]
     grads = [torch.empty(0, device=device)] * count
     everyone = set(range(3 * count))
-    phase2(step_of(entries, grads, 3 * count, device, pairs=ends, effective=range(count), chosen=everyone, go=0.0))
+    phase2(step_of(entries, grads, 3 * count, device, chosen=everyone, go=0.0))
     assert all(torch.equal(value(one), value(old)) for one, old in zip(entries, before, strict=True))

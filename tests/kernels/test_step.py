@@ -38,8 +38,9 @@ def give_gradients(models, t, without=()):
 
 @pytest.mark.parametrize(
     ("score", "top_k", "max_grad_norm"),
-    [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None), ("descent", 1, None), ("random", 1, None)],
-)
+    [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None), ("descent", 1, None), ("random", 1, None),
+     ("coherence", 1, None), ("coherence", 2, 0.05)],
+)  # fmt: skip
 def test_fused_equals_plain(score, top_k, max_grad_norm):
     rate = {"lora_lr": "matched"} if score == "random" else {}  # another scale for every shape
     pair = twins(mlp(torch.float32), score=score, top_k=top_k, max_grad_norm=max_grad_norm, **rate)
@@ -59,7 +60,9 @@ def test_fused_equals_plain_in_tf32(tensor_cores, monkeypatch):
     assert_alike(*pair)
 
 
-@pytest.mark.parametrize(("score", "top_k", "max_grad_norm"), [("epd", 1, 0.05), ("pfn", 3, None)])
+@pytest.mark.parametrize(
+    ("score", "top_k", "max_grad_norm"), [("epd", 1, 0.05), ("pfn", 3, None), ("coherence", 1, None)]
+)
 def test_8_bit_states(score, top_k, max_grad_norm):
     """Codes may differ by one where the last bit of a moment does; weights, whose steps use the exact ones, may not."""
     # With a small eps the first step of an element of B whose gradient is all but 0 is the sign of a rounding error.

@@ -58,6 +58,15 @@ def test_clipping_counts_the_gradients_of_all_experts(ranks, max_grad_norm):
     assert_equals_twin(model, optimizer, twin, TOLERANCE[torch.float64])
 
 
+def test_norms_of_bf16_gradients_are_rounded_where_pytorchs_clipping_rounds_them():
+    """Once for each tensor; PyTorch rounds the norm of all again."""
+    model = mlp(torch.bfloat16)
+    loss_of(model, 0).backward()
+    norm = total_norm([p.grad for p in model.parameters()])
+    assert norm == torch.stack([p.grad.norm().double() for p in model.parameters()]).norm()
+    assert clip_grad_norm_(model.parameters(), 1.0) == norm.bfloat16()
+
+
 def test_clipping_of_bf16_gradients():
     model = mlp(torch.bfloat16)
     train(model, MoLF(model, ranks=(), max_grad_norm=0.01), 1)

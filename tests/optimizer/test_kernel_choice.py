@@ -63,7 +63,7 @@ class OwnScore(EPD):
     ("options", "words"),
     [
         ({"dtype": torch.float64}, "all float32 or all bfloat16"),
-        ({"score": OwnScore()}, "scores epd, pfn, descent and random, not OwnScore"),
+        ({"score": OwnScore()}, "scores epd, pfn, descent, coherence, random, not OwnScore"),
     ],
 )
 def test_where_kernels_do_not_apply_pytorchs_are_chosen_silently(options, words, usable, caplog):
@@ -246,10 +246,10 @@ def test_signatures_differ_where_kernels_do():
 
 
 SPOILERS = {
-    "_update_moments": lambda step, _: step._plan.entries[0].tensor.exp_avg.view(-1)[0].add_(1.0),
-    "_move_ordinary": lambda step: step._plan.ordinary[0].states[0].param.view(-1)[0].add_(1.0),
+    "_update_moments": lambda step: step._plan.entries[0].tensor.exp_avg.view(-1)[0].add_(1.0),
+    "_move_ordinary": lambda step: step._plan.ordinary[0].params[0].view(-1)[0].add_(1.0),
     "_launch_winners": lambda step, *_: step._plan.entries[0].tensor.param.view(-1)[0].add_(1.0),
-    "_move_chunk": lambda step, _: step._plan.pairs[0].B.view(-1)[0].add_(1.0),
+    "_move_chunk": lambda step, _: step._plan.pairs[0][1].tensor.param.view(-1)[0].add_(1.0),
     "_prepare_gradients": lambda step, buffer: buffer.mul_(1.5),
     "_decide": lambda step, *_: step._plan.update_counts[0].add_(1),
 }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from molf.errors import MolfError
 from molf.numerics.distributed import local
 from molf.numerics.gradients import check_dense
-from molf.scores import EPD, PFN, Descent, Random, Score
+from molf.scores import EPD, PFN, Coherence, Descent, Random, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]
 
@@ -23,10 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
     """Check conditions of the kernels that do not depend on the device, and raise a ``MolfError`` if one is not met."""
-    if not _has_triton():
+    if importlib.util.find_spec("triton") is None:
         raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
-    if type(score) not in (EPD, PFN, Descent, Random):
-        raise _refusal(f"the kernels know the scores epd, pfn, descent and random, not {type(score).__name__}")
+    if type(score) not in (EPD, PFN, Descent, Coherence, Random):
+        raise _refusal(f"the kernels know the scores epd, pfn, descent, coherence, random, not {type(score).__name__}")
     routed = [group for group in groups if "module" in group]
     if stacks := [group["module"] for group in routed if group["form"] == "stacked"]:
         raise _refusal(f"the kernels know no stacked matrices, and {stacks[0]} is a stack")
@@ -35,7 +34,9 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
         found = ", ".join(sorted({str(p.dtype) for group in groups for p in group["params"]}))
         raise _refusal(f"the kernels need weights that are all float32 or all bfloat16, and these are {found}")
     for group in routed:
-        if any(len({p.dtype for p in expert}) > 1 for expert in _experts(group)):
+        adapters = len(group["params"]) - 2 * len(group["ranks"]) * (group["form"] == "branched")
+        dtypes = [p.dtype for p in group["params"]]
+        if len({*dtypes[:adapters]}) > 1 or dtypes[adapters::2] != dtypes[adapters + 1 :: 2]:
             found = ", ".join(str(p.dtype) for p in group["params"])
             raise _refusal(
                 f"the kernels need one dtype in each expert, and the tensors of {group['module']} are {found}"
@@ -66,20 +67,6 @@ def check_gradients(params: Iterable[Tensor]) -> None:
                 f"the gradient of a parameter {list(p.shape)} is {p.grad.dtype} with strides {local(p.grad).stride()}, and the "
                 f"kernels need {p.dtype} and contiguous memory"
             )
-
-
-def _experts(group: dict[str, Any]) -> Iterator[Sequence[Tensor]]:
-    """Yield the parameters of each expert that has parameters in the model."""
-    adapters = 2 * len(group["ranks"]) if group["form"] == "branched" else 0
-    base = len(group["params"]) - adapters
-    yield group["params"][:base]
-    for i in range(base, len(group["params"]), 2):
-        yield group["params"][i : i + 2]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _refusal(reason: str) -> MolfError:

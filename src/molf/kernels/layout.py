@@ -1,15 +1,15 @@
-"""Many matrices in one buffer, each aligned to 16 bytes."""
+"""Many matrices in one buffer, each aligned to 64 bytes: as wide as rows of 8-bit codes are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from molf.kernels.tables import ALIGNMENT
-
 __all__ = ["Layout"]
+
+_MULTIPLE = 16
 
 
 class Layout:
@@ -17,32 +17,29 @@ class Layout:
 
     Args:
         device: Of the buffer.
-        multiple: Every tensor begins at a multiple of so many elements.
 
     Attributes:
         numel: Elements of the buffer.
     """
 
-    def __init__(self, device: torch.device, multiple: int = ALIGNMENT // 4):
-        self.numel, self._multiple = 0, multiple
-        self._one = torch.empty((), device=device)
+    def __init__(self, device: torch.device):
+        self.numel, self._one = 0, torch.empty((), device=device)
+        self._keys: list[Hashable] = []
         self._shapes: list[Tensor] = []
-        self._numbers: list[int] = []
 
-    def place(self, shape: Sequence[int]) -> int:
+    def place(self, key: Hashable, shape: Sequence[int]) -> int:
         """Add a tensor and return its first element."""
         first = self.numel
-        self._numbers.append(len(self._shapes))
-        self._add(tuple(shape))
-        if gap := -self.numel % self._multiple:
-            self._add((gap,))
+        self._add(key, shape)
+        if gap := -self.numel % _MULTIPLE:
+            self._add(None, (gap,))
         return first
 
-    def _add(self, shape: tuple[int, ...]) -> None:
-        self._shapes.append(self._one.expand(shape))  # costs no memory
+    def _add(self, key: Hashable, shape: Sequence[int]) -> None:
+        self._keys.append(key)
+        self._shapes.append(self._one.expand(tuple(shape)))  # costs no memory
         self.numel += self._shapes[-1].numel()
 
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return all tensors, in the order of their places, in a buffer of ``numel`` elements; one call for all of them."""
-        views = torch._C._nn.unflatten_dense_tensors(buffer, self._shapes)
-        return [views[i] for i in self._numbers]
+    def views(self, buffer: Tensor) -> dict[Hashable, Tensor]:
+        """Return all tensors by key, in a buffer of ``numel`` elements; one call for all of them."""
+        return dict(zip(self._keys, torch._C._nn.unflatten_dense_tensors(buffer, self._shapes), strict=True))

@@ -13,7 +13,6 @@ The first part undoes what the decay of all of ``W_eff`` did to the LoRA parts, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,33 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels import tables as t
+from molf.kernels.plan import Entry
 from molf.kernels.tables import BLOCK, CHUNK, pointer, size_in
 from molf.kernels.winners import moved
 
-__all__ = ["Pair", "move_pairs", "pair_gradients"]
-
-
-class Pair(NamedTuple):
-    """A pair of this rank's tensors, with the number of its layer among the merged ones."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    layer: int
+__all__ = ["move_pairs", "pair_gradients"]
 
 
 def pair_gradients(
-    pairs: Sequence[Pair], dense: Sequence[Tensor], dAs: Sequence[Tensor], dBs: Sequence[Tensor]
+    pairs: Sequence[tuple[Entry, Entry]], dense: Sequence[Tensor], dAs: Sequence[Tensor], dBs: Sequence[Tensor]
 ) -> None:
-    """Fill the gradients ``dA`` and ``dB`` of all pairs from the dense gradients of their layers, float32 or bf16."""
-    number, grad = -1, torch.empty(0)
-    for (A, B, scale, layer), dA, dB in zip(pairs, dAs, dBs, strict=True):
-        if layer != number:
-            number, grad = layer, dense[layer]
+    """Fill the gradients ``dA`` and ``dB`` of all pairs from the dense gradients of all rows, float32 or bf16."""
+    weight, grad = -1, torch.empty(0)
+    for (A, B), dA, dB in zip(pairs, dAs, dBs, strict=True):
+        if A.weight != weight:
+            weight, grad = A.weight, dense[A.weight]
             if grad.dtype != torch.float32:
                 grad = grad.float()
-        torch.addmm(dB, grad, A.T, beta=0, alpha=scale, out=dB)
-        torch.addmm(dA, B.T, grad, beta=0, alpha=scale, out=dA)
+        torch.addmm(dB, grad, A.tensor.param.T, beta=0, alpha=B.scale, out=dB)
+        torch.addmm(dA, B.tensor.param.T, grad, beta=0, alpha=B.scale, out=dA)
 
 
 @triton.jit

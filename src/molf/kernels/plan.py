@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 from molf.kernels.layout import Layout
-from molf.kernels.pairs import Pair
-from molf.kernels.winners import storage_of
+from molf.kernels.winners import FLOAT, SPLIT, STOCHASTIC
 from molf.layers.base import RoutedLayer
 from molf.layers.branched import BranchedLayer
 from molf.layers.merged import MergedLayer
@@ -28,8 +28,6 @@ class Entry(NamedTuple):
     Attributes:
         tensor: This rank's part, without its gradient.
         owner: The number of the parameter that has the gradient; -1 for pairs of the merged form, whose gradients are computed.
-        grad: Dtype of the gradient.
-        size: Elements of the whole tensor.
         sharded: Whether other ranks hold other parts of it.
         stream: Selects its random numbers; equal on all ranks for replicated tensors.
         expert: Number of its expert: ``l * E + e`` for routed ones, then one for each ordinary parameter, which always wins.
@@ -45,8 +43,6 @@ class Entry(NamedTuple):
 
     tensor: TensorState
     owner: int
-    grad: torch.dtype
-    size: int
     sharded: bool
     stream: int
     expert: int
@@ -62,12 +58,8 @@ class Entry(NamedTuple):
     @property
     def storage(self) -> int:
         """How the parameter is stored."""
-        return storage_of(self.tensor.param, self.tensor.low)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that kernels read and write by address."""
-        return [x for x in self.tensor[:-1] if isinstance(x, Tensor)]
+        bf16 = STOCHASTIC if self.tensor.low is None else SPLIT
+        return FLOAT if self.tensor.param.dtype == torch.float32 else bf16
 
 
 class Ordinary(NamedTuple):
@@ -76,7 +68,9 @@ class Ordinary(NamedTuple):
     group: int
     decay: float
     owners: list[int]
-    states: list[TensorState]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
     counts: list[Tensor]
 
 
@@ -93,7 +87,7 @@ class StepPlan:
         entries: All tensors but those of ``ordinary``; first the ``owned`` ones, then A and B of all pairs.
         ordinary: Float32 parameters that are not routed.
         counts: Step counts, first those of the layers, then those of ordinary parameters.
-        pairs: The merged form's pairs.
+        pairs: The entries of A and B of the merged form's pairs.
         effective: The rows of the weights of their layers.
         update_counts: How often each of these pairs was updated.
         levelled: Numbers of parameters whose gradients have other units than those of levelled scales, with the factor.
@@ -114,32 +108,29 @@ class StepPlan:
     ):
         self._device, self._state, self._rank = device, context.state, context.ranks.shard_index
         self._number = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+        self._sizes = Counter[int]()
         self.entries: list[Entry] = []
         self.counts: list[Tensor] = []
         self.ordinary: list[Ordinary] = []
-        self.pairs: list[Pair] = []
-        self.effective: list[int] = []
         self.update_counts: list[Tensor] = []
         self.levelled: list[tuple[int, float]] = []
         self.routed = sum(len(layer.experts) for layer in layers)
         self.names = tuple(layer.name for layer in layers)
         self.expert_names = layers[0].experts if layers else ()
-        self.expert_groups: list[int] = []
-        self.expert_ratios: list[float] = []
+        self.expert_ratios = [ratio for layer in layers for ratio in layer.lr_ratios]
         pairs: list[Entry] = []
         numbers = {id(group): i for i, group in enumerate(groups)}
+        self.expert_groups = [numbers[id(layer.group)] for layer in layers for _ in layer.experts]
         for layer in layers:
             pairs += self._add_layer(layer, numbers[id(layer.group)])
         for i, group in enumerate(groups):
             if "module" not in group:
                 self._add_ordinary(i, group)
-        self.owned = len(self.entries)
+        self.owned, self.effective = len(self.entries), [i for i, own in enumerate(self.entries) if own.effective]
         self.entries += pairs  # behind all whose gradients backward leaves
+        self.pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
         self.experts = self.routed + len(self.counts) - len(layers)
-        sizes = [0] * self.experts
-        for entry in self.entries:
-            sizes[entry.expert] += entry.size
-        self.n = sizes[: self.routed]
+        self.n = [self._sizes[e] for e in range(self.routed)]
         self.gradients = PairGradients(self, 0 if context.ranks.shards is None else context.ranks.shard_count, device)
 
     def _entry(self, x: TensorState, number: int = -1, **how: Any) -> Entry:
@@ -147,10 +138,10 @@ class StepPlan:
         sharded = is_sharded(x.param)
         # Distinct for every tensor of this rank; for a shard, distinct on every rank.
         stream = (number + (sharded * (self._rank + 1) << 32)) * SEED_STRIDE % 2**62
-        dtype = torch.float32 if number < 0 or x.param.grad is None else x.param.grad.dtype
         owner, counted = self._number.get(id(x.param), -1), sharded or self._rank == 0
         own = x._replace(grad=None).local
-        return Entry(own, owner, dtype, x.param.numel(), sharded, stream, counted=counted, **how)
+        self._sizes[how["expert"]] += x.param.numel()
+        return Entry(own, owner, sharded, stream, counted=counted, **how)
 
     def _own(self, x: TensorState, **how: Any) -> int:
         """Add a tensor with a gradient of its own and return its row."""
@@ -158,18 +149,14 @@ class StepPlan:
         return len(self.entries) - 1
 
     def _count(self, p: Tensor, key: str) -> Tensor:
-        entries = self._state[p]
-        if entries[key].device != self._device:
-            entries[key] = entries[key].to(self._device)
-        count: Tensor = entries[key]
+        count: Tensor = self._state[p][key].to(self._device)
+        self._state[p][key] = count
         return count
 
     def _add_layer(self, layer: RoutedLayer, group: int) -> list[Entry]:
         """Add a layer's tensors and return the pairs of a merged one."""
         number, pairs = len(self.counts), []
         self.counts.append(self._count(layer.group["params"][0], "step"))
-        self.expert_groups += [group] * len(layer.experts)
-        self.expert_ratios += layer.lr_ratios
         how: dict[str, Any] = {"layer": number, "group": group}
         first, decays = number * len(layer.experts), (layer.group["weight_decay"], layer.group["lora_weight_decay"])
         if isinstance(layer, BranchedLayer):
@@ -188,33 +175,29 @@ class StepPlan:
         for e, (name, scale) in enumerate(zip(layer.experts[1:], layer.group["scales"], strict=True), start=1):
             self.update_counts.append(self._count(layer.base[0], f"{name}.wins"))
             A, B = (layer.pair_tensor(e, key) for key in "AB")
-            self.pairs.append(Pair(A.param, local(B.param), scale, len(self.effective)))
             how |= {"expert": first + e, "ratio": layer.lr_ratios[e], "decay": decays[1], "weight": at}
             pairs += [self._entry(A, **how), self._entry(B, scale=scale, **how)]
-        if pairs:
-            self.effective.append(at)
         return pairs
 
     def _add_ordinary(self, number: int, group: dict[str, Any]) -> None:
         """Add the parameters of a group that have a gradient; float32 ones need no kernel of ours."""
-        found = Ordinary(number, group["weight_decay"], [], [], [])
+        fused: list[tuple[Any, ...]] = []
         for p in (p for p in group["params"] if p.grad is not None):
             x, layer = TensorState.of(p, self._state[p]), len(self.counts)
             self.counts.append(self._count(p, "step"))
             if p.dtype == torch.float32 and not x.is_quantized:
-                found.owners.append(self._number[id(p)])
-                found.states.append(x._replace(grad=None).local)
-                found.counts.append(self.counts[-1])
+                fused.append((self._number[id(p)], *map(local, (p, x.exp_avg, x.exp_avg_sq)), self.counts[-1]))
             else:
                 expert = self.routed + layer - len(self.names)
                 self._own(x, expert=expert, layer=layer, group=number, ratio=1.0, decay=group["weight_decay"])
-        self.ordinary += [found] if found.owners else []
+        if fused:
+            self.ordinary.append(Ordinary(number, group["weight_decay"], *map(list, zip(*fused, strict=True))))
 
 
 class PairGradients:
     """Where the gradients of the merged form's pairs lie: in one buffer, so that one all-reduce sums those of A.
 
-        | dA of sharded layers | a norm per shard | all dB, dA of whole layers |
+        | dA of sharded layers | a norm per shard | dA of whole layers, all dB |
         |-------- summed over the shards ---------|
 
     Attributes:
@@ -224,19 +207,17 @@ class PairGradients:
     """
 
     def __init__(self, plan: StepPlan, shards: int, device: torch.device):
-        self._layout, count = Layout(device), len(plan.pairs)
-        summed = [(i, "A") for i in range(count) if plan.entries[plan.effective[plan.pairs[i].layer]].sharded]
-        others = [(i, key) for i in range(count) for key in "BA" if (i, key) not in set(summed)]
-        places = {(i, key): self._layout.place(getattr(plan.pairs[i], key).shape) for i, key in summed}
-        self.reduced = self._layout.place((shards,)) + shards
-        places |= {(i, key): self._layout.place(getattr(plan.pairs[i], key).shape) for i, key in others}
+        self._layout, self._rows = Layout(device), range(plan.owned, len(plan.entries))
+        shapes = {i: plan.entries[i].tensor.param.shape for i in self._rows}
+        summed = [a for a in self._rows[::2] if plan.entries[plan.entries[a].weight].sharded]
+        places = {a: self._layout.place(a, shapes[a]) for a in summed}
+        self.reduced = self._layout.place("norms", (shards,)) + shards
+        places |= {i: self._layout.place(i, shapes[i]) for i in self._rows if i not in places}
         self.numel = self._layout.numel
-        self.offsets = [4 * places[i, key] for i in range(count) for key in "AB"]
-        order = {place: number for number, place in enumerate([*summed, None, *others])}
-        self._numbers, self._norms = [[order[i, key] for i in range(count)] for key in "AB"], order[None]
+        self.offsets = [4 * places[i] for i in self._rows]
 
     def views(self, buffer: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Return dA and dB of all pairs, and the norms of the shards, in a buffer of ``numel`` elements."""
         views = self._layout.views(buffer)
-        dAs, dBs = ([views[i] for i in own] for own in self._numbers)
-        return dAs, dBs, views[self._norms]
+        dAs, dBs = ([views[i] for i in self._rows[start::2]] for start in (0, 1))
+        return dAs, dBs, views["norms"]

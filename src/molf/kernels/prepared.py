@@ -11,7 +11,7 @@ from torch import Tensor
 from molf.kernels.checks import check_gradients, check_groups
 from molf.kernels.launches import Launches
 from molf.kernels.plan import StepPlan
-from molf.kernels.tables import MOVE, to_device
+from molf.kernels.tables import to_device
 from molf.kernels.winners import STOCHASTIC
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
@@ -32,7 +32,8 @@ class Prepared:
 
     Attributes:
         grads: The gradients of this step by parameter, this rank's parts; None where there is none.
-        grad_table: Their addresses, and where those of pairs lie in their buffer.
+        grad_table: Their addresses, and where those of pairs lie in their buffer; ``inside`` is 1 for the latter, else 0.
+        adamw: What PyTorch's fused AdamW is given with all ordinary parameters.
         rates: The learning rates of all entries, float32.
         score_rates: The learning rates ``[L, E]``, float64.
 
@@ -46,8 +47,7 @@ class Prepared:
         check_gradients(p for group in groups for p in group["params"])
         self.device = device
         self.plan = plan = StepPlan(layers, groups, context, device)
-        self.betas, self.eps = groups[0]["betas"], groups[0]["eps"]
-        self._score, self._ranks, self._settings = type(context.score), context.ranks, _settings(groups)
+        self._settings = _settings(groups, context)
         self._params = [p for group in groups for p in group["params"]]
         self._had = [p.grad is not None for p in self._params]
         self.is_sharded = [is_sharded(p) for p in self._params]
@@ -57,22 +57,18 @@ class Prepared:
         self.moving = sorted({*self.owned, *(i for own in plan.ordinary for i in own.owners)})
         self._addresses = [local(self._params[i]).data_ptr() for i in self.owned]
         self.grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
-        self._grad_addresses = self._addresses_of(self.grads)
+        self._make_grad_table(self._addresses_of(self.grads))
         self.launches = Launches(plan, self._grad_addresses, device)
-        self._make_grad_table()
-        self._make_fixed_tables()
+        self._make_fixed_tables(groups[0]["betas"], groups[0]["eps"])
         self._on_host: list[float | None] = []
         self._update_rates(groups)
 
     def is_current(self, groups: Sequence[dict[str, Any]], context: StepContext) -> bool:
         """Return whether the tables hold for a step, but for other addresses of gradients and other rates."""
         params = [p for group in groups for p in group["params"]]
-        if len(params) != len(self._params) or _settings(groups) != self._settings:
+        if len(params) != len(self._params) or _settings(groups, context) != self._settings:
             return False
-        if type(context.score) is not self._score or context.ranks != self._ranks:
-            return False
-        grads, state = [p.grad for p in params], context.state
-        own = params
+        own, grads, state = params, [p.grad for p in params], context.state
         if self._sharded:
             own, grads = [local(p) for p in params], [None if grad is None else local(grad) for grad in grads]
         try:
@@ -95,53 +91,34 @@ class Prepared:
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Follow gradients that have moved, and rates on the host; return whether a table was copied for it."""
-        copied = False
-        if self._now != self._grad_addresses:
-            self._grad_addresses = self._now
-            self._make_grad_table()
-            copied = True
-        return self._update_rates(groups) or copied
-
-    @property
-    def changing(self) -> list[Tensor]:
-        """The tables that ``refresh`` replaces."""
-        return [self._grad_table, self.rates, self.score_rates, self._lr_table]
-
-    def level_gradients_(self) -> None:
-        """Bring gradients into the units of levelled scales, as ``level_gradients_`` does."""
-        if own := self.plan.levelled:
-            torch._foreach_mul_([self.grads[i] for i, _ in own], [factor for _, factor in own])
-
-    def grad_table(self, buffer: Tensor) -> Tensor:
-        """Return the addresses of all gradients, with those of pairs in a buffer."""
-        if not self.plan.pairs:
-            return self._grad_table
-        return torch.add(self._grad_table, self._inside, alpha=buffer.data_ptr())
+        moved = self._now != self._grad_addresses
+        if moved:
+            self._make_grad_table(self._now)
+        return self._update_rates(groups) or moved
 
     def _addresses_of(self, tensors: Sequence[Tensor | None]) -> list[int]:
         """Return the addresses of what kernels read and write by address, given a tensor for every parameter."""
         return list(map(torch.Tensor.data_ptr, [tensors[i] for i in self.owned]))  # type: ignore[arg-type]
 
-    def _make_grad_table(self) -> None:
-        self._grad_table = to_device(self._grad_addresses + self.plan.gradients.offsets, torch.int64, self.device)
+    def _make_grad_table(self, addresses: list[int]) -> None:
+        self._grad_addresses = addresses
+        self.grad_table = to_device(addresses + self.plan.gradients.offsets, torch.int64, self.device)
 
-    def _make_fixed_tables(self) -> None:
-        """Make what depends on the plan alone."""
-        plan, entries, (beta1, beta2) = self.plan, self.plan.entries, self.betas
-        self._inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
+    def _make_fixed_tables(self, betas: tuple[float, float], eps: float) -> None:
+        """Make what does not change between steps."""
+        plan, entries, (beta1, beta2) = self.plan, self.plan.entries, betas
+        self.inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
         # Rates: of all entries, their products with the decays, and of all routed experts.
         self._group = to_device([entry.group for entry in entries] * 2 + plan.expert_groups, torch.int64, self.device)
         shares = [entry.ratio for entry in entries], [entry.ratio * entry.decay for entry in entries]
         self._shares = to_device([*shares[0], *shares[1], *plan.expert_ratios], torch.float64, self.device)
-        self.update_places = to_device(
-            [MOVE.value * i for i in range(plan.owned, len(entries), 2)], torch.int64, self.device
-        )
         self.n = to_device(plan.n, torch.float64, self.device).view(len(plan.names), -1 if plan.names else 0)
         self.unknown = torch.full_like(self.n, torch.nan)
-        self.powers = to_device(self.betas, torch.float64, self.device)
+        self.powers = to_device(betas, torch.float64, self.device)
         self.always = torch.ones(plan.experts - plan.routed, device=self.device)
         self.one = torch.ones((), device=self.device)
-        self.settings = to_device([1 - beta1, beta2, 1 - beta2, self.eps], torch.float32, self.device)
+        self.settings = to_device([1 - beta1, beta2, 1 - beta2, eps], torch.float32, self.device)
+        self.adamw: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
         self.draws = any(entry.storage == STOCHASTIC for entry in entries)
 
     def _update_rates(self, groups: Sequence[dict[str, Any]]) -> bool:
@@ -159,18 +136,16 @@ class Prepared:
             lr_of_group = torch.stack([now.get(id(lr), own) for lr, own in zip(lrs, lr_of_group.unbind(), strict=True)])
             self.lrs = [live[id(lr)].float() if id(lr) in live else lr for lr in lrs] if self.plan.ordinary else lrs
         if copied or live:
-            every = lr_of_group.index_select(0, self._group) * self._shares
-            self.rates, self.score_rates = (
-                every[: 2 * len(self.plan.entries)].float(),
-                every[2 * len(self.plan.entries) :].view_as(self.n),
-            )
+            every, count = lr_of_group.index_select(0, self._group) * self._shares, 2 * len(self.plan.entries)
+            self.rates, self.score_rates = every[:count].float(), every[count:].view_as(self.n)
         return copied
 
 
-def _settings(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return what a plan takes from groups, beside parameters and rates."""
+def _settings(groups: Sequence[dict[str, Any]], context: StepContext) -> list[Any]:
+    """Return what a plan takes from groups and context, beside parameters and rates."""
     keys, routed = ("weight_decay", "betas", "eps"), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
-    return [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
+    own = [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
+    return [type(context.score), context.ranks, *own]
 
 
 def are_at(tensors: list[Tensor], addresses: list[int]) -> bool:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molf.kernels import tables as t
-from molf.kernels.moments import store_sums, updated
+from molf.kernels.moments import store_sums, terms, updated
 from molf.kernels.tables import CODES, TILE, pointer, size_in
 from molf.kernels.winners import load_weight, moved, store_weight
 from molf.numerics.quantization import code_values, nearest_code
@@ -33,7 +33,7 @@ def _moments(codes, absmax, values, block, here, at, inside, ALIGNED: tl.constex
 
 
 @triton.jit
-def _updated(row, grad, values, scalars, first, GRAD: tl.constexpr, HINT: tl.constexpr):
+def _updated(row, values, scalars, first, BF16: tl.constexpr, HINT: tl.constexpr):
     """Return a tile's updated moments, its gradient, its blocks and its elements, each with a mask."""
     n, block = size_in(row + t.COLUMNS, HINT), first.to(tl.int32) + tl.arange(0, TILE)
     in_row = tl.cdiv(n.to(tl.int32), CODES)  # in 64 bits, divisions cost several times as much
@@ -41,7 +41,8 @@ def _updated(row, grad, values, scalars, first, GRAD: tl.constexpr, HINT: tl.con
     column = (block % in_row * CODES)[:, None] + tl.arange(0, CODES)[None, :]
     here, block, at = begin < tl.load(row + t.SIZE), block[:, None], begin + column
     inside = here & (column < n)
-    g = tl.load(pointer(grad, GRAD, HINT > 1) + at, mask=inside, other=0.0).to(tl.float32)
+    grad = pointer(row + t.GRAD, tl.bfloat16 if BF16 else tl.float32, HINT > 1)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     m = _moments(row + t.EXP_AVG, row + t.ABSMAX, values, block, here, at, inside, HINT > 1)
     v = _moments(row + t.EXP_AVG_SQ, row + t.ABSMAX_SQ, values + 256, block, here, at, inside, HINT > 1)
     m, v = updated(g, m, v, scalars)
@@ -49,19 +50,17 @@ def _updated(row, grad, values, scalars, first, GRAD: tl.constexpr, HINT: tl.con
 
 
 @triton.jit
-def score_quantized(
-    rows, grads, partials, squares, scalars, values, blocks, GRAD: tl.constexpr, PFN: tl.constexpr, HINT: tl.constexpr
-):
+def score_quantized(rows, sums, scalars, values, blocks, BF16: tl.constexpr, KIND: tl.constexpr, HINT: tl.constexpr):
     """Add up the sums of the scores as ``update_moments`` does; nothing is kept."""
     if tl.load(scalars + t.GO) == 0:
         return
     start = blocks + 3 * tl.program_id(0)
     i, first, slot = tl.load(start), tl.load(start + 1), tl.load(start + 2)
     row = rows + i * t.ROW
-    m, v, g, _, _, _, _ = _updated(row, grads + i, values, scalars, first, GRAD, HINT)
-    u = m / (tl.sqrt(v) + tl.load(scalars + t.EPS))
-    total, norm = tl.sum(tl.sum(u * u if PFN else m * u, axis=1), axis=0), tl.sum(tl.sum(g * g, axis=1), axis=0)
-    store_sums(row, partials + slot, squares + slot, total, norm)
+    m, v, g, _, _, _, _ = _updated(row, values, scalars, first, BF16, HINT)
+    one, two = terms(g, m, v, scalars, KIND)
+    total, other = tl.sum(tl.sum(one, axis=1), axis=0), tl.sum(tl.sum(two, axis=1), axis=0)
+    store_sums(row, sums + 2 * slot, total, other, KIND)
 
 
 @triton.jit
@@ -85,12 +84,10 @@ def requantize(
     products,
     scalars,
     seed,
-    grads,
     values,
     lower,
     starts,
     blocks,
-    GRAD: tl.constexpr,
     STORAGE: tl.constexpr,
     PRODUCT: tl.constexpr,
     HINT: tl.constexpr,
@@ -101,7 +98,7 @@ def requantize(
     start = blocks + 3 * tl.program_id(0)
     i, first = tl.load(start), tl.load(start + 1)
     row, move = rows + i * t.ROW, moves + i * t.MOVE
-    m, v, _, block, here, at, inside = _updated(row, grads + i, values, scalars, first, GRAD, HINT)
+    m, v, _, block, here, at, inside = _updated(row, values, scalars, first, STORAGE != 0, HINT)
     won = tl.load(move + t.WON) != 0
     if won | PRODUCT:
         origin = first * 0

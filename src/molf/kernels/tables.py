@@ -2,7 +2,7 @@
 
 Row i of every table is about tensor i of the plan. Kernels work on addresses, so one launch takes tensors of any shape.
 
-    rows   [S, ROW]    int64, what stays: addresses and sizes; ``grads [S]`` apart, the addresses of gradients, which change
+    rows   [S, ROW]    int64, addresses and sizes; all but the addresses of gradients stay
     moves  [S, MOVE]   float32, of one step: whether the expert won, and by how much its tensors move
     blocks [N, 3]      int64, of one launch: tensor, first element (or quantization block), place of its partial sum
 """
@@ -20,15 +20,12 @@ from torch import Tensor
 from molf.numerics import quantization
 
 __all__ = [
-    "ALIGNMENT", "BLOCK", "CHUNK", "CODES", "GRADIENTS", "TILE", "Launch", "blocks_of", "launch", "pointer", "size_in",
+    "ALIGNMENT", "BLOCK", "CHUNK", "CODES", "TILE", "Launch", "blocks_of", "launch", "pointer", "size_in",
     "to_device",
 ]  # fmt: skip
 
 ALIGNMENT = 16
 """Bytes of a vector load."""
-
-GRADIENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-"""The dtypes that gradients may have."""
 
 CHUNK, BLOCK = tl.constexpr(4096), tl.constexpr(1024)
 """Elements that a program works on, and at once, of tensors with float32 moments."""
@@ -39,11 +36,12 @@ TILE, CODES = tl.constexpr(8), tl.constexpr(quantization.BLOCK)
 # Columns of ``rows``: addresses of the parameter, its moments, low part and block maxima; elements; elements of a row; noise
 # stream; whether it counts in its expert's sum here; whether its gradient counts in the norm of phase 1; and of the merged form
 # (offsets in elements): the product or first operand, the second operand, elements between rows of operands, whether it is a B.
+# Last, the address of the gradient.
 PARAM, EXP_AVG, EXP_AVG_SQ, LOW, ABSMAX, ABSMAX_SQ, SIZE, COLUMNS, STREAM, COUNTED, NORMED = map(
     tl.constexpr, range(11)
 )
-OFFSET, SECOND, STRIDE, IS_B = map(tl.constexpr, range(11, 15))
-ROW = tl.constexpr(15)
+OFFSET, SECOND, STRIDE, IS_B, GRAD = map(tl.constexpr, range(11, 16))
+ROW = tl.constexpr(16)
 
 # Columns of ``moves``: 1 if the expert won, else 0; the learning rate; its product with the weight decay; the corrections
 # ``1 - b1^t`` and ``1 - b2^t``; and of a pair its scale, and the first and third of these for the layer's effective weight.
@@ -59,17 +57,17 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 
 class Launch(NamedTuple):
-    """The blocks of one launch, the constants that its kernel is compiled for, and whether it reads 8-bit moments."""
+    """A kernel, the tables of this launch alone (the last has its blocks), and the constants that it is compiled for."""
 
-    blocks: Tensor
+    kernel: Any
+    tables: Sequence[Tensor]
     constants: dict[str, Any]
-    quantized: bool = False
 
 
-def launch(kernel: Any, what: Launch, *args: Any, **constants: Any) -> None:
+def launch(what: Launch, *args: Any, **constants: Any) -> None:
     """Launch a kernel, one program a block; a rank without rows has none."""
-    if programs := what.blocks.shape[0]:
-        kernel[(programs,)](*args, what.blocks, **what.constants, **constants, **_OPTIONS)
+    if programs := what.tables[-1].shape[0]:
+        what.kernel[(programs,)](*args, *what.tables, **what.constants, **constants, **_OPTIONS)
 
 
 def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

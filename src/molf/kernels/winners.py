@@ -8,25 +8,16 @@ change in a bf16 effective weight is added before it is rounded; in a float32 on
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from molf.kernels import tables as t
 from molf.kernels.tables import BLOCK, CHUNK, pointer, size_in
 
-__all__ = ["FLOAT", "SPLIT", "STOCHASTIC", "load_weight", "move_winners", "moved", "storage_of", "store_weight"]
+__all__ = ["FLOAT", "SPLIT", "STOCHASTIC", "load_weight", "move_winners", "moved", "store_weight"]
 
 FLOAT, SPLIT, STOCHASTIC = 0, 1, 2
 """How a weight is stored: float32; bf16 with a low part; bf16, rounded stochastically."""
-
-
-def storage_of(param: Tensor, low: Tensor | None) -> int:
-    """Return how a weight is stored."""
-    if param.dtype == torch.float32:
-        return FLOAT
-    return STOCHASTIC if low is None else SPLIT
 
 
 @triton.jit

@@ -68,7 +68,10 @@ def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, 0-dim float64 on the device of the first; infinite if their dtype overflows."""
+    """Return the norm of all tensors together, 0-dim float64 on the device of the first; infinite if their dtype overflows.
+
+    The norm of each bf16 tensor is rounded to bf16, as in ``torch.nn.utils.clip_grad_norm_``, which rounds their sum once more.
+    """
     kinds: dict[torch.dtype, list[Tensor]] = {tensors[0].dtype: list(tensors)}
     if any(map(operator.ne, [x.dtype for x in tensors], [tensors[0].dtype] * len(tensors))):
         kinds = {}
@@ -95,9 +98,11 @@ def exact_norm(gradients: Sequence[Tensor], clipped: bool) -> Tensor:
 
 
 def _joined(norms: Sequence[Tensor]) -> Tensor:
+    if len(norms) == 1:  # as of a layer that moves alone
+        return norms[0].double()
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for kind in dict.fromkeys([(norm.device, norm.dtype) for norm in norms]):
         kinds[kind] = [norm for norm in norms if (norm.device, norm.dtype) == kind]
     together = [torch.stack(own).to(norms[0].device, torch.float64) for own in kinds.values()]
-    total: Tensor = torch.linalg.vector_norm(torch.cat(together))
+    total: Tensor = torch.linalg.vector_norm(torch.cat(together) if len(together) > 1 else together[0])
     return total

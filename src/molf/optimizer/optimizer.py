@@ -81,8 +81,8 @@ class MoLF(torch.optim.Optimizer):
         bf16_update: How bf16 weights keep small updates: ``"split"`` (a 16-bit low part in the state, exact) or
             ``"stochastic"`` (stochastic rounding, no memory).
         fused: None: use the Triton kernels if they are supported here and a self-test matches PyTorch. True: insist on them,
-            with an error that says why they cannot be used. False: never. They need CUDA, float32 or bf16 weights and any
-            score of ours but ``"coherence"``, launch a few kernels for the whole model and never sync.
+            with an error that says why they cannot be used. False: never. They need CUDA, float32 or bf16 weights and a
+            score of ours, launch a few kernels for the whole model and never sync.
         optimizer_in_backward: Route and move every layer inside backward, as soon as its gradients are complete, and free them:
             all gradients never exist at once. ``step`` then only completes the step. Not with ``max_grad_norm``, accumulation,
             a loss scale, a closure or several ranks; a layer whose gradient is not finite is skipped alone.
