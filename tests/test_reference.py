@@ -38,6 +38,7 @@ CASES = [
     {"ranks": (4,), "target_modules": ["1", "5"]},
     {"ranks": (2, 3), "score": "descent", "lora_lr": 4e-3, "lora_alpha": 6.0},
     {"ranks": (2, 3), "score": "pfn", "lora_lr": "matched"},
+    {"ranks": (2, 3), "score": "coherence", "lora_lr": "matched"},
     {"ranks": (1, 3), "top_k": 3, "lora_lr": "matched", "lora_alpha": (4.0, 8.0)},
     {"ranks": ()},
 ]
@@ -70,6 +71,11 @@ def test_fast_path_equals_the_oracle(case, dtype):
                 torch.testing.assert_close(getattr(view, leaf), weight.value, rtol=0, atol=TOLERANCE[dtype])
         got = fast.routing.scores[fast.routing.modules.index(module)].tolist()
         assert got == pytest.approx(list(slow.scores[module].values()), rel=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_a_score_that_it_does_not_know():
+    with pytest.raises(ValueError, match="score='random': the reference knows epd, pfn, descent, coherence"):
+        ReferenceMoLF(mlp(), ranks=(2,), score="random")
 
 
 def test_both_experts_win_somewhere():

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molf.errors import MolfError
 from molf.setup.param_groups import param_groups
 
 __all__ = ["ReferenceMoLF"]
+
+_SCORES = ("epd", "pfn", "descent", "coherence")
 
 
 @dataclass
@@ -82,6 +85,8 @@ class ReferenceMoLF:
         eps: float = 1e-8,
         **grouping: Any,
     ):
+        if score not in _SCORES:
+            raise MolfError(f"score={score!r}: the reference knows {', '.join(_SCORES)}")
         self.groups = param_groups(model, **grouping)
         self.top_k, self.score, self.betas, self.eps, self.t = top_k, score, betas, eps, 0
         self.layers = [layer for g in self.groups if "module" in g for layer in _layers(g)]
@@ -134,9 +139,16 @@ class ReferenceMoLF:
     def _score(self, expert: Expert, lr: float) -> float:
         tensors = expert.weights.values()
         n = sum(w.value.numel() for w in tensors)
-        if self.score in ("epd", "descent"):
-            return lr / (n if self.score == "epd" else 1) * self._descent(expert)
-        return math.sqrt(sum(float(((w.m / (w.v.sqrt() + self.eps)) ** 2).sum()) for w in tensors) / n)
+        match self.score:
+            case "epd":
+                return lr / n * self._descent(expert)
+            case "descent":
+                return lr * self._descent(expert)
+            case "coherence":
+                spread = sum(float(w.v.sqrt().sum()) for w in tensors)
+                return self._descent(expert) / spread if spread else 0.0
+            case _:
+                return math.sqrt(sum(float(((w.m / (w.v.sqrt() + self.eps)) ** 2).sum()) for w in tensors) / n)
 
     def _descent(self, expert: Expert) -> float:
         return sum(float((w.m**2 / (w.v.sqrt() + self.eps)).sum()) for w in expert.weights.values())

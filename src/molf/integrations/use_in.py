@@ -54,9 +54,9 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         TypeError: An option is unknown, or ``trainer`` is no trainer.
     """
     if not isinstance(trainer, Trainer):
-        given = f"the class {trainer.__name__}" if isinstance(trainer, type) else type(trainer).__name__
+        kind = f"the class {trainer.__name__}" if isinstance(trainer, type) else type(trainer).__name__
         raise TypeError(
-            f"use_in takes a trainer, of transformers or TRL, got {given}: make one first, SFTTrainer(model, ...) for example"
+            f"use_in takes a trainer, of transformers or TRL, got {kind}: make one first, SFTTrainer(model, ...) for example"
         )
     _check_options(options)
     if trainer.is_deepspeed_enabled:
