@@ -4,11 +4,10 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
 import molf.errors
-from molf import MoLF, add_lora_experts, param_groups
+from molf import MoLF, param_groups
 from molf.scores import EPD
 from molf.setup.param_groups import alignment
-from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, tiny_llama, train, zero_gradients
-from stacks import Stacks
+from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
 
 
 def test_routing_records_the_decision():
@@ -133,18 +132,6 @@ def test_loras_rate_follows_the_schedule():
 def test_options_that_do_not_work(options, words):
     with pytest.raises(ValueError, match=words):
         MoLF(mlp(), **{"ranks": (2,), **options})
-
-
-@pytest.mark.parametrize(("rate", "score"), [("matched", "random"), (None, "epd"), (5e-5, "epd"), (1e-3, "epd")])
-def test_the_score_that_nobody_chose(rate, score):
-    adapted = add_lora_experts(tiny_llama(), ranks=(2, 4))
-    chosen = [
-        MoLF(mlp(), ranks=(2, 3), lora_lr=rate),
-        MoLF(param_groups(mlp(), ranks=(2,), lora_lr=rate)),
-        MoLF(Stacks(), ranks=(2,), lora_lr=rate),
-        MoLF(adapted, lora_lr=rate),
-    ]
-    assert [optimizer.score.name for optimizer in chosen] == [score] * 4
 
 
 def test_unknown_options_and_scores():

@@ -34,7 +34,7 @@ from molf.setup.checks import (
     check_options,
     check_top_k,
 )
-from molf.setup.param_groups import default_score, param_groups
+from molf.setup.param_groups import param_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,8 +70,7 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: One number, or one for each rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
-        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``. None means random routing
-            at matched rates, where no score has done better, and ``"epd"`` at other rates, as published.
+        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).
@@ -115,7 +114,7 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: float | Sequence[float] = 32.0,
         use_rslora: bool = True,
         top_k: int = 1,
-        score: str | Score | None = None,
+        score: str | Score = "epd",
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: str | Sequence[str] = ("lm_head",),
         target_parameters: Sequence[str] = (),
@@ -143,7 +142,7 @@ class MoLF(torch.optim.Optimizer):
             groups = check_given_groups(model, grouping)
         self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
-        self.score = get_score(default_score(groups) if score is None else score)
+        self.score = get_score(score)
         self.max_grad_norm = max_grad_norm
         self.bf16_update = bf16_update
         self.fused = fused

@@ -27,7 +27,6 @@ __all__ = [
     "checked_ranks",
     "expert_names",
     "is_number",
-    "default_score",
     "alignment",
     "level_scales",
     "lora_scales",
@@ -158,20 +157,6 @@ def param_groups(
             routed[0]["experts"][0],
         )
     return groups
-
-
-def default_score(groups: Sequence[dict[str, Any]]) -> str:
-    """Return the score of groups for which none is chosen.
-
-    No score has done better than random routing at matched rates; at rates of their own EPD is what was published.
-    """
-    return "random" if all(_is_level(group) for group in groups if "module" in group) else "epd"
-
-
-def _is_level(group: dict[str, Any]) -> bool:
-    weight = group["params"][0]
-    n_in = weight.shape[-2 if group.get("transposed") else -1]
-    return "b_factors" in group or group["scales"] == level_scales(group["ranks"], n_in)
 
 
 def _merged_groups(

@@ -65,7 +65,7 @@ def test_output_dir_is_named_after_what_differs():
         )
     ]
     assert len(set(names)) == len(names)
-    assert names[0] == "molf-Small-1B-fact-r128-random-lr5e-05-cosine-s42"
+    assert names[0] == "molf-Small-1B-fact-r128-epd-lr5e-05-cosine-s42"
     assert RunConfig.from_dict(base).output_dir.parent.name == "root"
 
 
@@ -73,8 +73,8 @@ def test_output_dir_is_named_after_what_differs():
     ("changes", "name"),
     [
         ({"recipe": "published"}, "molf-m-fact-r128-epd-lr5e-05-lora5e-05-cosine-s42"),
-        ({"top_k": 2}, "molf-m-fact-r128-random-k2-lr5e-05-cosine-s42"),
-        ({"method": "molf_e"}, "molf_e-m-fact-r32_128-random-lr5e-05-cosine-s42"),
+        ({"top_k": 2}, "molf-m-fact-r128-epd-k2-lr5e-05-cosine-s42"),
+        ({"method": "molf_e"}, "molf_e-m-fact-r32_128-epd-lr5e-05-cosine-s42"),
     ],
 )
 def test_a_name_tells_rates_and_top_k(changes, name):

@@ -14,7 +14,7 @@ Method = Literal["molf", "molf_e", "fft", "lora", "rslora", "dora", "adalora", "
 class MethodConfig:
     """How the weights are updated: MoLF, MoLF-Efficient, full fine-tuning or a PEFT adapter.
 
-    Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``score``, ``use_rslora``, ``fft_expert``,
+    Defaults that depend on the method are filled in: ``ranks``, ``match_lora_rate``, ``use_rslora``, ``fft_expert``,
     ``freeze_non_linear``. What the method does not read is refused when a run starts (``molf.study.config.unread``).
 
     Raises:
@@ -91,10 +91,10 @@ class MethodConfig:
     top_k: int = setting(
         1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint", read_by=ROUTED
     )
-    score: Literal["epd", "pfn", "descent", "random", "coherence"] | None = setting(
-        None,
+    score: Literal["epd", "pfn", "descent", "random", "coherence"] = setting(
+        "epd",
         "molf, molf_e: expected preconditioned descent, the preconditioned Frobenius norm, total descent, coherence, or random "
-        "routing; by default random at matched rates, and epd at others, as published.",
+        "routing, the control.",
         shapes="checkpoint",
         read_by=ROUTED,
     )
@@ -179,8 +179,6 @@ class MethodConfig:
             raise MolfError(
                 f"match_lora_rate=True with lora_learning_rate={self.lora_learning_rate}: leave one of them out"
             )
-        if self.score is None:
-            self.score = "random" if self.match_lora_rate or not self.routes else "epd"
         if self.routes:
             self.fft_expert = not efficient
         if self.use_rslora is None:
