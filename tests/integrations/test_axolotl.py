@@ -55,6 +55,13 @@ def trainer_in(folder):
     return AxolotlTrainer(tiny_llama(), args, train_dataset=rows)
 
 
+def test_names_are_checked_before_anything_is_loaded(plugin):
+    arguments = sys.modules["molf.integrations.axolotl"].MoLFArgs
+    assert arguments(molf={"ranks": [32]}).molf == {"ranks": [32]} and arguments().molf is None
+    with pytest.raises(ValueError, match="molf: molf.MoLF has no option 'rank': did you mean 'ranks'"):
+        arguments(molf={"rank": [32]})
+
+
 def test_it_trains_with_molf(plugin, tmp_path):
     trainer = trainer_in(tmp_path)
     plugin.post_trainer_create(SimpleNamespace(adapter=None, molf={"ranks": [2, 3]}), trainer)

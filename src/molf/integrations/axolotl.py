@@ -7,10 +7,10 @@ molf: {ranks: [128]}
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from molf.errors import MolfError
-from molf.integrations.use_in import use_in
+from molf.integrations.use_in import check_names, use_in
 from molf.optimizer import MoLF
 
 
@@ -23,6 +23,16 @@ class MoLFArgs(BaseModel):
     """
 
     molf: dict[str, Any] | None = None
+
+    @field_validator("molf")
+    @classmethod
+    def check_names(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuse an option that MoLF does not have before model and data are loaded."""
+        try:
+            check_names(options or {})
+        except TypeError as error:  # which pydantic would let through as a fault of the program
+            raise ValueError(f"molf: {error}") from error
+        return options
 
 
 class MoLFPlugin(BasePlugin):  # type: ignore[misc]

@@ -58,7 +58,7 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         raise TypeError(
             f"use_in takes a trainer, of transformers or TRL, got {kind}: make one first, SFTTrainer(model, ...) for example"
         )
-    _check_options(options)
+    check_names(options)
     if trainer.is_deepspeed_enabled:
         raise MolfError(
             "the trainer uses DeepSpeed, whose ZeRO flattens parameters and takes other optimizers' place, and MoLF routes "
@@ -140,7 +140,12 @@ class InUse(TrainerCallback):  # type: ignore[misc]
             activate(model, self._adapters)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def check_names(options: Mapping[str, Any]) -> None:
+    """Check that ``MoLF`` has options of these names.
+
+    Raises:
+        TypeError: It has not.
+    """
     known = [name for name in inspect.signature(MoLF).parameters if name != "model"]
     for name in options:
         if name not in known:

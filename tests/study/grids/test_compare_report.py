@@ -44,7 +44,7 @@ def test_the_verdict(outcome):
     assert "MoLF is 1.00 points behind the better of full fine-tuning and LoRA (fft) in score, 79.00 to 80.00" in said
     assert "MoLF-Efficient is level with the best adaptive LoRA (adalora)" in said
     ahead = Outcome("score", [contender("fft", 1.0), contender("molf", 3.5, name="molf_r8")], [], [])
-    assert verdict(ahead).startswith("MoLF (molf_r8) is 2.50 points ahead of the better")
+    assert verdict(ahead).startswith("MoLF (molf_r8) is 2.50 points ahead of the baseline (fft)")
     assert verdict(Outcome("score", [contender("fft", 1.0)], [], [])).startswith("Nothing to say")
 
 

@@ -274,12 +274,13 @@ def folder_name(name: str, what: str) -> str:
     return name
 
 
-# What the optimizer calls settings of a run.
+# What the optimizer and PEFT call settings of a run.
 _OPTIMIZER_NAMES = {
     "lr": "learning_rate",
     "lora_lr": "lora_learning_rate",
     "eps": "adam_epsilon",
     "betas": "adam_beta1",
+    "lora_r": "lora_rank",
 }
 
 

@@ -68,8 +68,12 @@ def _forgetting(contender: Contender) -> dict[str, float]:
 
 def verdict(outcome: Outcome) -> str:
     """Say in one sentence how MoLF and MoLF-Efficient compare with their baselines."""
+    present = {contender.method for contender in outcome.contenders if contender.results}
+    both = "fft" in present and present.intersection(BASELINES[1:])
     parts = [
-        _distance(outcome, "molf", BASELINES, "MoLF", "the better of full fine-tuning and LoRA"),
+        _distance(
+            outcome, "molf", BASELINES, "MoLF", f"the {'better of full fine-tuning and LoRA' if both else 'baseline'}"
+        ),
         _distance(outcome, "molf_e", ADAPTIVE, "MoLF-Efficient", "the best adaptive LoRA"),
     ]
     found = " and ".join(part for part in parts if part)
