@@ -60,7 +60,9 @@ def recipe(argv: Sequence[str]) -> None:
         folder = given.output_dir or run / f"recipe-{label}"
         made = recipe_from_run(run, request, folder)
     out, ranks = console(), made.ranks.values()
-    out.print(f"{made.allocation}, from {made.source}: {made.trainable:,} of {made.budget:,} parameters train")
+    out.print(
+        f"{made.allocation}, from {made.source}: {made.trainable:,} parameters train, of a budget of {made.budget:,}"
+    )
     by_lora = f"{len(ranks)} by LoRA of rank {min(ranks)} to {max(ranks)}" if ranks else "none by LoRA"
     out.print(f"{len(made.whole)} layers whole, {by_lora}")
     out.print(f"train with: molf train --recipe {folder / 'recipe.yaml'} --model_name_or_path ...")

@@ -75,6 +75,8 @@ def test_the_table(outcome):
     table = comparison_table(outcome)
     assert table.row_count == 6
     assert str([*table.columns[2].cells][1]) == "72.00 ± 2.83"
+    titles = [str(column.header) for column in table.columns]
+    assert titles == ["method", "chosen", "score", "n", "trainable M", "tok/s", "peak GiB", "min"]
 
 
 def test_a_picture_of_nothing(tmp_path):
@@ -92,6 +94,6 @@ def test_forgetting_has_columns_and_a_picture_if_it_was_measured(outcome, tmp_pa
     files = write_comparison(outcome, tmp_path)
     assert files[-1].name == "comparison-forgetting.png" and files[-1].read_bytes().startswith(b"\x89PNG")
     header, _, fft, lora, *_ = files[2].read_text().splitlines()
-    assert "retention/loss_rise" in header and "| 1.00 | 0.25 |" in lora and fft.count("|") == header.count("|")
+    assert "| forgotten | retention/kl |" in header and "| 1.00 | 0.25 |" in lora and fft.count("|") == header.count("|")
     again = Result.from_dict(json.loads(files[1].read_text())["runs"]["lora"]["lr1"][0])
     assert again == outcome.contenders[1].results[0]

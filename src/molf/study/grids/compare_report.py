@@ -102,8 +102,8 @@ def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | Non
 
 
 def comparison_table(outcome: Outcome) -> Table:
-    """Return the comparison for a terminal."""
-    header, *lines = _text_table(outcome)
+    """Return the comparison for a terminal: without the task's other metrics, which the files have."""
+    header, *lines = _text_table(outcome, others=False)
     table = Table(title="comparison", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for number, title in enumerate(header):
         table.add_column(title, justify="left" if number < 2 else "right", no_wrap=number != 1)
@@ -132,8 +132,8 @@ def markdown(outcome: Outcome) -> str:
     return "\n".join([*table, "", verdict(outcome), "", *(line for part in parts for line in part)])
 
 
-def _text_table(outcome: Outcome) -> list[list[str]]:
-    """Return the header and a line per contender."""
+def _text_table(outcome: Outcome, others: bool = True) -> list[list[str]]:
+    """Return the header and a line per contender; without ``others``, of further metrics only how the loss on other text rose."""
     rows, metric = rows_of(outcome), outcome.metric
     costs = {  # column: (title, unit)
         "trainable_parameters": ("trainable M", 1e6),
@@ -142,12 +142,15 @@ def _text_table(outcome: Outcome) -> list[list[str]]:
         "seconds": ("min", 60.0),
     }
     known = {"name", "method", "chosen", "seeds", metric, f"{metric}/spread", *costs}
-    others = list(dict.fromkeys(name for row in rows for name in row if name not in known))
-    lines = [["method", "chosen", metric, "n", *others, *(title for title, _ in costs.values())]]
+    more = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in known]
+    if not others:
+        more = [name for name in more if name == "retention/loss_rise"]
+    titles = [name.replace("retention/loss_rise", "forgotten") for name in more]
+    lines = [["method", "chosen", metric, "n", *titles, *(title for title, _ in costs.values())]]
     for row in rows:
         spread = row[f"{metric}/spread"]
         value = _number(row[metric]) + (f" ± {spread:.2f}" if spread is not None else "")
-        measured = [_number(row.get(name)) for name in others]
+        measured = [_number(row.get(name)) for name in more]
         spent = [_number(row[name], unit, digits=1) for name, (_, unit) in costs.items()]
         lines.append([row["name"], row["chosen"] or "none", value, str(row["seeds"]), *measured, *spent])
     return lines
