@@ -76,8 +76,8 @@ def communicated(shapes, method, sharding, size, ranks, compute=4, reduce=4, mas
     if sharding == "ddp":
         return {WEIGHTS: reduce * trained, **routed}
     if method != "adamw":
-        # Scores are summed tensor by tensor: a weight, and A and B of every pair; by kernels expert by expert.
-        routed["scores"] = 8 * (experts if fused else len(shapes.layers) * (1 + 2 * len(ranks)))
+        # Scores are summed tensor by tensor: a weight, and A and B of every pair; by kernels expert by expert, two sums each.
+        routed["scores"] = 8 * (2 * experts if fused else len(shapes.layers) * (1 + 2 * len(ranks)))
         routed["dA and norm"] = master * (size + (A if method == "merged" else 0))
     return {WEIGHTS: 2 * compute * trained + reduce * trained, **routed}
 

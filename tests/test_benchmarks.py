@@ -308,7 +308,7 @@ def test_router_bed():
     before = router_bed.held_out_loss(model, tokenizer, pairs)
     for molf in router_bed.contenders().values():
         optimizer = router_bed.train(
-            model, tokenizer, pairs, 1, 4, lr=1e-2, **{**molf, "ranks": molf["ranks"] and (2,)}
+            model, tokenizer, pairs, 1, 4, lr=1e-3, **{**molf, "ranks": molf["ranks"] and (2,)}
         )
     assert optimizer.routing.experts == ("fft", "lora_r2")
     assert router_bed.held_out_loss(model, tokenizer, pairs) < before

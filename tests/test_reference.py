@@ -29,7 +29,7 @@ def run(model, optimizer, steps, schedule=lambda t: 1.0):
 
 
 CASES = [
-    {"ranks": (2,), "lora_alpha": 6.0},
+    {"ranks": (2,), "lora_lr": None, "lora_alpha": 6.0},
     {"ranks": (2,), "lr": 1e-3, "lora_lr": 5e-3},
     {"ranks": (1, 3), "top_k": 2, "lora_alpha": (4.0, 8.0)},
     {"ranks": (1, 3, 2), "top_k": 3, "score": "pfn", "use_rslora": False},
@@ -81,6 +81,6 @@ def test_a_score_that_it_does_not_know():
 def test_both_experts_win_somewhere():
     """The comparison above would say little if one expert won everything."""
     model = mlp(torch.float64)
-    optimizer = MoLF(model, ranks=(2,), lr=2e-3, lora_alpha=6.0)
+    optimizer = MoLF(model, ranks=(2,), lr=2e-3, lora_lr=None, lora_alpha=6.0)
     chosen = {expert for step in run(model, optimizer, 12) for experts in step.values() for expert in experts}
     assert chosen == {"fft", "lora_r2"}
