@@ -1,7 +1,7 @@
 """MoLF in axolotl, as a plugin: two entries of its YAML file.
 
 plugins: [molf.integrations.axolotl.MoLFPlugin]
-molf: {ranks: [128]}
+molf: {ranks: [32]}
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class MoLFArgs(BaseModel):
 
     @field_validator("molf")
     @classmethod
-    def check_names(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+    def refuse_unknown(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
         """Refuse an option that MoLF does not have before model and data are loaded."""
         try:
             check_names(options or {})

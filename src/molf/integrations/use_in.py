@@ -28,7 +28,7 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")  # what a Trainer takes by default
 
 
 def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
-    """Train with MoLF in a Trainer of transformers or TRL: ``molf.use_in(trainer, ranks=(128,)).train()``.
+    """Train with MoLF in a Trainer of transformers or TRL: ``molf.use_in(trainer, ranks=(32,)).train()``.
 
     Works with every Trainer that builds its optimizer when training starts: ``Trainer``, and TRL's SFT, DPO, KTO, GRPO, RLOO and
     Reward trainers. Schedules, accumulation, checkpoints, resuming, DDP and FSDP2 stay the Trainer's.

@@ -94,8 +94,7 @@ def test_forgetting_has_columns_and_a_picture_if_it_was_measured(outcome, tmp_pa
     files = write_comparison(outcome, tmp_path)
     assert files[-1].name == "comparison-forgetting.png" and files[-1].read_bytes().startswith(b"\x89PNG")
     header, _, fft, lora, *_ = files[2].read_text().splitlines()
-    assert (
-        "| forgotten | retention/kl |" in header and "| 1.00 | 0.25 |" in lora and fft.count("|") == header.count("|")
-    )
+    assert "| forgotten | retention/kl |" in header and "| 1.00 | 0.25 |" in lora
+    assert fft.count("|") == header.count("|")
     again = Result.from_dict(json.loads(files[1].read_text())["runs"]["lora"]["lr1"][0])
     assert again == outcome.contenders[1].results[0]

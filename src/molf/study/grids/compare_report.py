@@ -70,10 +70,9 @@ def verdict(outcome: Outcome) -> str:
     """Say in one sentence how MoLF and MoLF-Efficient compare with their baselines."""
     present = {contender.method for contender in outcome.contenders if contender.results}
     both = "fft" in present and present.intersection(BASELINES[1:])
+    baseline = "the better of full fine-tuning and LoRA" if both else "the baseline"
     parts = [
-        _distance(
-            outcome, "molf", BASELINES, "MoLF", f"the {'better of full fine-tuning and LoRA' if both else 'baseline'}"
-        ),
+        _distance(outcome, "molf", BASELINES, "MoLF", baseline),
         _distance(outcome, "molf_e", ADAPTIVE, "MoLF-Efficient", "the best adaptive LoRA"),
     ]
     found = " and ".join(part for part in parts if part)
