@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_own_score_needs_term_and_finish_only():
 
 def test_names_lead_to_scores():
     assert {name: get_score(name).name for name in SCORES} == {
-        name: name for name in ("epd", "pfn", "descent", "random", "coherence")
+        name: name for name in ("epd", "pfn", "descent", "random", "coherence", "shuffled")
     }
 
 
@@ -104,6 +105,20 @@ def test_random_routing_gives_every_expert_its_share():
     scores = Random().scores(evidence([str(i) for i in range(3000)], [7] * 3000, experts=3))
     shares = torch.bincount(scores.argmax(1), minlength=3) / 3000
     assert (shares - 1 / 3).abs().max() < 0.03
+
+
+def test_shuffled_deals_the_scores_of_epd_to_other_modules():
+    total = torch.rand(50, 3, dtype=torch.float64)
+
+    def shuffled(t):
+        return SCORES["shuffled"].scores(
+            replace(evidence([str(i) for i in range(50)], [t] * 50, experts=3), total=total)
+        )
+
+    assert sorted(shuffled(1).tolist()) == sorted(total.tolist())
+    assert torch.equal(shuffled(1), shuffled(1))
+    kept = (shuffled(1) == total).all(1)
+    assert kept.sum() < 10 and not torch.equal(shuffled(1), shuffled(2))
 
 
 @pytest.mark.parametrize(

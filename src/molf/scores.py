@@ -1,4 +1,4 @@
-"""Routing scores: the two of the paper, three others, and the base class for your own.
+"""Routing scores: the two of the paper, four others, and the base class for your own.
 
 A score estimates how much loss an expert's next step removes, from its raw Adam moments ``m`` and ``v`` over all its N elements:
 
@@ -7,6 +7,7 @@ A score estimates how much loss an expert's next step removes, from its raw Adam
     descent                          score = lr * sum m^2 / (sqrt(v) + eps), EPD without 1 / N
     coherence                        sum m^2 / (sqrt(v) + eps) / sum sqrt(v): how far past gradients agreed
     random                           every expert is equally likely: the control of every comparison
+    shuffled                         EPD, dealt to other modules: the control of what EPD knows about a module
 
 Bias correction is left out: it scales all experts of a layer by the same factor.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from molf.errors import MolfError
 
-__all__ = ["EPD", "PFN", "SCORES", "Coherence", "Descent", "Evidence", "Random", "Score", "get_score"]
+__all__ = ["EPD", "PFN", "SCORES", "Coherence", "Descent", "Evidence", "Random", "Score", "Shuffled", "get_score"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,14 @@ class Score(abc.ABC):
 
     Subclass it, define ``term`` and ``finish``, and pass an instance: ``MoLF(..., score=MyScore())``. ``term`` must be
     element-wise, because the sum is computed piece by piece (blocks of a tensor, shards of a weight).
+
+    Attributes:
+        name: What settings and logs call it.
+        compares_modules: Whether a module's score depends on other modules, so that none can move before all have gradients.
     """
 
     name: str
+    compares_modules: bool = False
 
     @abc.abstractmethod
     def term(self, m: Tensor, v: Tensor, eps: float) -> Tensor:
@@ -192,6 +198,18 @@ class Random(EPD):
         return _shift(x ^ _shift(x, 31), 11).double() / 2**53
 
 
+class Shuffled(Random):
+    """EPD's scores, at every step dealt to other modules at random: each expert's share stays EPD's, the module has no say."""
+
+    name = "shuffled"
+    compares_modules = True
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Return the rows of EPD's scores in a random order."""
+        order = super().scores(evidence)[:, 0].argsort()
+        return EPD.scores(self, evidence)[order]
+
+
 _GOLDEN, _MIX = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
@@ -214,6 +232,7 @@ SCORES: dict[str, Score] = {
     "descent": Descent(),
     "random": Random(),
     "coherence": Coherence(),
+    "shuffled": Shuffled(),
 }
 
 

@@ -34,7 +34,7 @@ def test_dtypes_and_scores_are_refused_at_once():
     with pytest.raises(ValueError, match=r"fused=True: the kernels need weights.*float64.*use fused=False"):
         MoLF(mlp(torch.float64), ranks=(2,), fused=True)
     with pytest.raises(
-        ValueError, match="the kernels know the scores epd, pfn, descent, coherence, random, not Prefer"
+        ValueError, match="the kernels know the scores epd, pfn, descent, random, coherence, shuffled, not Prefer"
     ):
         MoLF(mlp(torch.float32), ranks=(2,), score=Prefer(0), fused=True)
     model = mlp(torch.float32)

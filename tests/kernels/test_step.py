@@ -39,7 +39,7 @@ def give_gradients(models, t, without=()):
 @pytest.mark.parametrize(
     ("score", "top_k", "max_grad_norm"),
     [("epd", 1, None), ("epd", 2, 0.05), ("pfn", 1, 0.05), ("pfn", 3, None), ("descent", 1, None), ("random", 1, None),
-     ("coherence", 1, None), ("coherence", 2, 0.05)],
+     ("coherence", 1, None), ("coherence", 2, 0.05), ("shuffled", 1, None)],
 )  # fmt: skip
 def test_fused_equals_plain(score, top_k, max_grad_norm):
     rate = {"lora_lr": "matched"} if score == "random" else {}  # another scale for every shape

@@ -63,7 +63,7 @@ class OwnScore(EPD):
     ("options", "words"),
     [
         ({"dtype": torch.float64}, "all float32 or all bfloat16"),
-        ({"score": OwnScore()}, "scores epd, pfn, descent, coherence, random, not OwnScore"),
+        ({"score": OwnScore()}, "scores epd, pfn, descent, random, coherence, shuffled, not OwnScore"),
     ],
 )
 def test_where_kernels_do_not_apply_pytorchs_are_chosen_silently(options, words, usable, caplog):

@@ -13,7 +13,7 @@ from torch import Tensor
 from molf.errors import MolfError
 from molf.numerics.distributed import local
 from molf.numerics.gradients import check_dense
-from molf.scores import EPD, PFN, Coherence, Descent, Random, Score
+from molf.scores import SCORES, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]
 
@@ -24,8 +24,8 @@ def check_options(groups: Sequence[dict[str, Any]], score: Score) -> None:
     """Check conditions of the kernels that do not depend on the device, and raise a ``MolfError`` if one is not met."""
     if importlib.util.find_spec("triton") is None:
         raise _refusal("Triton is not installed; PyTorch's CUDA builds for Linux bring it")
-    if type(score) not in (EPD, PFN, Descent, Coherence, Random):
-        raise _refusal(f"the kernels know the scores epd, pfn, descent, coherence, random, not {type(score).__name__}")
+    if type(score) not in {type(known) for known in SCORES.values()}:
+        raise _refusal(f"the kernels know the scores {', '.join(SCORES)}, not {type(score).__name__}")
     routed = [group for group in groups if "module" in group]
     if stacks := [group["module"] for group in routed if group["form"] == "stacked"]:
         raise _refusal(f"the kernels know no stacked matrices, and {stacks[0]} is a stack")

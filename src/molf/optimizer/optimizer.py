@@ -70,7 +70,7 @@ class MoLF(torch.optim.Optimizer):
         lora_alpha: One number, or one for each rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
-        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, or a ``molf.Score``.
+        score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, ``"shuffled"``, or a ``molf.Score``.
         target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
         exclude_modules: Modules never routed, in the same notation.
         target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).
@@ -165,7 +165,7 @@ class MoLF(torch.optim.Optimizer):
         self._names = None if model is None else ParamNames(model, self.param_groups)
         self._seeds_are_shared = False
         if self.optimizer_in_backward:
-            check_backward_step(self.max_grad_norm, find_ranks(self.param_groups, process_group), model)
+            check_backward_step(self.max_grad_norm, self.score, find_ranks(self.param_groups, process_group), model)
             self._backward_step = BackwardStep(self.param_groups, self._begin)
         else:
             self._backward_step = None
@@ -243,7 +243,7 @@ class MoLF(torch.optim.Optimizer):
             self._names.refresh(self.param_groups)
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
-            check_backward_step(self.max_grad_norm, ranks)
+            check_backward_step(self.max_grad_norm, self.score, ranks)
         if not self._seeds_are_shared:
             broadcast_seeds(self.param_groups, self.state, ranks)
             self._seeds_are_shared = True

@@ -15,6 +15,7 @@ from molf.layers.fit import check_parameter
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
+from molf.scores import Score
 from molf.setup.param_groups import check_numbers, is_number, param_groups
 
 __all__ = [
@@ -130,17 +131,22 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
     check_options(group["betas"], group["eps"], None, BF16_UPDATES[0], None)
 
 
-def check_backward_step(max_grad_norm: float | None, ranks: Ranks, model: Any = None) -> None:
+def check_backward_step(max_grad_norm: float | None, score: Score, ranks: Ranks, model: Any = None) -> None:
     """Check that ``optimizer_in_backward`` can work: nothing may need all gradients before the first layer moves.
 
     Args:
         max_grad_norm: The optimizer's.
+        score: The optimizer's.
         ranks: The ranks that train the model together.
         model: What the optimizer was built for, if that is known.
 
     Raises:
-        MolfError: If gradients are clipped or summed over ranks.
+        MolfError: If gradients are clipped or summed over ranks, or the score compares modules.
     """
+    if score.compares_modules:
+        raise MolfError(
+            f"{NO_GRADIENTS_KEPT}score={score.name!r} is impossible, which compares all modules first: leave one of them out"
+        )
     if max_grad_norm is not None:
         raise MolfError(
             f"{NO_GRADIENTS_KEPT}max_grad_norm={max_grad_norm} is impossible, which needs the norm of all gradients first: "

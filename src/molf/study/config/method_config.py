@@ -91,10 +91,10 @@ class MethodConfig:
     top_k: int = setting(
         1, "molf: how many experts of a layer are updated per step.", shapes="checkpoint", read_by=ROUTED
     )
-    score: Literal["epd", "pfn", "descent", "random", "coherence"] = setting(
+    score: Literal["epd", "pfn", "descent", "random", "coherence", "shuffled"] = setting(
         "epd",
-        "molf, molf_e: expected preconditioned descent, the preconditioned Frobenius norm, total descent, coherence, or random "
-        "routing, the control.",
+        "molf, molf_e: expected preconditioned descent, the preconditioned Frobenius norm, total descent, coherence, or a "
+        "control: random routing, or EPD's decisions dealt to other layers.",
         shapes="checkpoint",
         read_by=ROUTED,
     )
