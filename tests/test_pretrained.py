@@ -73,11 +73,11 @@ def test_smollm2_learns_facts(unpacked, tmp_path):
         "model_name_or_path": NAME,
         "task": "fact",
         "sample": True,
-        "limit": 8,
+        "limit": 4,
         "method": "molf",
         "ranks": [16],
         "learning_rate": 2e-4,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": 8,
         "gradient_checkpointing": False,
@@ -88,7 +88,7 @@ def test_smollm2_learns_facts(unpacked, tmp_path):
     }
     result = run(RunConfig.from_dict(settings))
     before, after = result.metrics_before["efficacy_score"], result.metrics["efficacy_score"]
-    assert before.n == after.n == 8
+    assert before.n == after.n == 4
     assert before.value < 50 and after.value == 100
     assert 0 < result.routing["fft"] < 1, "both experts win somewhere"
     assert (tmp_path / "routing.png").stat().st_size > 10_000

@@ -165,7 +165,9 @@ class MoLF(torch.optim.Optimizer):
         self._names = None if model is None else ParamNames(model, self.param_groups)
         self._seeds_are_shared = False
         if self.optimizer_in_backward:
-            check_backward_step(self.max_grad_norm, self.score, find_ranks(self.param_groups, process_group), model)
+            check_backward_step(
+                self.max_grad_norm, self.score.compares_modules, find_ranks(self.param_groups, process_group), model
+            )
             self._backward_step = BackwardStep(self.param_groups, self._begin)
         else:
             self._backward_step = None
@@ -243,7 +245,7 @@ class MoLF(torch.optim.Optimizer):
             self._names.refresh(self.param_groups)
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
-            check_backward_step(self.max_grad_norm, self.score, ranks)
+            check_backward_step(self.max_grad_norm, self.score.compares_modules, ranks)
         if not self._seeds_are_shared:
             broadcast_seeds(self.param_groups, self.state, ranks)
             self._seeds_are_shared = True

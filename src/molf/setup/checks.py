@@ -15,7 +15,6 @@ from molf.layers.fit import check_parameter
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.scores import Score
 from molf.setup.param_groups import check_numbers, is_number, param_groups
 
 __all__ = [
@@ -131,21 +130,22 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
     check_options(group["betas"], group["eps"], None, BF16_UPDATES[0], None)
 
 
-def check_backward_step(max_grad_norm: float | None, score: Score, ranks: Ranks, model: Any = None) -> None:
+def check_backward_step(max_grad_norm: float | None, compares_modules: bool, ranks: Ranks, model: Any = None) -> None:
     """Check that ``optimizer_in_backward`` can work: nothing may need all gradients before the first layer moves.
 
     Args:
         max_grad_norm: The optimizer's.
-        score: The optimizer's.
+        compares_modules: Whether the optimizer's score does.
         ranks: The ranks that train the model together.
         model: What the optimizer was built for, if that is known.
 
     Raises:
         MolfError: If gradients are clipped or summed over ranks, or the score compares modules.
     """
-    if score.compares_modules:
+    if compares_modules:
         raise MolfError(
-            f"{NO_GRADIENTS_KEPT}score={score.name!r} is impossible, which compares all modules first: leave one of them out"
+            f"{NO_GRADIENTS_KEPT}a score that compares modules (shuffled) is impossible, which needs all of them first: choose "
+            "another score"
         )
     if max_grad_norm is not None:
         raise MolfError(
