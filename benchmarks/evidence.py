@@ -3,7 +3,6 @@
 molf compare --config configs/compare/smollm2-promise.yaml                       # hours; gather what is finished at any time
 python benchmarks/evidence.py runs/compare/smollm2-promise smollm2-fact-promise
 python benchmarks/evidence.py smollm2-fact-promise                               # only print what was gathered
-python benchmarks/evidence.py smollm2-fact-robustness --draw docs/robustness.png
 """
 
 import argparse
@@ -12,9 +11,6 @@ import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from molf.files import atomic_write
 
@@ -33,7 +29,6 @@ METRICS = {
 }
 SETTINGS = ("task", "method", "allocation", "score", "ranks", "lora_alpha", "match_lora_rate", "top_k", "learning_rate")
 SETTINGS += ("lora_learning_rate", "num_train_epochs", "limit", "seed")
-FAMILIES = {"epd": "published rule (EPD)", "matched_epd": "EPD, matched", "matched_random": "random routing, matched"}
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
@@ -90,27 +85,10 @@ def average(values: Any, form: str) -> str:
     return "" if None in known else form.format(mean(known))
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the score of every contender by rank and alpha, with full fine-tuning as a line."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    labels: list[str] = []
-    for key, legend in FAMILIES.items():
-        own = [run for run in runs if family(run["name"]) == key]
-        own.sort(key=lambda run: [int(number) for number in re.findall(r"\d+", run["name"])])
-        heights = [run["metrics"]["score"]["value"] for run in own]
-        bars = axes.bar(range(len(labels), len(labels) + len(own)), heights, label=legend)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-        labels += [run["name"][len(key) + 1 :].replace("_alpha", "\nalpha ").replace("r", "r ", 1) for run in own]
-    full = [run["metrics"]["score"]["value"] for run in runs if run["name"] == "fft"]
-    if full:
-        axes.axhline(full[0], color="black", linewidth=1, linestyle="--", label="full fine-tuning, same rate")
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set(ylabel="harmonic mean of the three scores", ylim=(0, 75))
-    axes.set_title("SmolLM2-135M learns 100 facts at one learning rate: what alpha and the rank change", fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
-    with atomic_write(path) as partial:
-        canvas.print_png(partial)
+def read(name: str) -> list[dict[str, Any]]:
+    """Return the runs that were gathered under a name."""
+    runs: list[dict[str, Any]] = json.loads((GATHERED / f"{name}.json").read_text())
+    return runs
 
 
 def main() -> None:
@@ -119,19 +97,14 @@ def main() -> None:
         "folder", type=Path, nargs="?", help="folder of finished runs; what was gathered is read if left out"
     )
     parser.add_argument("name", help=f"file under {GATHERED}, without .json")
-    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the score by rank and alpha")
     args = parser.parse_args()
-    gathered = GATHERED / f"{args.name}.json"
     if args.folder is not None:
         runs = gather(args.folder)
         if not runs:
             parser.error(f"no finished run (a folder with result.json) under {args.folder}")
-        with atomic_write(gathered) as partial:
+        with atomic_write(GATHERED / f"{args.name}.json") as partial:
             partial.write_text(json.dumps(runs, indent=1) + "\n")
-    runs = json.loads(gathered.read_text())
-    if args.draw:
-        draw(runs, args.draw)
-    print(table(runs))
+    print(table(read(args.name)))
 
 
 if __name__ == "__main__":
