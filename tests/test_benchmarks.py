@@ -18,6 +18,7 @@ import gpu_cost
 import gpu_kernels
 import gpu_step
 import many_layers
+import maps
 import moe_step
 import optimizer_step
 import plan_vs_measured
@@ -28,7 +29,8 @@ import sql_rows
 import states
 import step_time
 from emulated_tf32 import EmulatedTF32
-from molf import MoLF
+from molf import MoLF, Routing
+from molf.integrations.routing_lines import CompactLines
 from small import tiny_llama
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -296,6 +298,36 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         told(tmp_path, "nothing")
     assert "no finished run" in capsys.readouterr().err and not (tmp_path / "nothing.json").exists()
+
+
+def test_maps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(maps, "FILE", tmp_path / "maps.json")
+
+    def finish(name, winners, **config):
+        """A run of one step, in which these experts of layers 0 and 1 won in ``q_proj`` and in ``k_proj``."""
+        modules = tuple(f"{layer}.{kind}_proj" for kind in "qk" for layer in range(2))
+        chosen = torch.tensor([[winner == "f", winner != "f"] for winner in winners])
+        (tmp_path / name).mkdir()
+        line = CompactLines().encode(1, Routing(modules, ("fft", "lora_r2"), chosen.double(), chosen))
+        (tmp_path / name / "routing.jsonl").write_text(line)
+        config = {"task": "fact", "ranks": [2], "learning_rate": 1e-4, "seed": 1, **config}
+        (tmp_path / name / "result.json").write_text(json.dumps({"config": config}))
+        return str(tmp_path / name)
+
+    def told(*runs):
+        monkeypatch.setattr(sys, "argv", ["maps", *runs])
+        maps.main()
+        return capsys.readouterr().out
+
+    table = told(finish("one", "flff"), finish("other", "flff", seed=2))
+    assert "| seed | 1 | 1.00 | 1.00 |" in table
+    table = told(finish("sql", "lfff", task="sql", seed=3))
+    assert "| seed | 1 | 1.00 | 1.00 |" in table and "| task | 2 | -0.33 | -1.00 |" in table and "ranks" not in table
+    assert told() == table
+    assert "| ranks | 2 | nan | nan |" in told(finish("whole", "ffff", ranks=[4])), "nothing to correlate"
+    (tmp_path / "whole" / "routing.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="whole has no routing log"):
+        told(str(tmp_path / "whole"))
 
 
 def test_promise(tmp_path, monkeypatch):
