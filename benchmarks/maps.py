@@ -19,7 +19,7 @@ from molf.integrations.routing_lines import find_log
 from molf.study.results.routing import kind_of
 from molf.study.results.routing_reader import read_routing
 
-SETTINGS = ("task", "ranks", "learning_rate", "seed")
+SETTINGS = ("seed", "learning_rate", "ranks", "task", "score")
 FILE = GATHERED / "routing-maps.json"
 
 
@@ -51,16 +51,15 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Return, for each setting, how well the maps of runs agree that differ in it alone, but for the seed."""
     pairs = defaultdict(list)
     for one, other in itertools.combinations(runs, 2):
-        differing = [key for key in SETTINGS if one[key] != other[key]]
-        if len(set(differing) - {"seed"}) <= 1:
-            pairs[tuple(key for key in differing if key != "seed") or ("seed",)].append((one, other))
+        differing = [key for key in SETTINGS if one[key] != other[key] and key != "seed"] or ["seed"]
+        if len(differing) == 1:
+            pairs[differing[0]].append((one, other))
     lines = ["| runs that differ in | pairs | correlation of maps | within kinds of projections |"]
     lines.append("| --- | ---: | ---: | ---: |")
-    for key in (("seed",), ("learning_rate",), ("ranks",), ("task",)):
+    for key in (key for key in SETTINGS if key in pairs):
         whole = [agreement(one["shares"], other["shares"]) for one, other in pairs[key]]
         within = [agreement(within_kinds(one["shares"]), within_kinds(other["shares"])) for one, other in pairs[key]]
-        if whole:
-            lines.append(f"| {key[0].replace('_', ' ')} | {len(whole)} | {fmean(whole):.2f} | {fmean(within):.2f} |")
+        lines.append(f"| {key.replace('_', ' ')} | {len(whole)} | {fmean(whole):.2f} | {fmean(within):.2f} |")
     return "\n".join(lines)
 
 

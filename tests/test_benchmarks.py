@@ -310,7 +310,7 @@ def test_maps(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         line = CompactLines().encode(1, Routing(modules, ("fft", "lora_r2"), chosen.double(), chosen))
         (tmp_path / name / "routing.jsonl").write_text(line)
-        config = {"task": "fact", "ranks": [2], "learning_rate": 1e-4, "seed": 1, **config}
+        config = {"task": "fact", "score": "epd", "ranks": [2], "learning_rate": 1e-4, "seed": 1, **config}
         (tmp_path / name / "result.json").write_text(json.dumps({"config": config}))
         return str(tmp_path / name)
 
@@ -333,6 +333,8 @@ def test_maps(tmp_path, monkeypatch, capsys):
 def test_promise(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["promise", str(tmp_path / "picture.png")])
     promise.main()
+    for rank in (8, 32, 128):  # a column without runs would be left out
+        assert len(promise.scores(evidence.read("smollm2-fact-aligned"), f"epd_r{rank}", 2e-4)) == 3
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -48,11 +48,14 @@ def test_a_step_with_nothing_but_bad_gradients(caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_score_that_compares_modules_is_refused():
+    with pytest.raises(ValueError, match=r"a score that compares modules \(shuffled\) is impossible"):
+        MoLF(mlp(), ranks=(2,), score="shuffled", optimizer_in_backward=True)
+
+
 def test_clipping_is_refused():
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 is impossible, which needs the norm of all gradients f"):
         MoLF(mlp(), ranks=(2,), max_grad_norm=1.0, optimizer_in_backward=True)
-    with pytest.raises(ValueError, match=r"a score that compares modules \(shuffled\) is impossible"):
-        MoLF(mlp(), ranks=(2,), score="shuffled", optimizer_in_backward=True)
     model, optimizer, _, _ = pair_of(mlp())
     optimizer.max_grad_norm = 1.0
     with pytest.raises(ValueError, match="max_grad_norm"):
