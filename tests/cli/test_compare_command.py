@@ -93,6 +93,20 @@ def test_mistakes(line, message):
         parse(line)
 
 
+def test_a_dry_run_lists_and_starts_nothing(model_folder, tmp_path, capsys):
+    line = f"compare --methods fft lora --learning_rate 1e-4 1e-3 --seeds 1 2 3 --model_name_or_path {model_folder} {SMALL}"
+    assert main(shlex.split(f"{line} --output_root out --dry_run")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("new ") == 4 and "-m molf train --config out/selection/lora-lr0.001.yaml" in shown
+    assert "4 runs, and 6 more with the settings that they choose" in shown
+    assert main(shlex.split(f"{line} --output_root out --learning_rate 1e-4 --dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("new ") == 6 and "selection" not in shown and "6 runs, by" in shown
+    assert main(shlex.split(f"{line} --output_root out --all_rates --dry-run")) == 0
+    assert "16 runs, by" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(model_folder, in_process, capsys):
     line = f"compare --methods fft --learning_rate 1e-4 --model_name_or_path {model_folder} {SMALL} --output_root out"
     assert main(shlex.split(line)) == 0

@@ -1,11 +1,11 @@
 """``molf compare``: from a command line or a file to a comparison, and from its outcome to the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molf.cli.grid import ENGINE_HELP, GridOptions, as_list, check_ended, configs, label, read_grid
+from molf.cli.grid import ENGINE_HELP, GridOptions, as_list, check_ended, configs, label, read_grid, show_runs
 from molf.cli.show import console
 from molf.errors import MolfError, UsageError
 from molf.study.config.run_config import RunConfig
@@ -48,11 +48,13 @@ def compare(argv: Sequence[str]) -> None:
     if "--help" in argv or "-h" in argv:
         return console().print(_HELP)
     options, comparison = parse_comparison(argv)
+    log = console().print
+    if options.dry_run:
+        return _show_runs(options, comparison, log)
 
     from molf.study.grids import compare as study
     from molf.study.grids.compare_report import comparison_table, verdict, write_comparison
 
-    log = console().print
     with options.interruptible():
         outcome = study.compare(comparison, options.make_engine(log), log)
     files = write_comparison(outcome, comparison.folder)
@@ -60,6 +62,20 @@ def compare(argv: Sequence[str]) -> None:
     log(verdict(outcome))
     log("written to " + ", ".join(map(str, files)))
     check_ended(outcome.failures, outcome.unfinished, "once the cause is gone, the same command", log)
+
+
+def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[[str], None]) -> None:
+    """List the runs that choose settings, then those whose settings are known already."""
+    chosen_by_trial = {name for name, _ in comparison.trials}
+    known = [
+        (name, label)
+        for name, own in comparison.candidates.items()
+        for label in own
+        if comparison.all_rates or name not in chosen_by_trial
+    ]
+    specs = [*comparison.trials.values(), *(spec for key in known for spec in comparison.finals(*key))]
+    later = 0 if comparison.all_rates else len(chosen_by_trial) * len(comparison.seeds)
+    show_runs(specs, options.engine, log, later)
 
 
 def parse_comparison(argv: Sequence[str]) -> tuple[CompareOptions, "Comparison"]:

@@ -1,6 +1,7 @@
 """What ``molf compare`` and ``molf sweep`` share: their command line, the runs that it stands for, and where these run."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from molf.study.config.run_config import RunConfig, suggestion
 from molf.study.config.unread import unread
 from molf.study.faults.preemption import Preempted, stop_request
 from molf.study.grids.slurm import SlurmEngine, SlurmSettings
-from molf.study.grids.spec import Failure
+from molf.study.grids.spec import Failure, RunSpec
 
 if TYPE_CHECKING:
     from molf.study.grids.runner import Engine
@@ -27,7 +28,8 @@ ENGINE_HELP = """  --engine local|slurm    processes of this machine, or SLURM j
   --partition NAME, --time MINUTES, --gpus_per_node N, --cpus_per_task N, --mem_gb N, --account NAME, --qos NAME,
   --constraint NAME, --array_parallelism N, --signal_delay_s SECONDS
                           slurm: what each job asks for; in a file under `slurm:`, together with `setup` and `sbatch`
-  --keep_models           keep the trained weights"""
+  --keep_models           keep the trained weights
+  --dry_run               list the runs and their commands, and stop"""
 
 PREFIXES = {
     "learning_rate": "lr",
@@ -52,6 +54,7 @@ class GridOptions(SlurmSettings):
     jobs: int = 1
     nproc_per_node: int = 1
     keep_models: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,6 +208,14 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]").split(",")]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def show_runs(specs: Sequence[RunSpec], engine: str, log: Callable[[str], None], later: int = 0) -> None:
+    """List runs that a dry run does not start, and say how many would follow when the settings of these are chosen."""
+    for spec in specs:
+        log(f"{spec.state:<11}  {shlex.join(spec.command)}")
+    follow = f", and {later} more with the settings that they choose" if later else ""
+    log(f"dry run: nothing was started; {len(specs)} runs{follow}, by --engine {engine}")
 
 
 def check_ended(failures: Sequence[Failure], unfinished: Sequence[str], retry: str, log: Callable[[str], None]) -> None:

@@ -1,11 +1,10 @@
 """``molf sweep``: from a command line or a file to a grid of runs, and from their results to the terminal."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from molf.cli.grid import ENGINE_HELP, GridOptions, check_ended, configs, is_axis, label, read_grid
+from molf.cli.grid import ENGINE_HELP, GridOptions, check_ended, configs, is_axis, label, read_grid, show_runs
 from molf.cli.show import console
 from molf.study.grids.spec import RunSpec, make_spec
 
@@ -19,7 +18,6 @@ Carry out a grid of `molf train` runs. Finished ones are not run again, interrup
   --wait false            slurm: return once the jobs are in the queue; the same command later shows how they do
   --retry                 run failed ones again
   --output_root FOLDER    where everything goes (default: runs/sweep)
-  --dry_run               list the runs and their commands, and stop
 
 All other settings are those of `molf train`. One with several values is an axis of the grid. For a setting whose value is
 a list, such as ranks, a list of lists is an axis."""
@@ -31,7 +29,6 @@ class SweepOptions(GridOptions):
 
     output_root: str = "runs/sweep"
     retry: bool = False
-    dry_run: bool = False
     wait: bool = True
 
 
@@ -47,9 +44,7 @@ def sweep(argv: Sequence[str]) -> None:
     log = console().print
     check_names(specs)
     if options.dry_run:
-        for spec in specs:
-            log(f"{spec.state:<11}  {shlex.join(spec.command)}")
-        return log(f"dry run: nothing was started; {len(specs)} runs, by --engine {options.engine}")
+        return show_runs(specs, options.engine, log)
     with options.interruptible():
         engine = options.make_engine(log, options.wait)
         outcome = run_grid(specs, engine, retry=options.retry, log=log)

@@ -55,6 +55,16 @@ class Comparison:
             raise MolfError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
         return name
 
+    @property
+    def trials(self) -> dict[tuple[str, str], RunSpec]:
+        """The runs that choose settings, by contender and label, for contenders that have a choice."""
+        contested = [(name, label) for name, own in self.candidates.items() if len(own) > 1 for label in own]
+        return {key: _spec(self, *key, self.seeds[0], select=True) for key in contested}
+
+    def finals(self, name: str, label: str) -> list[RunSpec]:
+        """Return the runs of a candidate that are compared, one per seed."""
+        return [_spec(self, name, label, seed) for seed in self.seeds]
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -120,8 +130,7 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
     """
     metric = comparison.metric or get_task(comparison.task).headline
     candidates = comparison.candidates
-    contested = [(name, label) for name, own in candidates.items() if len(own) > 1 for label in own]
-    trials = {key: _spec(comparison, *key, comparison.seeds[0], select=True) for key in contested}
+    trials = comparison.trials
     tried = _run([*trials.values()], engine, log)
     selection: dict[str, dict[str, float]] = {name: {} for name in candidates}
     for (name, label), spec in trials.items():
@@ -137,7 +146,7 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
         for label in own
         if comparison.all_rates or label == chosen[name]
     ]
-    finals = {key: [_spec(comparison, *key, seed) for seed in comparison.seeds] for key in wanted}
+    finals = {key: comparison.finals(*key) for key in wanted}
     done = _run([spec for specs in finals.values() for spec in specs], engine, log)
     runs: dict[str, dict[str, list[Result]]] = {name: {} for name in candidates}
     for (name, label), specs in finals.items():
