@@ -47,6 +47,12 @@ def four(folder, two):
     return start(4, folder)
 
 
+def sizes_of(checks):
+    """Return checks with the numbers of ranks that they run on, all of two ranks first."""
+    named = list(checks)
+    return [(2, name) for name in named] + [(4, name) for name in named if name not in ranks.ON_TWO_RANKS]
+
+
 @pytest.fixture(params=[2, 4])
 def reports(request):
     """The reports of all ranks, as a function of the check's name."""
@@ -60,7 +66,11 @@ def reports(request):
     return of
 
 
-@pytest.mark.parametrize("check", [name for name in ranks.COMPARED if name not in ranks.ON_FOUR_RANKS])
+@pytest.mark.parametrize(
+    ("reports", "check"),
+    sizes_of(name for name in ranks.COMPARED if name not in ranks.ON_FOUR_RANKS),
+    indirect=["reports"],
+)
 def test_ranks_equal_one_process(reports, check):
     assert_equal_to_one_process(reports(check))
 
@@ -129,11 +139,7 @@ def test_stochastic_rounding_of_shards(reports):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("reports", "check"),
-    [(size, check) for check in FUSED for size in ((2,) if check in ranks.ON_TWO_RANKS else (2, 4))],
-    indirect=["reports"],
-)
+@pytest.mark.parametrize(("reports", "check"), sizes_of(FUSED), indirect=["reports"])
 def test_fused_steps_equal_plain_ones_and_one_process(reports, check):
     for report in reports(check):
         # A code may differ where the last bit of a moment does.

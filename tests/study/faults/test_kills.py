@@ -59,7 +59,7 @@ def begun(whole, settings):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_random_moments(name, model, tmp_path):
-    """SIGKILL for each of twelve runs."""
+    """SIGKILL for each of eight runs."""
     outcome = killed_at_random(name, model, tmp_path, KILLS, random.Random(name))
     assert (outcome.kills, outcome.difference) == (KILLS, 0.0)
     assert outcome.same_log is (True if "molf" in name else None)

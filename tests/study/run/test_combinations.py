@@ -29,7 +29,7 @@ METHODS = {
     "molf_e": {"method": "molf_e", "target_modules": ["down_proj"]},  # adapters take long to compile
 }
 CASES = [
-    *(("molf", (name,)) for name in OPTIONS),
+    *(("molf", (name,)) for name in OPTIONS if name != "compile"),  # which takes long, and is among all of them
     ("molf", tuple(OPTIONS)),
     ("molf_e", ("accumulation", "checkpointing", "autocast")),
     ("molf_e", ("compile",)),
