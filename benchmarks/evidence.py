@@ -58,7 +58,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
         settings = run["settings"]
         rates = settings["learning_rate"], settings.get("lora_learning_rate")
-        seeds.setdefault((run["name"], *rates), []).append(run)
+        seeds.setdefault((re.sub(r"_\d+$", "", run["name"]), *rates), []).append(run)  # random_0: one of several draws
         lines.append(row(f"{label(run['name'], *rates)}, seed {settings['seed']}", [run], columns))
     for key, own in seeds.items():
         if len(own) > 1:

@@ -286,15 +286,18 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     finish("epd_r8_alpha128-lr0.0004-s43", 58.0, learning_rate=4e-4, seed=43)
     finish("epd_r8_alpha128-lr0.0004-s44", 60.0, learning_rate=4e-4, seed=44)
     finish("static-lr0.0002-s42", 50.0, lora_learning_rate=1e-3)
+    for draw, seed in enumerate((42, 43)):
+        finish(f"random_{draw}-lr0.0002-s{seed}", 51.0 + draw, seed=seed)
     table = told(tmp_path / "runs", "fact")
     assert "| contender | score | won by FFT | forgotten |" in table
     assert "| fft, 0.0002, seed 42 | 58.0 |  |  |" in table
     assert "| epd r8 alpha128, 0.0002, seed 42 | 40.0 | 50% | 1.00 |" in table
     assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 | 50% | 1.00 |" in table
-    assert "| static, 0.0002 / 0.001, seed 42 | 50.0 | 50% |  |" in table and table.count("mean of") == 1
+    assert "| static, 0.0002 / 0.001, seed 42 | 50.0 | 50% |  |" in table
+    assert "| random, 0.0002, mean of 2 | 51.5 | 50% |  |" in table and table.count("mean of") == 2
     assert told("fact") == table
     kept = json.loads((tmp_path / "fact.json").read_text())
-    assert len(kept) == 5 and kept[0]["retention"] == {"loss_rise": {"value": 1.0}}
+    assert len(kept) == 7 and kept[0]["retention"] == {"loss_rise": {"value": 1.0}}
     with pytest.raises(SystemExit):
         told(tmp_path, "nothing")
     assert "no finished run" in capsys.readouterr().err and not (tmp_path / "nothing.json").exists()
