@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig
 
 from molf.errors import MolfError
-from molf.files import atomic_write, typed
+from molf.files import atomic_write, typed, write_errors
 
 RECIPE_FILE = "recipe.yaml"
 PEFT_FOLDER = "peft"
@@ -104,7 +104,8 @@ def write_recipe(folder: Path, recipe: RecipeFile, parameters: Iterable[str]) ->
     stacks = [name for name in recipe.whole if name in names]
     peft, axolotl = folder / PEFT_FOLDER / PEFT_FILE, folder / AXOLOTL_FILE
     for stale in (peft, axolotl):
-        stale.unlink(missing_ok=True)
+        with write_errors(stale):
+            stale.unlink(missing_ok=True)
     if recipe.ranks and not stacks:
         arguments = lora_arguments(recipe.ranks, dropout=0.0)
         config = LoraConfig(**arguments, modules_to_save=recipe.whole or None)
