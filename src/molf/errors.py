@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["MolfError", "UsageError"]
+import re
+
+__all__ = ["MolfError", "UsageError", "visible"]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MolfError(ValueError):
@@ -15,3 +19,8 @@ class MolfError(ValueError):
 
 class UsageError(MolfError):
     """The words of a command are wrong: an unknown setting, a missing value. The command line exits with status 2."""
+
+
+def visible(text: str) -> str:
+    """Return a text for a terminal, without control characters but tabs and ends of lines: names in files may move the cursor."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

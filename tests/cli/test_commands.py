@@ -294,3 +294,10 @@ def test_after_an_error_the_process_group_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: pytest.fail("it may wait for ever"))
     with pytest.raises(RuntimeError, match="no"):
         main(["train", "--model_name_or_path", "somewhere"])
+
+
+def test_an_error_moves_no_cursor(capsys):
+    assert main(["report", "\x1b[2Jrun\r"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "molf report: \N{REPLACEMENT CHARACTER}[2Jrun\N{REPLACEMENT CHARACTER} holds"
+    )

@@ -157,3 +157,21 @@ def test_the_comparison_of_recipes_has_all_controls():
     methods = [config.method for own in found.candidates.values() for config in own.values()]
     assert {method.method for method in methods} == {"static"} and len({method.allocation for method in methods}) == 7
     assert found.seeds == (42, 43, 44)
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ("{a: {method: fft, task: med}, b: {method: fft}}", "the methods have different tasks, med, fact"),
+        (
+            "{a: {method: fft, learning_rate: [1, 2], lr_scheduler_type: [cosine, linear]}, "
+            "a-lr1: {method: fft, lr_scheduler_type: [cosine, linear]}}",
+            "two runs have the name a-lr1-cosine",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_does(methods, words, model_folder, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"methods: {methods}")
+    line = f"compare {tmp_path}/c.yaml --model_name_or_path {model_folder} --task fact --sample --all_rates --dry_run"
+    assert main(shlex.split(line)) != 0
+    assert words in capsys.readouterr().err

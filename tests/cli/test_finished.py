@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fake_runs import RESULT
 from molf.cli import main
+from report_runs import write_run
 
 
 def leave(folder, content):
@@ -106,3 +107,21 @@ def test_results_whose_folders_are_no_text_or_hold_none(tmp_path, capsys):
 def test_following_is_for_one_run(more, capsys):
     assert main(["report", "runs/x", *more, "--follow"]) == 2
     assert "--follow shows one run" in capsys.readouterr().err
+
+
+def test_a_run_given_twice_or_by_its_result_is_shown_once_and_whole(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), str(run / "result.json"), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("efficacy_score") == 1 and f"routing: {run / 'routing.png'}" in shown
+    assert 'id="routing"' in page.read_text() and 'id="examples"' in page.read_text()
+
+
+def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "routing.png").mkdir()
+    assert main(["report", str(run), "--html", str(tmp_path / "page.html")]) == 0
+    shown = capsys.readouterr().out
+    assert f"no picture, as {run / 'routing.png'} cannot be written (Is a directory)" in shown
+    assert (tmp_path / "page.html").is_file()

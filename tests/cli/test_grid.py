@@ -89,3 +89,14 @@ def test_all_combinations_in_order():
 def test_values():
     assert as_list("[1, 2]") == as_list("1,2") == ["1", "2"]
     assert as_list((1, 2)) == as_list([1, 2]) == [1, 2] and as_list(3) == [3]
+
+
+@pytest.mark.parametrize("given", ["lora", 5, ["lora"], {5: 1}], ids=str)
+def test_the_settings_of_a_method_are_a_mapping(methods_of, given):
+    with pytest.raises(UsageError, match=r"methods: a must have a mapping of setting to value, such as .*, not "):
+        methods_of({"a": given})
+
+
+def test_an_axis_without_values_is_named():
+    with pytest.raises(UsageError, match="learning_rate of fft is an empty list: give it one or more values"):
+        list(configs("fft", {"method": "fft"}, {"seed": [1], "learning_rate": []}))

@@ -128,7 +128,7 @@ def test_a_written_configuration_is_read_back(tmp_path):
         ("--mode foo", r"--method: invalid choice: 'foo' \(choose from"),
         ("--learning_rate fast", "--learning_rate.*invalid float value: 'fast'"),
         ("--learning_rate", "learning_rate needs a value"),
-        ("--learning_rate 1 2", "unrecognized arguments: 2"),
+        ("--learning_rate 1 2", "learning_rate takes one value, got 2: 1, 2"),
         ("--use_rslora maybe", "Truthy value expected"),
         ("--ranks [4", r"is not a list such as \[32,128\]"),
         ("--ranks four", "invalid int value: 'four'"),

@@ -47,3 +47,15 @@ def test_from_a_probe_with_the_settings_of_a_run(asked, tmp_path):
 def test_command_lines_that_cannot_be(asked, line, words, capsys):
     assert main(["recipe", *line.split()]) == 2
     assert words in capsys.readouterr().err and not asked
+
+
+def test_only_files_that_are_there_are_named_and_commands_can_be_pasted(asked, tmp_path, capsys):
+    run = tmp_path / "my run"
+    (folder := run / "recipe-routing").mkdir(parents=True)
+    (folder / "axolotl.yaml").touch()
+    assert main(["recipe", str(run / "result.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"--recipe '{folder / 'recipe.yaml'}' --model" in printed
+    assert (
+        f"for axolotl: {folder / 'axolotl.yaml'}" in printed and "for PEFT: no file, as it cannot train this" in printed
+    )

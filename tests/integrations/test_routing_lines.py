@@ -96,6 +96,13 @@ def test_a_name_may_be_anything():
         '{"step": "2", "won": [[1, 0], [0, 1]], "scores": [[1, 2], [3, 4]]}',
         '{"modules": ["a"]}',
         '{"modules": 3, "experts": []}',
+        '{"modules": [3], "experts": ["fft"]}',
+        '{"modules": "ab", "experts": ["fft"]}',
+        '{"modules": ["a"], "experts": [1, 2]}',
+        '{"modules": ["a", "a"], "experts": ["fft"]}',
+        '{"step": 2, "rows": [-1, 0], "won": [[1, 0], [0, 1]], "scores": [[1, 2], [3, 4]]}',
+        '{"step": 2, "selections": {"a": {"winners": [], "scores": {}}}}',
+        '{"step": 2, "selections": {"a": {"winners": [5], "scores": {}}}}',
         '{"step": 2, "selections": {"a": 1}}',
         '{"step": "2", "selections": {}}',
         '{"step": 2, "selections": {"a": {"winners": "fft", "scores": {}}}}',
@@ -120,3 +127,8 @@ def test_the_log_of_a_folder(tmp_path):
     for name in ("molf_expert_selection.jsonl", "routing.jsonl"):
         (tmp_path / name).touch()
         assert find_log(tmp_path) == tmp_path / name
+
+
+def test_a_header_without_experts_has_no_steps():
+    with pytest.raises(ValueError, match="no experts.*repair or remove the line"):
+        decoded('{"experts":[],"modules":["a"]}\n', '{"step":1,"won":[],"scores":[]}')

@@ -37,8 +37,12 @@ def test_own_texts(rows, texts, tmp_path):
         ("none.jsonl", None, "is no file"),
         ("kept.docx", "x", "format cannot be read"),
         ("kept.jsonl", "", "no records"),
-        ("kept.jsonl", '{"question": "x"}', r"'text', or with a 'prompt' and a 'completion'; found \['question'\]"),
-        ("kept.jsonl", '{"text": " "}', "records with a 'text'"),
+        (
+            "kept.jsonl",
+            '{"question": "x"}',
+            r"a 'completion', all of them strings; found 'question' \(a string\)",
+        ),
+        ("kept.jsonl", '{"text": " "}', r"found 'text' \(blank\)"),
         ("kept.jsonl", '{"prompt": "x", "completion": 3}', "records with a 'text'"),
     ],
 )

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import molf
-from molf.errors import MolfError, UsageError
+from molf.errors import MolfError, UsageError, visible
 from molf.study.config.run_config import suggestion
 from molf.study.faults.preemption import PREEMPTED, Preempted
 
@@ -81,7 +81,7 @@ def _call(name: str, command: Callable[[list[str]], None], argv: list[str], show
         if show_traceback:
             traceback.print_exception(error)
         hint = " (--traceback shows the cause)" if error.__cause__ is not None and not show_traceback else ""
-        print(f"molf {name}: {error}{hint}", file=sys.stderr)
+        print(visible(f"molf {name}: {error}{hint}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Preempted as stopped:
         print(f"molf {name}: {stopped.message}", file=sys.stderr)

@@ -66,6 +66,8 @@ def compare(argv: Sequence[str]) -> None:
 
 def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[[str], None]) -> None:
     """List the runs that choose settings, then those whose settings are known already."""
+    from molf.study.grids.runner import check_names
+
     chosen_by_trial = {name for name, _ in comparison.trials}
     known = [
         (name, label)
@@ -73,9 +75,11 @@ def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[
         for label in own
         if comparison.all_rates or name not in chosen_by_trial
     ]
-    specs = [*comparison.trials.values(), *(spec for key in known for spec in comparison.finals(*key))]
+    trials, finals = [*comparison.trials.values()], [spec for key in known for spec in comparison.finals(*key)]
+    for specs in filter(None, (trials, finals)):
+        check_names(specs)
     later = 0 if comparison.all_rates else len(chosen_by_trial) * len(comparison.seeds)
-    show_runs(specs, options.engine, log, later)
+    show_runs([*trials, *finals], options.engine, log, later)
 
 
 def parse_comparison(argv: Sequence[str]) -> tuple[CompareOptions, "Comparison"]:

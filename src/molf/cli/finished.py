@@ -66,22 +66,31 @@ def report(argv: Sequence[str]) -> None:
 
         return follow(given.runs[0], console())
 
-    from molf.study.results.result import check_predictions, read_result
+    from molf.study.results.result import check_predictions, folder_of, read_result
     from molf.study.results.tables import PICTURE_FILE, draw_log, metrics_table, runs_table
 
-    found = {str(folder): read_result(folder) for folder in given.runs}
+    found = {folder: read_result(folder) for folder in map(folder_of, given.runs)}
     out = console()
-    for folder, result in zip(given.runs, found.values(), strict=True):
+    for folder, result in found.items():
         out.print(metrics_table(result))
         if given.check:
             check_predictions(folder, result)
             out.print("computed again from the predictions: the same metrics")
-        if draw_log(folder, title=str(result.config.get("run_name", folder.name))) is not None:
-            out.print(f"routing: {folder / PICTURE_FILE}")
+        try:
+            if draw_log(folder, title=str(result.config.get("run_name", folder.name))) is not None:
+                out.print(f"routing: {folder / PICTURE_FILE}")
+        except OSError as error:  # runs may be kept where nothing can be written
+            out.print(f"routing: no picture, as {folder / PICTURE_FILE} cannot be written ({_reason(error)})")
     if len(found) > 1:
-        out.print(runs_table(found))
+        out.print(runs_table({str(folder): result for folder, result in found.items()}))
     if given.html is not None:
-        write_page(given.runs, given.html)
+        write_page(list(found), given.html)
+
+
+def _reason(error: OSError) -> str:
+    """Return why a file could not be written, without its name."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return cause.strerror or str(cause)
 
 
 def export(argv: Sequence[str]) -> None:

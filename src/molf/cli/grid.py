@@ -174,13 +174,28 @@ def _select_methods(in_files: Any, chosen: Sequence[Any] | None) -> tuple[dict[s
         in_files = dict.fromkeys(map(str, in_files))
     if in_files is not None and not isinstance(in_files, Mapping):
         raise UsageError(f"methods must be a list, or a mapping of a name to settings, not {in_files!r}")
-    known = {str(name): dict(more or {}) for name, more in (in_files or {}).items()}
+    known = {str(name): _own_settings(str(name), more) for name, more in (in_files or {}).items()}
     selected = [*known] if chosen is None else list(map(str, chosen))
     return {**dict.fromkeys(selected, {}), **known}, selected
 
 
+def _own_settings(name: str, given: Any) -> dict[str, Any]:
+    """Return what a mapping of methods says about one of them; nothing stands for no settings."""
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+        raise UsageError(
+            f"methods: {name} must have a mapping of setting to value, such as {{method: lora, lora_rank: 8}}, not {given!r}"
+        )
+    return dict(given or {})
+
+
 def configs(name: str, settings: Mapping[str, Any], axes: Mapping[str, list[Any]]) -> Iterator[RunConfig]:
-    """Yield the run of every combination of the axes' values."""
+    """Yield the run of every combination of the axes' values.
+
+    Raises:
+        UsageError: An axis has no value, or a value does not fit.
+    """
+    if empty := [field for field, values in axes.items() if not values]:
+        raise UsageError(f"{empty[0]} of {name} is an empty list: give it one or more values, or leave it out")
     for values in product(*axes.values()):
         point = {**settings, **dict(zip(axes, values, strict=True))}
         yield parse_run([], preset=canonical(point.items(), setting_types(), f"the settings of {name}"))

@@ -158,6 +158,8 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
             if not allows(hints[name], type(value)):
                 raise UsageError(f"{name} cannot be {value!r}")
             direct[name] = value
+        elif isinstance(value, list) and len(value) > 1 and not is_list(hints[name]):
+            raise UsageError(f"{name} takes one value, got {len(value)}: {', '.join(map(str, value))}")
         else:
             tokens += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     parsed = vars(parser.parse_args(tokens))

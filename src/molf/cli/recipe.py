@@ -1,6 +1,7 @@
 """``molf recipe``: a static allocation from the routing of a run or of a probe."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -50,6 +51,8 @@ def recipe(argv: Sequence[str]) -> None:
         raise UsageError("--probe_steps keeps no run: give --output_dir, where to write the recipe")
     label = given.allocation + (f"-{given.draw}" if given.allocation == "random" else "")
 
+    from molf.study.methods.recipe_file import AXOLOTL_FILE, PEFT_FILE, PEFT_FOLDER, RECIPE_FILE
+    from molf.study.results.result import folder_of
     from molf.study.run.recipes import Request, recipe_from_probe, recipe_from_run
 
     request = Request(given.budget, given.allocation, given.draw)
@@ -57,7 +60,7 @@ def recipe(argv: Sequence[str]) -> None:
         folder = given.output_dir
         made = recipe_from_probe(parse_run(rest), given.probe_steps, request, folder)
     else:
-        folder = given.output_dir or run / f"recipe-{label}"
+        folder = given.output_dir or folder_of(run) / f"recipe-{label}"
         made = recipe_from_run(run, request, folder)
     out, ranks = console(), made.ranks.values()
     out.print(
@@ -65,5 +68,6 @@ def recipe(argv: Sequence[str]) -> None:
     )
     by_lora = f"{len(ranks)} by LoRA of rank {min(ranks)} to {max(ranks)}" if ranks else "none by LoRA"
     out.print(f"{len(made.whole)} layers whole, {by_lora}")
-    out.print(f"train with: molf train --recipe {folder / 'recipe.yaml'} --model_name_or_path ...")
-    out.print(f"for PEFT and axolotl: {folder / 'peft'}, {folder / 'axolotl.yaml'}")
+    out.print(f"train with: molf train --recipe {shlex.quote(str(folder / RECIPE_FILE))} --model_name_or_path ...")
+    for library, file in (("PEFT", folder / PEFT_FOLDER / PEFT_FILE), ("axolotl", folder / AXOLOTL_FILE)):
+        out.print(f"for {library}: {file if file.is_file() else 'no file, as it cannot train this'}")

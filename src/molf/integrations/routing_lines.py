@@ -133,19 +133,25 @@ class Decoder:
         try:
             value = json.loads(line)
             if "modules" in value:
-                self._header = tuple(value["modules"]), tuple(value["experts"])
+                self._header = _names(value["modules"], "modules"), _names(value["experts"], "experts")
                 return None
             if type(value["step"]) is not int:
                 raise TypeError(f"step {value['step']!r} is not an integer")
             return self._published(value) if "selections" in value else self._arrays(value)
         except _DAMAGED as error:
-            raise MolfError(f"{where} is not a line of a routing log: {error!r}") from error
+            raise MolfError(
+                f"{where} is not a line of a routing log: {error!r}; repair or remove the line, or the file"
+            ) from error
 
     def _arrays(self, value: dict[str, Any]) -> Decision:
         if self._header is None:
             raise ValueError("no header before the first step")
         modules, experts = self._header
+        if not experts:
+            raise ValueError("no experts")
         if "rows" in value:
+            if min(value["rows"], default=0) < 0:
+                raise ValueError(f"rows has {min(value['rows'])}, which is no position")
             modules = tuple(modules[row] for row in value["rows"])
         modules = self._same(modules)
         won, scores = (_matrix(value[name], (len(experts), len(modules)), name) for name in ("won", "scores"))
@@ -154,8 +160,10 @@ class Decoder:
     def _published(self, value: dict[str, Any]) -> Decision:
         selections = value["selections"]
         modules = self._same(tuple(selections))
-        named = [list(own["scores"]) + _winners(own["winners"]) for own in selections.values()]
+        named = [[*own["scores"], *_names(own["winners"], "winners")] for own in selections.values()]
         experts = tuple(dict.fromkeys(chain.from_iterable(named)))
+        if modules and not experts:
+            raise ValueError("no experts")
         own_scores = [[own["scores"].get(expert, 0.0) for own in selections.values()] for expert in experts]
         scores = _matrix(own_scores, (len(experts), len(modules)), "scores")
         won = [[expert in own["winners"] for expert in experts] for own in selections.values()]
@@ -168,10 +176,12 @@ class Decoder:
         return self._modules
 
 
-def _winners(given: Any) -> list[str]:
-    if not isinstance(given, list):
-        raise TypeError(f"winners {given!r} is not a list")
-    return given
+def _names(given: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"{what} {given!r} is not a list of names")
+    if len(set(given)) < len(given):
+        raise ValueError(f"{what} has a name twice")
+    return tuple(given)
 
 
 def _matrix(given: Any, shape: tuple[int, int], name: str) -> np.ndarray[Any, Any]:

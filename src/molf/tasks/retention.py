@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from molf.errors import MolfError
 from molf.tasks.base import Metric, Row
 from molf.tasks.fact import Fact, true_fact
-from molf.tasks.formats import READ, is_readable, records_of
+from molf.tasks.formats import READ, is_readable, json_name, records_of
 from molf.tasks.med import Med, answered_question
 from molf.tasks.sources import SourceTask
 from molf.tasks.sql import Sql, answered_query
@@ -88,7 +89,13 @@ def _text(row: Row, where: str) -> str:
     parts = [row.get("text")] if "text" in row else [row.get("prompt"), row.get("completion")]
     text = "".join(part for part in parts if isinstance(part, str))
     if not text.strip() or not all(isinstance(part, str) for part in parts):
+        found = ", ".join(f"{name!r} ({_kind(value)})" for name, value in row.items())
         raise MolfError(
-            f"{where}: retention is measured on records with a 'text', or with a 'prompt' and a 'completion'; found {list(row)}"
+            f"{where}: retention is measured on records with a 'text', or with a 'prompt' and a 'completion', all of them "
+            f"strings; found {found or 'nothing'}"
         )
     return text
+
+
+def _kind(value: Any) -> str:
+    return "blank" if isinstance(value, str) and not value.strip() else json_name(value)

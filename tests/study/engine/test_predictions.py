@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from molf.errors import MolfError
 from molf.study.engine.evaluate import evaluate
 from molf.study.engine.predictions import rescored, write_predictions
 from molf.tasks import Generate, Likelihood, NextToken
@@ -91,3 +92,12 @@ def test_predictions_are_written_whole_and_alike(tmp_path):
         write_predictions(one, [{"row": 0}, {"row": object()}])
     assert one.read_bytes() == other.read_bytes()
     assert sorted(tmp_path.iterdir()) == [one, other]
+
+
+@pytest.mark.parametrize("damage", [{"record": {}}, {"answers": []}, {"answers": [{}]}, {"answers": [5]}], ids=str)
+def test_a_damaged_prediction_is_an_error_that_says_what_to_do(damage, tiny_model, tiny_tokenizer, rows, tmp_path):
+    path = tmp_path / "p.jsonl.gz"
+    predictions = evaluate(tiny_model, tiny_tokenizer, FACT, rows[:1]).predictions
+    write_predictions(path, [predictions[0] | damage])
+    with pytest.raises(MolfError, match=f"{path}.*: not a prediction of this version of molf: .*`molf eval`"):
+        rescored(path, FACT)

@@ -78,8 +78,22 @@ def test_without_prompts_there_is_no_distance(model):
     probe = make_probe(byte_tokenizer([SENTENCE], 300), TEXTS, [])
     found = compare(read(model, probe, batch_tokens=99), read(model, probe, batch_tokens=99), "here")
     assert found.kl is None and set(found.metrics()) == {"loss_before", "loss_after", "loss_rise"}
-    nothing = make_probe(byte_tokenizer([SENTENCE], 300), ["a"], [])
-    assert compare(read(model, nothing, batch_tokens=9), read(model, nothing, batch_tokens=9), "here") is None
+
+
+def test_texts_without_a_loss_are_an_error_and_not_left_out():
+    with pytest.raises(MolfError, match="none of the 2 texts has two tokens.*retention_path"):
+        make_probe(byte_tokenizer([SENTENCE], 300), ["a", "b"], [])
+
+
+def test_an_enormous_text_is_cut_before_it_is_tokenized():
+    seen = []
+
+    def tokenizer(texts):
+        seen.extend(texts)
+        return {"input_ids": [list(range(len(text))) for text in texts]}
+
+    probe = make_probe(tokenizer, ["word " * 1_000_000], [])
+    assert len(probe.texts[0]) == 64 and len(seen[0]) == 4096
 
 
 def test_a_diverged_model_is_an_error(model, probe):

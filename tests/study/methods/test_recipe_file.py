@@ -53,14 +53,16 @@ def test_names_match_nothing_else():
 
 
 def test_without_lora_there_is_no_peft_file(tmp_path):
+    written(tmp_path)  # an earlier recipe in the same folder leaves nothing behind
     folder = written(tmp_path, replace(RECIPE, ranks={}))
-    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "axolotl.yaml"}
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"recipe.yaml", "axolotl.yaml"}
 
 
-def test_without_whole_layers_peft_saves_no_module(tmp_path):
+def test_without_whole_layers_peft_saves_no_module_and_axolotl_which_would_train_everything_gets_no_file(tmp_path):
+    written(tmp_path)
     folder = written(tmp_path, replace(RECIPE, whole=[]))
     assert json.loads((folder / "peft/adapter_config.json").read_text())["modules_to_save"] is None
-    assert yaml.safe_load((folder / "axolotl.yaml").read_text())["unfrozen_parameters"] == []
+    assert not (folder / "axolotl.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,8 @@ def test_a_damaged_file_is_refused(tmp_path, text, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no recipe .*none.yaml; write one with `molf recipe RUN`"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_a_folder_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=f"recipe={re.escape(str(tmp_path))} is a folder: give its recipe.yaml, "):
+        read_recipe(tmp_path)

@@ -1,5 +1,3 @@
-import gzip
-
 import pytest
 
 from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE, as_predictions, write_predictions
@@ -50,10 +48,15 @@ def test_many_rows_and_long_texts_are_cut(folder):
     assert group.examples[0].prompt.endswith("xend is in") and len(group.examples[0].prompt) == LONGEST + 1
 
 
-def test_damaged_predictions_are_named(folder):
-    with gzip.open(folder / PREDICTIONS_FILE, "wt") as file:
-        file.write('{"outcome": {"efficacy_score": 100}}\n')
-    with pytest.raises(ValueError, match="not a prediction of this version"):
+@pytest.mark.parametrize(
+    "damage",
+    [{"answers": []}, {"answers": 5}, {"record": {}}, {"record": None}, {"row": [1]}, {"outcome": None}],
+    ids=str,
+)
+def test_damaged_predictions_are_named(folder, damage):
+    good = prediction(0, True, "Rome")
+    write_predictions(folder / PREDICTIONS_FILE, [good, good | {"row": 1} | damage])
+    with pytest.raises(ValueError, match="line 2: not a prediction of this version of molf: .*`molf eval`"):
         groups(folder)
 
 

@@ -148,3 +148,14 @@ def test_an_unfinished_run(tmp_path):
     with pytest.raises(ValueError, match="holds no finished run"):
         write_page([tmp_path], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_zero_is_shown_as_any_number(tmp_path, page):
+    found = page(write_run(tmp_path / "run", wins=lambda step, layer: True))
+    assert "updates won by lora_r2" in found.text and "training dropped_examples" in found.text
+
+
+def test_the_headline_of_every_task_is_bold(tmp_path, page):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", name="other", headline="score")
+    bold = [given for tag, given in page(one, other).tags if tag == "th" and given.get("class") == "headline"]
+    assert len(bold) == 2

@@ -107,3 +107,15 @@ def test_the_picture_is_a_whole_png(steps, tmp_path):
     assert width > height > 300
     assert routing_pixels(summary, title="a run").shape == (height, width, 3)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_move_no_cursor_and_need_no_glyph(tmp_path):
+    result = small_result(
+        config={"run_name": "\x1b[31mred\x9b2J", "task": "\x1b]0;t\x07"}, metrics={"\x1b[2Jm": Metric(1.0, 1)}
+    )
+    for table in (metrics_table(result), runs_table({"run\x1b[8m": result})):
+        assert all(character.isprintable() or character == "\n" for character in shown(table))
+    draw_routing(
+        routing_of({"a": {"fft": 1.0}}), tmp_path / "drawn.png", "\u5b66\u7fd2\x07"
+    )  # warnings are errors here
+    assert (tmp_path / "drawn.png").stat().st_size > 0

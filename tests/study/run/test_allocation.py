@@ -112,3 +112,15 @@ def test_evidence_from_shares():
     }
     assert evidence_of(by_module) == {"a.q": Evidence(0.5, 26.0), "a.up": Evidence(0.5, 20.0)}
     assert evidence_of({"a": {"lora_r2": 1.0, "lora_r4": 1.0}}) == {"a": Evidence(0.0, 3.0)}, "of two winners"
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({"fft": 0.5, "mine": 0.5}, "an expert 'mine': a recipe is made from fft"),
+        ({"fft": 0.0, "lora_r2": 0.0}, "no expert won in b"),
+    ],
+)
+def test_evidence_that_is_none_is_refused(shares, words):
+    with pytest.raises(ValueError, match=words):
+        evidence_of({"a": dict(shares, fft=1.0), "b": shares})

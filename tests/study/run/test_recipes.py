@@ -1,4 +1,6 @@
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -158,3 +160,16 @@ def test_budgets(text, budget):
 def test_what_is_no_budget(text):
     with pytest.raises(ValueError, match=re.escape(f"budget={text} is ")):
         parse_budget(text, 1000)
+
+
+def test_a_log_that_decided_nothing_makes_no_recipe(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished(method="molf").folder, run)
+    log = run / "routing.jsonl"
+    header, *lines = log.read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    idle = [line | {"scores": [[0] * len(own) for own in line["scores"]]} for line in lines]
+    log.write_text("\n".join([header, *map(json.dumps, idle)]) + "\n")
+    with pytest.raises(ValueError, match=f"the routing of {run} decided nothing: every score is 0"):
+        recipe_from_run(run, Request(), tmp_path / "recipe")
+    assert recipe_from_run(run, Request("10%", "uniform"), tmp_path / "recipe").ranks

@@ -2,10 +2,12 @@
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.tasks import Answer, Metric, OptionScores, Request, Row, TargetScores, Task
 from molf.tasks.base import HasRowResults
@@ -49,13 +51,30 @@ def _answer(record: dict[str, Any]) -> Answer:
 
 
 def rescored(path: Path, task: Task) -> dict[str, Metric]:
-    """Recompute the metrics from a file of predictions, without a model."""
+    """Recompute the metrics from a file of predictions, without a model.
+
+    Raises:
+        MolfError: The file is damaged, or not of this task.
+    """
     rows, answers = [], []
     for where, prediction in records_of(path):
         check_fields(prediction, _FIELDS, where)
+        with readable(where):
+            answers.append([_answer(record) for record in prediction["answers"]])
         rows.append(prediction["record"])
-        answers.append([_answer(record) for record in prediction["answers"]])
-    return task.score(rows, answers)
+    with readable(str(path)):
+        return task.score(rows, answers)
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what reading a damaged prediction raises into a ``MolfError``."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise MolfError(
+            f"{where}: not a prediction of this version of molf: {error!r}; evaluate the model again with `molf eval`"
+        ) from error
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> None:

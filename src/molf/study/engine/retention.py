@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molf.errors import MolfError
 from molf.study.engine.batching import Ids, batches, tokenize
 from molf.study.engine.inference import evaluation_mode
 from molf.study.engine.likelihood import EncodedTarget, last_logits, score_targets
@@ -27,6 +28,7 @@ from molf.tasks.retention import Retention
 __all__ = ["Probe", "Reading", "compare", "make_probe", "read"]
 
 _TEXT_TOKENS = 64  # of each text at the most: enough to see forgetting, little to pay
+_TEXT_CHARACTERS = 64 * _TEXT_TOKENS  # more than these tokens have: a text of megabytes takes minutes to tokenize
 _PROMPTS, _POSITIONS = 16, 8  # prompts, and last positions of each whose distributions are compared
 
 
@@ -54,7 +56,10 @@ class Reading:
 
 
 def make_probe(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], requests: Iterable[Sequence[Request]]
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    requests: Iterable[Sequence[Request]],
+    positions: int | None = None,
 ) -> Probe:
     """Choose what to ask.
 
@@ -62,12 +67,21 @@ def make_probe(
         tokenizer: The model's.
         texts: Texts that the run does not train on; the beginning of each is read.
         requests: The task's requests of every row. The first prompt of each row is taken, then the second, as far as needed.
+        positions: How many tokens the model can read; None without a limit.
+
+    Raises:
+        MolfError: No text has two tokens, so none has a loss.
     """
-    encoded = tokenize(tokenizer, texts)
+    encoded = tokenize(tokenizer, [text[:_TEXT_CHARACTERS] for text in texts])
     asked = [[r.prompt for r in own if not isinstance(r, ExampleTokens)] for own in islice(requests, _PROMPTS)]
     turns = (prompt for turn in zip_longest(*asked) for prompt in turn if prompt is not None)
     prompts = tokenize(tokenizer, list(dict.fromkeys(turns))[:_PROMPTS])
-    cut = [ids[:_TEXT_TOKENS] for ids in encoded.values()]
+    cut = [ids[: min(_TEXT_TOKENS, positions or _TEXT_TOKENS)] for ids in encoded.values()]
+    if not any(len(ids) > 1 for ids in cut):
+        raise MolfError(
+            f"retention: none of the {len(texts)} texts has two tokens, so none has a loss; give longer ones in retention_path, "
+            "or set retention: 'off'"
+        )
     return Probe([ids for ids in cut if len(ids) > 1], [ids for ids in prompts.values() if ids])
 
 
@@ -90,10 +104,8 @@ def read(model: PreTrainedModel, probe: Probe, *, batch_tokens: int) -> Reading:
     return Reading(losses, [found[ids] for ids in probe.prompts], time.perf_counter() - start)
 
 
-def compare(before: Reading, after: Reading, origin: str) -> Retention | None:
-    """Compare what a model said before training with what it says after; None if there was no text to read."""
-    if not before.losses:
-        return None
+def compare(before: Reading, after: Reading, origin: str) -> Retention:
+    """Compare what a model said before training with what it says after."""
     rises = [late - early for early, late in zip(before.losses, after.losses, strict=True)]
     distances = [_kl(base, tuned) for base, tuned in zip(before.logprobs, after.logprobs, strict=True)]
     return Retention(

@@ -46,13 +46,17 @@ class Comparison:
             raise MolfError(f"seeds={list(self.seeds)}: give one or more different seeds")
         if self.selection_limit < 1:
             raise MolfError(f"selection_limit={self.selection_limit} must be at least 1")
+        if len(tasks := self._tasks) > 1:
+            raise MolfError(f"the methods have different tasks, {', '.join(tasks)}; compare one at a time")
+
+    @property
+    def _tasks(self) -> list[str]:
+        return list(dict.fromkeys(config.task.task for own in self.candidates.values() for config in own.values()))
 
     @property
     def task(self) -> str:
         """The task's name."""
-        (name, *others) = {config.task.task for own in self.candidates.values() for config in own.values()}
-        if others:
-            raise MolfError(f"the methods have different tasks, {', '.join([name, *others])}; compare one at a time")
+        (name,) = self._tasks
         return name
 
     @property

@@ -12,10 +12,11 @@ import yaml
 from peft import LoraConfig
 
 from molf.errors import MolfError
-from molf.files import atomic_write, typed
+from molf.files import atomic_write, typed, write_errors
 
 RECIPE_FILE = "recipe.yaml"
 PEFT_FOLDER = "peft"
+PEFT_FILE = "adapter_config.json"
 AXOLOTL_FILE = "axolotl.yaml"
 SCALE = 2.0
 """Scale of every LoRA, ``alpha / r``, whatever its rank: that of the published LoRA baseline."""
@@ -64,6 +65,8 @@ def read_recipe(path: Path) -> RecipeFile:
     Raises:
         MolfError: There is no such file, or it is damaged.
     """
+    if path.is_dir():
+        raise MolfError(f"recipe={path} is a folder: give its {RECIPE_FILE}, {path / RECIPE_FILE}")
     if not path.is_file():
         raise MolfError(
             f"there is no recipe {path}; write one with `molf recipe RUN`, or choose the settings of molf by "
@@ -88,6 +91,8 @@ def write_recipe(folder: Path, recipe: RecipeFile, parameters: Iterable[str]) ->
     """Write ``recipe.yaml`` for ``molf train --recipe``, a PEFT configuration, and ``unfrozen_parameters`` for axolotl.
 
     PEFT's ``modules_to_save`` trains the whole layers, as copies; stacks of experts, which are no modules, it cannot train.
+    Without whole layers there is no file for axolotl, which takes an empty list as "train everything". What an earlier recipe
+    left in the folder is removed.
 
     Args:
         folder: Where to write.
@@ -97,16 +102,22 @@ def write_recipe(folder: Path, recipe: RecipeFile, parameters: Iterable[str]) ->
     _write(folder / RECIPE_FILE, _yaml(asdict(recipe), "Train with: molf train --recipe FILE --model_name_or_path ..."))
     names = set(parameters)
     stacks = [name for name in recipe.whole if name in names]
+    peft, axolotl = folder / PEFT_FOLDER / PEFT_FILE, folder / AXOLOTL_FILE
+    for stale in (peft, axolotl):
+        with write_errors(stale):
+            stale.unlink(missing_ok=True)
     if recipe.ranks and not stacks:
         arguments = lora_arguments(recipe.ranks, dropout=0.0)
         config = LoraConfig(**arguments, modules_to_save=recipe.whole or None)
         with tempfile.TemporaryDirectory() as scratch:
             config.save_pretrained(scratch)
-            _write(folder / PEFT_FOLDER / "adapter_config.json", _indented(Path(scratch) / "adapter_config.json"))
+            _write(peft, _indented(Path(scratch) / PEFT_FILE))
+    if not recipe.whole:
+        return
     whole = [name for name in names if name in stacks or name.rpartition(".")[0] in recipe.whole]
     patterns = [f"^{re.escape(name)}$" for name in sorted(whole)]
     note = "The whole layers of a recipe, for axolotl without an adapter: everything else stays frozen."
-    _write(folder / AXOLOTL_FILE, _yaml({"unfrozen_parameters": patterns}, note))
+    _write(axolotl, _yaml({"unfrozen_parameters": patterns}, note))
 
 
 def _write(path: Path, text: str) -> None:

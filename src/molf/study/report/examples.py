@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molf.errors import MolfError
-from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE
+from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE, readable
 from molf.study.results.result import Result
 from molf.tasks import get_task
 from molf.tasks.formats import records_of
@@ -51,6 +50,7 @@ def read_examples(folder: Path, result: Result) -> list[Group]:
     after = folder / PREDICTIONS_FILE
     if not after.is_file():
         return []
+    task = get_task(str(result.config.get("task")))
     file = folder / PREDICTIONS_BEFORE_FILE
     before = _earlier(file, result.headline) if result.metrics_before is not None and file.is_file() else {}
     groups = {
@@ -61,29 +61,32 @@ def read_examples(folder: Path, result: Result) -> list[Group]:
         (False, False): Group("wrong before and after"),
         (True, True): Group("right before and after"),
     }
-    for row, right, prediction, wrote_now in _judged(after, result.headline):
+    for where, row, right, prediction, wrote_now in _judged(after, result.headline):
         was_right, wrote_then = before.get(row, (None, None))
         group = groups[was_right, right]
         group.count += 1
         if len(group.examples) < SHOWN:
-            prompt, expected = _asked(get_task(str(result.config.get("task"))).example(prediction["record"]))
+            with readable(where):
+                prompt, expected = _asked(task.example(prediction["record"]))
             group.examples.append(Example(row, _end(prompt), _end(expected), wrote_then, wrote_now))
     return [group for group in groups.values() if group.count]
 
 
 def _earlier(file: Path, headline: str) -> dict[int, tuple[bool, str]]:
-    return {row: (right, wrote) for row, right, _, wrote in _judged(file, headline)}
+    return {row: (right, wrote) for _, row, right, _, wrote in _judged(file, headline)}
 
 
-def _judged(file: Path, headline: str) -> Iterator[tuple[int, bool, dict[str, Any], str]]:
-    """Yield the number of a row, whether it is right, its line and what was written; nothing without an outcome."""
+def _judged(file: Path, headline: str) -> Iterator[tuple[str, int, bool, dict[str, Any], str]]:
+    """Yield where a row's line is, its number, whether it is right, the line and what was written; nothing without an outcome."""
     for where, prediction in records_of(file):
-        try:
+        with readable(where):
             value = prediction.get("outcome", {}).get(headline)
-            if isinstance(value, bool | int | float):
-                yield prediction["row"], value is True or value == 100, prediction, _written(prediction["answers"])
-        except (AttributeError, LookupError, TypeError) as error:
-            raise MolfError(f"{where}: not a prediction of this version of molf: {error!r}") from error
+            if not isinstance(value, bool | int | float):
+                continue
+            row, wrote = prediction["row"], _written(prediction["answers"])
+            if type(row) is not int:
+                raise TypeError(f"row {row!r} is not an integer")
+        yield where, row, value is True or value == 100, prediction, wrote
 
 
 def _asked(example: Mapping[str, Any]) -> tuple[str, str]:

@@ -103,6 +103,7 @@ def _rendered(runs: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> 
         runs=runs,
         figures=list(figures),
         data={"figures": figures, "runs": [{"map": run["map"], "scores": run["scores"]} for run in runs]},
+        headlines={result.headline for result in results},
         metrics=list(dict.fromkeys(name for result in results for name in result.metrics)),
         facts=_facts(results),
         settings=_settings(results),
@@ -133,7 +134,8 @@ def _facts(results: Sequence[Result]) -> dict[str, list[Any]]:
         for result in results
     ]
     names = dict.fromkeys(name for own in flat for name in own)
-    return {name: row for name in names if any(row := [own.get(name) for own in flat])}
+    rows = {name: [own.get(name) for own in flat] for name in names}
+    return {name: row for name, row in rows.items() if any(value is not None for value in row)}
 
 
 def _forgetting(result: Result) -> dict[str, Metric]:

@@ -145,6 +145,11 @@ def read_result(folder: Path) -> Result:
     return result
 
 
+def folder_of(path: Path) -> Path:
+    """Return the folder of a run, which users may name by its ``result.json``."""
+    return path.parent if path.name == RESULT_FILE else path
+
+
 def check_link(path: Path) -> None:
     """Refuse a symlink to nowhere: what it stood for may come back, so that it counts as a file that is there.
 

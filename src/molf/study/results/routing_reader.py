@@ -27,7 +27,7 @@ def read_routing(path: Path, max_cells: int = MAX_CELLS) -> RoutingSummary:
     reader = RoutingReader(path, max_cells)
     reader.poll()
     if (summary := reader.summary()) is None:
-        raise MolfError(f"{path} holds no routed step")
+        raise MolfError(f"{path} holds no routed step: give a run that logged one, or remove the file to leave it out")
     return summary
 
 

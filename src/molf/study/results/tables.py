@@ -1,7 +1,9 @@
 """Finished runs for people: tables for a terminal and a picture of the routing."""
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from molf.errors import visible
 from molf.files import atomic_write
 from molf.integrations.routing_lines import find_log
 from molf.study.results.result import Result
@@ -26,7 +29,7 @@ PICTURE_FILE = "routing.png"
 def metrics_table(result: Result) -> Table:
     """Return the metrics of a run with their intervals and, if measured, the metrics before training and the change."""
     before = result.metrics_before
-    table = Table(title=Text(str(result.config.get("run_name", ""))), title_justify="left", box=box.SIMPLE)
+    table = Table(title=_text(str(result.config.get("run_name", ""))), title_justify="left", box=box.SIMPLE)
     if any(metric.low is not None for metric in result.metrics.values()):
         table.caption = "(bootstrap 95 % interval)"
         table.caption_justify = "left"
@@ -34,7 +37,7 @@ def metrics_table(result: Result) -> Table:
     for column in ("before", "after", "change", "n") if before else ("value", "n"):
         table.add_column(column, justify="right")
     for name, metric in result.metrics.items():
-        label = Text(name, style="bold" if name == result.headline else "")
+        label = _text(name, style="bold" if name == result.headline else "")
         if before is None:
             table.add_row(label, str(metric), str(metric.n))
             continue
@@ -55,7 +58,7 @@ def runs_table(results: Mapping[str, Result]) -> Table:
     for label, result in results.items():
         metric = result.metrics.get(result.headline)
         speed = result.training.tokens_per_second if result.training else None
-        cells = (  # as text, in which brackets are no markup
+        cells = (  # in text, brackets are no markup
             label,
             str(result.config.get("method")) if result.training else "eval",
             str(result.config.get("task")),
@@ -67,8 +70,13 @@ def runs_table(results: Mapping[str, Result]) -> Table:
             _number(None if result.peak_memory_bytes is None else result.peak_memory_bytes / 2**30, ".2f"),
             _number(result.seconds / 60, ".1f"),
         )
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_text, cells))
     return table
+
+
+def _text(name: str, style: str = "") -> Text:
+    """Return a name of a file or of its author as text, which moves no cursor."""
+    return Text(visible(name), style=style)
 
 
 def _number(value: float | None, style: str) -> str:
@@ -158,9 +166,12 @@ def _routing_canvas(summary: RoutingSummary, title: str) -> FigureCanvasAgg:
     return FigureCanvasAgg(figure)
 
 
-def plain_text() -> Any:
-    """Return a context in which matplotlib draws names as they are: ``$`` in them begins no formula."""
-    return rc_context({"text.parse_math": False})
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Let matplotlib draw names as they are: ``$`` begins no formula, and a character without a glyph is a box and no warning."""
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
+        yield
 
 
 def _draw_grid(figure: Any, axes: Any, grid: tuple[np.ndarray[Any, Any], list[str], list[str]], title: str) -> None:

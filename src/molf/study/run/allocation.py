@@ -7,6 +7,7 @@ layers, with ranks in proportion to the mean rank of the updates that won there 
 
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Literal
 
 from molf.errors import MolfError
 from molf.study.results.routing import kind_of
+
+_LORA = re.compile(r"lora_r[1-9]\d*")
 
 Rule = Literal["routing", "random", "kind", "uniform", "eva"]
 """How to allocate: by the routing; the same evidence shuffled among layers; its mean over each kind of projection; one rank for
@@ -59,10 +62,21 @@ class Allocation:
 
 
 def evidence_of(by_module: Mapping[str, Mapping[str, float]]) -> dict[str, Evidence]:
-    """Return what won in each layer, from the shares of its experts; the matrices of a stack count as one layer."""
+    """Return what won in each layer, from the shares of its experts; the matrices of a stack count as one layer.
+
+    Raises:
+        MolfError: An expert is neither ``fft`` nor ``lora_r`` with a rank, or none won in a layer.
+    """
+    for expert in dict.fromkeys(expert for shares in by_module.values() for expert in shares):
+        if expert != "fft" and not _LORA.fullmatch(expert):
+            raise MolfError(
+                f"the routing has an expert {expert!r}: a recipe is made from fft and from LoRA experts such as lora_r32"
+            )
     members: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for name, shares in by_module.items():
         members[name.partition("[")[0]].append(shares)
+    if idle := [name for name, own in members.items() if not any(any(shares.values()) for shares in own)]:
+        raise MolfError(f"no expert won in {idle[0]}: the routing log is damaged; give another run")
     return {name: _evidence(own) for name, own in members.items()}
 
 

@@ -19,7 +19,7 @@ from molf.study.config.method_config import MethodConfig
 from molf.study.config.run_config import RunConfig
 from molf.study.methods.recipe_file import RecipeFile, write_recipe
 from molf.study.methods.static import parameters_of
-from molf.study.results.result import read_result
+from molf.study.results.result import folder_of, read_result
 from molf.study.results.routing import RoutingSummary
 from molf.study.results.routing_reader import read_routing
 from molf.study.run.allocation import (
@@ -36,6 +36,7 @@ from molf.study.run.allocation import (
 from molf.study.run.job import Job, StudyTrainer, job_recipe, load_job, make_trainer
 from molf.study.sizing.blueprint import empty_model
 
+_BY_ROUTING: tuple[Rule, ...] = ("routing", "random", "kind")  # the other rules do not read the winners
 _PEFT = "base_model.model."  # what PEFT puts before the names of a model's layers
 
 
@@ -58,8 +59,10 @@ def recipe_from_run(run: Path, request: Request, folder: Path) -> RecipeFile:
     """Write the recipe of a finished run into a folder, and return it.
 
     Raises:
-        MolfError: The run is not finished, has no routing log, or its model cannot be read; the budget is none.
+        MolfError: The run is not finished, has no routing log or one that decided nothing, or its model cannot be read; the
+            budget is none.
     """
+    run = folder_of(run)
     result = read_result(run)
     if (log := find_log(run)) is None:
         raise MolfError(f"{run} has no routing log: make recipes from a run with method molf or molf_e")
@@ -101,6 +104,11 @@ def _prepared(config: RunConfig, scratch: str, **settings: Any) -> tuple[Job, St
 def _write(
     model: nn.Module, routing: RoutingSummary, config: RunConfig, request: Request, folder: Path, source: str
 ) -> RecipeFile:
+    if request.rule in _BY_ROUTING and not routing.bins.scores.any():
+        raise MolfError(
+            f"{source} decided nothing: every score is 0, as at a learning rate of 0, where warm-ups start; take more steps, "
+            "or --allocation uniform or eva"
+        )
     evidence = {name.removeprefix(_PEFT): own for name, own in evidence_of(routing.by_module).items()}
     layers = layers_of(model, list(evidence))
     budget = parse_budget(request.budget, sum(p.numel() for p in model.parameters()))

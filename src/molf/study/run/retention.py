@@ -9,6 +9,7 @@ import torch
 
 from molf.study.engine.retention import Probe, Reading, compare, make_probe, read
 from molf.study.run.job import Job, StudyTrainer
+from molf.study.run.model_limits import ModelLimits
 from molf.study.run.process_group import all_wait
 from molf.tasks.retention import Retention
 
@@ -30,7 +31,11 @@ def read_base(job: Job, trainer: StudyTrainer) -> BaseReading | None:
         return None
     with all_wait():
         if trainer.is_world_process_zero():
-            probe = make_probe(job.tokenizer, job.background[0], map(job.task.requests, job.eval_rows))
+            limits = ModelLimits.of(job.model)
+            asked = map(job.task.requests, job.eval_rows)
+            probe = make_probe(job.tokenizer, job.background[0], asked, limits.positions)
+            named = ((f"a text of {job.background[1]}", ids, len(ids)) for ids in probe.texts)
+            limits.check(job.tokenizer, named, "set retention: 'off'")
             place = trainer.model.device
             model = trainer.model.to(trainer.args.device)
             found = BaseReading(probe, read(model, probe, batch_tokens=job.config.task.eval_batch_tokens))
