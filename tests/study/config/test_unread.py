@@ -86,3 +86,9 @@ def test_some_are_read_only_with_others(settings, refused):
         return check_read(RunConfig.from_dict(settings))
     with pytest.raises(MolfError, match="does not read .*: give freeze_non_linear=(True|False) too, or leave it out$"):
         check_read(RunConfig.from_dict(settings))
+
+
+def test_an_evaluation_measures_no_retention():
+    with pytest.raises(MolfError, match="retention_path='other.jsonl' for an evaluation.*leave it out"):
+        check_read(RunConfig.from_dict({"only_eval": True, "retention_path": "other.jsonl"}))
+    check_read(RunConfig.from_dict({"only_eval": True, "retention": False}))

@@ -34,12 +34,17 @@ def unread(method: str, freeze_non_linear: bool | None = None) -> set[str]:
 
 
 def check_read(config: RunConfig) -> None:
-    """Check that the method of a run reads all settings that are not at their default; an evaluation has no method.
+    """Check that a run reads all settings that are not at their default. An evaluation has no method, so it takes any of one.
 
     Raises:
         MolfError: It does not.
     """
     if config.output.only_eval:
+        if config.task.retention_path is not None:
+            raise MolfError(
+                f"retention_path={config.task.retention_path!r} for an evaluation: retention is what a training leaves of a "
+                "model, so only `molf train` measures it; leave it out"
+            )
         return
     method, given = config.method.method, config.to_dict()
     defaults = RunConfig(method=MethodConfig(method=method)).to_dict()
