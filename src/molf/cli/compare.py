@@ -66,7 +66,7 @@ def compare(argv: Sequence[str]) -> None:
 
 def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[[str], None]) -> None:
     """List the runs that choose settings, then those whose settings are known already."""
-    from molf.study.grids.runner import check_names
+    from molf.study.grids.runner import check_runs
 
     chosen_by_trial = {name for name, _ in comparison.trials}
     known = [
@@ -77,7 +77,7 @@ def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[
     ]
     trials, finals = [*comparison.trials.values()], [spec for key in known for spec in comparison.finals(*key)]
     for specs in filter(None, (trials, finals)):
-        check_names(specs)
+        check_runs(specs, retry=True)
     later = 0 if comparison.all_rates else len(chosen_by_trial) * len(comparison.seeds)
     show_runs([*trials, *finals], options.engine, log, later)
 

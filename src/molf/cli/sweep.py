@@ -38,12 +38,12 @@ def sweep(argv: Sequence[str]) -> None:
         return console().print(_HELP)
     options, specs = parse_sweep(argv)
 
-    from molf.study.grids.runner import check_names, run_grid
+    from molf.study.grids.runner import check_runs, run_grid
     from molf.study.results.tables import runs_table
 
     log = console().print
-    check_names(specs)
     if options.dry_run:
+        check_runs(specs, options.retry)
         return show_runs(specs, options.engine, log)
     with options.interruptible():
         engine = options.make_engine(log, options.wait)

@@ -9,7 +9,7 @@ from molf.integrations.checkpoint_folder import UNFINISHED, write_manifest
 from molf.study.faults.preemption import Preempted
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.grids.local import LocalEngine
-from molf.study.grids.runner import check_names, run_grid
+from molf.study.grids.runner import check_runs, run_grid
 from molf.study.grids.spec import make_spec
 from molf.study.run.train import run
 from small_runs import small_config, small_run
@@ -109,6 +109,14 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(specs):
     ):
         run_grid(specs, LocalEngine())
     assert not specs[1].starts()
+    with pytest.raises(MolfError, match="finish holds a run with"):
+        check_runs(specs)
+
+
+def test_what_a_dry_run_checks_leaves_nothing(specs, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert check_runs(specs) == specs
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def with_settings(spec, **settings):
@@ -150,7 +158,7 @@ def test_a_run_does_not_resume_on_another_number_of_processes(specs):
 
 def test_names_must_differ(specs):
     with pytest.raises(MolfError, match="two runs have the name kill"):
-        check_names([*specs, specs[2]])
+        check_runs([*specs, specs[2]])
     with pytest.raises(MolfError, match="nothing to run"):
         run_grid([], LocalEngine())
 

@@ -56,16 +56,9 @@ def run_grid(
     Raises:
         MolfError: Two runs have one name, a folder holds a run with other settings, or the engine refuses the runs.
     """
-    check_names(specs)
-    for spec in specs:
-        check_name(spec.folder)
-    states = {spec.name: spec.state for spec in specs}
-    done = [checked_result(spec) for spec in specs if states[spec.name] == "finished"]
-    wanted = ("new", "interrupted", "failed") if retry else ("new", "interrupted")
-    to_run = [spec for spec in specs if states[spec.name] in wanted]
-    log(f"{len(done)} of {len(specs)} runs are finished; {len(to_run)} to run")
-    for spec in to_run:
-        _check(spec)
+    to_run = check_runs(specs, retry)
+    done = sum(spec.state == "finished" for spec in specs)
+    log(f"{done} of {len(specs)} runs are finished; {len(to_run)} to run")
     for spec in to_run:
         spec.write_settings()
         spec.beside(FAILED).unlink(missing_ok=True)
@@ -79,8 +72,27 @@ def run_grid(
     )
 
 
-def check_names(specs: Sequence[RunSpec]) -> None:
-    """Refuse runs that would overwrite each other."""
+def check_runs(specs: Sequence[RunSpec], retry: bool = False) -> list[RunSpec]:
+    """Return the runs to carry out, and write nothing.
+
+    Raises:
+        MolfError: There are none at all, two have one name, or a folder holds a run with other settings.
+    """
+    _check_names(specs)
+    for spec in specs:
+        check_name(spec.folder)
+    states = {spec.name: spec.state for spec in specs}
+    for spec in specs:
+        if states[spec.name] == "finished":
+            checked_result(spec)
+    wanted = ("new", "interrupted", "failed") if retry else ("new", "interrupted")
+    to_run = [spec for spec in specs if states[spec.name] in wanted]
+    for spec in to_run:
+        _check(spec)
+    return to_run
+
+
+def _check_names(specs: Sequence[RunSpec]) -> None:
     if not specs:
         raise MolfError("there is nothing to run")
     names = [spec.name for spec in specs]
