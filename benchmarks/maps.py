@@ -53,10 +53,13 @@ def table(runs: list[dict[str, Any]]) -> str:
     for one, other in itertools.combinations(runs, 2):
         differing = [key for key in SETTINGS if one[key] != other[key] and key != "seed"] or ["seed"]
         if len(differing) == 1:
-            pairs[differing[0]].append((one, other))
+            where = (
+                f", {one['task']}" if differing == ["seed"] else ""
+            )  # how well one task agrees with itself, for each
+            pairs[differing[0] + where].append((one, other))
     lines = ["| runs that differ in | pairs | correlation of maps | within kinds of projections |"]
     lines.append("| --- | ---: | ---: | ---: |")
-    for key in (key for key in SETTINGS if key in pairs):
+    for key in sorted(pairs, key=lambda key: SETTINGS.index(key.partition(",")[0])):
         whole = [agreement(one["shares"], other["shares"]) for one, other in pairs[key]]
         within = [agreement(within_kinds(one["shares"]), within_kinds(other["shares"])) for one, other in pairs[key]]
         lines.append(f"| {key.replace('_', ' ')} | {len(whole)} | {fmean(whole):.2f} | {fmean(within):.2f} |")

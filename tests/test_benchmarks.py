@@ -323,9 +323,11 @@ def test_maps(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     table = told(finish("one", "flff"), finish("other", "flff", seed=2))
-    assert "| seed | 1 | 1.00 | 1.00 |" in table
+    assert "| seed, fact | 1 | 1.00 | 1.00 |" in table
     table = told(finish("sql", "lfff", task="sql", seed=3))
-    assert "| seed | 1 | 1.00 | 1.00 |" in table and "| task | 2 | -0.33 | -1.00 |" in table and "ranks" not in table
+    assert (
+        "| seed, fact | 1 | 1.00 | 1.00 |" in table and "| task | 2 | -0.33 | -1.00 |" in table and "ranks" not in table
+    )
     assert told() == table
     assert "| ranks | 2 | nan | nan |" in told(finish("whole", "ffff", ranks=[4])), "nothing to correlate"
     (tmp_path / "whole" / "routing.jsonl").unlink()
