@@ -27,6 +27,7 @@ METRICS = {
     "valid_sql": "valid SQL",
     "bleu": "BLEU",
 }
+FORMS = {"kl": "{:.2f}"}
 SETTINGS = ("task", "method", "allocation", "score", "ranks", "lora_alpha", "match_lora_rate", "top_k", "learning_rate")
 SETTINGS += ("lora_learning_rate", "num_train_epochs", "limit", "seed")
 
@@ -52,7 +53,8 @@ def family(name: str) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """Return the runs as a Markdown table, then a row of means for every contender and rate with several seeds."""
     columns = [metric for metric in METRICS if any(metric in run["metrics"] for run in runs)]
-    lines = ["| contender | " + " | ".join(METRICS[metric] for metric in columns) + " | won by FFT | forgotten |"]
+    columns += ["kl"] if any("kl" in run.get("retention", {}) for run in runs) else []
+    lines = ["| contender | " + " | ".join(METRICS.get(name, "KL") for name in columns) + " | won by FFT | forgotten |"]
     lines.append("| --- |" + " ---: |" * (len(columns) + 2))
     seeds: dict[tuple[str, Any, Any], list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
@@ -73,7 +75,8 @@ def label(name: str, rate: float, lora_rate: float | None) -> str:
 
 def row(name: str, runs: list[dict[str, Any]], columns: list[str]) -> str:
     """Return a row with the means of the runs; a value that a run lacks leaves its cell empty."""
-    cells = [average((run["metrics"].get(metric, {}).get("value") for run in runs), "{:.1f}") for metric in columns]
+    values = [{**run.get("retention", {}), **run["metrics"]} for run in runs]
+    cells = [average((own.get(name, {}).get("value") for own in values), FORMS.get(name, "{:.1f}")) for name in columns]
     won = average(((run["routing"] or {}).get("fft") for run in runs), "{:.0%}")
     forgotten = average((run.get("retention", {}).get("loss_rise", {}).get("value") for run in runs), "{:.2f}")
     return f"| {name} | {' | '.join([*cells, won, forgotten])} |"

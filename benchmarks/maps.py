@@ -53,10 +53,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     for one, other in itertools.combinations(runs, 2):
         differing = [key for key in SETTINGS if one[key] != other[key] and key != "seed"] or ["seed"]
         if len(differing) == 1:
-            where = (
-                f", {one['task']}" if differing == ["seed"] else ""
-            )  # how well one task agrees with itself, for each
-            pairs[differing[0] + where].append((one, other))
+            # How well a task agrees with itself is told for each task.
+            name = f"seed, {one['task']}" if differing == ["seed"] else differing[0]
+            pairs[name].append((one, other))
     lines = ["| runs that differ in | pairs | correlation of maps | within kinds of projections |"]
     lines.append("| --- | ---: | ---: | ---: |")
     for key in sorted(pairs, key=lambda key: SETTINGS.index(key.partition(",")[0])):

@@ -74,6 +74,11 @@ def test_the_files_that_come_with_the_package():
     assert paper.task == "med"
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_comparison_that_comes_with_it_can_be_read(path):
+    assert parse(f"--config {path}").candidates
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

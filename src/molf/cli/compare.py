@@ -68,18 +68,20 @@ def _show_runs(options: CompareOptions, comparison: "Comparison", log: Callable[
     """List the runs that choose settings, then those whose settings are known already."""
     from molf.study.grids.runner import check_runs
 
-    chosen_by_trial = {name for name, _ in comparison.trials}
-    known = [
-        (name, label)
+    trials = comparison.trials
+    waiting = {name for name, _ in trials}
+    finals = [
+        spec
         for name, own in comparison.candidates.items()
+        if comparison.all_rates or name not in waiting
         for label in own
-        if comparison.all_rates or name not in chosen_by_trial
+        for spec in comparison.finals(name, label)
     ]
-    trials, finals = [*comparison.trials.values()], [spec for key in known for spec in comparison.finals(*key)]
-    for specs in filter(None, (trials, finals)):
-        check_runs(specs, retry=True)
-    later = 0 if comparison.all_rates else len(chosen_by_trial) * len(comparison.seeds)
-    show_runs([*trials, *finals], options.engine, log, later)
+    for specs in ([*trials.values()], finals):
+        if specs:
+            check_runs(specs, retry=True)
+    later = 0 if comparison.all_rates else len(waiting) * len(comparison.seeds)
+    show_runs([*trials.values(), *finals], options.engine, log, later)
 
 
 def parse_comparison(argv: Sequence[str]) -> tuple[CompareOptions, "Comparison"]:
