@@ -32,11 +32,12 @@ METHODS = {
     "molf, bf16 weights": {"dtype": "bfloat16"},
     "molf, branched": {"lora_dropout": 0.1},
     "molf_e": {"method": "molf_e"},
-    **{name: {"method": name} for name in ("fft", "lora", "pissa", "adalora")},
+    **{name: {"method": name} for name in ("fft", "lora", "rslora", "dora", "pissa", "eva", "lora_plus", "adalora")},
 }
-"""Settings of the runs to kill, by name: every form of MoLF, and every way of saving of the other methods.
+"""Settings of the runs to kill, by name: every method, and every form of MoLF."""
 
-The rest of them (rsLoRA, DoRA, EVA, LoRA+) save what LoRA does; `test_train` resumes each."""
+SAVED_AS_LORA = ("rslora", "dora", "eva", "lora_plus")
+"""Those that save what LoRA does. `python tests/faults.py` kills them, the test suite does not; `test_train` resumes each."""
 
 STEPS = 8
 RUN = {"gradient_accumulation_steps": 1, "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "eval_limit": 1}
