@@ -100,6 +100,16 @@ def test_an_expert_that_only_some_layers_have(base, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
 
 
+def test_adapters_that_rest_are_left_out(base, tmp_path):
+    plain = copy.deepcopy(base)
+    model = with_experts(base, ["q_proj"])
+    expected = logits(model)
+    model.add_adapter("ref", LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    assert export_peft(model, tmp_path / "one") == 8
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "one")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=0)
+
+
 def test_conv1d(tmp_path):
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))

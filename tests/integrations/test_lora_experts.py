@@ -3,6 +3,7 @@ import torch
 from peft import PeftModel
 
 from molf import add_lora_experts
+from molf.errors import MolfError
 from small import tiny_llama
 
 
@@ -43,12 +44,22 @@ def test_it_starts_as_the_plain_model():
         ({"ranks": (0, 4)}, "every rank must be a positive integer"),
         ({"lora_alpha": "x"}, "lora_alpha='x': give one number"),
         ({"ranks": (2, 4), "lora_alpha": (8.0,)}, r"one for each of ranks=\(2, 4\)"),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0: give a number in \[0, 1\)"),
+        ({"lora_dropout": -0.5}, r"lora_dropout=-0.5: give a number in \[0, 1\)"),
+        ({"lora_dropout": float("nan")}, r"lora_dropout=nan: give a number in \[0, 1\)"),
+        ({"use_rslora": "false"}, "use_rslora='false': give True or False"),
+        ({"freeze_base": 0}, "freeze_base=0: give True or False"),
     ],
     ids=str,
 )
 def test_bad_options(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((MolfError, TypeError), match=words):
         add_lora_experts(tiny_llama(), **options)
+
+
+def test_nothing_is_excluded():
+    model = add_lora_experts(tiny_llama(), ranks=(2,), target_modules=["q_proj"], exclude_modules=None)
+    assert "layers.0.self_attn.q_proj.lora_A.lora_r2.weight" in " ".join(dict(model.named_parameters()))
 
 
 def test_a_peft_model_is_refused():

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 
 import molf
 from conftest import TOLERANCE
@@ -70,9 +70,46 @@ def test_bfloat16_is_cast_once_and_the_difference_logged(caplog):
     torch.testing.assert_close(logits(merged), expected, atol=TOLERANCE[torch.bfloat16], rtol=0)
 
 
+@pytest.mark.parametrize("resting", ["another", "ref"])  # TRL calls its copy of the adapter ref
+def test_adapters_that_rest_are_left_out(resting, caplog):
+    settings = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny_llama(), LoraConfig(**settings))
+    expected = logits(model)
+    model.add_adapter(resting, LoraConfig(**settings))
+    with caplog.at_level(logging.INFO):
+        merged = molf.merge(model)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    assert "merged default;" in caplog.text and f"dropped {resting}, which is not active" in caplog.text
+
+
+def test_experts_that_were_loaded_are_all_merged(tmp_path):
+    model = trained()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora_r2", adapter_name="lora_r2")
+    loaded.load_adapter(tmp_path / "lora_r6", "lora_r6")
+    assert loaded.active_adapters == ["lora_r2"]
+    torch.testing.assert_close(logits(molf.merge(loaded)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_compiled_model_is_merged():
+    model = trained()
+    expected = logits(model)
+    torch.testing.assert_close(logits(molf.merge(torch.compile(model, backend="eager"))), expected, atol=1e-5, rtol=0)
+
+
+def test_adapters_that_the_model_added_itself_are_refused():
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(molf.errors.MolfError, match=r"its own add_adapter.*PeftModel\.from_pretrained"):
+        molf.merge(model)
+
+
 def test_a_plain_model_is_returned_as_it_is():
     model = tiny_llama()
     assert molf.merge(model) is model
+    compiled = torch.compile(model, backend="eager")
+    assert molf.merge(compiled) is compiled
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,12 @@ def test_another_call_replaces_the_first(tmp_path):
     assert sum(isinstance(callback, InUse) for callback in trainer.callback_handler.callbacks) == 1
 
 
+def test_no_clipping_is_nobodys(tmp_path):
+    trainer = Trainer(tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+    molf.use_in(trainer, ranks=(2,), max_grad_norm=None)
+    assert trainer.args.max_grad_norm == 0 and trainer.create_optimizer().max_grad_norm is None
+
+
 def test_an_optim_without_effect_is_said(tmp_path, caplog):
     args = Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim="adafactor")
     molf.use_in(Trainer(tiny_llama(), args))

@@ -1,7 +1,7 @@
 """LoRA experts exported for other programs: as one plain PEFT adapter, or as a merged checkpoint."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from molf.errors import MolfError
 from molf.files import atomic_folder
+from molf.integrations.lora_experts import trained_adapters
 from molf.integrations.merge import cast_error, merge
 from molf.setup.peft_adapters import target_name
 
@@ -25,7 +26,7 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KEEP_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def concatenate_pairs(layer: LoraLayer, adapters: list[str]) -> Pair:
+def concatenate_pairs(layer: LoraLayer, adapters: Sequence[str]) -> Pair:
     """Write the sum of a layer's LoRA pairs as one pair of scale 1: ``sum_i s_i B_i A_i = B A``.
 
     Returns:
@@ -46,7 +47,7 @@ def _stack_size(layer: LoraLayer) -> int:
 
 
 def export_peft(model: PeftModel, folder: str | Path) -> int:
-    """Write all LoRA experts of a model as one plain PEFT LoRA that computes the same.
+    """Write all LoRA experts of a model, and what else is active, as one plain PEFT LoRA that computes the same.
 
     Its rank is the sum of the experts' ranks and its scale is 1, written as ``lora_alpha = r`` without rank stabilisation: some
     programs ignore ``use_rslora``. ``PeftModel.from_pretrained(base, folder)`` loads it.
@@ -61,11 +62,11 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
     Raises:
         MolfError: One LoRA without bias cannot express the model's adapters, or the folder is not empty.
     """
-    layers = _plain_lora_layers(model)
-    adapters = list(model.peft_config)
+    adapters = trained_adapters(model)
+    layers = _plain_lora_layers(model, adapters)
     pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}
     ranks = {name: len(down) // _stack_size(layers[name]) for name, (down, _) in pairs.items()}
-    config = _one_adapter_config(model, layers, ranks)
+    config = _one_adapter_config(model, model.peft_config[adapters[0]], layers, ranks)
     with whole_folder(folder) as partial:
         tensors = {
             f"base_model.model.{name}.lora_{letter}.weight": tensor
@@ -113,8 +114,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
 
 
-def _one_adapter_config(model: PeftModel, layers: dict[str, LoraLayer], ranks: dict[str, int]) -> LoraConfig:
-    first = next(iter(model.peft_config.values()))
+def _one_adapter_config(
+    model: PeftModel, first: LoraConfig, layers: dict[str, LoraLayer], ranks: dict[str, int]
+) -> LoraConfig:
     common = Counter(ranks.values()).most_common(1)[0][0]
     names = {name: _peft_name(name, layer) for name, layer in layers.items()}
     others = {names[name]: rank for name, rank in ranks.items() if rank != common}
@@ -145,9 +147,10 @@ def _targets(base: nn.Module, adapted: set[str]) -> list[str]:
     return sorted(endings) if matching == adapted else sorted(adapted)
 
 
-def _plain_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the adapted layers by name, or raise an error if one plain LoRA cannot express them."""
-    for name, config in model.peft_config.items():
+def _plain_lora_layers(model: PeftModel, adapters: Sequence[str]) -> dict[str, LoraLayer]:
+    """Return the layers that have one of the adapters, or raise an error if one plain LoRA cannot express them."""
+    for name in adapters:
+        config = model.peft_config[name]
         for what, found in (
             (f"a {config.peft_type} adapter", not isinstance(config, LoraConfig) or config.peft_type != "LORA"),
             ("modules_to_save", bool(getattr(config, "modules_to_save", None))),
@@ -164,7 +167,11 @@ def _plain_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
                     f"the adapter {name!r} has {what} and is not a plain LoRA, so it cannot be part of one; export the merged "
                     "checkpoint instead"
                 )
-    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    layers = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and any(own in layer.r for own in adapters)
+    }
     if not layers:
         raise MolfError("the model has no LoRA layers, so there is nothing to export")
     for name, layer in layers.items():

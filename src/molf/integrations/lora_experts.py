@@ -1,5 +1,6 @@
 """LoRA experts as PEFT adapters: the branched form, and MoLF-Efficient if the base is frozen."""
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
 from molf.integrations.lora_targets import find_targets, task_type
-from molf.setup.param_groups import checked_ranks, expert_names
+from molf.setup.param_groups import checked_ranks, expert_names, is_number
 
 
 def add_lora_experts(
@@ -22,7 +23,7 @@ def add_lora_experts(
     use_rslora: bool = True,
     freeze_base: bool = True,
     target_modules: str | Sequence[str] = "all-linear",
-    exclude_modules: str | Sequence[str] = ("lm_head",),
+    exclude_modules: str | Sequence[str] | None = ("lm_head",),
 ) -> PeftModel:
     """Add one PEFT LoRA adapter per rank to a model, named ``lora_r{rank}``, all active together.
 
@@ -42,21 +43,26 @@ def add_lora_experts(
         freeze_base: Train the experts only (MoLF-Efficient). Otherwise everything that trained before still does, and the weights
             of the adapted layers are the ``fft`` experts.
         target_modules: As in PEFT; names of stacked tensors are understood, too.
-        exclude_modules: As in PEFT.
+        exclude_modules: As in PEFT; None excludes nothing.
 
     Raises:
-        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, or nothing that can
-            be adapted matches.
-        TypeError: The model is a ``PeftModel`` already.
+        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, the dropout is
+            outside [0, 1), or nothing that can be adapted matches.
+        TypeError: The model is a ``PeftModel`` already, or a switch is no bool.
     """
     if isinstance(model, PeftModel):
         raise TypeError(
             "the model is a PeftModel already: give the plain model, or add adapters with model.add_adapter"
         )
     ranks, alphas = checked_ranks(ranks, lora_alpha)
+    if not (is_number(lora_dropout) and 0 <= lora_dropout < 1):
+        raise MolfError(f"lora_dropout={lora_dropout!r}: give a number in [0, 1)")
+    for option, given in (("use_rslora", use_rslora), ("freeze_base", freeze_base)):
+        if not isinstance(given, bool):
+            raise TypeError(f"{option}={given!r}: give True or False")
     if not ranks:
         raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
-    targets = find_targets(model, target_modules, exclude_modules, stacks=lora_dropout == 0)
+    targets = find_targets(model, target_modules, exclude_modules or (), stacks=lora_dropout == 0)
     targets.log()
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -99,6 +105,12 @@ class _ExpertConfigs(dict[str, LoraConfig]):
         return next(iter(self.values()))
 
 
-def is_expert_model(model: nn.Module) -> bool:
-    """Return whether ``add_lora_experts`` made a model's adapters."""
-    return isinstance(getattr(model, "peft_config", None), _ExpertConfigs)
+def trained_adapters(model: PeftModel) -> tuple[str, ...]:
+    """Return the adapters that make up what a model has learnt: its experts, and whatever else is active.
+
+    Experts count whether they are active or not, because loading and ``set_adapter`` leave one active. Other adapters that rest
+    do not: TRL's copy of the adapter for its reference model, or one of another task.
+    """
+    active = model.active_adapters
+    active = [active] if isinstance(active, str) else active
+    return tuple(name for name in model.peft_config if name in active or re.fullmatch(r"lora_r\d+", name))

@@ -1,13 +1,16 @@
 """LoRA experts merged into the weights of their base model."""
 
 import logging
+from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from molf.errors import MolfError
+from molf.integrations.lora_experts import trained_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -17,27 +20,37 @@ def merge(model: nn.Module) -> nn.Module:
 
     It works after training with either form of MoLF. A model without PEFT adapters, whose weights are merged at all times, is
     returned as it is. Otherwise each weight becomes ``W + sum_i s_i B_i A_i``, computed in float32 and cast to the weight's dtype
-    once; the largest difference that the cast makes is logged. Tied weights stay tied.
+    once; the largest difference that the cast makes is logged. Tied weights stay tied. Adapters that are neither active nor
+    experts (``lora_r{rank}``) are dropped, and named in the log: TRL's ``ref``, for example.
 
     Args:
-        model: The trained model. If it is a ``PeftModel``, do not use it afterwards: its layers become the merged ones.
+        model: The trained model; DDP and ``torch.compile`` are taken off. If it is a ``PeftModel``, do not use it afterwards:
+            its layers become the merged ones.
 
     Raises:
-        MolfError: The base is quantised, or a merged weight is not finite.
+        MolfError: The base is quantised, a merged weight is not finite, or the adapters are not those of a ``PeftModel``.
     """
-    if not isinstance(model, PeftModel):
+    adapted: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(adapted, PeftModel):
+        if any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
+            raise MolfError(
+                "the model's adapters were added by its own add_adapter, which cannot be undone: save them with "
+                "model.save_pretrained(folder), and merge molf.merge(PeftModel.from_pretrained(base, folder))"
+            )
         return model
-    if getattr(model.get_base_model(), "quantization_method", None) is not None:
+    if getattr(adapted.get_base_model(), "quantization_method", None) is not None:
         raise MolfError(
             "merging into a quantised base would round the experts away: load the base unquantised and the adapters on it, or "
             "export them as one PEFT adapter (molf export RUN --to peft)"
         )
-    lost = 0.0
-    for name, layer in model.get_base_model().named_modules():
+    lost, adapters = 0.0, trained_adapters(adapted)
+    for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
-            lost = max(lost, _merge_layer(name, layer, list(model.peft_config)))
-    logger.info("merged %s; casting changed no weight by more than %.3g", ", ".join(model.peft_config), lost)
-    plain: nn.Module = model.unload()
+            lost = max(lost, _merge_layer(name, layer, list(adapters)))
+    logger.info("merged %s; casting changed no weight by more than %.3g", ", ".join(adapters), lost)
+    if dropped := adapted.peft_config.keys() - set(adapters):
+        logger.info("dropped %s, which is not active", ", ".join(sorted(dropped)))
+    plain: nn.Module = adapted.unload()
     return plain
 
 

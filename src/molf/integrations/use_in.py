@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from molf.errors import MolfError
-from molf.integrations.lora_experts import is_expert_model
+from molf.integrations.lora_experts import trained_adapters
 from molf.integrations.reference_model import prepare_reference
 from molf.integrations.trainer import MoLFFactory, activate, check_release_settings, clip_once
 from molf.optimizer import MoLF
@@ -72,7 +72,7 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         )
     if trainer.args.optim not in _ADAMW:
         logger.warning("optim=%r of the Trainer has no effect: its optimizer is MoLF", str(trainer.args.optim.value))
-    adapters = _experts_of(trainer.model)
+    adapters = trained_adapters(trainer.model) if isinstance(trainer.model, PeftModel) else ()
     if isinstance(trainer.model, PeftModel):
         prepare_reference(trainer, adapters)
     if trainer.args.load_best_model_at_end and len(adapters) > 1:
@@ -83,8 +83,8 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
     trainer.args = copy(trainer.args)  # the user may give the same arguments to another trainer
     if options.get("optimizer_in_backward"):
         check_release_settings(vars(trainer.args))
-    if options.setdefault("max_grad_norm", trainer.args.max_grad_norm or None) is not None:
-        trainer.args.max_grad_norm = 0.0
+    options.setdefault("max_grad_norm", trainer.args.max_grad_norm or None)
+    trainer.args.max_grad_norm = 0.0
     trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, trainer.args, adapters), options
     trainer.remove_callback(InUse)
     trainer.add_callback(InUse(adapters))
@@ -162,13 +162,3 @@ def _given_optimizer(trainer: Any) -> str | None:
     if kind is None or getattr(kind, "func", None) is _Factory:
         return None
     return str(getattr(kind, "__name__", kind))
-
-
-def _experts_of(model: Any) -> tuple[str, ...]:
-    """Return the PEFT adapters that are experts: those of ``add_lora_experts``, whatever is active, or else the active ones."""
-    if not isinstance(model, PeftModel):
-        return ()
-    if is_expert_model(model):
-        return tuple(name for name in model.peft_config if name != "ref")  # TRL's copy
-    active = model.active_adapters
-    return tuple([active] if isinstance(active, str) else active)
