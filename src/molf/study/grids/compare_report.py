@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molf.files import atomic_write
-from molf.study.grids.compare import Contender, Outcome
+from molf.study.grids.compare import Contender, Outcome, best
 from molf.study.results.tables import plain_text
 
 BASELINES = ("fft", "lora", "rslora")
@@ -85,19 +85,19 @@ def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str,
     if ours is None or theirs is None:
         return None
     (name, value), (other, reference) = ours, theirs
-    difference = value - reference
+    difference = reference - value if outcome.less_is_better else value - reference
     where = f"{abs(difference):.2f} points {'ahead of' if difference > 0 else 'behind'}" if difference else "level with"
     shown = label if name == method else f"{label} ({name})"
-    return f"{shown} is {where} {others} ({other}) in {outcome.metric}, {value:.2f} to {reference:.2f}"
+    less = " (less is better)" if outcome.less_is_better else ""
+    return f"{shown} is {where} {others} ({other}) in {outcome.metric}{less}, {value:.2f} to {reference:.2f}"
 
 
 def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | None:
-    means = [
-        (c.name, mean)
-        for c in outcome.contenders
-        if c.method in methods and (mean := c.mean(outcome.metric)) is not None
-    ]
-    return max(means, key=lambda pair: pair[1], default=None)
+    means = {
+        c.name: mean for c in outcome.contenders if c.method in methods and (mean := c.mean(outcome.metric)) is not None
+    }
+    leader = best(means, outcome.less_is_better)
+    return None if leader is None else (leader, means[leader])
 
 
 def comparison_table(outcome: Outcome) -> Table:
@@ -226,5 +226,7 @@ def draw_forgetting(outcome: Outcome, path: Path) -> None:
             axes.annotate(contender.name, (cost, gain), xytext=(5, 3), textcoords="offset points", fontsize=8)
         axes.set(xlabel="rise of the loss on other text (nats per token)", ylabel=outcome.metric)
         axes.margins(x=0.25, y=0.15)
+        if outcome.less_is_better:
+            axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(partial, dpi=150, format="png")
