@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from molf.tasks import TASKS, get_task
@@ -32,6 +34,13 @@ def test_an_unknown_name_says_what_there_is():
 )
 def test_a_task_says_which_value_of_a_metric_is_better(task, metric, less):
     assert less_is_better(get_task(task), metric) is less
+
+
+def test_a_task_that_declares_no_metrics_has_its_headline():
+    task = SimpleNamespace(name="own", headline="blue")
+    assert less_is_better(task, "blue") is False
+    with pytest.raises(ValueError, match='only blue; choose one of these, or declare it in the task: metrics = {"red": "more"}'):
+        less_is_better(task, "red")
 
 
 def test_probability_is_the_geometric_mean():

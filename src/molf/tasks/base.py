@@ -226,9 +226,19 @@ class DeclaresMetrics(Protocol):
 
 
 def less_is_better(task: Task, metric: str) -> bool:
-    """Return whether the smaller of two values of a metric is the better one."""
-    declared = task.metrics if isinstance(task, DeclaresMetrics) else {}
-    return declared.get(metric.partition("/")[0], "more") == "less"
+    """Return whether the smaller of two values of a metric is the better one.
+
+    Raises:
+        MolfError: The task declares no such metric.
+    """
+    declared = task.metrics if isinstance(task, DeclaresMetrics) else {task.headline: "more"}
+    name = metric.partition("/")[0]
+    if name in declared:
+        return declared[name] == "less"
+    declare = "" if isinstance(task, DeclaresMetrics) else f', or declare it in the task: metrics = {{"{name}": "more"}}'
+    raise MolfError(
+        f"the task {task.name} has no metric {metric!r}, only {', '.join(declared)}; choose one of these{declare}"
+    )
 
 
 @runtime_checkable

@@ -164,8 +164,10 @@ def test_different_tasks(settings, tmp_path):
 
 
 def test_an_unknown_metric(comparison, engine):
-    with pytest.raises(MolfError, match="no metric 'nonsense'; it has efficacy_score"):
-        compare(Comparison(**{**vars(comparison), "metric": "nonsense"}), engine)
+    with pytest.raises(MolfError, match="the task fact has no metric 'nonsense', only efficacy_score, .*; choose one of these$"):
+        Comparison(**{**vars(comparison), "metric": "nonsense"})
+    with pytest.raises(MolfError, match="the runs that choose settings have no metric 'score', only efficacy_score"):
+        compare(Comparison(**{**vars(comparison), "metric": "score"}), engine)
 
 
 def test_a_metric_that_should_be_small_is_minimised(settings, engine, tmp_path):

@@ -49,6 +49,8 @@ class Comparison:
             raise MolfError(f"selection_limit={self.selection_limit} must be at least 1")
         if len(tasks := self._tasks) > 1:
             raise MolfError(f"the methods have different tasks, {', '.join(tasks)}; compare one at a time")
+        if self.metric is not None:
+            less_is_better(get_task(self.task), self.metric)  # which must know it
 
     @property
     def _tasks(self) -> list[str]:
@@ -200,6 +202,6 @@ def _spec(comparison: Comparison, name: str, label: str, seed: int, select: bool
 
 
 def _value(result: Result, metric: str) -> float:
-    if metric not in result.metrics:
-        raise MolfError(f"the task has no metric {metric!r}; it has {', '.join(result.metrics)}")
+    if metric not in result.metrics:  # of a part of the rows, or no row decides it
+        raise MolfError(f"the runs that choose settings have no metric {metric!r}, only {', '.join(result.metrics)}")
     return result.metrics[metric].value
