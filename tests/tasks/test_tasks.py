@@ -39,7 +39,9 @@ def test_a_task_says_which_value_of_a_metric_is_better(task, metric, less):
 def test_a_task_that_declares_no_metrics_has_its_headline():
     task = SimpleNamespace(name="own", headline="blue")
     assert less_is_better(task, "blue") is False
-    with pytest.raises(ValueError, match='only blue; choose one of these, or declare it in the task: metrics = {"red": "more"}'):
+    with pytest.raises(
+        ValueError, match='only blue; choose one of these, or declare it in the task: metrics = {"red": "more"}'
+    ):
         less_is_better(task, "red")
 
 

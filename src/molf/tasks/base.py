@@ -235,7 +235,9 @@ def less_is_better(task: Task, metric: str) -> bool:
     name = metric.partition("/")[0]
     if name in declared:
         return declared[name] == "less"
-    declare = "" if isinstance(task, DeclaresMetrics) else f', or declare it in the task: metrics = {{"{name}": "more"}}'
+    declare = (
+        "" if isinstance(task, DeclaresMetrics) else f', or declare it in the task: metrics = {{"{name}": "more"}}'
+    )
     raise MolfError(
         f"the task {task.name} has no metric {metric!r}, only {', '.join(declared)}; choose one of these{declare}"
     )

@@ -164,7 +164,9 @@ def test_different_tasks(settings, tmp_path):
 
 
 def test_an_unknown_metric(comparison, engine):
-    with pytest.raises(MolfError, match="the task fact has no metric 'nonsense', only efficacy_score, .*; choose one of these$"):
+    with pytest.raises(
+        MolfError, match="the task fact has no metric 'nonsense', only efficacy_score, .*; choose one of these$"
+    ):
         Comparison(**{**vars(comparison), "metric": "nonsense"})
     with pytest.raises(MolfError, match="the runs that choose settings have no metric 'score', only efficacy_score"):
         compare(Comparison(**{**vars(comparison), "metric": "score"}), engine)
