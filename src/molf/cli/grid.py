@@ -129,9 +129,11 @@ def read_grid(
         if name in (CONFIG_FLAG, "methods"):
             continue
         field = canonical_name(name)
-        # One value for an axis of the file selects a part of the grid, whose runs keep their names.
-        narrows = is_axis(field, settings.get(field)) and not isinstance(value, list)
-        settings[field] = [value] if narrows else value
+        if is_axis(field, settings.get(field)):
+            # One value for an axis of the file selects a part of the grid, whose runs keep their names.
+            value = value if isinstance(value, list) else [value]
+            value = [value] if allows(setting_types().get(field), list) else value  # one value is a list there
+        settings[field] = value
     options = build(kind, {name: settings.pop(name) for name in names if name in settings})
     if options.engine != "slurm" and (misplaced := [name for name, _ in flags if name in _SLURM]):
         raise UsageError(f"{misplaced[0]} is a setting of SLURM jobs; add --engine slurm")
