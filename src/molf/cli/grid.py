@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
-from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
+from molf.cli.parsing import CONFIG_FLAG, build, parse_run, positive_flags, read_flags, read_yaml
 from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, setting_types
 from molf.errors import MolfError, UsageError
 from molf.study.config.method_config import Method
@@ -104,8 +104,8 @@ def read_grid(
         The settings of each method's runs, by the name to show, and the options.
     """
     first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
-    flags = read_flags(argv[first:])
     names = [f.name for f in fields(kind)]
+    flags = positive_flags(read_flags(argv[first:]), {**setting_types(), **get_type_hints(kind)})
 
     def canonical_name(name: str) -> str:
         spelled = name.replace("-", "_")
