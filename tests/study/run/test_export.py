@@ -31,9 +31,10 @@ def run(saved_model, tmp_path):
     return tmp_path / "run"
 
 
-def finish(run, saved_model, trainable=0):
+def finish(run, saved_model, trainable=0, **settings):
     """Write the run's result."""
-    config = RunConfig.from_dict({"model_name_or_path": saved_model, "output_dir": str(run)}).resolved()
+    settings |= {"model_name_or_path": saved_model, "output_dir": str(run)}
+    config = RunConfig.from_dict(settings).resolved()
     training = replace(small_result().training, trainable_parameters=trainable)
     write_result(run, small_result(config=config.to_dict(), training=training, metrics_before=None))
 
@@ -75,6 +76,24 @@ def test_the_cards(run, saved_model, tmp_path):
     assert "cast to bfloat16" in half[0] and "by more than 0." in half[0] and "than 0.\n" not in half[0]
     card = (tmp_path / "c/README.md").read_text()
     assert "library_name: transformers" in card and "cast to bfloat16" in card
+
+
+def test_the_tokenizer_and_the_rights_are_those_of_the_run(run, saved_model, monkeypatch):
+    finish(run, saved_model, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(run)
+    trusted = []
+
+    def load(config, trust):
+        trusted.append(trust)
+        return load_model_and_tokenizer(config)
+
+    monkeypatch.setattr("molf.study.run.export.load_model_and_tokenizer", load)
+    for kind in ("peft", "merged"):
+        export_run(run, kind)
+        assert AutoTokenizer.from_pretrained(run / f"export-{kind}").chat_template == tokenizer.chat_template
+    assert trusted == [True, True]
 
 
 def test_a_run_that_trained_more_than_its_experts(run, saved_model):
