@@ -109,6 +109,11 @@ def test_a_run_without_experts(saved_model, tmp_path):
         export_run(tmp_path / "nothing", "merged")
 
 
+def test_an_adapter_has_no_type_to_choose(run):
+    with pytest.raises(ValueError, match="dtype=bfloat16 is for merged weights, .*: leave it out, or export to merged"):
+        export_run(run, "peft", dtype="bfloat16")
+
+
 def test_a_failed_export_leaves_nothing(run):
     taken = run / "adapters"
     with pytest.raises(ValueError, match="not empty"):

@@ -33,15 +33,19 @@ def export_run(
         run: Folder of the run.
         to: ``peft`` for an adapter of rank ``r1 + r2 + ...``, ``merged`` for a plain checkpoint.
         output_dir: Where to write; by default ``export-peft`` or ``export-merged`` in the run's folder.
-        dtype: Data type of merged weights.
+        dtype: Data type of merged weights; an adapter is float32.
 
     Returns:
         What to know about the export, one sentence each.
 
     Raises:
-        MolfError: The run has no adapters or trained other weights too, the folder is not empty, or the base model cannot be
-            loaded.
+        MolfError: An adapter is asked for in another type, the run has no adapters or trained other weights too, the folder is
+            not empty, or the base model cannot be loaded.
     """
+    if to == "peft" and dtype != "float32":
+        raise MolfError(
+            f"dtype={dtype} is for merged weights, an adapter is float32: leave it out, or export to merged"
+        )
     folders = adapter_folders(run)
     result = read_result(run) if (run / RESULT_FILE).is_file() else None
     training = result.training if result else None
