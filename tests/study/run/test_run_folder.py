@@ -50,6 +50,9 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
         ("data_path", "predictions.jsonl.gz"),
         ("data_path", ""),
         ("eval_path", "result.json"),
+        ("retention_path", "predictions_before.jsonl.gz"),
+        ("fsdp_config", "config.json"),
+        ("accelerator_config", "checkpoint-10"),
         ("chat_template_path", "chat_template.jinja"),
         ("data_path", "model-00001-of-00002.safetensors"),
     ],
@@ -63,7 +66,7 @@ def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
         with pytest.raises(
             MolfError, match=f"^{name}={given} is .*output_dir={folder}, where the run would replace it"
         ):
-            carry_out(settings | {name: str(given)}, overwrite=True)
+            carry_out(settings | {"retention": True, name: str(given)}, overwrite=True)
     assert (folder / place / "file").read_text() == "kept"
 
 

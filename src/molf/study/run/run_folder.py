@@ -33,6 +33,10 @@ CARD_FILE = "README.md"
 RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
+_INPUTS = (
+    *("model_name_or_path", "chat_template_path", "data_path", "eval_path", "retention_path"),
+    *("fsdp_config", "accelerator_config"),  # which may be files
+)
 _EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
 _MEASURED = (*LOG_FILES.values(), PICTURE_FILE, HISTORY_FILE, PREDICTIONS_BEFORE_FILE)
 _TRAINED = re.compile(
@@ -128,9 +132,8 @@ def _check_inputs(config: RunConfig) -> None:
     folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
     # A file behind a symlink is replaced too.
     written = {os.path.realpath(folder / name) for name in _names(folder) if _writes(name, training)}
-    task, template = config.task, config.train.get("chat_template_path")
-    inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
-    inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
+    settings = config.to_dict()
+    inputs = [(name, settings.get(name)) for name in _INPUTS if isinstance(settings.get(name), str)]
     inputs += [("config", file) for file in config.files] + [("recipe", config.method.allocation)]
     log = os.environ.get("LOG_FILE")
     for name, given in [*inputs, ("LOG_FILE", log)]:
