@@ -41,6 +41,7 @@ def test_it_starts_as_the_plain_model():
         ({"ranks": ()}, "one or more different positive ranks"),
         ({"ranks": (4, 4)}, "each may occur only once"),
         ({"ranks": (0, 4)}, "every rank must be a positive integer"),
+        ({"lora_dropout": 2.0}, r"lora_dropout=2\.0: must be at least 0 and below 1"),
         ({"lora_alpha": "x"}, "lora_alpha='x': give one number"),
         ({"ranks": (2, 4), "lora_alpha": (8.0,)}, r"one for each of ranks=\(2, 4\)"),
     ],

@@ -45,8 +45,8 @@ def add_lora_experts(
         exclude_modules: As in PEFT.
 
     Raises:
-        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, or nothing that can
-            be adapted matches.
+        MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, the dropout is out
+            of range, or nothing that can be adapted matches.
         TypeError: The model is a ``PeftModel`` already.
     """
     if isinstance(model, PeftModel):
@@ -56,6 +56,8 @@ def add_lora_experts(
     ranks, alphas = checked_ranks(ranks, lora_alpha)
     if not ranks:
         raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
+    if not 0 <= lora_dropout < 1:
+        raise MolfError(f"lora_dropout={lora_dropout}: must be at least 0 and below 1")
     targets = find_targets(model, target_modules, exclude_modules, stacks=lora_dropout == 0)
     targets.log()
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
