@@ -1,8 +1,10 @@
 import csv
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+from matplotlib.axes import Axes
 
 from molf.study.grids.compare import Contender, Outcome
 from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
@@ -37,6 +39,20 @@ def test_the_rows(outcome):
     assert (lora["score"], lora["seeds"], lora["other"]) == (72.0, 2, 36.0)
     assert lora["score/spread"] == pytest.approx(2 * 2**0.5)
     assert (fft["score/spread"], fft["trainable_parameters"], fft["peak_memory_bytes"]) == (None, 964, 2**30)
+
+
+def test_a_metric_that_some_runs_do_not_have(tmp_path):
+    one, other = small_result(metrics={"other": Metric(3.0, 1)}), result(4.0)
+    rows = rows_of(
+        Outcome("score", [Contender("fft", "fft", "lr1", {}, [one, other], {}), contender("molf", 6.0, 8.0)], [], [])
+    )
+    assert [(row["seeds"], row["score"], row["other"]) for row in rows] == [(1, 4.0, 2.5), (2, 7.0, 3.5)]
+    (row,) = rows_of(Outcome("other", [Contender("fft", "fft", "lr1", {}, [one, other], {})], [], []))
+    assert (row["seeds"], row["other"], row["score"]) == (2, 2.5, 4.0)
+    none = Outcome("score", [Contender("fft", "fft", "lr1", {}, [one], {})], [], [])
+    assert (rows_of(none)[0]["seeds"], rows_of(none)[0]["score"]) == (0, None)
+    with mock.patch.object(Axes, "bar", side_effect=AssertionError("a bar of 0 would be taken for a value")):
+        draw_bars(none, tmp_path / "none.png")
 
 
 def test_the_verdict(outcome):
