@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from molf.errors import MolfError
-from molf.files import NotWritable, atomic_folder, atomic_write, read_json, typed
+from molf.files import NotWritable, atomic_folder, atomic_write, cache_folder, read_json, typed
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -168,6 +168,17 @@ class Tree:
 
 
 GOOD = {"count": 1, "leaves": {"a": {"number": 2}}, "extra": {"x": [None]}}
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MOLF_CACHE", raising=False)
+    assert cache_folder() == Path("/home/someone/.cache/molf")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/xdg")
+    assert cache_folder() == Path("/var/xdg/molf")
+    monkeypatch.setenv("MOLF_CACHE", "~/mine")
+    assert cache_folder() == Path("/home/someone/mine")
 
 
 def test_values_get_their_types():

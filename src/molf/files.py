@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON files that may be damaged or someone else's."""
+"""Files and folders that are written whole or not at all, the cache, and JSON files that may be damaged or someone else's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from molf.errors import MolfError
 
-__all__ = ["NotWritable", "atomic_folder", "atomic_write", "is_stream", "read_json", "typed", "write_errors"]
+__all__ = [
+    "NotWritable",
+    "atomic_folder",
+    "atomic_write",
+    "cache_folder",
+    "is_stream",
+    "read_json",
+    "typed",
+    "write_errors",
+]
 
 _DEEPEST = 100  # levels; Python's own limit depends on its version and on the caller
 _NAMES = {
@@ -150,6 +159,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         os.replace(partial, real)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is made or downloaded once: ``$MOLF_CACHE``, or ``molf`` in the user's cache folder."""
+    if chosen := os.environ.get("MOLF_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molf"
 
 
 def read_json(file: Path, kind: Any = Any) -> Any:

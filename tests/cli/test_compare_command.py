@@ -91,6 +91,7 @@ def test_every_comparison_that_comes_with_it_can_be_read(path):
         ("--methods fft --all_rates maybe", "argument --all_rates.*: Truthy value expected: got maybe"),
         ("--methods fft --learning_rte 1", "did you mean 'learning_rate'"),
         ("--methods ffft", "invalid choice"),
+        ("--methods fft --metric eficacy_score", "the task fact has no metric 'eficacy_score', only efficacy_score"),
     ],
 )
 def test_mistakes(line, message):

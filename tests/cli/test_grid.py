@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from molf.cli.grid import GridOptions, as_list, configs, read_grid
+from molf.cli.sweep import SweepOptions
 from molf.errors import UsageError
 from molf.study.faults.preemption import Preempted
 
@@ -33,6 +34,13 @@ def test_methods_of_files_and_flags(methods_of):
 def grid_of(tmp_path, line="", **content):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return read_grid([str(tmp_path / "grid.yaml"), *shlex.split(line)], GridOptions)[0]
+
+
+def test_a_flag_may_be_negated(tmp_path):
+    assert grid_of(tmp_path, "--no_retention --seed 1 2", methods=["fft"]) == {
+        "fft": {"method": "fft", "retention": False, "seed": ["1", "2"]}
+    }
+    assert read_grid(["--methods", "fft", "--no-wait"], SweepOptions)[1].wait is False
 
 
 def test_a_shared_setting_is_for_the_methods_that_read_it(tmp_path):

@@ -37,6 +37,9 @@ def test_mistakes_in_a_plan(model_folder, capsys):
         assert "ranks=(4096,) exceeds the smallest routed layer" in capsys.readouterr().err
     assert call(f"plan --model_name_or_path {model_folder} --methd molf") == 2
     assert "did you mean 'method'" in capsys.readouterr().err
+    for memory in ("nan", "inf", "0", "-1"):
+        assert call(f"plan --model_name_or_path {model_folder} --memory_gb={memory}") == 2
+        assert f"memory_gb={float(memory)} must be a finite number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["molf", "molf_e", "lora"])

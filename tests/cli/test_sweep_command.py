@@ -72,6 +72,22 @@ def test_a_file(tmp_path):
     assert names(f"--config {path} --model_name_or_path org/a --methods fft") == ["fft-a-lr0.0001"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--seed 1", {"molf-r8-s1": [8], "molf-r32-s1": [32]}),
+        ("--ranks 8", {"molf-r8-s1": [8], "molf-r8-s2": [8]}),
+        ("--ranks [32] --seed 2", {"molf-r32-s2": [32]}),
+        ("--ranks 8,32 --seed 2", {"molf-r8_32-s2": [8, 32]}),
+        ("--ranks 8 32 --seed 2", {"molf-r8_32-s2": [8, 32]}),
+    ],
+)
+def test_one_value_for_an_axis_of_the_file_keeps_the_names(flags, found, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("{methods: [molf], ranks: [[8], [32]], seed: [1, 2]}")
+    assert {spec.name: spec.config.method.ranks for spec in parse(f"{path} {flags}")[1]} == found
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../out", "/abs", "a\nb"])
 def test_a_name_that_leads_elsewhere_is_refused(name, tmp_path):
     """The trained weights of a run are removed at its end."""

@@ -1,10 +1,12 @@
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from molf.errors import MolfError
+from molf.files import cache_folder
 from molf.integrations import bundled
 
 
@@ -63,13 +65,10 @@ def test_the_second_of_two_processes_uses_the_folder_of_the_first(fake_model, ca
     assert list(cache.iterdir()) == [folder]
 
 
-def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("MOLF_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert bundled.cache_dir() == tmp_path / "xdg" / "molf" / "models"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert bundled.cache_dir() == tmp_path / "home" / ".cache" / "molf" / "models"
+def test_models_are_in_the_cache_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("MOLF_CACHE", "~/mine")
+    assert bundled.cache_dir() == cache_folder() / "models" == Path("/home/someone/mine/models")
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -11,6 +11,7 @@ import molf
 from molf import MoLF, RoutingLog
 from molf.integrations.routing_lines import CompactLines, selection_record
 from molf.integrations.routing_log import _MAX_PENDING, Fetch
+from molf.study.results.routing_reader import read_routing
 from routing_logs import routing, run_by_hand, steps
 from small import tiny_llama
 
@@ -134,6 +135,21 @@ def test_resuming_needs_no_second_header(run):
     run.step()
     run.step()
     assert steps(run.log.path) == [1, 2, 3] and run.log.path.read_text().count("experts") == 1
+
+
+@pytest.mark.parametrize("formats", [("compact", "published"), ("published", "compact")])
+def test_a_log_that_is_resumed_keeps_its_format(formats, tmp_path, caplog):
+    """Two files would each have a part of the steps, and one of them is read."""
+    first, second = (run_by_hand(tmp_path, format=name) for name in formats)
+    first.event("on_train_begin")
+    first.step()
+    first.step()
+    second.state.global_step = 1
+    second.event("on_train_begin")
+    second.step()
+    assert second.log.path == first.log.path and steps(first.log.path) == [1, 2]
+    assert [*first.log.path.parent.iterdir()] == [first.log.path] and "lacks" not in caplog.text
+    assert read_routing(first.log.path).steps == 2
 
 
 def test_resuming_without_a_log(run, caplog):

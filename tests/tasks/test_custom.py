@@ -211,6 +211,7 @@ def test_metrics_worked_out_by_hand():
         "token_accuracy": 75,
         "exact_match": 50,
     }
+    assert metrics.keys() == Custom.metrics.keys()
     assert all(metric.n == 2 and metric.low <= metric.value <= metric.high for metric in metrics.values())
     assert "exact_match" not in Custom().score([{"text": "a"}, {"text": "b"}], given)
     assert Custom().score([], []) == {}

@@ -1,7 +1,6 @@
 import contextlib
 import http.server
 import threading
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -9,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from molf.errors import MolfError
-from molf.tasks.downloads import DownloadError, cache_folder, download_once, hub_splits
+from molf.tasks.downloads import DownloadError, download_once, hub_splits
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,17 +71,6 @@ def test_offline_means_offline_but_a_copy_is_used(tmp_path, online, monkeypatch,
     assert asked == []
     (tmp_path / "published.json").write_text("[]")
     assert download_once(url, tmp_path) == tmp_path / "published.json"
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("MOLF_CACHE", raising=False)
-    assert cache_folder() == Path("/home/someone/.cache/molf")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/xdg")
-    assert cache_folder() == Path("/var/xdg/molf")
-    monkeypatch.setenv("MOLF_CACHE", "~/mine")
-    assert cache_folder() == Path("/home/someone/mine")
 
 
 @pytest.fixture

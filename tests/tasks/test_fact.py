@@ -130,7 +130,7 @@ def test_metrics_worked_out_by_hand():
         "exact_true": (50, 2),
     }
     metrics = FACT.score(rows, answers)
-    assert metrics.keys() == expected.keys()
+    assert metrics.keys() == expected.keys() == FACT.metrics.keys()
     assert FACT.headline in metrics
     for name, (value, n) in expected.items():
         assert metrics[name].value == pytest.approx(value, abs=1e-9), name

@@ -131,6 +131,7 @@ def test_metrics_worked_out_by_hand():
     assert all(metric.low <= metric.value <= metric.high for metric in metrics.values())
     assert MED.outcomes(rows, given)[2] == {"accuracy": True, "right": "C", "chosen": "C", "written": None}
     assert MED.score([], []) == {}
+    assert {name.partition("/")[0] for name in metrics} == MED.metrics.keys()
 
 
 def test_gold_as_prediction_is_always_right(sample):

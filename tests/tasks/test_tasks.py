@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
 from molf.tasks import TASKS, get_task
-from molf.tasks.base import NextToken, OptionScores, TargetScores
+from molf.tasks.base import NextToken, OptionScores, TargetScores, less_is_better
 
 
 def test_a_task_is_found_by_its_own_name():
@@ -16,6 +18,31 @@ def test_an_unknown_name_says_what_there_is():
         get_task("facts")
     with pytest.raises(ValueError, match="unknown task 'zzz'; the tasks are: fact, med, sql, custom"):
         get_task("zzz")
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "less"),
+    [
+        ("custom", "loss", True),
+        ("custom", "perplexity", True),
+        ("custom", "token_accuracy", False),
+        ("med", "accuracy/Anatomy", False),
+        ("med", "invalid_answers", True),
+        ("sql", "unusable_gold", True),
+        ("fact", "exact_true", True),
+    ],
+)
+def test_a_task_says_which_value_of_a_metric_is_better(task, metric, less):
+    assert less_is_better(get_task(task), metric) is less
+
+
+def test_a_task_that_declares_no_metrics_has_its_headline():
+    task = SimpleNamespace(name="own", headline="blue")
+    assert less_is_better(task, "blue") is False
+    with pytest.raises(
+        ValueError, match='only blue; choose one of these, or declare it in the task: metrics = {"red": "more"}'
+    ):
+        less_is_better(task, "red")
 
 
 def test_probability_is_the_geometric_mean():

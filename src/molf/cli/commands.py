@@ -1,12 +1,14 @@
 """The commands about runs to come: ``molf train``, ``eval``, ``demo`` and ``plan``."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molf.cli.parsing import parse_run, print_help
 from molf.cli.show import console, show_plan, show_result, write_page
+from molf.errors import UsageError
 from molf.study.config.run_config import DEMO, OutputConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def plan(argv: list[str]) -> None:
         console().print("--memory_gb GIB: memory of the device to plan for; of the visible accelerator by default\n")
         return print_help("plan")
     given, rest = parser.parse_known_args(argv)
+    if given.memory_gb is not None and not 0 < given.memory_gb < math.inf:
+        raise UsageError(f"memory_gb={given.memory_gb} must be a finite number above 0")
     config = parse_run(rest)
 
     from molf.study.sizing.blueprint import Blueprint

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
-from molf.cli.parsing import CONFIG_FLAG, build, parse_run, read_flags, read_yaml
+from molf.cli.parsing import CONFIG_FLAG, build, parse_run, positive_flags, read_flags, read_yaml
 from molf.cli.settings import PUBLISHED_NAMES, allows, canonical, setting_types
 from molf.errors import MolfError, UsageError
 from molf.study.config.method_config import Method
@@ -104,8 +104,8 @@ def read_grid(
         The settings of each method's runs, by the name to show, and the options.
     """
     first = next((number for number, token in enumerate(argv) if token.startswith("--")), len(argv))
-    flags = read_flags(argv[first:])
     names = [f.name for f in fields(kind)]
+    flags = positive_flags(read_flags(argv[first:]), {**setting_types(), **get_type_hints(kind)})
 
     def canonical_name(name: str) -> str:
         spelled = name.replace("-", "_")
@@ -129,9 +129,11 @@ def read_grid(
         if name in (CONFIG_FLAG, "methods"):
             continue
         field = canonical_name(name)
-        # One value for an axis of the file selects a part of the grid, whose runs keep their names.
-        narrows = is_axis(field, settings.get(field)) and not isinstance(value, list)
-        settings[field] = [value] if narrows else value
+        if is_axis(field, settings.get(field)):
+            # One value for an axis of the file selects a part of the grid, whose runs keep their names.
+            value = value if isinstance(value, list) else [value]
+            value = [value] if allows(setting_types().get(field), list) else value  # one value is a list there
+        settings[field] = value
     options = build(kind, {name: settings.pop(name) for name in names if name in settings})
     if options.engine != "slurm" and (misplaced := [name for name, _ in flags if name in _SLURM]):
         raise UsageError(f"{misplaced[0]} is a setting of SLURM jobs; add --engine slurm")

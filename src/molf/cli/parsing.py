@@ -44,7 +44,7 @@ def parse_run(argv: Sequence[str], preset: Mapping[str, Any] | None = None) -> R
     files = [value for name, value in flags if name == CONFIG_FLAG]
     for path in files:
         settings |= canonical(read_yaml(path).items(), known, str(path))
-    given = [(name, value) for name, value in _positive_flags(flags, known) if name != CONFIG_FLAG]
+    given = [(name, value) for name, value in positive_flags(flags, known) if name != CONFIG_FLAG]
     settings |= canonical(given, known, "the command line")
     typed = _typed(settings, known, parser)
     try:
@@ -86,6 +86,12 @@ def read_flags(argv: Sequence[str]) -> list[tuple[str, Any]]:
     return [(name, values if len(values) > 1 else values[0] if values else True) for name, values in found]
 
 
+def positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Read ``--no_x`` as ``--x False``, as HfArgumentParser does."""
+    negated = {f"no_{name}": name for name, hint in known.items() if allows(hint, bool)}
+    return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
+
+
 def read_yaml(path: Any) -> dict[str, Any]:
     """Read a configuration file: one flat mapping of setting to value."""
     if not isinstance(path, str | Path):
@@ -115,12 +121,6 @@ def print_help(command: str) -> None:
         f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of settings by the same names; flags override it"
     )
     parser.print_help()
-
-
-def _positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Read ``--no_x`` as ``--x False``, as HfArgumentParser does."""
-    negated = {f"no_{name}": name for name, hint in known.items() if allows(hint, bool)}
-    return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
 
 
 def _parser(kinds: Sequence[Any] = ()) -> Any:

@@ -7,14 +7,13 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from molf.errors import MolfError
-from molf.files import atomic_folder
+from molf.files import atomic_folder, cache_folder
 
 PREFIX = "bundled:"
 
@@ -102,11 +101,8 @@ def lookup(name: str) -> BundledModel:
 
 
 def cache_dir() -> Path:
-    """Return the folder of dequantised models: ``$MOLF_CACHE/models``, or ``molf/models`` in the user's cache folder."""
-    if chosen := os.environ.get("MOLF_CACHE"):
-        return Path(chosen) / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "molf" / "models"
+    """Return the folder of dequantised models."""
+    return cache_folder() / "models"
 
 
 def resolve(name: str) -> Path:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from molf.errors import MolfError
 from molf.files import atomic_write
 from molf.integrations.checkpoint_folder import sync
-from molf.integrations.routing_lines import LOG_FILES, CompactLines, Format, PublishedLines, lines_until
+from molf.integrations.routing_lines import LOG_FILES, CompactLines, Format, PublishedLines, find_log, lines_until
 from molf.integrations.trainer import check_release_settings, clip_once
 from molf.optimizer import MoLF
 from molf.routing import Routing
@@ -69,7 +69,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
     Args:
         output_dir: Folder of the log file, created when training starts. Only the main process writes.
         every: Write every ``every``-th step only. The numbers in the Trainer's logs are those of all steps.
-        format: ``compact``, or ``published`` for the published file.
+        format: ``compact``, or ``published`` for the published file; a log that is resumed keeps its own.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], every: int = 1, format: Format = "compact"):
@@ -79,7 +79,6 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
             raise MolfError(f"format={format!r} is none of {', '.join(LOG_FILES)}")
         self.path = Path(output_dir) / LOG_FILES[format]
         self.every = every
-        self._format = format
         self._lines: CompactLines | PublishedLines = CompactLines()
         self._writes = False
         self._shares: list[float] = []
@@ -94,7 +93,7 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         return self
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        """Start a new log, or on resuming continue the old one from the checkpoint's step.
+        """Start a new log, or on resuming continue the old one from the checkpoint's step, in the format that it has.
 
         Raises:
             MolfError: The Trainer's settings do not work with ``optimizer_in_backward``, or a line of the old log is damaged.
@@ -110,7 +109,9 @@ class RoutingLog(TrainerCallback):  # type: ignore[misc]
         if not self._writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = CompactLines() if self._format == "compact" else PublishedLines()
+        if state.global_step and not self.path.exists():  # two files would each have a part of the steps
+            self.path = find_log(self.path.parent) or self.path
+        self._lines = PublishedLines() if self.path.name == LOG_FILES["published"] else CompactLines()
         kept = self._keep_until(state.global_step)
         expected = state.global_step // self.every
         if (missing := expected - molf.skipped_steps - kept) > 0:

@@ -7,7 +7,7 @@ metrics. A benchmark is therefore one file without tensors, and all benchmarks s
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from molf.errors import MolfError
 
@@ -124,6 +124,10 @@ Answer: TypeAlias = TargetScores | OptionScores | str
 ``Generate``."""
 
 
+Better: TypeAlias = Literal["more", "less"]
+"""Which of two values of a metric is the better one."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric of an evaluation.
@@ -208,6 +212,35 @@ class Task(Protocol):
             Metrics by name. A metric without any row that decides it is absent, never 0.
         """
         ...
+
+
+@runtime_checkable
+class DeclaresMetrics(Protocol):
+    """A task that says which metrics it has, for comparisons by another one than its headline.
+
+    Attributes:
+        metrics: Names, without those of a part of the rows, ``NAME/PART``, and which value is the better one.
+    """
+
+    metrics: Mapping[str, Better]
+
+
+def less_is_better(task: Task, metric: str) -> bool:
+    """Return whether the smaller of two values of a metric is the better one.
+
+    Raises:
+        MolfError: The task declares no such metric.
+    """
+    declared = task.metrics if isinstance(task, DeclaresMetrics) else {task.headline: "more"}
+    name = metric.partition("/")[0]
+    if name in declared:
+        return declared[name] == "less"
+    declare = (
+        "" if isinstance(task, DeclaresMetrics) else f', or declare it in the task: metrics = {{"{name}": "more"}}'
+    )
+    raise MolfError(
+        f"the task {task.name} has no metric {metric!r}, only {', '.join(declared)}; choose one of these{declare}"
+    )
 
 
 @runtime_checkable

@@ -1,16 +1,16 @@
 """A user's own data: prompts with completions, conversations, or plain texts."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from molf.errors import MolfError
-from molf.tasks.base import Answer, ExampleTokens, Metric, Request, Row, Split, TargetScores
+from molf.tasks.base import Answer, Better, ExampleTokens, Metric, Request, Row, Split, TargetScores
 from molf.tasks.downloads import hub_splits
 from molf.tasks.formats import Located, is_readable
 from molf.tasks.metrics import percentage, statistic
@@ -32,6 +32,12 @@ class Custom:
 
     name: str = field(default="custom", init=False)
     headline: str = field(default="token_accuracy", init=False)
+    metrics: ClassVar[Mapping[str, Better]] = {
+        "loss": "less",
+        "perplexity": "less",
+        "token_accuracy": "more",
+        "exact_match": "more",
+    }
     eval_path: str | None = None
     eval_fraction: float | None = None
     train_split: str | None = None

@@ -15,14 +15,6 @@ class DownloadError(MolfError, ConnectionError):
     """Published data is neither in the cache nor can be downloaded."""
 
 
-def cache_folder() -> Path:
-    """Return the folder for downloads: ``$MOLF_CACHE``, or ``molf`` in the user's cache folder."""
-    import pooch  # slow to import
-
-    chosen = os.environ.get("MOLF_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("molf"))
-
-
 def offline_switch() -> str | None:
     """Return the name of the environment variable that turns the network off, if one does."""
     on = {"1", "ON", "YES", "TRUE"}
@@ -31,7 +23,7 @@ def offline_switch() -> str | None:
 
 def download_once(url: str, folder: Path) -> Path:
     """Return the local copy of a published file; download it first if there is none."""
-    import pooch
+    import pooch  # slow to import
 
     target = folder / Path(urlsplit(url).path).name
     if target.exists():

@@ -8,13 +8,14 @@ subjects (neighborhood).
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from molf.tasks.base import Answer, Generate, Likelihood, Metric, Request, Row, TargetScores
+from molf.tasks.base import Answer, Better, Generate, Likelihood, Metric, Request, Row, TargetScores
 from molf.tasks.metrics import mean, percentage, statistic
 from molf.tasks.sources import Source, SourceTask, UrlFile
 
@@ -53,6 +54,13 @@ class Fact(SourceTask):
 
     name: str = "fact"
     headline: str = "efficacy_score"
+    metrics: Mapping[str, Better] = {
+        **{f"{kind}_{what}": "more" for kind in KINDS for what in ("score", "magnitude")},
+        "score": "more",
+        "es_first_token": "more",
+        "exact_new": "more",
+        "exact_true": "less",
+    }
     source = Source(
         published=UrlFile("https://rome.baulab.info/data/dsets/counterfact.json", folder="fact"),
         packaged=("counterfact_sample.jsonl.gz",),

@@ -7,10 +7,11 @@ generates.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, cast
 
 from molf.errors import MolfError
-from molf.tasks.base import Answer, Generate, Metric, NextToken, OptionScores, Request, Row
+from molf.tasks.base import Answer, Better, Generate, Metric, NextToken, OptionScores, Request, Row
 from molf.tasks.metrics import percentage, percentage_by
 from molf.tasks.sources import HubData, Source, SourceTask
 
@@ -48,6 +49,7 @@ class Med(SourceTask):
 
     name: str = "med"
     headline: str = "accuracy"
+    metrics: Mapping[str, Better] = {"accuracy": "more", "accuracy_generated": "more", "invalid_answers": "less"}
     source = Source(
         published=HubData("openlifescienceai/medmcqa"),
         packaged=("medmcqa_train_sample.jsonl.gz", "medmcqa_validation_sample.jsonl.gz"),

@@ -6,8 +6,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 from molf.errors import MolfError
+from molf.files import cache_folder
 from molf.tasks.base import Row, Split
-from molf.tasks.downloads import ADVICE, cache_folder, download_once, hub_splits
+from molf.tasks.downloads import ADVICE, download_once, hub_splits
 from molf.tasks.formats import Located, records_of
 from molf.tasks.records import UNNAMED, Splits, check_fields, local_splits, split_names, tell_unused
 

@@ -5,10 +5,10 @@ language models to generate SQL queries from natural language prompts", Gretel, 
 b-mc2/sql-create-context (2023), whose contexts create tables without rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from molf.tasks.base import Answer, Generate, Metric, Request, Row
+from molf.tasks.base import Answer, Better, Generate, Metric, Request, Row
 from molf.tasks.metrics import percentage, percentage_by
 from molf.tasks.sources import HubData, Source, SourceTask
 
@@ -28,6 +28,15 @@ class Sql(SourceTask):
 
     name: str = "sql"
     headline: str = "exact_match"
+    metrics: Mapping[str, Better] = {
+        "exact_match": "more",
+        "logic_match": "more",
+        "valid_sql": "more",
+        "execution_accuracy": "more",
+        "execution_accuracy_filled": "more",
+        "bleu": "more",
+        "unusable_gold": "less",
+    }
     source = Source(
         published=HubData("gretelai/synthetic_text_to_sql"),
         packaged=("sql_create_context_train_sample.jsonl.gz", "sql_create_context_test_sample.jsonl.gz"),

@@ -1,12 +1,14 @@
 import errno
 import fcntl
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fake_runs import working_in
+from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
 from molf.study.faults.run_lock import in_use, lock_file, run_lock
 from molf.study.run.train import run
@@ -62,6 +64,34 @@ def test_a_folder_is_named_in_any_way(tmp_path, monkeypatch):
     (tmp_path / "later").symlink_to("not yet")
     assert lock_file(tmp_path / "later") == tmp_path / ".not yet.running"
     assert not in_use(tmp_path / "run") and not list(tmp_path.glob(".*")), "asking leaves nothing"
+
+
+def deny(monkeypatch, flags):
+    """Make the file system refuse to open files with some of the flags: no mode keeps root out."""
+    real = os.open
+
+    def refuse(path, given, *more):
+        if given & os.O_ACCMODE in flags:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, given, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_a_reader_needs_no_right_to_write(work, tmp_path, monkeypatch):
+    first = work()
+    deny(monkeypatch, (os.O_RDWR, os.O_WRONLY))
+    assert in_use(tmp_path / "run")
+    first.communicate("")
+    assert not in_use(tmp_path / "run")
+
+
+def test_a_lock_that_cannot_be_read(tmp_path, monkeypatch):
+    deny(monkeypatch, (os.O_RDONLY, os.O_RDWR))
+    with pytest.raises(
+        MolfError, match=r"whether a run works in .*run: .*.run.running: Permission denied; make it readable"
+    ):
+        in_use(tmp_path / "run")
 
 
 def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):

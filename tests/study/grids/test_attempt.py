@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fake_runs import fake_run, until, working_in
+from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.faults.preemption import PREEMPTED
 from molf.study.faults.run_lock import in_use
@@ -107,6 +108,12 @@ def test_without_locks_it_runs_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert Attempt(fake_run(tmp_path, "finish"))() == 0
     assert "finish.lock (No locks available): nothing keeps a second run out" in caplog.text
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "finish.lock").mkdir()
+    with pytest.raises(MolfError, match="cannot write .*finish.lock: Is a directory; choose another path"):
+        Attempt(fake_run(tmp_path, "finish"))()
 
 
 def test_one_that_waits_says_so_and_can_be_stopped(tmp_path, caplog):

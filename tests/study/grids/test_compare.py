@@ -38,6 +38,7 @@ class Pretended:
     started: list[str] = field(default_factory=list)
     failing: Callable = lambda spec: False
     killed: Callable = lambda spec: False
+    metric: str = "efficacy_score"
 
     def run(self, specs):
         for spec in specs:
@@ -49,7 +50,7 @@ class Pretended:
                 spec.folder.mkdir(exist_ok=True)
                 metric = Metric(100 * spec.config.train["learning_rate"] + spec.config.train["seed"], 4)
                 config = spec.config.to_dict()
-                write_result(spec.folder, small_result(config=config, metrics={"efficacy_score": metric}))
+                write_result(spec.folder, small_result(config=config, metrics={self.metric: metric}))
             yield spec
 
 
@@ -163,11 +164,26 @@ def test_different_tasks(settings, tmp_path):
 
 
 def test_an_unknown_metric(comparison, engine):
-    with pytest.raises(MolfError, match="no metric 'nonsense'; it has efficacy_score"):
-        compare(Comparison(**{**vars(comparison), "metric": "nonsense"}), engine)
+    with pytest.raises(
+        MolfError, match="the task fact has no metric 'nonsense', only efficacy_score, .*; choose one of these$"
+    ):
+        Comparison(**{**vars(comparison), "metric": "nonsense"})
+    with pytest.raises(MolfError, match="the runs that choose settings have no metric 'score', only efficacy_score"):
+        compare(Comparison(**{**vars(comparison), "metric": "score"}), engine)
+
+
+def test_a_metric_that_should_be_small_is_minimised(settings, engine, tmp_path):
+    engine.metric = "loss"
+    configs = {
+        f"lr{rate:g}": RunConfig.from_dict(settings | {"task": "custom", "learning_rate": rate})
+        for rate in (1e-4, 1e-3)
+    }
+    outcome = compare(Comparison({"molf": configs}, (1,), 3, tmp_path / "out", metric="loss"), engine)
+    assert outcome.less_is_better and outcome.contenders[0].chosen == "lr0.0001"
 
 
 def test_the_best_of_some():
+    assert best({"a": 2.0, "b": 1.0, "c": 1.0, "d": float("nan")}, less=True) == "b"
     assert best({"a": 1.0, "b": 2.0, "c": 2.0}) == "b"
     assert best({"a": float("nan"), "b": 0.0}) == "b"
     assert best({}) is None

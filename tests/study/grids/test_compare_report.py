@@ -1,8 +1,10 @@
 import csv
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+from matplotlib.axes import Axes
 
 from molf.study.grids.compare import Contender, Outcome
 from molf.study.grids.compare_report import comparison_table, draw_bars, rows_of, verdict, write_comparison
@@ -39,6 +41,20 @@ def test_the_rows(outcome):
     assert (fft["score/spread"], fft["trainable_parameters"], fft["peak_memory_bytes"]) == (None, 964, 2**30)
 
 
+def test_a_metric_that_some_runs_do_not_have(tmp_path):
+    one, other = small_result(metrics={"other": Metric(3.0, 1)}), result(4.0)
+    rows = rows_of(
+        Outcome("score", [Contender("fft", "fft", "lr1", {}, [one, other], {}), contender("molf", 6.0, 8.0)], [], [])
+    )
+    assert [(row["seeds"], row["score"], row["other"]) for row in rows] == [(1, 4.0, 2.5), (2, 7.0, 3.5)]
+    (row,) = rows_of(Outcome("other", [Contender("fft", "fft", "lr1", {}, [one, other], {})], [], []))
+    assert (row["seeds"], row["other"], row["score"]) == (2, 2.5, 4.0)
+    none = Outcome("score", [Contender("fft", "fft", "lr1", {}, [one], {})], [], [])
+    assert (rows_of(none)[0]["seeds"], rows_of(none)[0]["score"]) == (0, None)
+    with mock.patch.object(Axes, "bar", side_effect=AssertionError("a bar of 0 would be taken for a value")):
+        draw_bars(none, tmp_path / "none.png")
+
+
 def test_the_verdict(outcome):
     said = verdict(outcome)
     assert "MoLF is 1.00 points behind the better of full fine-tuning and LoRA (fft) in score, 79.00 to 80.00" in said
@@ -46,6 +62,13 @@ def test_the_verdict(outcome):
     ahead = Outcome("score", [contender("fft", 1.0), contender("molf", 3.5, name="molf_r8")], [], [])
     assert verdict(ahead).startswith("MoLF (molf_r8) is 2.50 points ahead of the baseline (fft)")
     assert verdict(Outcome("score", [contender("fft", 1.0)], [], [])).startswith("Nothing to say")
+
+
+def test_the_verdict_on_a_metric_of_which_less_is_better():
+    methods = [contender("fft", 2.0), contender("lora", 1.5), contender("molf", 1.0)]
+    said = verdict(Outcome("score", methods, [], [], less_is_better=True))
+    assert said.startswith("MoLF is 0.50 points ahead of the better of full fine-tuning and LoRA (lora)")
+    assert said.endswith("in score (less is better), 1.00 to 1.50.")
 
 
 def test_the_files(outcome, tmp_path):

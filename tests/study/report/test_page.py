@@ -138,6 +138,17 @@ def test_an_evaluation(tmp_path, page):
     assert "keep no history" in found.text and "wrong: 2" in found.text
 
 
+def test_a_run_of_a_task_that_is_not_known_here_has_no_examples(tmp_path, page):
+    config = {"run_name": "mine", "task": "boolq"}
+    found = page(write_run(tmp_path / "run"), write_run(tmp_path / "mine", config=config))
+    assert (
+        "Left out, as the task boolq is not known here." in found.text
+        and found.text.count("wrong before, right after") == 1
+    )
+    alone = page(tmp_path / "mine")
+    assert "Left out" in alone.text and "#examples" in alone.source and "wrong before" not in alone.text
+
+
 def test_a_page_that_cannot_be_written(tmp_path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(ValueError, match="cannot write"):

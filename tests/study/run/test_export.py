@@ -31,9 +31,10 @@ def run(saved_model, tmp_path):
     return tmp_path / "run"
 
 
-def finish(run, saved_model, trainable=0):
+def finish(run, saved_model, trainable=0, **settings):
     """Write the run's result."""
-    config = RunConfig.from_dict({"model_name_or_path": saved_model, "output_dir": str(run)}).resolved()
+    settings |= {"model_name_or_path": saved_model, "output_dir": str(run)}
+    config = RunConfig.from_dict(settings).resolved()
     training = replace(small_result().training, trainable_parameters=trainable)
     write_result(run, small_result(config=config.to_dict(), training=training, metrics_before=None))
 
@@ -77,6 +78,24 @@ def test_the_cards(run, saved_model, tmp_path):
     assert "library_name: transformers" in card and "cast to bfloat16" in card
 
 
+def test_the_tokenizer_and_the_rights_are_those_of_the_run(run, saved_model, monkeypatch):
+    finish(run, saved_model, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(run)
+    trusted = []
+
+    def load(config, trust):
+        trusted.append(trust)
+        return load_model_and_tokenizer(config)
+
+    monkeypatch.setattr("molf.study.run.export.load_model_and_tokenizer", load)
+    for kind in ("peft", "merged"):
+        export_run(run, kind)
+        assert AutoTokenizer.from_pretrained(run / f"export-{kind}").chat_template == tokenizer.chat_template
+    assert trusted == [True, True]
+
+
 def test_a_run_that_trained_more_than_its_experts(run, saved_model):
     finish(run, saved_model, trainable=96)
     with pytest.raises(ValueError, match="trained 96 parameters of the base model .*; use .* itself"):
@@ -88,6 +107,11 @@ def test_a_run_without_experts(saved_model, tmp_path):
         export_run(Path(saved_model), "peft")
     with pytest.raises(ValueError, match="Give the folder of a run with --method molf_e"):
         export_run(tmp_path / "nothing", "merged")
+
+
+def test_an_adapter_has_no_type_to_choose(run):
+    with pytest.raises(ValueError, match="dtype=bfloat16 is for merged weights, .*: leave it out, or export to merged"):
+        export_run(run, "peft", dtype="bfloat16")
 
 
 def test_a_failed_export_leaves_nothing(run):

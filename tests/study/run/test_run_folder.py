@@ -13,7 +13,7 @@ from molf.errors import MolfError
 from molf.integrations.checkpoint_folder import checkpoints
 from molf.study.config.run_config import RunConfig
 from molf.study.results.result import read_result
-from molf.study.run.run_folder import check_folder, report_full_disk, run_id
+from molf.study.run.run_folder import check_folder, clear_folder, report_full_disk, run_id
 from molf.study.run.train import run
 from small_runs import FILES, carry_out
 
@@ -46,10 +46,14 @@ def test_checkpoints_of_an_unfinished_run_are_not_lost_silently(finished, settin
         ("model_name_or_path", "damaged-checkpoint-2/deep"),
         ("model_name_or_path", ".unfinished/checkpoint-3"),
         ("model_name_or_path", "adapters/lora_r2"),
+        ("model_name_or_path", "export-merged"),
         ("chat_template_path", "checkpoint-10"),
         ("data_path", "predictions.jsonl.gz"),
         ("data_path", ""),
         ("eval_path", "result.json"),
+        ("retention_path", "predictions_before.jsonl.gz"),
+        ("fsdp_config", "config.json"),
+        ("accelerator_config", "checkpoint-10"),
         ("chat_template_path", "chat_template.jinja"),
         ("data_path", "model-00001-of-00002.safetensors"),
     ],
@@ -63,7 +67,7 @@ def test_what_a_run_reads_it_does_not_replace(name, place, settings, tmp_path):
         with pytest.raises(
             MolfError, match=f"^{name}={given} is .*output_dir={folder}, where the run would replace it"
         ):
-            carry_out(settings | {name: str(given)}, overwrite=True)
+            carry_out(settings | {"retention": True, name: str(given)}, overwrite=True)
     assert (folder / place / "file").read_text() == "kept"
 
 
@@ -117,7 +121,7 @@ def test_other_files_may_be_in_the_folder(settings):
     check_folder(RunConfig.from_dict(settings | {"only_eval": True}))
 
 
-@pytest.mark.parametrize("place", ["../run-2", "export-merged", "base", "checkpoint-best", "10"])
+@pytest.mark.parametrize("place", ["../run-2", "export-mine", "base", "checkpoint-best", "10"])
 def test_other_inputs_may_be_beside_or_in_the_folder(place, settings):
     check_folder(RunConfig.from_dict(settings | {"model_name_or_path": str(Path(settings["output_dir"]) / place)}))
 
@@ -158,6 +162,17 @@ def test_a_full_disk_of_the_log_is_named(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("molf.study.run.record.append_csv", full)
     with pytest.raises(MolfError, match=f"the disk of {tmp_path}/log.csv is full"):
         carry_out(settings, only_eval=True, eval_limit=1)
+
+
+def test_what_was_made_of_a_replaced_run_goes_with_it(settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    for name in ("adapters/lora_r2", "export-peft", "recipe-routing", "recipe-random-3", "export-mine"):
+        (folder / name).mkdir(parents=True)
+    for name in ("result.json", "report.html", "notes.txt"):
+        (folder / name).touch()
+    (folder / "export-merged").symlink_to(tmp_path)
+    clear_folder(folder, aside=False)
+    assert {path.name for path in folder.iterdir()} == {"export-mine", "notes.txt"} and tmp_path.is_dir()
 
 
 def test_an_evaluation_leaves_the_model_alone(settings):

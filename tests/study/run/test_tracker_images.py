@@ -34,7 +34,9 @@ def tracker(kind, **attributes):
 def run(log, *trackers, steps=25, main=True):
     callbacks = list(trackers)
     handler = SimpleNamespace(callbacks=callbacks)
-    images = RoutingImages(log).attach(SimpleNamespace(callback_handler=handler, add_callback=callbacks.append))
+    images = RoutingImages(SimpleNamespace(path=log)).attach(
+        SimpleNamespace(callback_handler=handler, add_callback=callbacks.append)
+    )
     assert callbacks[-1] is images, "after the trackers, which start first"
     state = TrainerState(max_steps=steps, is_world_process_zero=main)
     for state.global_step in range(1, steps + 1):
@@ -83,7 +85,7 @@ def test_there_are_few(tmp_path):
     log = tmp_path / "log"
     write_log(log, 1)
     callbacks = [tracker(WandbCallback, _wandb=library)]
-    images = RoutingImages(log).attach(
+    images = RoutingImages(SimpleNamespace(path=log)).attach(
         SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks), add_callback=callbacks.append)
     )
     state = TrainerState(max_steps=10_000, is_world_process_zero=True)

@@ -56,6 +56,15 @@ def test_without_a_choice_the_last_model_stays_and_its_loss_is_recorded(settings
     assert training.best_step is None and training.validation_loss > 0
 
 
+def test_an_evaluation_that_ends_the_training_hides_no_tokens(settings):
+    """TRL logs its counter under another name then, and none at all between the first step and the end."""
+    found = [
+        carry_out(settings, eval_strategy="steps", eval_steps=every, logging_steps=logs, overwrite=True).training.tokens
+        for every, logs in ((3, 1), (2, 3), (4, 10))
+    ]
+    assert found[0] == found[1] == found[2] > 0
+
+
 def rows_of(settings, **changes):
     job = load_job(small_config(settings, **changes))
     return job, [set(map(row_key, rows)) for rows in (job.split.train, job.split.eval, job.validation)]

@@ -1,5 +1,6 @@
 """The method of a run and its settings. Nothing here imports torch."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -200,16 +201,23 @@ class MethodConfig:
         self.method, self.allocation, self.recipe = "static", self.recipe, "default"
 
     def _check_numbers(self) -> None:
-        if self.loraplus_lr_ratio < 1:
+        if not 1 <= self.loraplus_lr_ratio < math.inf:
             raise MolfError(
-                f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be at least 1, so that B learns at least as fast as A"
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio} must be a finite number of at least 1, so that B learns at least as "
+                "fast as A"
             )
+        for name in ("lora_learning_rate", "lora_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise MolfError(f"{name}={value} must be a finite number, 0 or more")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise MolfError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
         if self.routing_log_every < 1:
             raise MolfError(f"routing_log_every={self.routing_log_every} must be at least 1")
         if self.lora_rank < 1:
             raise MolfError(f"lora_rank={self.lora_rank} must be at least 1")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise MolfError(f"lora_alpha={self.lora_alpha} must be above 0")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise MolfError(f"lora_alpha={self.lora_alpha} must be a finite number above 0")
         ranks = self.ranks or []
         if any(rank < 1 for rank in ranks) or len(set(ranks)) < len(ranks):
             raise MolfError(f"ranks={ranks}: give ranks of at least 1, each once")

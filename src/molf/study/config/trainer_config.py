@@ -161,28 +161,30 @@ def _check_available(config: TrainConfig) -> None:
 
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+_AT_LEAST_ZERO = ("learning_rate", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "router_aux_loss_coef")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    for name in _AT_LEAST_ONE:
-        value = settings.get(name)
-        if value is not None and value < 1:
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MolfError(f"{name}={value} must be a finite number")
+        if name in _AT_LEAST_ONE and value is not None and value < 1:
             raise MolfError(f"{name}={value} must be at least 1")
-    seed, noise = settings.get("seed"), settings.get("neftune_noise_alpha")
+        if name in _AT_LEAST_ZERO and value is not None and value < 0:
+            raise MolfError(f"{name}={value} must be 0 or more")
+        if name in _BELOW_ONE and not 0 <= value < 1:
+            raise MolfError(f"{name}={value} must be at least 0 and below 1")
+    seed, epsilon = settings.get("seed"), settings.get("adam_epsilon")
     if seed is not None and not 0 <= seed < 2**32:
         raise MolfError(f"seed={seed} must be between 0 and 4294967295 (2**32 - 1)")
-    if noise is not None and not (math.isfinite(noise) and noise >= 0):
-        raise MolfError(f"neftune_noise_alpha={noise} must be a finite number, 0 or more")
-    rate, steps, epochs = (settings.get(name) for name in ("learning_rate", "max_steps", "num_train_epochs"))
-    if rate is not None and not (math.isfinite(rate) and rate >= 0):
-        raise MolfError(f"learning_rate={rate} must be a finite number, 0 or more")
+    if epsilon is not None and not epsilon > 0:
+        raise MolfError(f"adam_epsilon={epsilon} must be above 0, as steps are divided by sqrt(v) + adam_epsilon")
+    steps, epochs = settings.get("max_steps"), settings.get("num_train_epochs")
     if steps is not None and steps < 1 and steps != -1:
         raise MolfError(f"max_steps={steps} must be at least 1, or -1 to train for num_train_epochs")
     if epochs is not None and not epochs > 0:
         raise MolfError(f"num_train_epochs={epochs} must be above 0; `molf eval` evaluates without training")
-    for name, value in settings.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise MolfError(f"{name}=nan must be a number")
 
 
 def _check_validation(config: TrainConfig) -> None:

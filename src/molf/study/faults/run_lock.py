@@ -42,14 +42,23 @@ def run_lock(folder: Path) -> Iterator[None]:
 def in_use(folder: Path) -> bool:
     """Return whether any process of a run works in a folder, on this machine or another that shares it.
 
-    A process that works there itself must not ask: closing the file would release its own lock.
+    The lock is shared, which needs no right to write. A process that works there itself must not ask: closing the file would
+    release its own lock.
+
+    Raises:
+        MolfError: The lock cannot be read.
     """
+    file = lock_file(folder)
     try:
-        descriptor = os.open(lock_file(folder), os.O_RDWR)
+        descriptor = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise MolfError(
+            f"cannot tell whether a run works in {folder}: {file}: {error.strerror}; make it readable"
+        ) from error
     try:
-        return not _taken(descriptor, lock_file(folder), first=0, length=0)
+        return not _taken(descriptor, file, first=0, length=0, kind=fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
@@ -60,10 +69,10 @@ def lock_file(folder: Path) -> Path:
     return whole.with_name(f".{whole.name}.running")
 
 
-def _taken(descriptor: int, file: Path, first: int, length: int) -> bool:
+def _taken(descriptor: int, file: Path, first: int, length: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock some bytes (length 0: all that follow) and return True, or False if another process holds them."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB, length, first)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False

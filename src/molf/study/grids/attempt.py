@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import IO, TYPE_CHECKING
 
-from molf.files import atomic_write
+from molf.files import atomic_write, write_errors
 from molf.study.faults.preemption import PREEMPTED, exit_status
 from molf.study.faults.run_lock import in_use
 from molf.study.grids.spec import FAILED, RunSpec
@@ -106,7 +106,9 @@ class Attempt:
 
         Processes started by torchrun do not inherit this lock and may outlive it, so wait for the run's own lock as well.
         """
-        with self.spec.beside(LOCK).open("a") as file:
+        with write_errors(self.spec.beside(LOCK)):
+            lock = self.spec.beside(LOCK).open("a")
+        with lock as file:
             waits = False
             while not _lock(file) or in_use(self.spec.folder):
                 if self._stopped:

@@ -12,6 +12,7 @@ from molf.study.grids.runner import Engine, GridOutcome, run_grid
 from molf.study.grids.spec import Failure, RunSpec, make_spec
 from molf.study.results.result import Result
 from molf.tasks import get_task
+from molf.tasks.base import less_is_better
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Comparison:
             raise MolfError(f"selection_limit={self.selection_limit} must be at least 1")
         if len(tasks := self._tasks) > 1:
             raise MolfError(f"the methods have different tasks, {', '.join(tasks)}; compare one at a time")
+        if self.metric is not None:
+            less_is_better(get_task(self.task), self.metric)  # which must know it
 
     @property
     def _tasks(self) -> list[str]:
@@ -114,12 +117,14 @@ class Outcome:
         contenders: The methods, in the order given.
         failures: Runs that failed.
         unfinished: Names of runs that were killed or stopped.
+        less_is_better: Whether the smaller value of the metric is the better one.
     """
 
     metric: str
     contenders: list[Contender]
     failures: list[Failure]
     unfinished: list[str]
+    less_is_better: bool = False
 
 
 def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] = lambda line: None) -> Outcome:
@@ -132,7 +137,9 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
     Raises:
         MolfError: A folder holds a run with other settings.
     """
-    metric = comparison.metric or get_task(comparison.task).headline
+    task = get_task(comparison.task)
+    metric = comparison.metric or task.headline
+    less = less_is_better(task, metric)
     candidates = comparison.candidates
     trials = comparison.trials
     tried = _run([*trials.values()], engine, log)
@@ -140,7 +147,9 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
     for (name, label), spec in trials.items():
         if spec.name in tried.results:
             selection[name][label] = _value(tried.results[spec.name], metric)
-    chosen = {name: best(selection[name]) if len(own) > 1 else next(iter(own)) for name, own in candidates.items()}
+    chosen = {
+        name: best(selection[name], less) if len(own) > 1 else next(iter(own)) for name, own in candidates.items()
+    }
     # With a candidate still to run, a choice could change later.
     chosen |= {name: None for (name, _), spec in trials.items() if spec.name in tried.unfinished}
 
@@ -166,16 +175,16 @@ def compare(comparison: Comparison, engine: Engine, log: Callable[[str], None] =
         )
         for name, own in candidates.items()
     ]
-    return Outcome(metric, contenders, tried.failures + done.failures, tried.unfinished + done.unfinished)
+    return Outcome(metric, contenders, tried.failures + done.failures, tried.unfinished + done.unfinished, less)
 
 
 def _run(specs: list[RunSpec], engine: Engine, log: Callable[[str], None]) -> GridOutcome:
     return run_grid(specs, engine, retry=True, log=log) if specs else GridOutcome({}, [], [])
 
 
-def best(values: dict[str, float]) -> str | None:
-    """Return the label of the largest value, the earlier one of equals; None if there is none."""
-    usable = {label: value for label, value in values.items() if not math.isnan(value)}
+def best(values: dict[str, float], less: bool = False) -> str | None:
+    """Return the label of the largest value, or with ``less`` the smallest, the earlier one of equals; None if there is none."""
+    usable = {label: -value if less else value for label, value in values.items() if not math.isnan(value)}
     return max(usable, key=lambda label: usable[label]) if usable else None
 
 
@@ -193,6 +202,6 @@ def _spec(comparison: Comparison, name: str, label: str, seed: int, select: bool
 
 
 def _value(result: Result, metric: str) -> float:
-    if metric not in result.metrics:
-        raise MolfError(f"the task has no metric {metric!r}; it has {', '.join(result.metrics)}")
+    if metric not in result.metrics:  # of a part of the rows, or no row decides it
+        raise MolfError(f"the runs that choose settings have no metric {metric!r}, only {', '.join(result.metrics)}")
     return result.metrics[metric].value

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molf.files import atomic_write
-from molf.study.grids.compare import Contender, Outcome
+from molf.study.grids.compare import Contender, Outcome, best
 from molf.study.results.tables import plain_text
 
 BASELINES = ("fft", "lora", "rslora")
@@ -30,8 +30,8 @@ NAME = "comparison"
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
     """Return one plain row per contender; None is unknown.
 
-    The metric is given as mean and standard deviation (``/spread``) over seeds, memory as its largest value, everything else as
-    a mean.
+    The metric is given as mean and standard deviation (``/spread``) over the ``seeds`` whose runs have it, memory as its largest
+    value, everything else as a mean.
     """
     return [_row(contender, outcome.metric) for contender in outcome.contenders]
 
@@ -41,12 +41,12 @@ def _row(contender: Contender, metric: str) -> dict[str, Any]:
     trainings = [result.training for result in results if result.training is not None]
     memory = [result.peak_memory_bytes for result in results if result.peak_memory_bytes is not None]
     speeds = [training.tokens_per_second for training in trainings if training.tokens_per_second is not None]
-    others = [name for name in (results[0].metrics if results else {}) if name != metric]
+    others = [name for name in dict.fromkeys(name for result in results for name in result.metrics) if name != metric]
     return {
         "name": contender.name,
         "method": contender.method,
         "chosen": contender.chosen,
-        "seeds": len(results),
+        "seeds": len(contender.values(metric)),
         metric: contender.mean(metric),
         f"{metric}/spread": contender.spread(metric),
         **{name: contender.mean(name) for name in others},
@@ -85,19 +85,19 @@ def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str,
     if ours is None or theirs is None:
         return None
     (name, value), (other, reference) = ours, theirs
-    difference = value - reference
+    difference = reference - value if outcome.less_is_better else value - reference
     where = f"{abs(difference):.2f} points {'ahead of' if difference > 0 else 'behind'}" if difference else "level with"
     shown = label if name == method else f"{label} ({name})"
-    return f"{shown} is {where} {others} ({other}) in {outcome.metric}, {value:.2f} to {reference:.2f}"
+    less = " (less is better)" if outcome.less_is_better else ""
+    return f"{shown} is {where} {others} ({other}) in {outcome.metric}{less}, {value:.2f} to {reference:.2f}"
 
 
 def _leader(outcome: Outcome, methods: Sequence[str]) -> tuple[str, float] | None:
-    means = [
-        (c.name, mean)
-        for c in outcome.contenders
-        if c.method in methods and (mean := c.mean(outcome.metric)) is not None
-    ]
-    return max(means, key=lambda pair: pair[1], default=None)
+    means = {
+        c.name: mean for c in outcome.contenders if c.method in methods and (mean := c.mean(outcome.metric)) is not None
+    }
+    leader = best(means, outcome.less_is_better)
+    return None if leader is None else (leader, means[leader])
 
 
 def comparison_table(outcome: Outcome) -> Table:
@@ -193,16 +193,16 @@ def write_comparison(outcome: Outcome, folder: Path) -> list[Path]:
 
 def draw_bars(outcome: Outcome, path: Path) -> None:
     """Draw the mean of the metric as one bar per contender, with its spread and a dot per seed, into a PNG file."""
-    metric, shown = outcome.metric, [c for c in outcome.contenders if c.results]
+    metric, shown = outcome.metric, [c for c in outcome.contenders if c.values(outcome.metric)]
     with plain_text(), atomic_write(path) as partial:
         figure = Figure(figsize=(max(4.0, 1.1 * len(shown) + 1.5), 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for place, contender in enumerate(shown):
             color = "#2a6f97" if contender.method.startswith("molf") else "#b0b7bf"
-            mean = contender.mean(metric) or 0.0
+            mean = fmean(values := contender.values(metric))
             axes.bar(place, mean, yerr=contender.spread(metric), color=color, capsize=4, width=0.7)
-            if len(values := contender.values(metric)) > 1:
+            if len(values) > 1:
                 axes.plot([place] * len(values), values, "o", color="black", markersize=3)
             axes.annotate(f"{mean:.1f}", (place, mean), xytext=(0, 4), textcoords="offset points", ha="center")
         axes.set_xticks(range(len(shown)), [contender.name for contender in shown], rotation=30, ha="right")
@@ -214,17 +214,19 @@ def draw_bars(outcome: Outcome, path: Path) -> None:
 
 def draw_forgetting(outcome: Outcome, path: Path) -> None:
     """Draw what was gained against what was forgotten, a dot per contender: the upper left is best."""
-    shown = [(c, cost) for c in outcome.contenders if (cost := _forgetting(c).get("retention/loss_rise")) is not None]
+    costs = [(c, _forgetting(c).get("retention/loss_rise"), c.mean(outcome.metric)) for c in outcome.contenders]
+    shown = [(c, cost, gain) for c, cost, gain in costs if cost is not None and gain is not None]
     with plain_text(), atomic_write(path) as partial:
         figure = Figure(figsize=(6, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for contender, cost in shown:
+        for contender, cost, gain in shown:
             color = "#2a6f97" if contender.method.startswith("molf") else "#6b7280"
-            gain = contender.mean(outcome.metric) or 0.0
             axes.plot(cost, gain, "o", color=color)
             axes.annotate(contender.name, (cost, gain), xytext=(5, 3), textcoords="offset points", fontsize=8)
         axes.set(xlabel="rise of the loss on other text (nats per token)", ylabel=outcome.metric)
         axes.margins(x=0.25, y=0.15)
+        if outcome.less_is_better:
+            axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(partial, dpi=150, format="png")

@@ -8,7 +8,7 @@ from typing import Any
 
 from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_FILE, readable
 from molf.study.results.result import Result
-from molf.tasks import get_task
+from molf.tasks import TASKS
 from molf.tasks.formats import records_of
 
 SHOWN = 8  # examples of a group
@@ -35,14 +35,15 @@ class Group:
     examples: list[Example] = field(default_factory=list)
 
 
-def read_examples(folder: Path, result: Result) -> list[Group]:
+def read_examples(folder: Path, result: Result) -> list[Group] | None:
     """Group the rows of a run by whether they were right before training and after it.
 
     A row is right if the outcome that its task kept of it under the headline's name is true or 100.
 
     Returns:
         The rows that changed, then those that did not; right and wrong ones if there are no predictions before. Nothing if
-        there are no predictions, or the task keeps no such outcome.
+        there are no predictions, or the task keeps no such outcome. None if the task is not known here, such as one of a script:
+        what a row asks is known to its task alone.
 
     Raises:
         MolfError: The predictions are damaged.
@@ -50,7 +51,8 @@ def read_examples(folder: Path, result: Result) -> list[Group]:
     after = folder / PREDICTIONS_FILE
     if not after.is_file():
         return []
-    task = get_task(str(result.config.get("task")))
+    if (task := TASKS.get(str(result.config.get("task")))) is None:
+        return None
     file = folder / PREDICTIONS_BEFORE_FILE
     before = _earlier(file, result.headline) if result.metrics_before is not None and file.is_file() else {}
     groups = {

@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer
 
 from molf.errors import MolfError
 from molf.integrations.export import export_merged, export_peft, vllm_max_lora_rank, whole_folder
+from molf.integrations.loading import explained
 from molf.study.config.run_config import ModelConfig
 from molf.study.methods.adapters import ADAPTERS_FOLDER
 from molf.study.results.result import RESULT_FILE, read_result
@@ -25,21 +27,25 @@ def export_run(
 ) -> list[str]:
     """Write the LoRA experts of a run as one PEFT adapter, or merge them into their base model.
 
-    The base model is loaded in float32, and the experts from the run's ``adapters`` folder.
+    The base model is loaded in float32, the experts from the run's ``adapters`` folder, and the tokenizer as the run saved it.
 
     Args:
         run: Folder of the run.
         to: ``peft`` for an adapter of rank ``r1 + r2 + ...``, ``merged`` for a plain checkpoint.
         output_dir: Where to write; by default ``export-peft`` or ``export-merged`` in the run's folder.
-        dtype: Data type of merged weights.
+        dtype: Data type of merged weights; an adapter is float32.
 
     Returns:
         What to know about the export, one sentence each.
 
     Raises:
-        MolfError: The run has no adapters or trained other weights too, the folder is not empty, or the base model cannot be
-            loaded.
+        MolfError: An adapter is asked for in another type, the run has no adapters or trained other weights too, the folder is
+            not empty, or the base model cannot be loaded.
     """
+    if to == "peft" and dtype != "float32":
+        raise MolfError(
+            f"dtype={dtype} is for merged weights, an adapter is float32: leave it out, or export to merged"
+        )
     folders = adapter_folders(run)
     result = read_result(run) if (run / RESULT_FILE).is_file() else None
     training = result.training if result else None
@@ -51,7 +57,11 @@ def export_run(
     folder = output_dir or run / f"export-{to}"
     adapter = PeftConfig.from_pretrained(str(next(iter(folders.values()))))
     base = str(result.config["model_name_or_path"] if result else adapter.base_model_name_or_path)
-    model, tokenizer = load_experts(folders, base)
+    trust = bool(result and result.config.get("trust_remote_code"))
+    model, tokenizer = load_experts(folders, base, trust)
+    if (run / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
+        with explained(f"cannot load the tokenizer of {run}", str(run)):
+            tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=trust)
     with whole_folder(folder) as partial:
         if to == "peft":
             notes = _notes(export_peft(model, partial))
@@ -82,10 +92,10 @@ def adapter_folders(run: Path) -> dict[str, Path]:
     return found
 
 
-def load_experts(folders: dict[str, Path], base: str) -> tuple[PeftModel, Any]:
+def load_experts(folders: dict[str, Path], base: str, trust_remote_code: bool = False) -> tuple[PeftModel, Any]:
     """Load a base model in float32 with all of its adapters active, and its tokenizer."""
     (first, folder), *others = folders.items()
-    model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=base))
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=base), trust_remote_code)
     wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
     for adapter, path in others:
         wrapped.load_adapter(str(path), adapter_name=adapter)

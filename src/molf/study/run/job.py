@@ -190,7 +190,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]
     if recipe.molf is not None:
         log = RoutingLog(args.output_dir, method.routing_log_every, method.routing_log).attach(trainer)
-        RoutingImages(log.path).attach(trainer)
+        RoutingImages(log).attach(trainer)
     if recipe.lora is not None and recipe.lora.get("init_lora_weights") == "eva":
         initialise_eva(trainer.model, trainer.train_dataset, trainer.data_collator, seed=args.seed)
     return trainer

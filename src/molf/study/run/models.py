@@ -63,7 +63,9 @@ def _base_with_adapter(folder: str, config: ModelConfig, trust_remote_code: bool
     with explained(f"cannot load the adapter {folder}", folder):
         model = merge(PeftModel.from_pretrained(model, folder))
         if any(Path(folder).glob("tokenizer*")):
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(folder).chat_template
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            ).chat_template
     return model, tokenizer
 
 

@@ -33,10 +33,16 @@ CARD_FILE = "README.md"
 RUN_ID_FILE = ".run_id"
 
 _FULL = ("No space left on device", "Disk quota exceeded")
+_INPUTS = (
+    *("model_name_or_path", "chat_template_path", "data_path", "eval_path", "retention_path"),
+    *("fsdp_config", "accelerator_config"),  # which may be files
+)
 _EVALUATED = (RESULT_FILE, PREDICTIONS_FILE, CONFIG_FILE, RUN_ID_FILE)
 _MEASURED = (*LOG_FILES.values(), PICTURE_FILE, HISTORY_FILE, PREDICTIONS_BEFORE_FILE)
+# What other commands make of a run, where they write by default.
+_MADE = re.compile(rf"{ADAPTERS_FOLDER}|export-(peft|merged)|recipe-[a-z]+(-\d+)?|report\.html")
 _TRAINED = re.compile(
-    "|".join(map(re.escape, (*_MEASURED, CARD_FILE, ADAPTERS_FOLDER, TRAINED_FILE)))
+    "|".join((*map(re.escape, (*_MEASURED, CARD_FILE, TRAINED_FILE)), _MADE.pattern))
     + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     # What the tokenizers of transformers save, by any of their classes.
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
@@ -128,9 +134,8 @@ def _check_inputs(config: RunConfig) -> None:
     folder, training = Path(os.path.realpath(config.output_dir)), not config.output.only_eval
     # A file behind a symlink is replaced too.
     written = {os.path.realpath(folder / name) for name in _names(folder) if _writes(name, training)}
-    task, template = config.task, config.train.get("chat_template_path")
-    inputs = [("model_name_or_path", config.model.model_name_or_path), ("chat_template_path", template)]
-    inputs += [("data_path", task.data_path), ("eval_path", task.eval_path)]
+    settings = config.to_dict()
+    inputs = [(name, settings.get(name)) for name in _INPUTS if isinstance(settings.get(name), str)]
     inputs += [("config", file) for file in config.files] + [("recipe", config.method.allocation)]
     log = os.environ.get("LOG_FILE")
     for name, given in [*inputs, ("LOG_FILE", log)]:
@@ -187,11 +192,14 @@ def _check_writable(folder: Path) -> None:
 
 
 def clear_folder(folder: Path, aside: bool) -> None:
-    """Remove the result, logs, picture, adapters and checkpoints of an earlier run, with those set aside if so asked."""
+    """Remove an earlier run but for what is replaced later, and what was made of it; checkpoints set aside if so asked."""
     for name in (RESULT_FILE, PREDICTIONS_FILE, *_MEASURED):  # the others are replaced later
         (folder / name).unlink(missing_ok=True)
-    if (folder / ADAPTERS_FOLDER).is_dir():
-        shutil.rmtree(folder / ADAPTERS_FOLDER)
+    for path in map(folder.joinpath, filter(_MADE.fullmatch, _names(folder))):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     remove_checkpoints(folder, aside)
 
 

@@ -1,13 +1,13 @@
 """Pictures of the routing for experiment trackers, while a run goes on."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from molf.integrations.routing_log import RoutingLog
 from molf.study.results.routing_reader import RoutingReader
 from molf.study.results.tables import routing_pixels
 
@@ -21,11 +21,12 @@ class RoutingImages(TrainerCallback):  # type: ignore[misc]  # transformers is n
     Other trackers of ``report_to`` get none. The picture is drawn from the log, of which only what is new is read.
 
     Args:
-        log: The routing log, which ``RoutingLog`` writes.
+        log: Writes the routing log, and is attached before this.
     """
 
-    def __init__(self, log: Path):
-        self._reader = RoutingReader(log)
+    def __init__(self, log: RoutingLog):
+        self._log = log
+        self._reader: RoutingReader | None = None
         self._trainer: Any = None
 
     def attach(self, trainer: Trainer) -> "RoutingImages":
@@ -43,6 +44,8 @@ class RoutingImages(TrainerCallback):  # type: ignore[misc]  # transformers is n
         trackers = [own for own in self._trainer.callback_handler.callbacks if isinstance(own, _TRACKERS)]
         if not trackers:
             return
+        if self._reader is None:  # resuming may have changed the path
+            self._reader = RoutingReader(self._log.path)
         self._reader.poll()
         if (summary := self._reader.summary()) is None:
             return

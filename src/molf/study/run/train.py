@@ -220,8 +220,12 @@ def _measured(folder: str) -> Training | None:
 
 
 def _tokens(log_history: list[dict[str, Any]], since: int) -> int | None:
-    """Return how many tokens this start trained on: TRL counts from 0 at every start, and a checkpoint brings its old log."""
-    counts = [entry["num_tokens"] for entry in log_history if "num_tokens" in entry and entry["step"] > since]
+    """Return how many tokens this start trained on: TRL counts from 0 at every start, and a checkpoint brings its old log.
+
+    An evaluation logs the same counter under a name of its own, and after it nothing else does until the next step.
+    """
+    names = ("num_tokens", "eval_num_tokens")
+    counts = [entry[name] for entry in log_history for name in names if name in entry and entry["step"] > since]
     return int(max(counts)) if counts else None
 
 
