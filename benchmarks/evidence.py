@@ -1,5 +1,7 @@
 """Gather the finished runs of a study in one small JSON file, and print them as a table with means over seeds.
 
+"One expert" is the share of layers in which one expert won at least 95 % of the steps.
+
 molf compare --config configs/compare/smollm2-promise.yaml                       # hours; gather what is finished at any time
 python benchmarks/evidence.py runs/compare/smollm2-promise smollm2-fact-promise
 python benchmarks/evidence.py smollm2-fact-promise                               # only print what was gathered
@@ -13,6 +15,8 @@ from statistics import mean
 from typing import Any
 
 from molf.files import atomic_write
+from molf.integrations.routing_lines import find_log
+from molf.study.results.routing_reader import read_routing
 
 GATHERED = Path(__file__).parent / "results/evidence"
 METRICS = {
@@ -33,7 +37,7 @@ SETTINGS += ("lora_learning_rate", "num_train_epochs", "limit", "seed")
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
-    """Return settings, metrics, routing shares and forgetting of every finished run."""
+    """Return settings, metrics, routing shares and forgetting of every finished run, and how many layers kept one expert."""
     found = []
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
@@ -41,7 +45,11 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         settings = {key: result["config"][key] for key in SETTINGS if result["config"].get(key) is not None}
         kept = {key: value for key, value in (result.get("retention") or {}).items() if isinstance(value, dict)}
         run = {"name": re.sub(r"-lr.*", "", path.parent.name), "settings": settings, "metrics": metrics}
-        found.append({**run, "routing": result.get("routing"), **({"retention": kept} if kept else {})})
+        run |= {"routing": result.get("routing"), **({"retention": kept} if kept else {})}
+        if (log := find_log(path.parent)) is not None:
+            won = [max(shares.values()) / sum(shares.values()) for shares in read_routing(log).by_module.values()]
+            run["one_expert"] = mean(share >= 0.95 for share in won)
+        found.append(run)
     return found
 
 
@@ -54,8 +62,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Return the runs as a Markdown table, then a row of means for every contender and rate with several seeds."""
     columns = [metric for metric in METRICS if any(metric in run["metrics"] for run in runs)]
     columns += ["kl"] if any("kl" in run.get("retention", {}) for run in runs) else []
-    lines = ["| contender | " + " | ".join(METRICS.get(name, "KL") for name in columns) + " | won by FFT | forgotten |"]
-    lines.append("| --- |" + " ---: |" * (len(columns) + 2))
+    names = [*(METRICS.get(name, "KL") for name in columns), "won by FFT", "one expert", "forgotten"]
+    lines = [f"| contender | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     seeds: dict[tuple[str, Any, Any], list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: (family(run["name"]), run["name"])):
         settings = run["settings"]
@@ -78,8 +86,9 @@ def row(name: str, runs: list[dict[str, Any]], columns: list[str]) -> str:
     values = [{**run.get("retention", {}), **run["metrics"]} for run in runs]
     cells = [average((own.get(name, {}).get("value") for own in values), FORMS.get(name, "{:.1f}")) for name in columns]
     won = average(((run["routing"] or {}).get("fft") for run in runs), "{:.0%}")
+    one = average((run.get("one_expert") for run in runs), "{:.0%}")
     forgotten = average((run.get("retention", {}).get("loss_rise", {}).get("value") for run in runs), "{:.2f}")
-    return f"| {name} | {' | '.join([*cells, won, forgotten])} |"
+    return f"| {name} | {' | '.join([*cells, won, one, forgotten])} |"
 
 
 def average(values: Any, form: str) -> str:

@@ -283,18 +283,23 @@ def test_evidence(tmp_path, monkeypatch, capsys):
 
     finish("fft-lr0.0002-s42", 58.0)
     finish("epd_r8_alpha128-lr0.0002-s42", 40.0)
+    # Two of three layers kept one expert.
+    log = [{"experts": ["fft", "lora_r8"], "modules": ["a", "b", "c"]}]
+    log += [{"step": step, "won": [[1, 0, step % 2], [0, 1, 1 - step % 2]], "scores": [[1] * 3] * 2} for step in (1, 2)]
+    own = tmp_path / "runs/epd_r8_alpha128-lr0.0002-s42/routing.jsonl"
+    own.write_text("".join(json.dumps(line) + "\n" for line in log))
     finish("epd_r8_alpha128-lr0.0004-s43", 58.0, learning_rate=4e-4, seed=43)
     finish("epd_r8_alpha128-lr0.0004-s44", 60.0, learning_rate=4e-4, seed=44)
     finish("static-lr0.0002-s42", 50.0, lora_learning_rate=1e-3)
     for draw, seed in enumerate((42, 43)):
         finish(f"random_{draw}-lr0.0002-s{seed}", 51.0 + draw, seed=seed)
     table = told(tmp_path / "runs", "fact")
-    assert "| contender | score | won by FFT | forgotten |" in table
-    assert "| fft, 0.0002, seed 42 | 58.0 |  |  |" in table
-    assert "| epd r8 alpha128, 0.0002, seed 42 | 40.0 | 50% | 1.00 |" in table
-    assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 | 50% | 1.00 |" in table
-    assert "| static, 0.0002 / 0.001, seed 42 | 50.0 | 50% |  |" in table
-    assert "| random, 0.0002, mean of 2 | 51.5 | 50% |  |" in table and table.count("mean of") == 2
+    assert "| contender | score | won by FFT | one expert | forgotten |" in table
+    assert "| fft, 0.0002, seed 42 | 58.0 |  |  |  |" in table
+    assert "| epd r8 alpha128, 0.0002, seed 42 | 40.0 | 50% | 67% | 1.00 |" in table
+    assert "| epd r8 alpha128, 0.0004, mean of 2 | 59.0 | 50% |  | 1.00 |" in table
+    assert "| static, 0.0002 / 0.001, seed 42 | 50.0 | 50% |  |  |" in table
+    assert "| random, 0.0002, mean of 2 | 51.5 | 50% |  |  |" in table and table.count("mean of") == 2
     assert told("fact") == table
     kept = json.loads((tmp_path / "fact.json").read_text())
     assert len(kept) == 7 and kept[0]["retention"] == {"loss_rise": {"value": 1.0}}
