@@ -92,7 +92,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def _select(context: StepContext) -> bool:
-    device = context.groups[0]["params"][0].device
+    device = next(p.device for group in context.groups for p in group["params"])
     unmet = _unmet_condition(context, device)
     failure = None if unmet is not None else self_test(signature_of(context))
     if failure is not None:

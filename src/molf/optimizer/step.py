@@ -71,7 +71,7 @@ def _prepared(groups: Sequence[dict[str, Any]], context: StepContext, unit: int)
     """Return the fused step that is ready to take this step; None if the kernels cannot take it."""
     from molf.kernels.step import FusedStep
 
-    device = groups[0]["params"][0].device
+    device = next(p.device for group in groups for p in group["params"])
     fused_step = context.fused_steps.get(unit)
     if fused_step is None or fused_step.device != device:
         fused_step = context.fused_steps[unit] = FusedStep(device)

@@ -91,7 +91,7 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
 
 
 def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return groups that ``param_groups`` made before.
+    """Return copies of groups that ``param_groups`` made before, and of others, with lists of parameters.
 
     Args:
         groups: What the user gave in place of the model.
@@ -102,7 +102,7 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
         MolfError: For an option that would be ignored, or groups with different experts.
     """
     groups = list(groups)
-    if not any(isinstance(group, dict) and "module" in group for group in groups):
+    if not all(isinstance(group, dict) for group in groups) or not any("module" in group for group in groups):
         raise TypeError(
             "MoLF needs to know the layers: pass the model, MoLF(model, ...), or MoLF(molf.param_groups(model, ...)), not bare "
             "parameters"
@@ -113,7 +113,14 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
             raise MolfError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
     if len({group["experts"] for group in groups if "module" in group}) > 1:
         raise MolfError("all routed groups must have the same experts")
-    return groups
+    return [{**group, "params": _listed(group["params"])} for group in groups]
+
+
+def _listed(params: Any) -> Any:
+    """Return a group's parameters as torch does; a generator could be looked through only once, and torch refuses a set."""
+    if isinstance(params, torch.Tensor):
+        return [params]
+    return params if isinstance(params, set) else list(params)
 
 
 def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
