@@ -152,6 +152,25 @@ def test_options_of_the_groups_belong_to_param_groups():
         MoLF(param_groups(mlp(), ranks=(2,)), ranks=(2,))
 
 
+@pytest.mark.parametrize("option", [{"lr": 1e-2}, {"lr": torch.tensor(1e-2)}, {"weight_decay": 0.0}], ids=str)
+def test_rates_that_no_group_would_take_belong_to_param_groups(option):
+    (name,) = option
+    with pytest.raises(molf.errors.MolfError, match=rf"{name} belongs to param_groups\(model, {name}=\.\.\.\)"):
+        MoLF(param_groups(mlp(), ranks=(2,)), **option)
+    assert MoLF(param_groups(mlp(), ranks=(2,), **option), **option).param_groups[-1][name] == option[name]
+    extra = {"params": [nn.Parameter(torch.ones(2))]}
+    optimizer = MoLF([*param_groups(mlp(), ranks=(2,)), extra], **option)
+    assert optimizer.param_groups[-1][name] == option[name] != optimizer.param_groups[-2][name]
+
+
+def test_layers_of_two_models_need_names_of_their_own():
+    first, second = mlp(), mlp()
+    with pytest.raises(molf.errors.MolfError, match=r"3 routed layers have the same name as another \(1\).*ModuleDict"):
+        MoLF([*param_groups(first, ranks=(2,)), *param_groups(second, ranks=(2,))])
+    both = MoLF(nn.ModuleDict({"first": first, "second": second}), ranks=(2,))
+    assert list(both.experts) == [f"{model}.{layer}" for model in ("first", "second") for layer in "145"]
+
+
 def test_groups_of_different_ranks():
     with pytest.raises(ValueError, match="same experts"):
         MoLF(param_groups(mlp(), ranks=(2,)) + param_groups(mlp(), ranks=(3,)))

@@ -139,7 +139,7 @@ class MoLF(torch.optim.Optimizer):
         if isinstance(model, nn.Module):
             groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
         else:
-            groups = check_given_groups(model, grouping)
+            groups = check_given_groups(model, grouping, {"lr": lr, "weight_decay": weight_decay})
         self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -90,16 +91,19 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
     return top_k
 
 
-def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[dict[str, Any]]:
+def check_given_groups(
+    groups: Iterable[Any], grouping: dict[str, Any], defaults: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Return copies of groups that ``param_groups`` made before, and of others, with lists of parameters.
 
     Args:
         groups: What the user gave in place of the model.
         grouping: Options that take effect in ``param_groups`` only, by name.
+        defaults: ``lr`` and ``weight_decay``, which groups without their own take.
 
     Raises:
         TypeError: For bare parameters.
-        MolfError: For an option that would be ignored, or groups with different experts.
+        MolfError: For an option that would be ignored, or groups with different experts or of equal names.
     """
     groups = list(groups)
     if not all(isinstance(group, dict) for group in groups) or not any("module" in group for group in groups):
@@ -108,11 +112,24 @@ def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[
             "parameters"
         )
     options = inspect.signature(param_groups).parameters
+    check_numbers(**defaults)
+    routed = [group for group in groups if "module" in group]
+    for name, value in defaults.items():
+        differs = any(float(group.get(name, value)) != float(value) for group in routed)
+        if differs and all(name in group for group in groups):
+            grouping = {**grouping, name: value}
     for name, value in grouping.items():
         if value != options[name].default:
             raise MolfError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
-    if len({group["experts"] for group in groups if "module" in group}) > 1:
+    if len({group["experts"] for group in routed}) > 1:
         raise MolfError("all routed groups must have the same experts")
+    modules = Counter(group["module"] for group in routed)
+    if twice := [name for name, count in modules.items() if count > 1]:
+        raise MolfError(
+            f"{len(twice)} routed layers have the same name as another ({twice[0]}): routing, views and checkpoints tell layers "
+            "apart by name. Several models in one optimizer need one module around them: "
+            "MoLF(nn.ModuleDict({'first': first, 'second': second}))"
+        )
     return [{**group, "params": _listed(group["params"])} for group in groups]
 
 
