@@ -70,5 +70,6 @@ def test_devices(monkeypatch):
 
 
 def test_groups_of_two_settings():
+    check_groups([*groups_on(DEVICE), *groups_on(DEVICE, betas=[0.9, 0.999])], EPD())
     with pytest.raises(ValueError, match="one setting of betas and eps"):
         check_groups([*groups_on(DEVICE), *groups_on(DEVICE, eps=1e-6)], EPD())

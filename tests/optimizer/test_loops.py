@@ -125,6 +125,19 @@ def test_a_group_may_be_given_as_torch_allows(given, first):
     assert (extra < 1).all() and own == {"params": params, "lr": 1e-2} and "betas" not in routed[0]
 
 
+def test_betas_may_be_lists():
+    """As in a group that is given, and in one that was edited between steps."""
+    pairs = routed_mlp(betas=[0.9, 0.99]), routed_mlp(betas=(0.9, 0.99))
+    for (model, optimizer), kind in zip(pairs, (list, tuple), strict=True):
+        extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer.add_param_group({"params": extra, "betas": kind((0.5, 0.6))})
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and optimizer.param_groups[-1]["betas"] == (0.5, 0.6)
+        for group in optimizer.param_groups:
+            group["betas"] = kind((0.8, 0.9))
+        train(model, optimizer, 2)
+    assert_same_bits(*pairs[0], *pairs[1])
+
+
 @pytest.mark.parametrize("release", [True, False])
 def test_an_empty_group_may_come_first(release):
     model = mlp()

@@ -28,17 +28,20 @@ def test_every_trainable_parameter_is_in_exactly_one_group(build):
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
-def test_groups_are_flat(lr):
-    """A tensor rate is copied, so that each group has one of its own."""
-    groups = param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=2e-3)
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_groups_are_flat(number):
+    """A tensor rate is copied, so that each group has one of its own; other numbers are plain."""
+    lr, others = number(1e-3), {"weight_decay": number(0.1), "lora_weight_decay": number(0.2)}
+    groups = param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=number(2e-3), **others)
+    extra = {"params": nn.Parameter(torch.ones(2)), "betas": (number(0.8), number(0.9)), "eps": number(1e-4)}
+    groups += MoLF([*groups, {**extra, "weight_decay": number(0.1)}]).param_groups
     for group in groups:
         for key, value in group.items():
             if key not in ("params", "lr"):
                 flat = value if isinstance(value, tuple) else (value,)
                 assert all(isinstance(item, SCALARS) for item in flat), key
     if isinstance(lr, torch.Tensor):
-        assert len({group["lr"].data_ptr() for group in groups} | {lr.data_ptr()}) == len(groups) + 1
+        assert len({group["lr"].data_ptr() for group in groups[:5]} | {lr.data_ptr()}) == 6
 
 
 def test_ordinary_groups_come_first():

@@ -53,7 +53,7 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
     interpreted = params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if params[0].device.type != "cuda" and not interpreted:
         raise _refusal(f"the kernels run on CUDA devices, and the parameters are on {devices[0]}")
-    if len({(group["betas"], group["eps"]) for group in groups}) > 1:
+    if len({(*group["betas"], group["eps"]) for group in groups}) > 1:
         raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
 
 

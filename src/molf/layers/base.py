@@ -217,7 +217,7 @@ class RoutedLayer(abc.ABC):
 
     def _rates(self, i: int, decayed: bool = True) -> Rates:
         decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
-        return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], self.step)
+        return Rates(self.lrs[i], decay, tuple(self.group["betas"]), self.group["eps"], self.step)
 
     def _tensor(self, p: Tensor) -> TensorState:
         return TensorState.of(p, self._state[p])

@@ -125,7 +125,7 @@ class MoLF(torch.optim.Optimizer):
         optimizer_in_backward: bool = False,
         process_group: ProcessGroup | None = None,
     ):
-        check_options(betas, eps, max_grad_norm, bf16_update, fused)
+        check_options(betas, eps, max_grad_norm, bf16_update, fused, optimizer_in_backward)
         grouping: dict[str, Any] = {
             "ranks": ranks,
             "lora_lr": lora_lr,
@@ -152,7 +152,7 @@ class MoLF(torch.optim.Optimizer):
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
         self._backward_step: BackwardStep | None = None
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
         super().__init__(groups, defaults)
         self._start(model if isinstance(model, nn.Module) else None, process_group)
 

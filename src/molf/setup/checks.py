@@ -33,7 +33,12 @@ NO_GRADIENTS_KEPT = "optimizer_in_backward=True moves a layer as soon as its gra
 
 
 def check_options(
-    betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str, fused: bool | None
+    betas: Sequence[float],
+    eps: float,
+    max_grad_norm: float | None = None,
+    bf16_update: str = "split",
+    fused: bool | None = None,
+    optimizer_in_backward: bool = False,
 ) -> None:
     """Check options that need no model.
 
@@ -45,11 +50,13 @@ def check_options(
     if not (is_number(eps) and eps > 0):
         raise MolfError(f"eps={eps!r}: must be above 0, because the scores divide by sqrt(v) + eps")
     if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
-        raise MolfError(f"max_grad_norm={max_grad_norm!r}: must be above 0, or None for no clipping")
+        raise MolfError(f"max_grad_norm={max_grad_norm!r}: must be above 0 and finite, or None for no clipping")
     if bf16_update not in BF16_UPDATES:
         raise MolfError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
     if not (fused is None or isinstance(fused, bool)):
         raise MolfError(f"fused={fused!r}: use True, False, or None, which decides by itself")
+    if not isinstance(optimizer_in_backward, bool):
+        raise MolfError(f"optimizer_in_backward={optimizer_in_backward!r}: use True or False")
 
 
 def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
@@ -141,7 +148,7 @@ def _listed(params: Any) -> Any:
 
 
 def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
-    """Check a group that the base class has accepted.
+    """Check a group that the base class has accepted, and make plain numbers of its numbers: states hash, compare and save them.
 
     Raises:
         MolfError: If a parameter cannot be trained, or a rate, a decay or another option has a value that is not allowed.
@@ -151,7 +158,9 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
             check_parameter(group.get("module", f"parameter {i} of the group"), p)
     _check_precision(optim_bits, group["params"])
     check_numbers(lr=group["lr"], weight_decay=group["weight_decay"])
-    check_options(group["betas"], group["eps"], None, BF16_UPDATES[0], None)
+    check_options(group["betas"], group["eps"])
+    plain = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
+    group.update(plain, weight_decay=float(group["weight_decay"]))
 
 
 def check_backward_step(max_grad_norm: float | None, compares_modules: bool, ranks: Ranks, model: Any = None) -> None:

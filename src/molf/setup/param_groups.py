@@ -122,9 +122,9 @@ def param_groups(
     fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
     check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
     rates = {
-        "weight_decay": weight_decay,
+        "weight_decay": float(weight_decay),
         "lora_lr_ratio": _ratio(lr, fixed_lora_lr),
-        "lora_weight_decay": lora_weight_decay,
+        "lora_weight_decay": float(lora_weight_decay),
     }
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
@@ -145,7 +145,7 @@ def param_groups(
             check_parameter(name, p)
     seed = torch.initial_seed() * 1_000_003
     routed = [{**group, **rates, "lora_seed": (seed + i) % 2**63} for i, group in enumerate(routed)]
-    groups = [*_ordinary_groups(model, routed, weight_decay), *routed]
+    groups = [*_ordinary_groups(model, routed, rates["weight_decay"]), *routed]
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
@@ -213,7 +213,7 @@ def _ratio(lr: float | torch.Tensor, lora_lr: float | None) -> float:
         return 1.0
     if float(lr) == 0:
         raise MolfError(f"lr=0 with lora_lr={lora_lr}: LoRA's rate follows lr as a ratio, so lr must be above 0")
-    return lora_lr / float(lr)
+    return float(lora_lr) / float(lr)
 
 
 def _refuse_lora_options(options: dict[str, Any]) -> None:
