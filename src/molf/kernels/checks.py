@@ -12,7 +12,6 @@ from torch import Tensor
 
 from molf.errors import MolfError
 from molf.numerics.distributed import local
-from molf.numerics.gradients import check_dense
 from molf.scores import SCORES, Score
 
 __all__ = ["check_gradients", "check_groups", "check_options"]
@@ -58,10 +57,9 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:
-    """Raise a ``MolfError`` if kernels cannot read a gradient; that shapes and devices fit was checked before."""
+    """Raise a ``MolfError`` if kernels cannot read a gradient; that it is dense and fits was checked before."""
     for p in (p for p in params if p.grad is not None):
         assert p.grad is not None
-        check_dense([p.grad])
         if p.grad.dtype != p.dtype or not local(p.grad).is_contiguous():
             raise _refusal(
                 f"the gradient of a parameter {list(p.shape)} is {p.grad.dtype} with strides {local(p.grad).stride()}, and the "

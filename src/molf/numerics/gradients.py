@@ -1,4 +1,4 @@
-"""Checks and norms of gradients, whole or sharded."""
+"""Norms of gradients, whole or sharded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from molf.errors import MolfError
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import Ranks, local
 
-__all__ = ["all_zero", "check_dense", "exact_norm", "norm_over_shards", "total_norm"]
+__all__ = ["all_zero", "exact_norm", "norm_over_shards", "total_norm"]
 
 
 def norm_over_shards(
@@ -44,16 +43,6 @@ def norm_over_shards(
     ranks.sum_(flat)
     norm = total_norm([norms, *whole])
     return norm if exact is None or norm.isfinite() else exact([norms.double(), *whole])
-
-
-def check_dense(gradients: Sequence[Tensor]) -> None:
-    """Check that no gradient is sparse.
-
-    Raises:
-        MolfError: If one is.
-    """
-    if any(grad.layout != torch.strided for grad in gradients):
-        raise MolfError("sparse gradients are not supported: construct embeddings with sparse=False")
 
 
 def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:

@@ -27,7 +27,7 @@ from molf.numerics.adamw import (
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
-from molf.numerics.gradients import check_dense, exact_norm, norm_over_shards
+from molf.numerics.gradients import exact_norm, norm_over_shards
 from molf.routing import Outcome, Routing, choose
 from molf.scores import Evidence
 
@@ -70,11 +70,7 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
         dense: Gradients that backward left on parameters.
         layers: The routed layers; with shards, their gradients of A are summed over the ranks here.
         context: Of this step.
-
-    Raises:
-        MolfError: If a gradient is sparse.
     """
-    check_dense(dense)
     if not dense:
         return torch.zeros(())
     parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
