@@ -138,6 +138,16 @@ def test_betas_may_be_lists():
     assert_same_bits(*pairs[0], *pairs[1])
 
 
+def test_a_group_that_is_removed_is_named_as_a_cause():
+    model, optimizer = routed_mlp()
+    train(model, optimizer, 1)
+    optimizer.param_groups.pop()
+    with pytest.raises(
+        RuntimeError, match="in none of its groups.*groups removed from param_groups, make a new optimizer"
+    ):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("release", [True, False])
 def test_an_empty_group_may_come_first(release):
     model = mlp()

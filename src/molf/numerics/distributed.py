@@ -264,6 +264,7 @@ def check_no_orphaned_state(groups: Sequence[dict[str, Any]], state: Mapping[Ten
     known = set(map(id, itertools.chain.from_iterable(group["params"] for group in groups)))
     if not known.issuperset(map(id, state)):
         raise RuntimeError(
-            "the model's parameters were replaced after this optimizer had state, which cannot follow them: by fully_shard, then "
-            "shard first, then load the state, assign experts and take steps; by new layers, then make a new optimizer"
+            "this optimizer has state of parameters that are in none of its groups, which cannot follow: if fully_shard replaced "
+            "them, shard first, then load the state, assign experts and take steps; with new layers, or groups removed from "
+            "param_groups, make a new optimizer"
         )
