@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from molf.errors import MolfError
 from molf.layers.fit import check_parameter
@@ -106,18 +107,25 @@ def param_groups(
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts.
-        exclude_modules: Modules never routed, in the same notation. "all-linear" excludes the output embedding, too.
+        target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts, each of
+            which must match something. None means ``"all-linear"``.
+        exclude_modules: Modules never routed, in the same notation; None means none. "all-linear" excludes the output
+            embedding, too.
         target_parameters: More parameters to route that are in no ``nn.Linear`` layer, as in PEFT: names or their last parts, for
             example ``["router.weight"]``. Matrices ``[out, in]`` and stacks ``[n, out, in]``, of which each matrix is routed on
             its own. Stacks of a mixture's experts are routed as layers are, without being named here.
 
     Raises:
-        MolfError: If nothing matches, a rank is too large, or a weight is tied or has an unsupported shape or dtype.
+        MolfError: If nothing matches, a rank is too large, or a weight is tied, has no shape yet, or an unsupported one or dtype.
         TypeError: If ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise MolfError(f"{lazy[0]} has no shape yet, as in nn.LazyLinear: run one forward pass of the model first")
+    target_modules = _names("target_modules", target_modules, "all-linear")
+    exclude_modules = _names("exclude_modules", exclude_modules, ())
+    target_parameters = _names("target_parameters", target_parameters, None)
     matched = _is_matched(lora_lr)
     fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
     check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
@@ -200,6 +208,16 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return a module's own vectors, and what is a norm's or a bias in more dimensions."""
     norm = type(module).__name__.endswith("Norm")
     return [p for key, p in module.named_parameters(recurse=False) if norm or p.ndim < 2 or key.endswith("bias")]
+
+
+def _names(option: str, given: Any, if_none: Any) -> Any:
+    """Return a regular expression as it is, and names as a tuple, which can be looked through twice."""
+    if given is None or isinstance(given, str):
+        return if_none if given is None else given
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option}={given!r}: give a list of names")
+    return names
 
 
 def _is_matched(lora_lr: float | str | None) -> bool:
