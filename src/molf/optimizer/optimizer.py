@@ -241,8 +241,7 @@ class MoLF(torch.optim.Optimizer):
     def _begin(self) -> StepContext:
         """Return the context of a new step, with all missing state created."""
         check_not_flat(self.param_groups)
-        if self._names is not None:
-            self._names.refresh(self.param_groups)
+        self._follow_model()
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
             check_backward_step(self.max_grad_norm, self.score.compares_modules, ranks)
@@ -262,6 +261,11 @@ class MoLF(torch.optim.Optimizer):
         )
         init_state_(self.param_groups, context)
         return replace(context, fused=self._kernels.select(context, self.fused))
+
+    def _follow_model(self) -> None:
+        """Take over parameters that were replaced in the model."""
+        if self._names is not None and self._names.refresh(self.param_groups) and self._backward_step is not None:
+            self._backward_step.follow(self.param_groups)
 
     def _context(self, ranks: Ranks) -> StepContext:
         """Return what holds between steps, too."""
@@ -284,8 +288,7 @@ class MoLF(torch.optim.Optimizer):
         Raises:
             KeyError: If no such module is routed.
         """
-        if self._names is not None:
-            self._names.refresh(self.param_groups)
+        self._follow_model()
         for group in self.param_groups:
             if "module" in group and module in modules_of(group):
                 context = self._context(find_ranks(self.param_groups, self._process_group))
