@@ -27,6 +27,10 @@ def step_both(pair, t):
     return {expert for winners in fused.routing.winners().values() for expert in winners}
 
 
+def trains(p):
+    return p.requires_grad
+
+
 def give_gradients(models, t, without=()):
     """Give all models the gradients of step ``t``, none to the parameters of those numbers."""
     generator = torch.Generator().manual_seed(t)
@@ -195,9 +199,11 @@ def test_adapters_as_experts(freeze, top_k, lora_lr):
     pair = twins(adapted(freeze, torch.float32), ranks=None, top_k=top_k, **{**RATES, "lora_lr": lora_lr})
     for t in range(4):
         give_gradients([model for model, _ in pair], t)
+        given = [p.grad.clone() for p in filter(trains, pair[1][0].parameters())]
         for _, optimizer in pair:
             optimizer.step()
         assert_same_decision(pair[0][1], pair[1][1])
+        assert all(p.grad.equal(grad) for p, grad in zip(filter(trains, pair[1][0].parameters()), given, strict=True))
     assert_alike(*pair, states=False)
 
 

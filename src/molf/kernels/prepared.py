@@ -23,7 +23,7 @@ __all__ = ["Prepared", "are_at"]
 class Prepared:
     """A plan with its tables, and what they were made for.
 
-    Between steps it holds no gradient.
+    Between steps it holds no gradient, but room for those in other units.
 
     Args:
         groups: The groups of the step.
@@ -31,7 +31,8 @@ class Prepared:
         device: The model's.
 
     Attributes:
-        grads: The gradients of this step by parameter, this rank's parts; None where there is none.
+        grads: The gradients of this step by parameter, this rank's parts; None where there is none. Where backward leaves them
+            in other units than those of levelled scales, room for copies; ``unlevelled`` has what backward left.
         grad_table: Their addresses, and where those of pairs lie in their buffer; ``inside`` is 1 for the latter, else 0.
         adamw: What PyTorch's fused AdamW is given with all ordinary parameters.
         rates: The learning rates of all entries, float32.
@@ -56,7 +57,9 @@ class Prepared:
         self.owned = [entry.owner for entry in plan.entries[: plan.owned]]
         self.moving = sorted({*self.owned, *(i for own in plan.ordinary for i in own.owners)})
         self._addresses = [local(self._params[i]).data_ptr() for i in self.owned]
-        self.grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
+        grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
+        self._room = {i: torch.empty_like(grads[i]) for i, _ in plan.levelled}
+        self._take(grads)
         self._make_grad_table(self._addresses_of(self.grads))
         self.launches = Launches(plan, self._grad_addresses, device)
         self._make_fixed_tables(groups[0]["betas"], groups[0]["eps"])
@@ -85,9 +88,15 @@ class Prepared:
             return False
         if not are_at([own[i] for i in self.owned], self._addresses):
             return False
-        self.grads = grads
-        self._now = self._addresses_of(grads)
+        self._take(grads)
+        self._now = self._addresses_of(self.grads)
         return self.launches.still_aligned(self._now)
+
+    def _take(self, grads: list[Any]) -> None:
+        self.unlevelled = [grads[i] for i in self._room]
+        for i, room in self._room.items():
+            grads[i] = room
+        self.grads = grads
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Follow gradients that have moved, and rates on the host; return whether a table was copied for it."""

@@ -65,7 +65,7 @@ class FusedStep:
             with torch.cuda.device_of(prepared.one), tf32_products(self.device):  # type: ignore[no-untyped-call]
                 return _Step(prepared, context, seed).take()
         finally:
-            prepared.grads = []
+            prepared.grads = prepared.unlevelled = []
 
 
 class _Step:
@@ -81,7 +81,9 @@ class _Step:
         if not plan.counts:
             return Outcome(None, torch.zeros((), device=self._device), taken=True)
         if own := plan.levelled:
-            torch._foreach_mul_([self._made.grads[i] for i, _ in own], [factor for _, factor in own])
+            grads = [self._made.grads[i] for i, _ in own]
+            torch._foreach_copy_(grads, self._made.unlevelled)
+            torch._foreach_mul_(grads, [factor for _, factor in own])
         buffer = torch.empty(plan.gradients.numel, device=self._device)
         norm = self._prepare_gradients(buffer)
         torch._foreach_add_(plan.counts, [self._go] * len(plan.counts))

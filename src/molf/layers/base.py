@@ -21,7 +21,7 @@ __all__ = [
     "RoutedLayer",
     "init_moments",
     "init_step",
-    "level_gradients_",
+    "level_gradients",
     "quantized_params",
     "winners_of",
 ]
@@ -83,6 +83,9 @@ class RoutedLayer(abc.ABC):
         group: The layer's parameter group.
         state: The optimizer's state; ``init_state`` made the layer's entries.
         noise: For stochastic rounding, None if low parts are kept.
+
+    Attributes:
+        levelled: This rank's gradients by parameter, in the units of levelled scales, where backward left others.
     """
 
     def __init__(self, group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None):
@@ -92,6 +95,7 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
+        self.levelled: dict[Tensor, Tensor] = {}
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -142,12 +146,15 @@ class RoutedLayer(abc.ABC):
             MolfError: If one does not.
         """
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients that backward left on parameters."""
-        return [p.grad for p in self.group["params"] if p.grad is not None]
+    def gradients(self) -> list[tuple[Tensor, bool]]:
+        """Return this rank's gradients of parameters, in the units of levelled scales, and whether each is a shard."""
+        return [(self._grad(p), is_sharded(p)) for p in self.group["params"] if p.grad is not None]
+
+    def _grad(self, p: Tensor) -> Tensor:
+        return self.levelled[p] if p in self.levelled else local(p.grad)  # type: ignore[arg-type]
 
     def unlevelled(self) -> list[tuple[Tensor, float]]:
-        """Return gradients that backward left in other units than those of levelled scales, with the factors to multiply by."""
+        """Return parameters whose gradients have other units than those of levelled scales, with the factors to multiply by."""
         return []
 
     def derived_tensors(self) -> list[TensorState]:
@@ -242,11 +249,18 @@ def winners_of(chosen: Tensor) -> list[int]:
     return [i for i, won in enumerate(chosen[0].tolist()) if won]
 
 
-def level_gradients_(layers: Iterable[RoutedLayer]) -> None:
-    """Bring the gradients that backward left into the units of levelled scales, in place."""
-    work = [own for layer in layers for own in layer.unlevelled()]
-    if work:
-        torch._foreach_mul_([local(grad) for grad, _ in work], [factor for _, factor in work])
+def level_gradients(layers: Iterable[RoutedLayer]) -> list[Tensor]:
+    """Give the layers copies of gradients that have other units than those of levelled scales, and return these gradients.
+
+    Backward may add to them after the step, and users read them, so they stay as they are.
+    """
+    work = [(layer, p, factor) for layer in layers for p, factor in layer.unlevelled()]
+    if not work:
+        return []
+    found = [local(p.grad) for _, p, _ in work]  # type: ignore[arg-type]
+    for (layer, p, _), grad in zip(work, torch._foreach_mul(found, [factor for _, _, factor in work]), strict=True):
+        layer.levelled[p] = grad
+    return found
 
 
 def quantized_params(group: dict[str, Any], optim_bits: int) -> list[bool]:

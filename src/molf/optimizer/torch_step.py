@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.layers.base import RoutedLayer, level_gradients_
+from molf.layers.base import RoutedLayer, level_gradients
 from molf.numerics.adamw import (
     Rates,
     TensorState,
@@ -47,10 +47,10 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
         ordinary: Groups of parameters that take plain AdamW.
         context: Of this step.
     """
-    level_gradients_(layers)
-    dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
-    dense += [grad for layer in layers for grad in layer.gradients()]
-    norm = prepare_gradients(dense, layers, context)
+    kept = level_gradients(layers)
+    dense = [(local(p.grad), is_sharded(p)) for group in ordinary for p in group["params"] if p.grad is not None]
+    dense += [own for layer in layers for own in layer.gradients()]
+    norm = prepare_gradients(dense, kept, layers, context)
     if context.found_inf or not norm.isfinite():
         return Outcome(None, norm, taken=False)
     routing = route(layers, context) if layers else None
@@ -59,7 +59,9 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
     return Outcome(routing, norm, taken=True)
 
 
-def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
+def prepare_gradients(
+    dense: Sequence[tuple[Tensor, bool]], kept: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext
+) -> Tensor:
     """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
 
     The norm is not finite if a gradient is not, or if it is not clipped and its square is not. Clipping counts the gradients
@@ -67,15 +69,16 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     norm is that of the dense gradients.
 
     Args:
-        dense: Gradients that backward left on parameters.
+        dense: This rank's gradients of parameters, and whether each is a shard.
+        kept: Gradients that backward left where ``dense`` has copies in other units; they follow.
         layers: The routed layers; with shards, their gradients of A are summed over the ranks here.
         context: Of this step.
     """
     if not dense:
         return torch.zeros(())
-    parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
+    parts, max_norm = [grad for grad, _ in dense], context.max_grad_norm
     if context.grad_scale is not None:
-        torch._foreach_mul_(parts, context.grad_scale.double().reciprocal())
+        torch._foreach_mul_([*parts, *kept], context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
     norm = _reduce_over_shards(dense, layers, context) if sharded else exact_norm(parts, max_norm is not None)
     if max_norm is None or not norm.isfinite():
@@ -83,22 +86,24 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
     if not sharded:
         norm = exact_norm([*parts, *lora], clipped=True)
-    torch._foreach_mul_([*parts, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([*parts, *kept, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
+def _reduce_over_shards(
+    dense: Sequence[tuple[Tensor, bool]], layers: Sequence[RoutedLayer], context: StepContext
+) -> Tensor:
     """Sum the gradients of A over the shards and return the norm of all gradients, in one all-reduce."""
     ranks = context.ranks
     sizes = [layer.reduced_numel for layer in layers]
-    device, dtype = dense[0].device, master_dtype(dense[0].dtype)
+    device, dtype = dense[0][0].device, master_dtype(dense[0][0].dtype)
     flat = torch.zeros(sum(sizes) + ranks.shard_count, device=device, dtype=dtype)
     *outs, norms = torch.split(flat, [*sizes, ranks.shard_count])
     for layer, out in zip(layers, outs, strict=True):
         layer.write_grads_into(out)
     clipped = context.max_grad_norm is not None
     lora = [(layer, x) for layer in layers for x in layer.derived_tensors()] if clipped else []
-    parts = [(local(grad), is_sharded(grad)) for grad in dense]
+    parts = [*dense]
     parts += [(x.grad, layer.is_sharded(x)) for layer, x in lora if x.grad is not None]
     own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
     return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks, partial(exact_norm, clipped=clipped))
