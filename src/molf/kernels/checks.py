@@ -14,7 +14,7 @@ from molf.errors import MolfError
 from molf.numerics.distributed import local
 from molf.scores import SCORES, Score
 
-__all__ = ["check_gradients", "check_groups", "check_options"]
+__all__ = ["check_gradients", "check_groups", "check_options", "share_betas_and_eps"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,8 +52,13 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
     interpreted = params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if params[0].device.type != "cuda" and not interpreted:
         raise _refusal(f"the kernels run on CUDA devices, and the parameters are on {devices[0]}")
-    if len({(*group["betas"], group["eps"]) for group in groups}) > 1:
+    if not share_betas_and_eps(groups):
         raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
+
+
+def share_betas_and_eps(groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether all groups have the same, as the kernels need. Schedules may change them at every step."""
+    return len({(*group["betas"], group["eps"]) for group in groups}) == 1
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:

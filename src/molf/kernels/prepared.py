@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.kernels.checks import check_gradients, check_groups
+from molf.kernels.checks import check_gradients, check_groups, share_betas_and_eps
 from molf.kernels.launches import Launches
 from molf.kernels.plan import StepPlan
 from molf.kernels.tables import to_device
@@ -34,7 +34,8 @@ class Prepared:
         grads: The gradients of this step by parameter, this rank's parts; None where there is none. Where backward leaves them
             in other units than those of levelled scales, room for copies; ``unlevelled`` has what backward left.
         grad_table: Their addresses, and where those of pairs lie in their buffer; ``inside`` is 1 for the latter, else 0.
-        adamw: What PyTorch's fused AdamW is given with all ordinary parameters.
+        adamw: What PyTorch's fused AdamW is given with all ordinary parameters, on the host.
+        powers: Both betas; ``settings`` are what kernels make of them, and eps.
         rates: The learning rates of all entries, float32.
         score_rates: The learning rates ``[L, E]``, float64.
 
@@ -62,9 +63,11 @@ class Prepared:
         self._take(grads)
         self._make_grad_table(self._addresses_of(self.grads))
         self.launches = Launches(plan, self._grad_addresses, device)
-        self._make_fixed_tables(groups[0]["betas"], groups[0]["eps"])
+        self._make_fixed_tables()
         self._on_host: list[float | None] = []
+        self._betas_and_eps: tuple[Any, ...] = ()
         self._update_rates(groups)
+        self._update_betas_and_eps(groups[0])
 
     def is_current(self, groups: Sequence[dict[str, Any]], context: StepContext) -> bool:
         """Return whether the tables hold for a step, but for other addresses of gradients and other rates."""
@@ -99,11 +102,11 @@ class Prepared:
         self.grads = grads
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Follow gradients that have moved, and rates on the host; return whether a table was copied for it."""
+        """Follow gradients that have moved, rates on the host, betas and eps; return whether a table was copied for it."""
         moved = self._now != self._grad_addresses
         if moved:
             self._make_grad_table(self._now)
-        return self._update_rates(groups) or moved
+        return any([self._update_rates(groups), self._update_betas_and_eps(groups[0]), moved])
 
     def _addresses_of(self, tensors: Sequence[Tensor | None]) -> list[int]:
         """Return the addresses of what kernels read and write by address, given a tensor for every parameter."""
@@ -113,9 +116,9 @@ class Prepared:
         self._grad_addresses = addresses
         self.grad_table = to_device(addresses + self.plan.gradients.offsets, torch.int64, self.device)
 
-    def _make_fixed_tables(self, betas: tuple[float, float], eps: float) -> None:
+    def _make_fixed_tables(self) -> None:
         """Make what does not change between steps."""
-        plan, entries, (beta1, beta2) = self.plan, self.plan.entries, betas
+        plan, entries = self.plan, self.plan.entries
         self.inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
         # Rates: of all entries, their products with the decays, and of all routed experts.
         self._group = to_device([entry.group for entry in entries] * 2 + plan.expert_groups, torch.int64, self.device)
@@ -123,12 +126,20 @@ class Prepared:
         self._shares = to_device([*shares[0], *shares[1], *plan.expert_ratios], torch.float64, self.device)
         self.n = to_device(plan.n, torch.float64, self.device).view(len(plan.names), -1 if plan.names else 0)
         self.unknown = torch.full_like(self.n, torch.nan)
-        self.powers = to_device(betas, torch.float64, self.device)
-        self.always = torch.ones(plan.experts - plan.routed, device=self.device)
-        self.one = torch.ones((), device=self.device)
-        self.settings = to_device([1 - beta1, beta2, 1 - beta2, eps], torch.float32, self.device)
-        self.adamw: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        self.always = torch.ones(plan.experts - plan.routed, dtype=torch.float32, device=self.device)
+        self.one = torch.ones((), dtype=torch.float32, device=self.device)
         self.draws = any(entry.storage == STOCHASTIC for entry in entries)
+
+    def _update_betas_and_eps(self, group: dict[str, Any]) -> bool:
+        """Bring what all groups share up to date and return whether a table was copied."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        changed = (beta1, beta2, eps) != self._betas_and_eps
+        if changed:
+            self._betas_and_eps = beta1, beta2, eps
+            self.powers = to_device([beta1, beta2], torch.float64, self.device)
+            self.settings = to_device([1 - beta1, beta2, 1 - beta2, eps], torch.float32, self.device)
+            self.adamw = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        return changed
 
     def _update_rates(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the rates up to date and return whether a table was copied; tensors on the device are read at every step."""
@@ -151,10 +162,10 @@ class Prepared:
 
 
 def _settings(groups: Sequence[dict[str, Any]], context: StepContext) -> list[Any]:
-    """Return what a plan takes from groups and context, beside parameters and rates."""
-    keys, routed = ("weight_decay", "betas", "eps"), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
+    """Return what a plan takes from groups and context, beside parameters, rates, betas and eps."""
+    keys, routed = ("weight_decay",), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
     own = [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
-    return [type(context.score), context.ranks, *own]
+    return [type(context.score), context.ranks, share_betas_and_eps(groups), *own]
 
 
 def are_at(tensors: list[Tensor], addresses: list[int]) -> bool:

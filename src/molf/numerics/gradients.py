@@ -51,7 +51,7 @@ def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
     if ranks.shards is None:
         return not found
     device = gradients[0].device if gradients else torch.device("cpu")
-    anywhere = torch.full((), float(found), device=device)
+    anywhere = torch.full((), float(found), dtype=torch.float32, device=device)
     ranks.sum_(anywhere)
     return not anywhere
 

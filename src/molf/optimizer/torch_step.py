@@ -75,7 +75,7 @@ def prepare_gradients(
         context: Of this step.
     """
     if not dense:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     parts, max_norm = [grad for grad, _ in dense], context.max_grad_norm
     if context.grad_scale is not None:
         torch._foreach_mul_([*parts, *kept], context.grad_scale.double().reciprocal())
