@@ -308,16 +308,16 @@ class MoLF(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state exactly, in the dtypes it was saved in.
+        """Load a state exactly, in the dtypes it was saved in. Low parts of bf16 weights follow ``bf16_update``.
 
         Raises:
-            MolfError: If it belongs to other modules, ranks or shapes; the message names the difference.
+            MolfError: If it is not whole, or belongs to other modules, ranks or shapes; the message names the difference.
         """
         saved: dict[str, Any] = {}
 
         def set_aside(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             saved.update(with_tuples(given))
-            check_compatible(self.param_groups, saved, self.optim_bits)
+            check_compatible(self.param_groups, saved, self.optim_bits, self._names)
             if self._backward_step is not None:
                 self._backward_step.reset()
             self._skipped_steps.flush(self.param_groups)  # counts on the device belong to the old state
@@ -325,7 +325,8 @@ class MoLF(torch.optim.Optimizer):
 
         # Between other users' pre-hooks and their post-hooks.
         before = self.register_load_state_dict_pre_hook(set_aside)
-        after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved), prepend=True)
+        keep_low = self.bf16_update != "stochastic"
+        after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved, keep_low), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
