@@ -7,7 +7,7 @@ import molf.errors
 from molf import MoLF, param_groups
 from molf.scores import EPD
 from molf.setup.param_groups import alignment
-from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
+from small import AllAlike, Prefer, assert_same_bits, differing, mlp, routed_mlp, snapshot, train, zero_gradients
 
 
 def test_routing_records_the_decision():
@@ -284,11 +284,44 @@ def test_a_term_of_ones_own_counts_in_a_subclass():
     torch.testing.assert_close(scores[1], 2 * scores[0])
 
 
-def test_scores_of_a_wrong_shape_are_refused():
-    class Short(EPD):
-        def finish(self, total, n, lr):
-            return total[:, 0]
+class Short(EPD):
+    def finish(self, total, n, lr):
+        return total[:, 0]
 
-    model, optimizer = routed_mlp(score=Short())
-    with pytest.raises(molf.errors.MolfError, match=r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"):
+
+class Misspelt(EPD):
+    def partial(self, m, v, u, eps):
+        return m.summ()
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("score", "error", "words"),
+    [
+        (Short(), molf.errors.MolfError, r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"),
+        (Misspelt(), AttributeError, "summ"),
+    ],
+    ids=["shape", "term"],
+)
+def test_a_score_that_cannot_work_fails_before_anything_moves(score, error, words, later):
+    model, optimizer = routed_mlp()
+    train(model, optimizer, int(later))
+    optimizer.score, before = score, snapshot(model, optimizer)
+    with pytest.raises(error, match=words):
         train(model, optimizer, 1)
+    after = snapshot(model, optimizer)
+    assert not differing(before, {key: after[key] for key in before})
+    assert all(own["step"] == later for own in optimizer.state.values() if "step" in own)
+
+
+def test_a_score_of_ones_own_is_tried_once_on_a_copy():
+    class Counting(EPD):
+        calls = 0
+
+        def finish(self, total, n, lr):
+            self.calls += 1
+            return super().finish(total, n, lr)
+
+    model, optimizer = routed_mlp(score=Counting())
+    train(model, optimizer, 3)
+    assert optimizer.score.calls == 3

@@ -24,7 +24,7 @@ from molf.optimizer.kernel_choice import KernelSelector
 from molf.optimizer.state_dict import SkippedSteps, check_compatible, restore_state, with_tuples
 from molf.optimizer.step import only_creates_state, step_all
 from molf.routing import Routing
-from molf.scores import Score, get_score
+from molf.scores import Score, get_score, try_score
 from molf.setup.checks import (
     NO_GRADIENTS_KEPT,
     check_added_group,
@@ -164,6 +164,7 @@ class MoLF(torch.optim.Optimizer):
         self._process_group = process_group
         self._names = None if model is None else ParamNames(model, self.param_groups)
         self._seeds_are_shared = False
+        self._tried: Score | None = None
         if self.optimizer_in_backward:
             check_backward_step(
                 self.max_grad_norm, self.score.compares_modules, find_ranks(self.param_groups, process_group), model
@@ -209,8 +210,9 @@ class MoLF(torch.optim.Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            MolfError: If an option of this step cannot work, or a parameter has another shape, dtype or device than its state
-                or its gradient. Nothing has moved then.
+            MolfError, RuntimeError: If an option of this step cannot work, parameters were replaced, or one has another shape,
+                dtype or device than its state or its gradient. Nothing has moved then, but for what backward has moved with
+                ``optimizer_in_backward``.
         """
         loss = None
         if closure is not None and self._backward_step is not None:
@@ -242,6 +244,10 @@ class MoLF(torch.optim.Optimizer):
         """Return the context of a new step, with all missing state created."""
         check_not_flat(self.param_groups)
         self._follow_model()
+        if self._tried is not self.score:
+            routed = next(group for group in self.param_groups if "module" in group)
+            try_score(self.score, self._modules(), len(routed["experts"]), routed["eps"])
+            self._tried = self.score
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
             check_backward_step(self.max_grad_norm, self.score.compares_modules, ranks)

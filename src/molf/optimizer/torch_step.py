@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.errors import MolfError
 from molf.layers.base import RoutedLayer, level_gradients
 from molf.numerics.adamw import (
     Rates,
@@ -29,7 +28,7 @@ from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
 from molf.numerics.gradients import exact_norm, norm_over_shards
 from molf.routing import Outcome, Routing, choose
-from molf.scores import Evidence
+from molf.scores import Evidence, scores_of
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
@@ -121,12 +120,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
         layer.count_step()
     parts = [part for layer in layers for part in layer.parts(_budget(layer, _CPU_STACK))]
     evidence = _update_moments(parts, context, workspace)
-    scores = context.score.scores(evidence)
-    if scores.shape != evidence.lr.shape:
-        raise MolfError(
-            f"{type(context.score).__name__} returned scores {list(scores.shape)} for {len(evidence.modules)} modules with "
-            f"{len(layers[0].experts)} experts: finish must return [M, E] = {list(evidence.lr.shape)}"
-        )
+    scores = scores_of(context.score, evidence)
     decision = choose(scores, context.top_k)
     chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
     rows = iter(torch.split(chosen, [len(part.modules) for part in parts]))
