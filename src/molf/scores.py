@@ -273,7 +273,8 @@ def try_score(score: Score, modules: Sequence[str], experts: int, eps: float) ->
     if type(score) in {type(known) for known in SCORES.values()}:
         return
     tried, ones = copy.copy(score), torch.ones(len(modules), experts, dtype=torch.float64, device="cpu")
-    tried.partial(*ones.new_ones(3, 2).unbind(), eps)
+    m, v, u = ones.new_ones(3, 2).unbind()
+    tried.partial(m, v, u, eps)
     total, n, lr, descent = ones.repeat(4, 1, 1).unbind()
     scores_of(tried, Evidence(tuple(modules), total, n, lr, descent, torch.ones_like(ones[:, 0])))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["MoLF"]
+
+logger = logging.getLogger(__name__)
 
 # What a copy of an optimizer takes over, beside groups and state.
 _OPTIONS = ("top_k", "score", "max_grad_norm", "optim_bits", "bf16_update", "fused", "optimizer_in_backward")
@@ -358,12 +362,26 @@ class MoLF(torch.optim.Optimizer):
         if self._backward_step is not None:
             self._backward_step.check_finished()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _copied(self) -> dict[str, Any]:
+        """Return what a copy takes over, but for the process group, which is not copied."""
         self._check_between_steps()
         self._skipped_steps.flush(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            logger.warning(
+                "A pickled MoLF leaves its process_group behind, and would follow rank 0 of all ranks: make a new one with "
+                "process_group=..., and load optimizer.state_dict() into it"
+            )
+        return self._copied()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoLF:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__({**copy.deepcopy(self._copied(), memo), "_process_group": self._process_group})
+        return made
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "optimizer_in_backward" in state:  # a copy of an optimizer, not a state that is loaded
-            self._start()
+            self._start(process_group=state.get("_process_group"))
