@@ -52,7 +52,8 @@ class Evidence:
         modules: Names of the modules.
         total: Sums of the score's ``term``.
         n: Number of elements of each expert.
-        lr: Learning rate of each expert at this step.
+        lr: Learning rate of each expert at this step. Where it is 0, that at the schedule's base rate (``initial_lr``, else 1):
+            nothing moves, but what the experts promise decides, and not a tie.
         descent: ``D = sum m^2 / (sqrt(v) + eps)``: what a step at rate 1 promises to first order.
         steps: 1-based step count of each module, ``[M]``.
     """

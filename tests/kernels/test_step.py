@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fused import CLOSE, DEVICE, TF32_CLOSE, TF32_TOLERANCE, assert_alike, assert_same_decision, quantizable, twins
 from molf import MoLF
@@ -144,6 +144,21 @@ def test_schedules_and_moved_parameters_are_followed():
         step_both(pair, t)
         for p in pair[1][0].parameters():
             p.data = p.data.clone()  # at another address
+    assert_alike(*pair)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_step_at_a_rate_of_zero_decides_alike(tensor):
+    lr = torch.tensor(1e-2, device=DEVICE) if tensor else 1e-2
+    pair = twins(mlp(torch.float32), **RATES | {"lr": lr})
+    schedulers = [LambdaLR(optimizer, lambda t: t / 2) for _, optimizer in pair]
+    before = [p.detach().clone() for p in pair[1][0].parameters()]
+    for t in range(2):
+        won = step_both(pair, t)
+        assert len(won) > 1
+        assert t or all(p.equal(q) for p, q in zip(pair[1][0].parameters(), before, strict=True))
+        for scheduler in schedulers:
+            scheduler.step()
     assert_alike(*pair)
 
 

@@ -86,13 +86,29 @@ def test_first_step_of_a_warm_up_from_zero_is_a_real_step():
     model, optimizer = routed_mlp()
     scheduler = LambdaLR(optimizer, lambda t: t / 2)
     weights = [p.detach().clone() for p in model.parameters()]
-    assert train(model, optimizer, 1, scheduler) == [{name: ["fft"] for name in "145"}]
+    twin, other = routed_mlp()
+    winners = train(model, optimizer, 1, scheduler)
+    assert winners == train(twin, other, 1) and optimizer.routing.scores.equal(other.routing.scores)
+    assert {own for won in winners[0].values() for own in won} != {"fft"}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     state = optimizer.state[model[1].weight]
     assert state["step"] == 1 and state["exp_avg"].any() and state["lora_r2.B.exp_avg"].any()
     train(model, optimizer, range(1, 2), scheduler)
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True) if p.ndim == 2]
     assert moved == [True] * 4  # biases wait for fft to win
+
+
+@pytest.mark.parametrize("lora_lr", [2e-2, 0.0])
+def test_at_a_rate_of_zero_without_a_schedule_the_ratios_decide(lora_lr):
+    """A LoRA expert whose own rate is 0 at any rate never wins."""
+    model, optimizer = routed_mlp(lora_lr=lora_lr)
+    twin, other = routed_mlp(lora_lr=lora_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert train(model, optimizer, 2)[:1] == train(twin, other, 1)
+    torch.testing.assert_close(optimizer.routing.scores[:, 1:].any(), torch.tensor(lora_lr > 0))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
 def test_loras_rate_follows_the_schedule():

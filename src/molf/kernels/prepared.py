@@ -13,6 +13,7 @@ from molf.kernels.launches import Launches
 from molf.kernels.plan import StepPlan
 from molf.kernels.tables import to_device
 from molf.kernels.winners import STOCHASTIC
+from molf.layers.base import stand_in
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
@@ -37,7 +38,7 @@ class Prepared:
         adamw: What PyTorch's fused AdamW is given with all ordinary parameters, on the host.
         powers: Both betas; ``settings`` are what kernels make of them, and eps.
         rates: The learning rates of all entries, float32.
-        score_rates: The learning rates ``[L, E]``, float64.
+        score_rates: The learning rates to score by, ``[L, E]`` float64.
 
     Raises:
         MolfError: If the kernels cannot take the step.
@@ -63,7 +64,7 @@ class Prepared:
         self._take(grads)
         self._make_grad_table(self._addresses_of(self.grads))
         self.launches = Launches(plan, self._grad_addresses, device)
-        self._make_fixed_tables()
+        self._make_fixed_tables(groups)
         self._on_host: list[float | None] = []
         self._betas_and_eps: tuple[Any, ...] = ()
         self._update_rates(groups)
@@ -116,7 +117,7 @@ class Prepared:
         self._grad_addresses = addresses
         self.grad_table = to_device(addresses + self.plan.gradients.offsets, torch.int64, self.device)
 
-    def _make_fixed_tables(self) -> None:
+    def _make_fixed_tables(self, groups: Sequence[dict[str, Any]]) -> None:
         """Make what does not change between steps."""
         plan, entries = self.plan, self.plan.entries
         self.inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
@@ -124,6 +125,8 @@ class Prepared:
         self._group = to_device([entry.group for entry in entries] * 2 + plan.expert_groups, torch.int64, self.device)
         shares = [entry.ratio for entry in entries], [entry.ratio * entry.decay for entry in entries]
         self._shares = to_device([*shares[0], *shares[1], *plan.expert_ratios], torch.float64, self.device)
+        stand_ins = [stand_in(groups[i]) * x for i, x in zip(plan.expert_groups, plan.expert_ratios, strict=True)]
+        self._stand_ins = to_device(stand_ins, torch.float64, self.device)
         self.n = to_device(plan.n, torch.float64, self.device).view(len(plan.names), -1 if plan.names else 0)
         self.unknown = torch.full_like(self.n, torch.nan)
         self.always = torch.ones(plan.experts - plan.routed, dtype=torch.float32, device=self.device)
@@ -157,7 +160,10 @@ class Prepared:
             self.lrs = [live[id(lr)].float() if id(lr) in live else lr for lr in lrs] if self.plan.ordinary else lrs
         if copied or live:
             every, count = lr_of_group.index_select(0, self._group) * self._shares, 2 * len(self.plan.entries)
-            self.rates, self.score_rates = every[:count].float(), every[count:].view_as(self.n)
+            self.rates, scored = every[:count].float(), every[count:]
+            if live or 0.0 in on_host:
+                scored = scored.where(scored != 0, self._stand_ins)
+            self.score_rates = scored.view_as(self.n)
         return copied
 
 

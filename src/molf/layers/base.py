@@ -23,6 +23,7 @@ __all__ = [
     "init_step",
     "level_gradients",
     "quantized_params",
+    "stand_in",
     "winners_of",
 ]
 
@@ -116,6 +117,13 @@ class RoutedLayer(abc.ABC):
         """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
         lr = float(self.group["lr"])
         return tuple(lr * ratio for ratio in self.lr_ratios)
+
+    @property
+    def score_lrs(self) -> tuple[float, ...]:
+        """The rates to score by: the experts' own, or what stands in for rates of 0."""
+        if float(self.group["lr"]):
+            return self.lrs
+        return tuple(stand_in(self.group) * ratio for ratio in self.lr_ratios)
 
     @staticmethod
     @abc.abstractmethod
@@ -242,6 +250,14 @@ class RoutedLayer(abc.ABC):
     def _write(self, p: Tensor, value: Tensor) -> None:
         """Set this rank's part of a parameter."""
         self._store(p, self._load(p).copy_(value))
+
+
+def stand_in(group: dict[str, Any]) -> float:
+    """Return the rate to score by at a rate of 0, as where warm-ups start: the base rate of the schedule, else 1.
+
+    Nothing moves then, and all steps promise 0: a tie, which says nothing of what the experts are worth.
+    """
+    return float(group.get("initial_lr", 0.0)) or 1.0
 
 
 def winners_of(chosen: Tensor) -> list[int]:

@@ -170,7 +170,7 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
     def by_module(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(counts, dim=0)
 
-    lr, steps, n = by_module([x.lrs for x in layers]), by_module([x.step for x in layers]), by_module(sizes)
+    lr, steps, n = by_module([x.score_lrs for x in layers]), by_module([x.step for x in layers]), by_module(sizes)
     return Evidence(modules, total[..., 0], n, lr, total[..., -1], steps)
 
 
