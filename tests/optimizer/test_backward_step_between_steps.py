@@ -94,7 +94,7 @@ def on_meta(model):
 
 
 @pytest.mark.parametrize("before", [on_meta, lambda model: model], ids=["to_empty", "assign"])
-def test_gradients_are_freed_after_parameters_were_replaced(before):
+def test_gradients_are_freed_after_parameters_were_replaced(before, caplog):
     """The first backward finds no hooks on them; ``step`` moves everything then."""
     source, twin = mlp(), mlp()
     model = before(mlp())
@@ -105,6 +105,7 @@ def test_gradients_are_freed_after_parameters_were_replaced(before):
     model.to_empty(device="cpu")
     model.load_state_dict({name: p.clone() for name, p in source.state_dict().items()}, assign=True)
     assert train(model, made[0], 1) == train(twin, made[1], 1)
+    assert "freed from the next backward on" in caplog.text
     loss_of(model, 1).backward()
     assert all(p.grad is None for p in model.parameters())
     made[0].step()

@@ -276,6 +276,10 @@ class MoLF(torch.optim.Optimizer):
         """Take over parameters that were replaced in the model."""
         if self._names is not None and self._names.refresh(self.param_groups) and self._backward_step is not None:
             self._backward_step.follow(self.param_groups)
+            logger.warning(
+                "Parameters were replaced in the model (to_empty, load_state_dict(assign=True)): their gradients are freed from "
+                "the next backward on. Replace them before MoLF is made, to have the first ones freed, too"
+            )
 
     def _context(self, ranks: Ranks) -> StepContext:
         """Return what holds between steps, too."""
