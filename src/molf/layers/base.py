@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import check_row_sharded, is_sharded, local, local_part, shard_rows_like
+from molf.numerics.distributed import check_row_sharded, is_sharded, local, local_part, shard_as, shard_rows_like
 from molf.numerics.quantization import block_count, is_quantizable
 
 __all__ = [
@@ -86,7 +86,7 @@ class RoutedLayer(abc.ABC):
         noise: For stochastic rounding, None if low parts are kept.
 
     Attributes:
-        levelled: This rank's gradients by parameter, in the units of levelled scales, where backward left others.
+        levelled: Gradients by the parameter's ``id``, in the units of levelled scales, where backward left others.
     """
 
     def __init__(self, group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None):
@@ -96,7 +96,7 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
-        self.levelled: dict[Tensor, Tensor] = {}
+        self.levelled: dict[int, Tensor] = {}
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -154,12 +154,9 @@ class RoutedLayer(abc.ABC):
             MolfError: If one does not.
         """
 
-    def gradients(self) -> list[tuple[Tensor, bool]]:
-        """Return this rank's gradients of parameters, in the units of levelled scales, and whether each is a shard."""
-        return [(self._grad(p), is_sharded(p)) for p in self.group["params"] if p.grad is not None]
-
-    def _grad(self, p: Tensor) -> Tensor:
-        return self.levelled[p] if p in self.levelled else local(p.grad)  # type: ignore[arg-type]
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of parameters, in the units of levelled scales."""
+        return [self.levelled.get(id(p), p.grad) for p in self.group["params"] if p.grad is not None]
 
     def unlevelled(self) -> list[tuple[Tensor, float]]:
         """Return parameters whose gradients have other units than those of levelled scales, with the factors to multiply by."""
@@ -273,9 +270,9 @@ def level_gradients(layers: Iterable[RoutedLayer]) -> list[Tensor]:
     work = [(layer, p, factor) for layer in layers for p, factor in layer.unlevelled()]
     if not work:
         return []
-    found = [local(p.grad) for _, p, _ in work]  # type: ignore[arg-type]
+    found: list[Tensor] = [local(p.grad) for _, p, _ in work]  # type: ignore[arg-type]
     for (layer, p, _), grad in zip(work, torch._foreach_mul(found, [factor for _, _, factor in work]), strict=True):
-        layer.levelled[p] = grad
+        layer.levelled[id(p)] = shard_as(grad, p)
     return found
 
 

@@ -125,7 +125,7 @@ class MergedLayer(PairsInState):
 
     def _pair_tensors(self, i: int, pair: LoraPair, out: Tensor | None = None) -> list[TensorState]:
         with tf32_products(pair.A.device):
-            gradients = expert_gradients(self._grad(self.base[0]).to(pair.A.dtype), pair, out)
+            gradients = expert_gradients(local(self.gradients()[0]).to(pair.A.dtype), pair, out)
         return [self.pair_tensor(i, key)._replace(grad=grad) for key, grad in zip("AB", gradients, strict=True)]
 
     def begin_update(self, chosen: Tensor) -> list[tuple[Rates, TensorState]]:

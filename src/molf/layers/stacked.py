@@ -130,7 +130,7 @@ class StackedLayer(PairsInState):
         if i == 0:
             return [_cut(self._tensor(p).local, self._held) for p in self.base if p.grad is not None]
         A, B = (_cut(self.pair_tensor(i, key).local, self._held) for key in "AB")
-        pair, grad = self.pairs[i - 1], self._grad(self.base[0])[self._held].to(A.param.dtype)
+        pair, grad = self.pairs[i - 1], local(self.gradients()[0])[self._held].to(A.param.dtype)
         grad = self.oriented(grad)
         dA = torch.zeros_like(A.param)
         dB = torch.empty_like(B.param)

@@ -37,6 +37,7 @@ __all__ = [
     "is_sharded",
     "local",
     "local_part",
+    "shard_as",
     "shard_like",
     "shard_rows_like",
 ]
@@ -88,6 +89,16 @@ def shard_rows_like(rows: Tensor, like: Tensor) -> Tensor:
     stride = tuple(int(shape[i + 1 :].numel()) for i in range(len(shape)))
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(rows, mesh, like.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
+
+
+def shard_as(part: Tensor, like: Tensor) -> Tensor:
+    """Make one sharded tensor of the parts that each rank holds, of the shape of another that is sharded alike."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())  # type: ignore[attr-defined]
 
 
 def first_row(x: Tensor) -> int:

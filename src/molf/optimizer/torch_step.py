@@ -47,8 +47,8 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
         context: Of this step.
     """
     kept = level_gradients(layers)
-    dense = [(local(p.grad), is_sharded(p)) for group in ordinary for p in group["params"] if p.grad is not None]
-    dense += [own for layer in layers for own in layer.gradients()]
+    dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
+    dense += [grad for layer in layers for grad in layer.gradients()]
     norm = prepare_gradients(dense, kept, layers, context)
     if context.found_inf or not norm.isfinite():
         return Outcome(None, norm, taken=False)
@@ -59,7 +59,7 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
 
 
 def prepare_gradients(
-    dense: Sequence[tuple[Tensor, bool]], kept: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext
+    dense: Sequence[Tensor], kept: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext
 ) -> Tensor:
     """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
 
@@ -68,14 +68,14 @@ def prepare_gradients(
     norm is that of the dense gradients.
 
     Args:
-        dense: This rank's gradients of parameters, and whether each is a shard.
+        dense: The gradients of parameters.
         kept: Gradients that backward left where ``dense`` has copies in other units; they follow.
         layers: The routed layers; with shards, their gradients of A are summed over the ranks here.
         context: Of this step.
     """
     if not dense:
         return torch.zeros((), dtype=torch.float32)
-    parts, max_norm = [grad for grad, _ in dense], context.max_grad_norm
+    parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
     if context.grad_scale is not None:
         torch._foreach_mul_([*parts, *kept], context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
@@ -89,20 +89,18 @@ def prepare_gradients(
     return norm
 
 
-def _reduce_over_shards(
-    dense: Sequence[tuple[Tensor, bool]], layers: Sequence[RoutedLayer], context: StepContext
-) -> Tensor:
+def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
     """Sum the gradients of A over the shards and return the norm of all gradients, in one all-reduce."""
     ranks = context.ranks
     sizes = [layer.reduced_numel for layer in layers]
-    device, dtype = dense[0][0].device, master_dtype(dense[0][0].dtype)
+    device, dtype = dense[0].device, master_dtype(dense[0].dtype)
     flat = torch.zeros(sum(sizes) + ranks.shard_count, device=device, dtype=dtype)
     *outs, norms = torch.split(flat, [*sizes, ranks.shard_count])
     for layer, out in zip(layers, outs, strict=True):
         layer.write_grads_into(out)
     clipped = context.max_grad_norm is not None
     lora = [(layer, x) for layer in layers for x in layer.derived_tensors()] if clipped else []
-    parts = [*dense]
+    parts = [(local(grad), is_sharded(grad)) for grad in dense]
     parts += [(x.grad, layer.is_sharded(x)) for layer, x in lora if x.grad is not None]
     own, whole = ([grad for grad, sharded in parts if sharded is wanted] for wanted in (True, False))
     return norm_over_shards(own, whole, context.found_inf, flat, norms, ranks, partial(exact_norm, clipped=clipped))
