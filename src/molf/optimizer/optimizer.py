@@ -62,7 +62,7 @@ class MoLF(torch.optim.Optimizer):
         model: The model, or the groups that ``molf.param_groups`` made of it. Parameters that are frozen now, and layers put
             into the model later, are not trained. A warning names them at the first step at which they have a gradient, and
             parameters that have left the model. With groups, and in a copy of an optimizer, nothing is noticed: the model is
-            unknown.
+            unknown. Groups without ``lr`` or ``weight_decay`` take those given here.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
         lora_lr: ``"matched"``: ``lr`` for LoRA, too, whatever ``lora_alpha`` and the rank (``molf.param_groups``). Or a learning
@@ -75,7 +75,7 @@ class MoLF(torch.optim.Optimizer):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
         score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, ``"shuffled"``, or a ``molf.Score``.
-        target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
+        target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts, which must match.
         exclude_modules: Modules never routed, in the same notation.
         target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
