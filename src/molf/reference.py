@@ -123,7 +123,8 @@ class ReferenceMoLF:
                 dA, dB = expert.scale * B.value.T @ G, expert.scale * G @ A.value.T
                 self._observe(A, dA)
                 self._observe(B, dB)
-        self.scores[name] = {e.name: self._score(e, group["lr"] * e.lr_ratio) for e in experts}
+        lr = group["lr"] or group.get("initial_lr") or 1.0  # at a rate of 0 all would promise 0, and nothing moves
+        self.scores[name] = {e.name: self._score(e, lr * e.lr_ratio) for e in experts}
         best = sorted(experts, key=lambda e: -self.scores[name][e.name])[: self.top_k]  # sorted() keeps ties in order
         self.winners[name] = [e.name for e in best]
         for expert in best:

@@ -83,7 +83,7 @@ class Outcome:
 def merge_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
     """Merge the outcomes of units that moved one by one into one; it counts as taken if all of them were."""
     if not outcomes:
-        return Outcome(None, torch.zeros(()), taken=True)
+        return Outcome(None, torch.zeros((), dtype=torch.float32), taken=True)
     norms = torch.stack([outcome.norm.to(outcomes[0].norm.device, torch.float64) for outcome in outcomes])
     norm: Tensor = torch.linalg.vector_norm(norms)
     routings = [outcome.routing for outcome in outcomes if outcome.routing is not None]

@@ -15,9 +15,11 @@ Bias correction is left out: it scales all experts of a layer by the same factor
 from __future__ import annotations
 
 import abc
+import copy
 import difflib
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,20 @@ from torch import Tensor
 
 from molf.errors import MolfError
 
-__all__ = ["EPD", "PFN", "SCORES", "Coherence", "Descent", "Evidence", "Random", "Score", "Shuffled", "get_score"]
+__all__ = [
+    "EPD",
+    "PFN",
+    "SCORES",
+    "Coherence",
+    "Descent",
+    "Evidence",
+    "Random",
+    "Score",
+    "Shuffled",
+    "get_score",
+    "scores_of",
+    "try_score",
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,8 @@ class Evidence:
         modules: Names of the modules.
         total: Sums of the score's ``term``.
         n: Number of elements of each expert.
-        lr: Learning rate of each expert at this step.
+        lr: Learning rate of each expert at this step. Where it is 0, that at the schedule's base rate (``initial_lr``, else 1):
+            nothing moves, but what the experts promise decides, and not a tie.
         descent: ``D = sum m^2 / (sqrt(v) + eps)``: what a step at rate 1 promises to first order.
         steps: 1-based step count of each module, ``[M]``.
     """
@@ -54,7 +70,8 @@ class Score(abc.ABC):
     """A routing score: a sum over an expert's elements, and a formula from the sum to the score.
 
     Subclass it, define ``term`` and ``finish``, and pass an instance: ``MoLF(..., score=MyScore())``. ``term`` must be
-    element-wise, because the sum is computed piece by piece (blocks of a tensor, shards of a weight).
+    element-wise, because the sum is computed piece by piece (blocks of a tensor, shards of a weight). Before its first step a
+    copy is tried on ones, so that an error comes before anything has moved.
 
     Attributes:
         name: What settings and logs call it.
@@ -234,6 +251,33 @@ SCORES: dict[str, Score] = {
     "coherence": Coherence(),
     "shuffled": Shuffled(),
 }
+
+
+def scores_of(score: Score, evidence: Evidence) -> Tensor:
+    """Return the scores of all experts, ``[M, E]``.
+
+    Raises:
+        MolfError: If the score returns something else.
+    """
+    scores, wanted = score.scores(evidence), list(evidence.lr.shape)
+    shape = list(getattr(scores, "shape", ()))
+    if shape != wanted:
+        raise MolfError(
+            f"{type(score).__name__} returned scores {shape} for {wanted[0]} modules with {wanted[1]} experts: finish must "
+            f"return [M, E] = {wanted}"
+        )
+    return scores
+
+
+def try_score(score: Score, modules: Sequence[str], experts: int, eps: float) -> None:
+    """Ask a copy of a user's score once, with ones, and raise what would come in the middle of a step."""
+    if type(score) in {type(known) for known in SCORES.values()}:
+        return
+    tried, ones = copy.copy(score), torch.ones(len(modules), experts, dtype=torch.float64, device="cpu")
+    m, v, u = ones.new_ones(3, 2).unbind()
+    tried.partial(m, v, u, eps)
+    total, n, lr, descent = ones.repeat(4, 1, 1).unbind()
+    scores_of(tried, Evidence(tuple(modules), total, n, lr, descent, torch.ones_like(ones[:, 0])))
 
 
 def get_score(score: str | Score) -> Score:

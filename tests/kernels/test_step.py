@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fused import CLOSE, DEVICE, TF32_CLOSE, TF32_TOLERANCE, assert_alike, assert_same_decision, quantizable, twins
 from molf import MoLF
@@ -25,6 +26,10 @@ def step_both(pair, t):
     (_, plain), (_, fused) = pair
     assert_same_decision(plain, fused)
     return {expert for winners in fused.routing.winners().values() for expert in winners}
+
+
+def trains(p):
+    return p.requires_grad
 
 
 def give_gradients(models, t, without=()):
@@ -47,6 +52,23 @@ def test_fused_equals_plain(score, top_k, max_grad_norm):
     won = set().union(*(step_both(pair, t) for t in range(3)))
     assert len(won) > 1 or score == "pfn"  # by EPD both kinds of experts win
     assert_alike(*pair)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def another_default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), None], ids=["merged", "adapted"])
+def test_the_default_dtype_does_not_matter(ranks, another_default_dtype):
+    pair = twins(mlp(torch.float32) if ranks else adapted(True, torch.float32), ranks=ranks, **RATES)
+    give_gradients([model for model, _ in pair], 0)
+    for _, optimizer in pair:
+        optimizer.step()
+    assert_same_decision(pair[0][1], pair[1][1])
+    assert_alike(*pair, states=False)
 
 
 def test_fused_equals_plain_in_tf32(tensor_cores, monkeypatch):
@@ -125,6 +147,46 @@ def test_schedules_and_moved_parameters_are_followed():
     assert_alike(*pair)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_step_at_a_rate_of_zero_decides_alike(tensor):
+    lr = torch.tensor(1e-2, device=DEVICE) if tensor else 1e-2
+    pair = twins(mlp(torch.float32), **RATES | {"lr": lr})
+    schedulers = [LambdaLR(optimizer, lambda t: t / 2) for _, optimizer in pair]
+    before = [p.detach().clone() for p in pair[1][0].parameters()]
+    for t in range(2):
+        won = step_both(pair, t)
+        assert len(won) > 1
+        assert t or all(p.equal(q) for p, q in zip(pair[1][0].parameters(), before, strict=True))
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_alike(*pair)
+
+
+def test_cycled_betas_are_followed_by_the_same_tables(monkeypatch):
+    """As OneCycleLR does unasked, at every step."""
+    made, prepared = [], kernels.Prepared
+    monkeypatch.setattr(kernels, "Prepared", lambda *args: made.append(prepared(*args)) or made[-1])
+    pair = twins(mlp(torch.float32), **RATES)
+    schedulers = [OneCycleLR(optimizer, 1e-2, total_steps=6) for _, optimizer in pair]
+    seen = set()
+    for t in range(4):
+        seen.add(pair[1][1].param_groups[0]["betas"])
+        give_gradients([model for model, _ in pair], t)
+        for (_, optimizer), scheduler in zip(pair, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        assert_same_decision(pair[0][1], pair[1][1])
+        for _, optimizer in pair:
+            for group in optimizer.param_groups:
+                group["eps"] /= 2
+    assert_alike(*pair)
+    assert len(made) == 1 and len(seen) == 4
+    pair[1][1].param_groups[0]["betas"] = (0.5, 0.9)
+    give_gradients([pair[1][0]], 4)
+    with pytest.raises(ValueError, match="one setting of betas and eps"):
+        pair[1][1].step()
+
+
 def test_a_saved_state_goes_on_in_either_step():
     pair = (plain, slow), (fused, fast) = twins(mlp(torch.float32))
     for t in range(2):
@@ -195,9 +257,11 @@ def test_adapters_as_experts(freeze, top_k, lora_lr):
     pair = twins(adapted(freeze, torch.float32), ranks=None, top_k=top_k, **{**RATES, "lora_lr": lora_lr})
     for t in range(4):
         give_gradients([model for model, _ in pair], t)
+        given = [p.grad.clone() for p in filter(trains, pair[1][0].parameters())]
         for _, optimizer in pair:
             optimizer.step()
         assert_same_decision(pair[0][1], pair[1][1])
+        assert all(p.grad.equal(grad) for p, grad in zip(filter(trains, pair[1][0].parameters()), given, strict=True))
     assert_alike(*pair, states=False)
 
 

@@ -80,6 +80,21 @@ def test_with_matched_rates_the_scale_of_an_adapter_changes_nothing(options):
         torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e-3}], ids=str)
+def test_with_matched_rates_gradients_stay_as_they_are(options):
+    """Loops may read them after the step, or go on adding to them; what clipping does to one, it does to all."""
+    model = add_lora_experts(tiny_llama(torch.float64), ranks=(2, 4))
+    optimizer = MoLF(model, lr=1e-3, **options)
+    assert all(factor != 1 for factor in optimizer.param_groups[-1]["b_factors"])
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    optimizer.step()
+    factors = torch.stack([(p.grad / grad)[grad != 0].mean() for p, grad in before.items() if grad.any()])
+    torch.testing.assert_close(factors, torch.full_like(factors, factors[0]))
+    assert (factors == 1).all() if not options else (factors < 0.1).all()
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_one_lora_expert_on_a_frozen_base_equals_peft_lora_with_adamw(build):
     base = build(torch.float64)

@@ -299,8 +299,14 @@ def test_loss_scale_is_divided_out_in_full_precision():
 def test_sparse_gradients(lr):
     model = nn.Sequential(nn.Embedding(5, 6, sparse=True), nn.Linear(6, 5))
     optimizer = MoLF(model, ranks=(2,), lr=lr)
-    model(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="sparse=False"):
+    for _ in range(2):  # without state, and with it
+        optimizer.zero_grad()
+        model(torch.tensor([1])).sum().backward()
+        with pytest.raises(ValueError, match=r"gradient of 0\.weight is sparse.*sparse=False"):
+            optimizer.step()
+        optimizer.zero_grad()
+        model(torch.tensor([1])).sum().backward()
+        model[0].weight.grad = model[0].weight.grad.to_dense()
         optimizer.step()
 
 

@@ -88,6 +88,51 @@ def test_hooks_keep_nothing_alive_and_go_with_the_optimizer():
     assert model_seen() is None and optimizer.param_groups
 
 
+def on_meta(model):
+    with torch.device("meta"):
+        return mlp()
+
+
+@pytest.mark.parametrize("before", [on_meta, lambda model: model], ids=["to_empty", "assign"])
+def test_gradients_are_freed_after_parameters_were_replaced(before, caplog):
+    """The first backward finds no hooks on them; ``step`` moves everything then."""
+    source, twin = mlp(), mlp()
+    model = before(mlp())
+    made = []
+    for m, in_backward in ((model, True), (twin, False)):
+        torch.manual_seed(1)
+        made.append(MoLF(m, ranks=(2, 3), lr=1e-2, optimizer_in_backward=in_backward))
+    model.to_empty(device="cpu")
+    model.load_state_dict({name: p.clone() for name, p in source.state_dict().items()}, assign=True)
+    assert train(model, made[0], 1) == train(twin, made[1], 1)
+    assert "freed from the next backward on" in caplog.text
+    loss_of(model, 1).backward()
+    assert all(p.grad is None for p in model.parameters())
+    made[0].step()
+    train(twin, made[1], range(1, 2))
+    assert_identical(model, made[0], twin, made[1])
+
+
+def test_reading_an_expert_finds_replaced_parameters_before_backward():
+    model, optimizer, _, _ = pair_of(mlp())
+    model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+    assert optimizer.experts["1"]["fft"].weight.equal(model[1].weight)
+    loss_of(model, 0).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_frozen_parameter_may_be_added():
+    model, optimizer, _, _ = pair_of(mlp())
+    frozen = torch.nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False)
+    optimizer.add_param_group({"params": [frozen]})
+    train(model, optimizer, 1)
+    assert frozen.equal(torch.ones(2, dtype=torch.float64))
+    frozen.requires_grad_(True)  # no hook waits for it, so step moves it
+    (loss_of(model, 1) + frozen.sum()).backward()
+    optimizer.step()
+    assert (frozen < 1).all()
+
+
 @pytest.mark.parametrize("in_backward", [True, False])
 def test_a_later_optimizer_takes_the_model_over(in_backward):
     model, first, twin, _ = pair_of(mlp())

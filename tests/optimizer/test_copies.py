@@ -38,6 +38,25 @@ def test_copies_go_on_alike(copied, steps, dtype, options):
     assert not differing(before, snapshot(model, optimizer))
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_copy_has_the_same_ranks_and_a_pickle_says_that_it_has_not(tmp_path, caplog, in_backward):
+    """The group holds this rank alone, so that it may step in backward; of all ranks there might be more."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        model, optimizer = routed_mlp(process_group=group, optimizer_in_backward=in_backward)
+        train(model, optimizer, 1)
+        twin, other = copy.deepcopy((model, optimizer))
+        assert other._process_group is optimizer._process_group is group and not caplog.records
+        assert train(model, optimizer, range(1, 3)) == train(twin, other, range(1, 3))
+        assert_same_bits(model, optimizer, twin, other)
+        assert pickle.loads(pickle.dumps(optimizer))._process_group is None
+        assert "leaves its process_group behind" in caplog.text
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def dry_step(model, optimizer, zero=0.0):
     rates = [group["lr"] for group in optimizer.param_groups]
     zero_gradients(model)

@@ -86,6 +86,16 @@ def test_the_choice_is_made_once_and_logged(usable, caplog):
     assert message.startswith(f"Using Triton kernels on {DEVICE}")
 
 
+def test_the_choice_stays_while_betas_are_cycled(usable):
+    """All alike, as by OneCycleLR."""
+    model, optimizer = made()
+    for t in range(3):
+        for group in optimizer.param_groups:
+            group["betas"] = (0.9 - t / 10, 0.999)
+        step(model, optimizer, t)
+    assert len(usable) == 1 and optimizer.fused_in_use is True
+
+
 def test_the_choice_is_made_again_if_settings_change(usable):
     model, optimizer = made()
     step(model, optimizer)
@@ -233,6 +243,16 @@ def test_right_kernels_pass_and_draw_no_random_number(options):
     with torch.enable_grad(), torch.autocast(DEVICE, torch.bfloat16):
         assert kernel_choice.self_test.__wrapped__(tested) is None
     assert torch.random.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_self_test_does_not_depend_on_the_default_dtype(dtype):
+    tested = signature()
+    torch.set_default_dtype(dtype)
+    try:
+        assert kernel_choice.self_test.__wrapped__(tested) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_adapters_pass():

@@ -7,7 +7,18 @@ from torch import nn
 from conftest import TOLERANCE
 from molf import MoLF, param_groups
 from molf.errors import MolfError
-from small import assert_same_bits, differing, loss_of, mlp, routed_mlp, snapshot, tiny_llama, train, wide
+from small import (
+    assert_same_bits,
+    differing,
+    loss_of,
+    mlp,
+    routed_mlp,
+    snapshot,
+    tiny_llama,
+    train,
+    wide,
+    zero_gradients,
+)
 
 
 def test_closure():
@@ -90,6 +101,58 @@ def test_later_groups_are_trained():
     extra.grad = torch.ones_like(extra)
     optimizer.step()
     assert (extra < 1).all() and optimizer.param_groups[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [lambda p: (q for q in [p]), lambda p: p, lambda p: p.data.new_ones(())],
+    ids=["generator", "tensor", "0-d"],
+)
+def test_a_group_may_be_given_as_torch_allows(given, first):
+    """As an iterator, which can be looked through once, or as a tensor; the caller's groups stay as they are."""
+    model, extra = mlp(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    params = given(extra)
+    if isinstance(params, torch.Tensor):
+        extra = params.requires_grad_()
+    own = {"params": params, "lr": 1e-2}
+    routed = param_groups(model, ranks=(2,))
+    optimizer = MoLF([own, *routed] if first else [*routed, own])
+    assert [len(group["params"]) for group in optimizer.param_groups][0 if first else -1] == 1
+    zero_gradients(model)
+    extra.grad = torch.ones_like(extra)
+    optimizer.step()
+    assert (extra < 1).all() and own == {"params": params, "lr": 1e-2} and "betas" not in routed[0]
+
+
+def test_betas_may_be_lists():
+    """As in a group that is given, and in one that was edited between steps."""
+    pairs = routed_mlp(betas=[0.9, 0.99]), routed_mlp(betas=(0.9, 0.99))
+    for (model, optimizer), kind in zip(pairs, (list, tuple), strict=True):
+        extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer.add_param_group({"params": extra, "betas": kind((0.5, 0.6))})
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and optimizer.param_groups[-1]["betas"] == (0.5, 0.6)
+        for group in optimizer.param_groups:
+            group["betas"] = kind((0.8, 0.9))
+        train(model, optimizer, 2)
+    assert_same_bits(*pairs[0], *pairs[1])
+
+
+def test_a_group_that_is_removed_is_named_as_a_cause():
+    model, optimizer = routed_mlp()
+    train(model, optimizer, 1)
+    optimizer.param_groups.pop()
+    with pytest.raises(
+        RuntimeError, match="in none of its groups.*groups removed from param_groups, make a new optimizer"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_an_empty_group_may_come_first(release):
+    model = mlp()
+    optimizer = MoLF([{"params": []}, *param_groups(model, ranks=(2,))], optimizer_in_backward=release)
+    assert train(model, optimizer, 2)[-1]
 
 
 @pytest.mark.parametrize(

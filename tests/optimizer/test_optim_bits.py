@@ -157,9 +157,7 @@ def test_a_state_of_other_bits_is_refused(saved, here):
     train(model, optimizer, 1)
     other_model, other = built(optim_bits=here)
     before = snapshot(other_model, other)
-    words = (
-        f"ordinary parameter has moments of {saved} bits in the state and of {here} bits here; .* optim_bits={saved}"
-    )
+    words = rf"0\.weight has moments of {saved} bits in the state and of {here} bits here; .* optim_bits={saved}"
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(optimizer.state_dict())
     assert not differing(before, snapshot(other_model, other))

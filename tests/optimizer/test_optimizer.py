@@ -7,7 +7,7 @@ import molf.errors
 from molf import MoLF, param_groups
 from molf.scores import EPD
 from molf.setup.param_groups import alignment
-from small import AllAlike, Prefer, assert_same_bits, mlp, routed_mlp, train, zero_gradients
+from small import AllAlike, Prefer, assert_same_bits, differing, mlp, routed_mlp, snapshot, train, zero_gradients
 
 
 def test_routing_records_the_decision():
@@ -86,13 +86,29 @@ def test_first_step_of_a_warm_up_from_zero_is_a_real_step():
     model, optimizer = routed_mlp()
     scheduler = LambdaLR(optimizer, lambda t: t / 2)
     weights = [p.detach().clone() for p in model.parameters()]
-    assert train(model, optimizer, 1, scheduler) == [{name: ["fft"] for name in "145"}]
+    twin, other = routed_mlp()
+    winners = train(model, optimizer, 1, scheduler)
+    assert winners == train(twin, other, 1) and optimizer.routing.scores.equal(other.routing.scores)
+    assert {own for won in winners[0].values() for own in won} != {"fft"}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     state = optimizer.state[model[1].weight]
     assert state["step"] == 1 and state["exp_avg"].any() and state["lora_r2.B.exp_avg"].any()
     train(model, optimizer, range(1, 2), scheduler)
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True) if p.ndim == 2]
     assert moved == [True] * 4  # biases wait for fft to win
+
+
+@pytest.mark.parametrize("lora_lr", [2e-2, 0.0])
+def test_at_a_rate_of_zero_without_a_schedule_the_ratios_decide(lora_lr):
+    """A LoRA expert whose own rate is 0 at any rate never wins."""
+    model, optimizer = routed_mlp(lora_lr=lora_lr)
+    twin, other = routed_mlp(lora_lr=lora_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert train(model, optimizer, 2)[:1] == train(twin, other, 1)
+    torch.testing.assert_close(optimizer.routing.scores[:, 1:].any(), torch.tensor(lora_lr > 0))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
 def test_loras_rate_follows_the_schedule():
@@ -121,7 +137,9 @@ def test_loras_rate_follows_the_schedule():
         ({"fused": "yes"}, "fused='yes': use True, False, or None"),
         ({"eps": 0.0}, r"eps=0\.0: must be above 0"),
         ({"eps": float("nan")}, "eps=nan"),
-        ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0: must be above 0, or None"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0: must be above 0 and finite, or None"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm=inf: must be above 0 and finite, or None"),
+        ({"optimizer_in_backward": "no"}, "optimizer_in_backward='no': use True or False"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
         ({"bf16_update": "kahan"}, r"bf16_update='kahan': use one of \['split', 'stochastic'\]"),
         ({"ranks": (2, 2)}, "may occur only once"),
@@ -150,6 +168,25 @@ def test_bare_parameters(given):
 def test_options_of_the_groups_belong_to_param_groups():
     with pytest.raises(ValueError, match=r"ranks belongs to param_groups"):
         MoLF(param_groups(mlp(), ranks=(2,)), ranks=(2,))
+
+
+@pytest.mark.parametrize("option", [{"lr": 1e-2}, {"lr": torch.tensor(1e-2)}, {"weight_decay": 0.0}], ids=str)
+def test_rates_that_no_group_would_take_belong_to_param_groups(option):
+    (name,) = option
+    with pytest.raises(molf.errors.MolfError, match=rf"{name} belongs to param_groups\(model, {name}=\.\.\.\)"):
+        MoLF(param_groups(mlp(), ranks=(2,)), **option)
+    assert MoLF(param_groups(mlp(), ranks=(2,), **option), **option).param_groups[-1][name] == option[name]
+    extra = {"params": [nn.Parameter(torch.ones(2))]}
+    optimizer = MoLF([*param_groups(mlp(), ranks=(2,)), extra], **option)
+    assert optimizer.param_groups[-1][name] == option[name] != optimizer.param_groups[-2][name]
+
+
+def test_layers_of_two_models_need_names_of_their_own():
+    first, second = mlp(), mlp()
+    with pytest.raises(molf.errors.MolfError, match=r"3 routed layers have the same name as another \(1\).*ModuleDict"):
+        MoLF([*param_groups(first, ranks=(2,)), *param_groups(second, ranks=(2,))])
+    both = MoLF(nn.ModuleDict({"first": first, "second": second}), ranks=(2,))
+    assert list(both.experts) == [f"{model}.{layer}" for model in ("first", "second") for layer in "145"]
 
 
 def test_groups_of_different_ranks():
@@ -263,11 +300,44 @@ def test_a_term_of_ones_own_counts_in_a_subclass():
     torch.testing.assert_close(scores[1], 2 * scores[0])
 
 
-def test_scores_of_a_wrong_shape_are_refused():
-    class Short(EPD):
-        def finish(self, total, n, lr):
-            return total[:, 0]
+class Short(EPD):
+    def finish(self, total, n, lr):
+        return total[:, 0]
 
-    model, optimizer = routed_mlp(score=Short())
-    with pytest.raises(molf.errors.MolfError, match=r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"):
+
+class Misspelt(EPD):
+    def partial(self, m, v, u, eps):
+        return m.summ()
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("score", "error", "words"),
+    [
+        (Short(), molf.errors.MolfError, r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"),
+        (Misspelt(), AttributeError, "summ"),
+    ],
+    ids=["shape", "term"],
+)
+def test_a_score_that_cannot_work_fails_before_anything_moves(score, error, words, later):
+    model, optimizer = routed_mlp()
+    train(model, optimizer, int(later))
+    optimizer.score, before = score, snapshot(model, optimizer)
+    with pytest.raises(error, match=words):
         train(model, optimizer, 1)
+    after = snapshot(model, optimizer)
+    assert not differing(before, {key: after[key] for key in before})
+    assert all(own["step"] == later for own in optimizer.state.values() if "step" in own)
+
+
+def test_a_score_of_ones_own_is_tried_once_on_a_copy():
+    class Counting(EPD):
+        calls = 0
+
+        def finish(self, total, n, lr):
+            self.calls += 1
+            return super().finish(total, n, lr)
+
+    model, optimizer = routed_mlp(score=Counting())
+    train(model, optimizer, 3)
+    assert optimizer.score.calls == 3

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from molf import MoLF
+from molf.errors import MolfError
 from small import assert_same_bits, differing, mlp, snapshot, train, wide
 
 KINDS = {
@@ -80,9 +81,9 @@ LINEAR = nn.Linear(12, 5, bias=False)
     ("layers", "words"),
     [
         ({5: nn.Linear(5, 4)}, r"5 is \[4, 5\] here and \[3, 5\] in the state"),
-        ({0: nn.Embedding(12, 7)}, r"ordinary parameter is \[12, 7\] here and \[11, 7\] in the state"),
+        ({0: nn.Embedding(12, 7)}, r"0\.weight is \[12, 7\] here and \[11, 7\] in the state"),
         ({1: nn.Linear(7, 12), 3: nn.LayerNorm(12), 4: LINEAR}, r"13.* in the state"),
-        ({4: nn.Linear(13, 5)}, "doesn't match the size of optimizer's group"),
+        ({4: nn.Linear(13, 5)}, "4 has 1 parameters in the state and 2 here. Freeze and unfreeze the same"),
         (
             {6: nn.Linear(3, 3)},
             r"3 routed modules, this optimizer has 4; missing in the state: \['6'\], unknown here: none",
@@ -101,6 +102,53 @@ def test_state_of_another_model(layers, words):
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(optimizer.state_dict())
     assert not differing(before, snapshot(other_model, other))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "words"),
+    [
+        (lambda m: m[3], r"outside of routed layers, groups of \[1, 2\] parameters in the state and of \[1\] here"),
+        (lambda m: m[3].bias, r"groups of \[1, 2\] parameters in the state and of \[1, 1\] here"),
+        (lambda m: m[1].bias, "1 has 2 parameters in the state and 1 here"),
+        (lambda m: m[5], r"unknown here: \['5'\]"),
+    ],
+    ids=["norm", "bias of a norm", "bias", "layer"],
+)
+def test_state_of_a_run_that_trained_other_parameters(frozen, words):
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    other_model = mlp(torch.float32)
+    frozen(other_model).requires_grad_(False)
+    other = MoLF(other_model, ranks=(2, 3), lora_lr=3e-3)
+    with pytest.raises(MolfError, match=words):
+        other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("missing", ["step", "exp_avg", "exp_avg.absmax", "lora_r2.wins", "lora_r3.B.exp_avg_sq"])
+def test_a_state_that_is_not_whole(missing):
+    model, optimizer = build(optim_bits=8)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    next(own for own in saved["state"].values() if "lora_r2.A" in own).pop(missing)
+    before = snapshot(model, optimizer)
+    with pytest.raises(MolfError, match=rf"state is not whole: 1 has no {missing}; load what optimizer\.state_dict"):
+        optimizer.load_state_dict(saved)
+    assert not differing(before, snapshot(model, optimizer))
+    for empty in ({}, {"state": {}}):
+        with pytest.raises(MolfError, match="this is no optimizer state: it has no '(state|param_groups)'"):
+            optimizer.load_state_dict(empty)
+
+
+@pytest.mark.parametrize("here", ["split", "stochastic"])
+def test_low_parts_follow_the_optimizer_that_loads(here):
+    model, optimizer = build(torch.bfloat16, bf16_update="stochastic" if here == "split" else "split")
+    train(model, optimizer, 2)
+    other_model, other = build(torch.bfloat16, bf16_update=here)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert not any("low" in own for own in other.state.values())
+    train(other_model, other, range(2, 4))
+    assert all(("low" in own) == (here == "split") for own in other.state.values())
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "low", "lora_r2.A", "lora_r3.B", "lora_r3.B.exp_avg_sq"])

@@ -28,17 +28,20 @@ def test_every_trainable_parameter_is_in_exactly_one_group(build):
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
-def test_groups_are_flat(lr):
-    """A tensor rate is copied, so that each group has one of its own."""
-    groups = param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=2e-3)
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_groups_are_flat(number):
+    """A tensor rate is copied, so that each group has one of its own; other numbers are plain."""
+    lr, others = number(1e-3), {"weight_decay": number(0.1), "lora_weight_decay": number(0.2)}
+    groups = param_groups(mlp(), ranks=(2, 3), lr=lr, lora_lr=number(2e-3), **others)
+    extra = {"params": nn.Parameter(torch.ones(2)), "betas": (number(0.8), number(0.9)), "eps": number(1e-4)}
+    groups += MoLF([*groups, {**extra, "weight_decay": number(0.1)}]).param_groups
     for group in groups:
         for key, value in group.items():
             if key not in ("params", "lr"):
                 flat = value if isinstance(value, tuple) else (value,)
                 assert all(isinstance(item, SCALARS) for item in flat), key
     if isinstance(lr, torch.Tensor):
-        assert len({group["lr"].data_ptr() for group in groups} | {lr.data_ptr()}) == len(groups) + 1
+        assert len({group["lr"].data_ptr() for group in groups[:5]} | {lr.data_ptr()}) == 6
 
 
 def test_ordinary_groups_come_first():
@@ -187,12 +190,50 @@ def test_the_model_is_needed(given):
         ({"ranks": 128}, "ranks=128: give one rank per LoRA expert"),
         ({"ranks": "128"}, "ranks='128': give one rank per LoRA expert"),
         ({"use_rslora": "no"}, "use_rslora='no': give True or False"),
+        ({"target_modules": 5}, "target_modules=5: give a list of names"),
+        ({"exclude_modules": [1]}, r"exclude_modules=\[1\]: give a list of names"),
     ],
     ids=str,
 )
 def test_options_of_a_wrong_type(options, words):
     with pytest.raises(TypeError, match=words):
         param_groups(mlp(), **{"ranks": (2,), **options})
+
+
+def routed_names(model, **options):
+    return [group["module"] for group in param_groups(model, ranks=(2,), **options) if "module" in group]
+
+
+@pytest.mark.parametrize("given", [tuple, list, set, iter], ids=lambda kind: kind.__name__)
+def test_names_may_be_given_in_any_order_and_none_means_no_wish(given):
+    names = {"target_modules": given(["1", "4"]), "exclude_modules": given(["4"])}
+    assert routed_names(mlp(), **names) == ["1"]
+    assert routed_names(mlp(), target_modules=None, exclude_modules=None) == ["1", "4", "5"]
+    parameters = given(["gate.weight"])
+    assert routed_names(tiny_mixtral(), target_modules=["q_proj"], target_parameters=parameters)[1].endswith(
+        "gate.weight"
+    )
+
+
+def test_a_target_that_matches_nothing_is_refused_and_an_exclusion_named(caplog):
+    llama = tiny_llama()
+    with pytest.raises(
+        ValueError, match=r"target_modules name 'k_porj' \(did you mean 'k_proj'\?\), 'xy', which match noth"
+    ):
+        param_groups(llama, ranks=(2,), target_modules=["q_proj", "k_porj", "xy"])
+    routed_names(llama, exclude_modules=("lm_head", "up_proj", "layers.1.mlp"))
+    assert not caplog.records
+    for excluded, word in ((("o_porj", "up_proj"), r"'o_porj' (did you mean 'o_proj'?), which"), ("q", "'q', which")):
+        routed_names(llama, exclude_modules=excluded)
+        assert word in caplog.messages[-1]
+
+
+def test_layers_without_a_shape_are_refused():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet.*run one forward pass of the model first"):
+        param_groups(model, ranks=(2,))
+    model(torch.ones(1, 3))
+    assert routed_names(model) == ["0", "1"]
 
 
 def transposed_weight():
@@ -344,6 +385,7 @@ def test_the_order_of_a_stack_is_the_modules_own_or_that_of_its_hidden_size():
 
     assert order(Experts()) == {True}
     assert order(Experts(num_experts=0, num_routed_experts=3)) == {True}
+    assert order(Experts(num_local_experts=[3, 3])) == {True}
     assert order(Experts(hidden_size=12)) == {False}
     assert order(Experts(is_transposed=False)) == {False}
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from molf.errors import MolfError
 from molf.numerics.distributed import local
-from molf.numerics.gradients import check_dense
 from molf.scores import SCORES, Score
 
-__all__ = ["check_gradients", "check_groups", "check_options"]
+__all__ = ["check_gradients", "check_groups", "check_options", "share_betas_and_eps"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -53,15 +52,19 @@ def check_groups(groups: Sequence[dict[str, Any]], score: Score) -> None:
     interpreted = params[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if params[0].device.type != "cuda" and not interpreted:
         raise _refusal(f"the kernels run on CUDA devices, and the parameters are on {devices[0]}")
-    if len({(group["betas"], group["eps"]) for group in groups}) > 1:
+    if not share_betas_and_eps(groups):
         raise _refusal("the kernels work with one setting of betas and eps, and groups differ in it")
 
 
+def share_betas_and_eps(groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether all groups have the same, as the kernels need. Schedules may change them at every step."""
+    return len({(*group["betas"], group["eps"]) for group in groups}) == 1
+
+
 def check_gradients(params: Iterable[Tensor]) -> None:
-    """Raise a ``MolfError`` if kernels cannot read a gradient; that shapes and devices fit was checked before."""
+    """Raise a ``MolfError`` if kernels cannot read a gradient; that it is dense and fits was checked before."""
     for p in (p for p in params if p.grad is not None):
         assert p.grad is not None
-        check_dense([p.grad])
         if p.grad.dtype != p.dtype or not local(p.grad).is_contiguous():
             raise _refusal(
                 f"the gradient of a parameter {list(p.shape)} is {p.grad.dtype} with strides {local(p.grad).stride()}, and the "

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.kernels.checks import check_gradients, check_groups
+from molf.kernels.checks import check_gradients, check_groups, share_betas_and_eps
 from molf.kernels.launches import Launches
 from molf.kernels.plan import StepPlan
 from molf.kernels.tables import to_device
 from molf.kernels.winners import STOCHASTIC
+from molf.layers.base import stand_in
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
@@ -23,7 +24,7 @@ __all__ = ["Prepared", "are_at"]
 class Prepared:
     """A plan with its tables, and what they were made for.
 
-    Between steps it holds no gradient.
+    Between steps it holds no gradient, but room for those in other units.
 
     Args:
         groups: The groups of the step.
@@ -31,11 +32,13 @@ class Prepared:
         device: The model's.
 
     Attributes:
-        grads: The gradients of this step by parameter, this rank's parts; None where there is none.
+        grads: The gradients of this step by parameter, this rank's parts; None where there is none. Where backward leaves them
+            in other units than those of levelled scales, room for copies; ``unlevelled`` has what backward left.
         grad_table: Their addresses, and where those of pairs lie in their buffer; ``inside`` is 1 for the latter, else 0.
-        adamw: What PyTorch's fused AdamW is given with all ordinary parameters.
+        adamw: What PyTorch's fused AdamW is given with all ordinary parameters, on the host.
+        powers: Both betas; ``settings`` are what kernels make of them, and eps.
         rates: The learning rates of all entries, float32.
-        score_rates: The learning rates ``[L, E]``, float64.
+        score_rates: The learning rates to score by, ``[L, E]`` float64.
 
     Raises:
         MolfError: If the kernels cannot take the step.
@@ -56,12 +59,16 @@ class Prepared:
         self.owned = [entry.owner for entry in plan.entries[: plan.owned]]
         self.moving = sorted({*self.owned, *(i for own in plan.ordinary for i in own.owners)})
         self._addresses = [local(self._params[i]).data_ptr() for i in self.owned]
-        self.grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
+        grads: list[Any] = [None if p.grad is None else local(p.grad) for p in self._params]
+        self._room = {i: torch.empty_like(grads[i]) for i, _ in plan.levelled}
+        self._take(grads)
         self._make_grad_table(self._addresses_of(self.grads))
         self.launches = Launches(plan, self._grad_addresses, device)
-        self._make_fixed_tables(groups[0]["betas"], groups[0]["eps"])
+        self._make_fixed_tables(groups)
         self._on_host: list[float | None] = []
+        self._betas_and_eps: tuple[Any, ...] = ()
         self._update_rates(groups)
+        self._update_betas_and_eps(groups[0])
 
     def is_current(self, groups: Sequence[dict[str, Any]], context: StepContext) -> bool:
         """Return whether the tables hold for a step, but for other addresses of gradients and other rates."""
@@ -85,16 +92,22 @@ class Prepared:
             return False
         if not are_at([own[i] for i in self.owned], self._addresses):
             return False
-        self.grads = grads
-        self._now = self._addresses_of(grads)
+        self._take(grads)
+        self._now = self._addresses_of(self.grads)
         return self.launches.still_aligned(self._now)
 
+    def _take(self, grads: list[Any]) -> None:
+        self.unlevelled = [grads[i] for i in self._room]
+        for i, room in self._room.items():
+            grads[i] = room
+        self.grads = grads
+
     def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Follow gradients that have moved, and rates on the host; return whether a table was copied for it."""
+        """Follow gradients that have moved, rates on the host, betas and eps; return whether a table was copied for it."""
         moved = self._now != self._grad_addresses
         if moved:
             self._make_grad_table(self._now)
-        return self._update_rates(groups) or moved
+        return any([self._update_rates(groups), self._update_betas_and_eps(groups[0]), moved])
 
     def _addresses_of(self, tensors: Sequence[Tensor | None]) -> list[int]:
         """Return the addresses of what kernels read and write by address, given a tensor for every parameter."""
@@ -104,22 +117,32 @@ class Prepared:
         self._grad_addresses = addresses
         self.grad_table = to_device(addresses + self.plan.gradients.offsets, torch.int64, self.device)
 
-    def _make_fixed_tables(self, betas: tuple[float, float], eps: float) -> None:
+    def _make_fixed_tables(self, groups: Sequence[dict[str, Any]]) -> None:
         """Make what does not change between steps."""
-        plan, entries, (beta1, beta2) = self.plan, self.plan.entries, betas
+        plan, entries = self.plan, self.plan.entries
         self.inside = to_device([i >= plan.owned for i in range(len(entries))], torch.int64, self.device)
         # Rates: of all entries, their products with the decays, and of all routed experts.
         self._group = to_device([entry.group for entry in entries] * 2 + plan.expert_groups, torch.int64, self.device)
         shares = [entry.ratio for entry in entries], [entry.ratio * entry.decay for entry in entries]
         self._shares = to_device([*shares[0], *shares[1], *plan.expert_ratios], torch.float64, self.device)
+        stand_ins = [stand_in(groups[i]) * x for i, x in zip(plan.expert_groups, plan.expert_ratios, strict=True)]
+        self._stand_ins = to_device(stand_ins, torch.float64, self.device)
         self.n = to_device(plan.n, torch.float64, self.device).view(len(plan.names), -1 if plan.names else 0)
         self.unknown = torch.full_like(self.n, torch.nan)
-        self.powers = to_device(betas, torch.float64, self.device)
-        self.always = torch.ones(plan.experts - plan.routed, device=self.device)
-        self.one = torch.ones((), device=self.device)
-        self.settings = to_device([1 - beta1, beta2, 1 - beta2, eps], torch.float32, self.device)
-        self.adamw: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        self.always = torch.ones(plan.experts - plan.routed, dtype=torch.float32, device=self.device)
+        self.one = torch.ones((), dtype=torch.float32, device=self.device)
         self.draws = any(entry.storage == STOCHASTIC for entry in entries)
+
+    def _update_betas_and_eps(self, group: dict[str, Any]) -> bool:
+        """Bring what all groups share up to date and return whether a table was copied."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        changed = (beta1, beta2, eps) != self._betas_and_eps
+        if changed:
+            self._betas_and_eps = beta1, beta2, eps
+            self.powers = to_device([beta1, beta2], torch.float64, self.device)
+            self.settings = to_device([1 - beta1, beta2, 1 - beta2, eps], torch.float32, self.device)
+            self.adamw = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        return changed
 
     def _update_rates(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Bring the rates up to date and return whether a table was copied; tensors on the device are read at every step."""
@@ -137,15 +160,18 @@ class Prepared:
             self.lrs = [live[id(lr)].float() if id(lr) in live else lr for lr in lrs] if self.plan.ordinary else lrs
         if copied or live:
             every, count = lr_of_group.index_select(0, self._group) * self._shares, 2 * len(self.plan.entries)
-            self.rates, self.score_rates = every[:count].float(), every[count:].view_as(self.n)
+            self.rates, scored = every[:count].float(), every[count:]
+            if live or 0.0 in on_host:
+                scored = scored.where(scored != 0, self._stand_ins)
+            self.score_rates = scored.view_as(self.n)
         return copied
 
 
 def _settings(groups: Sequence[dict[str, Any]], context: StepContext) -> list[Any]:
-    """Return what a plan takes from groups and context, beside parameters and rates."""
-    keys, routed = ("weight_decay", "betas", "eps"), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
+    """Return what a plan takes from groups and context, beside parameters, rates, betas and eps."""
+    keys, routed = ("weight_decay",), ("lora_weight_decay", "lora_lr_ratio", "scales", "b_factors")
     own = [tuple(map(group.get, keys + routed if "module" in group else keys)) for group in groups]
-    return [type(context.score), context.ranks, *own]
+    return [type(context.score), context.ranks, share_betas_and_eps(groups), *own]
 
 
 def are_at(tensors: list[Tensor], addresses: list[int]) -> bool:

@@ -65,7 +65,7 @@ class FusedStep:
             with torch.cuda.device_of(prepared.one), tf32_products(self.device):  # type: ignore[no-untyped-call]
                 return _Step(prepared, context, seed).take()
         finally:
-            prepared.grads = []
+            prepared.grads = prepared.unlevelled = []
 
 
 class _Step:
@@ -79,10 +79,12 @@ class _Step:
     def take(self) -> Outcome:
         plan = self._plan
         if not plan.counts:
-            return Outcome(None, torch.zeros((), device=self._device), taken=True)
+            return Outcome(None, torch.zeros((), dtype=torch.float32, device=self._device), taken=True)
         if own := plan.levelled:
-            torch._foreach_mul_([self._made.grads[i] for i, _ in own], [factor for _, factor in own])
-        buffer = torch.empty(plan.gradients.numel, device=self._device)
+            grads = [self._made.grads[i] for i, _ in own]
+            torch._foreach_copy_(grads, self._made.unlevelled)
+            torch._foreach_mul_(grads, [factor for _, factor in own])
+        buffer = torch.empty(plan.gradients.numel, dtype=torch.float32, device=self._device)
         norm = self._prepare_gradients(buffer)
         torch._foreach_add_(plan.counts, [self._go] * len(plan.counts))
         steps = torch.stack(plan.counts)
@@ -142,7 +144,7 @@ class _Step:
 
     def _update_moments(self) -> Tensor:
         """Update all moments and return both sums of every routed expert, ``[2, L E]`` float64."""
-        sums = torch.zeros(self._tables.slots, 2, device=self._device)
+        sums = torch.zeros(self._tables.slots, 2, dtype=torch.float32, device=self._device)
         for what in self._tables.moments:
             launch(what, self._tables.rows, sums, self._scalars, KIND=self._kind)
         totals = torch.empty(2, self._plan.routed, dtype=torch.float64, device=self._device)
@@ -178,7 +180,7 @@ class _Step:
 
     def _move_chunk(self, chunk: Chunk) -> None:
         """Move the pairs of some layers and add to the weights what that changes in them."""
-        operands = torch.empty(chunk.operands.numel, device=self._device)
+        operands = torch.empty(chunk.operands.numel, dtype=torch.float32, device=self._device)
         for what in chunk.pairs:
             launch(what, self._tables.rows, self._moves, operands, self._scalars)
         views = chunk.operands.views(operands)

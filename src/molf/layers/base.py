@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molf.numerics.adamw import Rates, TensorState
 from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import check_row_sharded, is_sharded, local, local_part, shard_rows_like
+from molf.numerics.distributed import check_row_sharded, is_sharded, local, local_part, shard_as, shard_rows_like
 from molf.numerics.quantization import block_count, is_quantizable
 
 __all__ = [
@@ -21,8 +21,9 @@ __all__ = [
     "RoutedLayer",
     "init_moments",
     "init_step",
-    "level_gradients_",
+    "level_gradients",
     "quantized_params",
+    "stand_in",
     "winners_of",
 ]
 
@@ -83,6 +84,9 @@ class RoutedLayer(abc.ABC):
         group: The layer's parameter group.
         state: The optimizer's state; ``init_state`` made the layer's entries.
         noise: For stochastic rounding, None if low parts are kept.
+
+    Attributes:
+        levelled: Gradients by the parameter's ``id``, in the units of levelled scales, where backward left others.
     """
 
     def __init__(self, group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], noise: Noise | None):
@@ -92,6 +96,7 @@ class RoutedLayer(abc.ABC):
         self.lr_ratios = tuple(1.0 if name == "fft" else float(group["lora_lr_ratio"]) for name in self.experts)
         self.numel = sum(p.numel() for p in group["params"])  # of all shards, so that all ranks make the same chunks
         self._tensors: dict[int, list[TensorState]] = {}
+        self.levelled: dict[int, Tensor] = {}
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -112,6 +117,13 @@ class RoutedLayer(abc.ABC):
         """The experts' learning rates. Syncs if ``lr`` is a tensor on a device."""
         lr = float(self.group["lr"])
         return tuple(lr * ratio for ratio in self.lr_ratios)
+
+    @property
+    def score_lrs(self) -> tuple[float, ...]:
+        """The rates to score by: the experts' own, or what stands in for rates of 0."""
+        if float(self.group["lr"]):
+            return self.lrs
+        return tuple(stand_in(self.group) * ratio for ratio in self.lr_ratios)
 
     @staticmethod
     @abc.abstractmethod
@@ -143,11 +155,11 @@ class RoutedLayer(abc.ABC):
         """
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that backward left on parameters."""
-        return [p.grad for p in self.group["params"] if p.grad is not None]
+        """Return the gradients of parameters, in the units of levelled scales."""
+        return [self.levelled.get(id(p), p.grad) for p in self.group["params"] if p.grad is not None]
 
     def unlevelled(self) -> list[tuple[Tensor, float]]:
-        """Return gradients that backward left in other units than those of levelled scales, with the factors to multiply by."""
+        """Return parameters whose gradients have other units than those of levelled scales, with the factors to multiply by."""
         return []
 
     def derived_tensors(self) -> list[TensorState]:
@@ -217,7 +229,7 @@ class RoutedLayer(abc.ABC):
 
     def _rates(self, i: int, decayed: bool = True) -> Rates:
         decay = self.group["weight_decay" if self.experts[i] == "fft" else "lora_weight_decay"] if decayed else 0.0
-        return Rates(self.lrs[i], decay, self.group["betas"], self.group["eps"], self.step)
+        return Rates(self.lrs[i], decay, tuple(self.group["betas"]), self.group["eps"], self.step)
 
     def _tensor(self, p: Tensor) -> TensorState:
         return TensorState.of(p, self._state[p])
@@ -237,16 +249,31 @@ class RoutedLayer(abc.ABC):
         self._store(p, self._load(p).copy_(value))
 
 
+def stand_in(group: dict[str, Any]) -> float:
+    """Return the rate to score by at a rate of 0, as where warm-ups start: the base rate of the schedule, else 1.
+
+    Nothing moves then, and all steps promise 0: a tie, which says nothing of what the experts are worth.
+    """
+    return float(group.get("initial_lr", 0.0)) or 1.0
+
+
 def winners_of(chosen: Tensor) -> list[int]:
     """Return the winners of a layer of one matrix from ``chosen [1, E]``."""
     return [i for i, won in enumerate(chosen[0].tolist()) if won]
 
 
-def level_gradients_(layers: Iterable[RoutedLayer]) -> None:
-    """Bring the gradients that backward left into the units of levelled scales, in place."""
-    work = [own for layer in layers for own in layer.unlevelled()]
-    if work:
-        torch._foreach_mul_([local(grad) for grad, _ in work], [factor for _, factor in work])
+def level_gradients(layers: Iterable[RoutedLayer]) -> list[Tensor]:
+    """Give the layers copies of gradients that have other units than those of levelled scales, and return these gradients.
+
+    Backward may add to them after the step, and users read them, so they stay as they are.
+    """
+    work = [(layer, p, factor) for layer in layers for p, factor in layer.unlevelled()]
+    if not work:
+        return []
+    found: list[Tensor] = [local(p.grad) for _, p, _ in work]  # type: ignore[arg-type]
+    for (layer, p, _), grad in zip(work, torch._foreach_mul(found, [factor for _, _, factor in work]), strict=True):
+        layer.levelled[id(p)] = shard_as(grad, p)
+    return found
 
 
 def quantized_params(group: dict[str, Any], optim_bits: int) -> list[bool]:

@@ -76,9 +76,9 @@ class BranchedLayer(RoutedLayer):
             )
 
     def unlevelled(self) -> list[tuple[Tensor, float]]:
-        """Return the gradients of B, which become those of ``B*``."""
+        """Return every B whose gradient is not that of its ``B*``."""
         return [
-            (p.grad, factor)
+            (p, factor)
             for p, factor in zip(self._b_params, self._b_factors, strict=True)
             if p.grad is not None and factor != 1
         ]
@@ -96,7 +96,9 @@ class BranchedLayer(RoutedLayer):
         return tuple(self.group.get("b_factors", (1.0,) * len(self.group["ranks"])))
 
     def _expert_tensors(self, i: int) -> list[TensorState]:
-        return [self._tensor(p) for p in self._params_of(i) if p.grad is not None]
+        own = [self._tensor(p) for p in self._params_of(i) if p.grad is not None]
+        levelled = self.levelled
+        return [x._replace(grad=levelled[id(x.param)]) if id(x.param) in levelled else x for x in own]
 
     def _params_of(self, i: int) -> list[Tensor]:
         if self.experts[i] == "fft":

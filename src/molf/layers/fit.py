@@ -20,6 +20,8 @@ _DTYPES = {
     *((dtype, moments) for dtype in (torch.float32, torch.bfloat16) for moments in (torch.float32, torch.uint8)),
 }
 
+_DENSE = torch.strided
+
 _REPLACED = (
     "its memory was replaced after the optimizer had state (resize_token_embeddings does that). Make a new optimizer, "
     "MoLF(model, ...), give the parameter its old shape again, or load a state of the new shape"
@@ -50,7 +52,7 @@ def fits(p: Tensor, entries: dict[str, Any], keep_low: bool) -> bool:
     if ("low" in entries) if dtype is not torch.bfloat16 else (keep_low and "low" not in entries):
         return False
     shape = p.shape
-    if moments.shape != shape or (grad is not None and grad.shape != shape):
+    if moments.shape != shape or (grad is not None and (grad.shape != shape or grad.layout is not _DENSE)):
         return False
     whole = type(moments) is Tensor and type(p) is nn.Parameter
     return whole or _shards_fit(p, moments, grad)
@@ -62,7 +64,7 @@ def _shards_fit(p: Tensor, moments: Tensor, grad: Tensor | None) -> bool:
 
 
 def check_fit(p: Tensor, entries: dict[str, Any], name_of: Callable[[Tensor], str]) -> None:
-    """Check that a parameter can be trained, and that its moments and its gradient fit it, if it has them.
+    """Check that a parameter can be trained, that its moments and its gradient fit it, if it has them, and the latter is dense.
 
     Args:
         p: The parameter.
@@ -74,6 +76,10 @@ def check_fit(p: Tensor, entries: dict[str, Any], name_of: Callable[[Tensor], st
     """
     if (p.dtype, master_dtype(p.dtype)) not in _DTYPES or not p.is_contiguous():
         check_parameter(name_of(p), p)
+    if p.grad is not None and p.grad.layout is not _DENSE:
+        raise MolfError(
+            f"the gradient of {name_of(p)} is sparse, which is not supported: construct embeddings with sparse=False"
+        )
     moments = entries.get("exp_avg")
     for what, x, reason in (("optimizer's state", moments, _REPLACED), ("gradient", p.grad, _STALE)):
         if x is None:

@@ -14,17 +14,14 @@ Under FSDP2, ``W_eff``, ``B`` and their moments are sharded by rows, so ``dW``, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from molf.layers.base import LoraPair, init_moments, init_step, quantized_params, winners_of
+from molf.layers.base import LoraPair, winners_of
 from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
-from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import is_sharded, local, local_part, shard_rows_like
 from molf.numerics.tf32 import tf32_products
 
@@ -81,34 +78,6 @@ def apply_lora_delta_(effective: Tensor, before: LoraPair, after: LoraPair) -> N
 
 class MergedLayer(PairsInState):
     """A layer whose weight is the effective weight; its pairs are tensors in the state of that weight."""
-
-    @staticmethod
-    def init_state(
-        group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
-    ) -> None:
-        """Create missing moments, low parts, LoRA pairs and their moments.
-
-        ``A`` starts Kaiming-uniform (a = sqrt 5), ``B`` at zero. The start depends on the group's seed only.
-        """
-        weight = group["params"][0]
-        fresh = init_step(state[weight])
-        for p, quantized in zip(group["params"], quantized_params(group, optim_bits), strict=True):
-            init_moments(p, state[p], keep_low, quantized)
-        if not fresh:
-            return
-        entries = state[weight]
-        generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
-        dtype, n_in = master_dtype(weight.dtype), weight.shape[1]
-        for name, r in zip(group["experts"][1:], group["ranks"], strict=True):
-            bound = 1 / math.sqrt(n_in)
-            A = torch.empty(r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-            A = A.to(weight.device, dtype)
-            rows = torch.zeros(len(local(weight)), r, dtype=dtype, device=weight.device)
-            for key, value in (("A", A), ("B", shard_rows_like(rows, weight))):
-                entries[f"{name}.{key}"] = value
-                entries[f"{name}.{key}.exp_avg"] = torch.zeros_like(value)
-                entries[f"{name}.{key}.exp_avg_sq"] = torch.zeros_like(value)
-            entries[f"{name}.wins"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
     @property
     def _local_pairs(self) -> list[LoraPair]:

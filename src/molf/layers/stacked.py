@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.layers.base import RoutedLayer, init_moments, init_step, quantized_params
+from molf.layers.base import RoutedLayer
 from molf.layers.pairs_in_state import PairsInState
 from molf.numerics.adamw import Rates, TensorState
-from molf.numerics.bf16 import Noise, load, master_dtype, store
-from molf.numerics.distributed import first_row, is_sharded, local, shard_rows_like
+from molf.numerics.bf16 import Noise, load, store
+from molf.numerics.distributed import first_row, is_sharded, local
 from molf.numerics.tf32 import tf32_products
 
 __all__ = ["StackedLayer", "matrix_names"]
@@ -90,31 +90,6 @@ class StackedLayer(PairsInState):
         stop = max(start, min(self.rows.stop, first + len(local(weight))))
         self._held = slice(start - first, stop - first)  # of this rank's shard
         self._place = slice(start - self.rows.start, stop - self.rows.start)  # among ``rows``
-
-    @staticmethod
-    def init_state(
-        group: dict[str, Any], state: MutableMapping[Any, dict[str, Any]], keep_low: bool, optim_bits: int
-    ) -> None:
-        """Create missing moments, low parts, pairs and their moments; pairs start as those of a merged layer do."""
-        weight = group["params"][0]
-        fresh = init_step(state[weight])
-        for p, quantized in zip(group["params"], quantized_params(group, optim_bits), strict=True):
-            init_moments(p, state[p], keep_low, quantized)
-        if not fresh:
-            return
-        entries, dtype = state[weight], master_dtype(weight.dtype)
-        generator = torch.Generator("cpu").manual_seed(group["lora_seed"])
-        n, n_out, n_in = (weight.shape[i] for i in ((0, 2, 1) if group["transposed"] else (0, 1, 2)))
-        first, held = first_row(weight), len(local(weight))
-        for name, r in zip(group["experts"][1:], group["ranks"], strict=True):
-            bound = 1 / math.sqrt(n_in)
-            A = torch.empty(n, r, n_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-            A = A[first : first + held].to(weight.device, dtype)
-            B = torch.zeros(held, n_out, r, dtype=dtype, device=weight.device)
-            for key, value in (("A", A), ("B", B)):
-                for entry, content in (("", value), (".exp_avg", 0 * value), (".exp_avg_sq", 0 * value)):
-                    entries[f"{name}.{key}{entry}"] = shard_rows_like(content, weight)
-            entries[f"{name}.wins"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ __all__ = [
     "is_sharded",
     "local",
     "local_part",
+    "shard_as",
     "shard_like",
     "shard_rows_like",
 ]
@@ -88,6 +89,16 @@ def shard_rows_like(rows: Tensor, like: Tensor) -> Tensor:
     stride = tuple(int(shape[i + 1 :].numel()) for i in range(len(shape)))
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(rows, mesh, like.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
+
+
+def shard_as(part: Tensor, like: Tensor) -> Tensor:
+    """Make one sharded tensor of the parts that each rank holds, of the shape of another that is sharded alike."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())  # type: ignore[attr-defined]
 
 
 def first_row(x: Tensor) -> int:
@@ -264,6 +275,7 @@ def check_no_orphaned_state(groups: Sequence[dict[str, Any]], state: Mapping[Ten
     known = set(map(id, itertools.chain.from_iterable(group["params"] for group in groups)))
     if not known.issuperset(map(id, state)):
         raise RuntimeError(
-            "the model's parameters were replaced after this optimizer had state, which cannot follow them: by fully_shard, then "
-            "shard first, then load the state, assign experts and take steps; by new layers, then make a new optimizer"
+            "this optimizer has state of parameters that are in none of its groups, which cannot follow: if fully_shard replaced "
+            "them, shard first, then load the state, assign experts and take steps; with new layers, or groups removed from "
+            "param_groups, make a new optimizer"
         )

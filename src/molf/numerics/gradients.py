@@ -1,4 +1,4 @@
-"""Checks and norms of gradients, whole or sharded."""
+"""Norms of gradients, whole or sharded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from molf.errors import MolfError
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import Ranks, local
 
-__all__ = ["all_zero", "check_dense", "exact_norm", "norm_over_shards", "total_norm"]
+__all__ = ["all_zero", "exact_norm", "norm_over_shards", "total_norm"]
 
 
 def norm_over_shards(
@@ -46,23 +45,13 @@ def norm_over_shards(
     return norm if exact is None or norm.isfinite() else exact([norms.double(), *whole])
 
 
-def check_dense(gradients: Sequence[Tensor]) -> None:
-    """Check that no gradient is sparse.
-
-    Raises:
-        MolfError: If one is.
-    """
-    if any(grad.layout != torch.strided for grad in gradients):
-        raise MolfError("sparse gradients are not supported: construct embeddings with sparse=False")
-
-
 def all_zero(gradients: Sequence[Tensor], ranks: Ranks) -> bool:
     """Return whether all gradients are zero on all ranks."""
     found = any(bool(local(grad).any()) for grad in gradients)
     if ranks.shards is None:
         return not found
     device = gradients[0].device if gradients else torch.device("cpu")
-    anywhere = torch.full((), float(found), device=device)
+    anywhere = torch.full((), float(found), dtype=torch.float32, device=device)
     ranks.sum_(anywhere)
     return not anywhere
 

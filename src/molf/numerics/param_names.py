@@ -42,20 +42,26 @@ class ParamNames:
         known = i < len(self._names) and j < len(self._names[i])
         return self._names[i][j] if known else None
 
-    def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Put the model's current parameters into the groups, unless the old ones have gradients or other shapes."""
+    def refresh(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Put the model's current parameters into the groups, unless the old ones have gradients or other shapes.
+
+        Returns:
+            Whether there are new ones.
+        """
         model = self._model()
         if model is None or any(p.grad is not None for group in groups for p in group["params"]):
-            return
+            return False
         try:
             now = [[model.get_parameter(name) for name in names] for names in self._names]
         except AttributeError:  # the model was wrapped since, which changed its names
-            return
+            return False
         before = (p for group in groups for p in group["params"])
-        if any(p.shape != q.shape for p, q in zip(before, (q for params in now for q in params), strict=False)):
-            return  # other layers, not shards of the same
+        new = [(p, q) for p, q in zip(before, itertools.chain.from_iterable(now), strict=False) if p is not q]
+        if not new or any(p.shape != q.shape for p, q in new):
+            return False  # other layers, not shards of the same
         for group, params in zip(groups, now, strict=False):  # groups that were added later have no names
             group["params"] = params
+        return True
 
     def warn_of_changes(self, groups: Sequence[dict[str, Any]]) -> None:
         """Warn, once for each, of parameters with gradients that don't move, and of those that have left the model.

@@ -67,16 +67,24 @@ class BackwardStep:
         self._lock = threading.Lock()  # in backward, every device has a thread of its own
         self._units: list[tuple[int, int | None]] = []
         self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+        self.follow(groups)
+
+    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Put the hooks on the parameters that are in the groups now."""
+        _remove(self._handles)
+        self._handles.clear()
+        self._units.clear()
         for i, group in enumerate(groups):
             self.register_hooks(i, group)
-        weakref.finalize(self, _remove, self._handles)
 
     def register_hooks(self, i: int, group: dict[str, Any]) -> None:
-        """Register hooks on the parameters of the i-th group."""
+        """Register hooks on the parameters of the i-th group; what is frozen has no gradient to wait for."""
         for j, p in enumerate(group["params"]):
             if j == 0 or "module" not in group:
                 self._units.append((i, None if "module" in group else j))
-            self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, len(self._units) - 1)))
+            if p.requires_grad:
+                self._handles.append(p.register_post_accumulate_grad_hook(_Hook(self, len(self._units) - 1)))
 
     def on_grad_ready(self, unit: int, p: Tensor) -> None:
         """Move the unit of a parameter if this was its last missing gradient.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molf.errors import MolfError
-from molf.kernels.checks import check_groups
+from molf.kernels.checks import check_groups, share_betas_and_eps
 from molf.layers.build import init_state_
 from molf.numerics.bf16 import load
 from molf.numerics.context import StepContext
@@ -78,7 +78,7 @@ class KernelSelector:
             return fused
         inputs = (
             [(p.device, p.dtype, is_sharded(p)) for group in context.groups for p in group["params"]],
-            [(group["betas"], group["eps"]) for group in context.groups],
+            share_betas_and_eps(context.groups),
             (type(context.score), context.stochastic, context.optim_bits, len(context.ranks.replica_groups)),
         )
         if self.enabled is None or self._inputs != inputs:
@@ -92,7 +92,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def _select(context: StepContext) -> bool:
-    device = context.groups[0]["params"][0].device
+    device = next(p.device for group in context.groups for p in group["params"])
     unmet = _unmet_condition(context, device)
     failure = None if unmet is not None else self_test(signature_of(context))
     if failure is not None:
@@ -148,7 +148,7 @@ def _differences(signature: StepSignature) -> Iterator[str]:
     params = [[p for group in context.groups for p in group["params"]] for context in contexts]
     for step in range(count + 1):
         for p, q in zip(*params, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator).to(p)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
             q.grad = p.grad.clone()
         options: dict[str, Any] = {"top_k": count, "max_grad_norm": 10.0} if step == count else {}
         options["score"] = _favouring(signature.score, step)
@@ -196,7 +196,7 @@ def _small_model(signature: StepSignature) -> StepContext:
     groups.insert(0, {"params": [_SHAPES[0], _SHAPES[0][:1]], **_GROUP})
     for group in groups:
         dtypes = signature.dtypes if "module" in group else signature.dtypes[:1] * 2
-        values = [0.3 * torch.randn(shape, generator=generator) for shape in group["params"]]
+        values = [0.3 * torch.randn(shape, generator=generator, dtype=torch.float32) for shape in group["params"]]
         group["params"] = [
             x.to(signature.device, dtype).requires_grad_() for x, dtype in zip(values, dtypes, strict=True)
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
@@ -24,7 +26,7 @@ from molf.optimizer.kernel_choice import KernelSelector
 from molf.optimizer.state_dict import SkippedSteps, check_compatible, restore_state, with_tuples
 from molf.optimizer.step import only_creates_state, step_all
 from molf.routing import Routing
-from molf.scores import Score, get_score
+from molf.scores import Score, get_score, try_score
 from molf.setup.checks import (
     NO_GRADIENTS_KEPT,
     check_added_group,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["MoLF"]
+
+logger = logging.getLogger(__name__)
 
 # What a copy of an optimizer takes over, beside groups and state.
 _OPTIONS = ("top_k", "score", "max_grad_norm", "optim_bits", "bf16_update", "fused", "optimizer_in_backward")
@@ -58,7 +62,7 @@ class MoLF(torch.optim.Optimizer):
         model: The model, or the groups that ``molf.param_groups`` made of it. Parameters that are frozen now, and layers put
             into the model later, are not trained. A warning names them at the first step at which they have a gradient, and
             parameters that have left the model. With groups, and in a copy of an optimizer, nothing is noticed: the model is
-            unknown.
+            unknown. Groups without ``lr`` or ``weight_decay`` take those given here.
         ranks: Rank of each LoRA expert; None means ``(128,)``. With ``()`` this is AdamW.
         lr: Learning rate of ``fft`` experts and ordinary parameters.
         lora_lr: ``"matched"``: ``lr`` for LoRA, too, whatever ``lora_alpha`` and the rank (``molf.param_groups``). Or a learning
@@ -71,7 +75,7 @@ class MoLF(torch.optim.Optimizer):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         top_k: Number of experts of a layer that move at each step.
         score: ``"epd"``, ``"pfn"``, ``"descent"``, ``"coherence"``, ``"random"``, ``"shuffled"``, or a ``molf.Score``.
-        target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts.
+        target_modules: As in PEFT: ``"all-linear"``, a regular expression, or names or their last parts, which must match.
         exclude_modules: Modules never routed, in the same notation.
         target_parameters: More matrices to route that are in no ``nn.Linear`` layer, by name (``molf.param_groups``).
         max_grad_norm: Clip the norm of all experts' gradients together to this, inside the step.
@@ -125,7 +129,7 @@ class MoLF(torch.optim.Optimizer):
         optimizer_in_backward: bool = False,
         process_group: ProcessGroup | None = None,
     ):
-        check_options(betas, eps, max_grad_norm, bf16_update, fused)
+        check_options(betas, eps, max_grad_norm, bf16_update, fused, optimizer_in_backward)
         grouping: dict[str, Any] = {
             "ranks": ranks,
             "lora_lr": lora_lr,
@@ -139,7 +143,7 @@ class MoLF(torch.optim.Optimizer):
         if isinstance(model, nn.Module):
             groups = param_groups(model, lr=lr, weight_decay=weight_decay, **grouping)
         else:
-            groups = check_given_groups(model, grouping)
+            groups = check_given_groups(model, grouping, {"lr": lr, "weight_decay": weight_decay})
         self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
@@ -152,7 +156,7 @@ class MoLF(torch.optim.Optimizer):
         self.routing: Routing | None = None
         self.grad_norm: Tensor | None = None
         self._backward_step: BackwardStep | None = None
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "skipped_steps": 0}
         super().__init__(groups, defaults)
         self._start(model if isinstance(model, nn.Module) else None, process_group)
 
@@ -164,6 +168,7 @@ class MoLF(torch.optim.Optimizer):
         self._process_group = process_group
         self._names = None if model is None else ParamNames(model, self.param_groups)
         self._seeds_are_shared = False
+        self._tried: Score | None = None
         if self.optimizer_in_backward:
             check_backward_step(
                 self.max_grad_norm, self.score.compares_modules, find_ranks(self.param_groups, process_group), model
@@ -209,8 +214,9 @@ class MoLF(torch.optim.Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            MolfError: If an option of this step cannot work, or a parameter has another shape, dtype or device than its state
-                or its gradient. Nothing has moved then.
+            MolfError, RuntimeError: If an option of this step cannot work, parameters were replaced, or one has another shape,
+                dtype or device than its state or its gradient. Nothing has moved then, but for what backward has moved with
+                ``optimizer_in_backward``.
         """
         loss = None
         if closure is not None and self._backward_step is not None:
@@ -241,8 +247,11 @@ class MoLF(torch.optim.Optimizer):
     def _begin(self) -> StepContext:
         """Return the context of a new step, with all missing state created."""
         check_not_flat(self.param_groups)
-        if self._names is not None:
-            self._names.refresh(self.param_groups)
+        self._follow_model()
+        if self._tried is not self.score:
+            routed = next(group for group in self.param_groups if "module" in group)
+            try_score(self.score, self._modules(), len(routed["experts"]), routed["eps"])
+            self._tried = self.score
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
             check_backward_step(self.max_grad_norm, self.score.compares_modules, ranks)
@@ -262,6 +271,15 @@ class MoLF(torch.optim.Optimizer):
         )
         init_state_(self.param_groups, context)
         return replace(context, fused=self._kernels.select(context, self.fused))
+
+    def _follow_model(self) -> None:
+        """Take over parameters that were replaced in the model."""
+        if self._names is not None and self._names.refresh(self.param_groups) and self._backward_step is not None:
+            self._backward_step.follow(self.param_groups)
+            logger.warning(
+                "Parameters were replaced in the model (to_empty, load_state_dict(assign=True)): their gradients are freed from "
+                "the next backward on. Replace them before MoLF is made, to have the first ones freed, too"
+            )
 
     def _context(self, ranks: Ranks) -> StepContext:
         """Return what holds between steps, too."""
@@ -284,8 +302,7 @@ class MoLF(torch.optim.Optimizer):
         Raises:
             KeyError: If no such module is routed.
         """
-        if self._names is not None:
-            self._names.refresh(self.param_groups)
+        self._follow_model()
         for group in self.param_groups:
             if "module" in group and module in modules_of(group):
                 context = self._context(find_ranks(self.param_groups, self._process_group))
@@ -305,16 +322,16 @@ class MoLF(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state exactly, in the dtypes it was saved in.
+        """Load a state exactly, in the dtypes it was saved in. Low parts of bf16 weights follow ``bf16_update``.
 
         Raises:
-            MolfError: If it belongs to other modules, ranks or shapes; the message names the difference.
+            MolfError: If it is not whole, or belongs to other modules, ranks or shapes; the message names the difference.
         """
         saved: dict[str, Any] = {}
 
         def set_aside(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             saved.update(with_tuples(given))
-            check_compatible(self.param_groups, saved, self.optim_bits)
+            check_compatible(self.param_groups, saved, self.optim_bits, self._names)
             if self._backward_step is not None:
                 self._backward_step.reset()
             self._skipped_steps.flush(self.param_groups)  # counts on the device belong to the old state
@@ -322,7 +339,8 @@ class MoLF(torch.optim.Optimizer):
 
         # Between other users' pre-hooks and their post-hooks.
         before = self.register_load_state_dict_pre_hook(set_aside)
-        after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved), prepend=True)
+        keep_low = self.bf16_update != "stochastic"
+        after = self.register_load_state_dict_post_hook(lambda _: restore_state(self, saved, keep_low), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -348,12 +366,26 @@ class MoLF(torch.optim.Optimizer):
         if self._backward_step is not None:
             self._backward_step.check_finished()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _copied(self) -> dict[str, Any]:
+        """Return what a copy takes over, but for the process group, which is not copied."""
         self._check_between_steps()
         self._skipped_steps.flush(self.param_groups)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            logger.warning(
+                "A pickled MoLF leaves its process_group behind, and would follow rank 0 of all ranks: make a new one with "
+                "process_group=..., and load optimizer.state_dict() into it"
+            )
+        return self._copied()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoLF:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__({**copy.deepcopy(self._copied(), memo), "_process_group": self._process_group})
+        return made
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "optimizer_in_backward" in state:  # a copy of an optimizer, not a state that is loaded
-            self._start()
+            self._start(process_group=state.get("_process_group"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from molf.errors import MolfError
 from molf.layers.base import quantized_params
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.distributed import is_sharded, shard_like
+from molf.numerics.param_names import ParamNames
 
 __all__ = ["SkippedSteps", "check_compatible", "restore_state", "with_tuples"]
 
@@ -22,7 +23,15 @@ _SCALES = ("scales", "b_factors")  # compared last: with matched rates they foll
 
 
 def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the state with tuples in its groups: sending it from rank to rank has turned them into lists."""
+    """Return the state with tuples in its groups: sending it from rank to rank has turned them into lists.
+
+    Raises:
+        MolfError: If it is no optimizer's state.
+    """
+    if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise MolfError(
+            f"this is no optimizer state: it has no {missing[0]!r}; load what optimizer.state_dict() returned"
+        )
     groups = [
         {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
         for group in state_dict["param_groups"]
@@ -30,13 +39,16 @@ def with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], optim_bits: int) -> None:
-    """Check that a state belongs to this model, these experts and this precision.
+def check_compatible(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any], optim_bits: int, names: ParamNames | None
+) -> None:
+    """Check that a state is whole and belongs to this model, these experts and this precision.
 
     Args:
         groups: The optimizer's groups.
         state_dict: The state to load.
         optim_bits: The optimizer's.
+        names: Of the parameters in the model, if that is known.
 
     Raises:
         MolfError: If it does not; the message names the difference.
@@ -53,15 +65,40 @@ def check_compatible(groups: list[dict[str, Any]], state_dict: dict[str, Any], o
                 else "their order differs"
             )
         )
-    for own, other in zip(groups, saved, strict=False):
+    _check_counts(groups, saved)
+    for own, other in zip(groups, saved, strict=True):
         _check_tags(own, other, _TAGS)
-    for own, other in zip(groups, saved, strict=False):
-        for p, quantized, key in zip(own["params"], quantized_params(own, optim_bits), other["params"], strict=False):
-            entries, where = state_dict["state"].get(key, {}), own.get("module", "an ordinary parameter")
-            _check_shapes(where, _shapes(own, p), entries)
+    for i, (own, other) in enumerate(zip(groups, saved, strict=True)):
+        keys = zip(own["params"], quantized_params(own, optim_bits), other["params"], strict=True)
+        for j, (p, quantized, key) in enumerate(keys):
+            if not (entries := state_dict["state"].get(key)):
+                continue
+            name = None if names is None else names.of(i, j)
+            where, shapes = own.get("module") or name or f"parameter {j} of group {i}", _shapes(own, p)
+            _check_shapes(where, shapes, entries)
             _check_precision(where, p, quantized, entries)
-    for own, other in zip(groups, saved, strict=False):
+            _check_whole(where, _entries(own, p, quantized, shapes), entries)
+    for own, other in zip(groups, saved, strict=True):
         _check_tags(own, other, _SCALES)
+
+
+def _check_counts(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Check that the same parameters trained, as far as their number tells; the routed layers are the same."""
+    counts = [[(group.get("module"), len(group["params"])) for group in side] for side in (groups, saved)]
+    here, there = ([n for module, n in side if module is None] for side in counts)
+    differing = [f"outside of routed layers, groups of {there} parameters in the state and of {here} here"]
+    if here == there:
+        routed = zip(*([own for own in side if own[0] is not None] for side in counts), strict=True)
+        differing = [
+            f"{name} has {there} parameters in the state and {here} here"
+            for (name, here), (_, there) in routed
+            if here != there
+        ]
+    if differing:
+        raise MolfError(
+            f"this optimizer state belongs to a run that trained other parameters: {differing[0]}. Freeze and unfreeze the same, "
+            "and add the same groups, before loading it"
+        )
 
 
 def _check_tags(own: dict[str, Any], saved: dict[str, Any], tags: Sequence[str]) -> None:
@@ -82,6 +119,21 @@ def _shapes(group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
             for end in ("", ".exp_avg", ".exp_avg_sq"):
                 shapes |= {f"{name}.A{end}": (*stack, r, n_in), f"{name}.B{end}": (*stack, n_out, r)}
     return shapes
+
+
+def _entries(group: dict[str, Any], p: Tensor, quantized: bool, shapes: Iterable[str]) -> set[str]:
+    """Return what a parameter has in the state, but low parts: a run with stochastic rounding has none."""
+    counts = [f"{name}.wins" for name in group.get("experts", ()) if f"{name}.A" in shapes]
+    counts += ["step"] if "module" not in group or p is group["params"][0] else []
+    maxima = ["exp_avg.absmax", "exp_avg_sq.absmax"] if quantized else []
+    return {*shapes, *counts, *maxima} - {"low"}
+
+
+def _check_whole(where: str, wanted: set[str], saved: dict[str, Any]) -> None:
+    if missing := sorted(wanted - saved.keys()):
+        raise MolfError(
+            f"this optimizer state is not whole: {where} has no {missing[0]}; load what optimizer.state_dict() returned"
+        )
 
 
 def _check_shapes(where: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, Any]) -> None:
@@ -111,17 +163,20 @@ def _check_precision(where: str, p: Tensor, quantized: bool, saved: dict[str, An
         )
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], keep_low: bool) -> None:
     """Copy saved tensors into an optimizer without state, in their own dtypes.
 
     ``Optimizer.load_state_dict`` would cast them to the parameter's dtype: float32 moments of a bf16 weight would become bf16,
-    and 8-bit moments would need four times their memory meanwhile. Whole tensors of sharded parameters are sharded.
+    and 8-bit moments would need four times their memory meanwhile. Whole tensors of sharded parameters are sharded. Low parts are
+    left out unless they are kept: weights round stochastically from here on.
     """
     saved = state_dict["state"]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     for key, (group, p) in zip(keys, owners, strict=True):
         for name, value in saved.get(key, {}).items():
+            if name == "low" and not keep_low:
+                continue
             if value.ndim == 0:  # counts live on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue

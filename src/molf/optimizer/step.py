@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from molf.errors import MolfError
-from molf.layers.base import RoutedLayer
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
 from molf.numerics.gradients import all_zero
@@ -56,7 +55,7 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
         unit: A number for this selection of groups. Kernels cache their tables by it.
 
     Raises:
-        MolfError: If ``fused=True`` and the kernels cannot take the step.
+        MolfError: If ``fused=True`` and the kernels cannot take the step, or an expert of a layer with gradients has none.
     """
     if context.fused:
         fused_step = _prepared(groups, context, unit)
@@ -64,14 +63,15 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
             outcome: Outcome = fused_step.step(context, seed=context.seed + unit * _UNIT_STRIDE)
             return outcome
         context = context.without_fused()
-    return torch_step(*split_groups(groups, context), context)
+    ordinary = [group for group in groups if "module" not in group]
+    return torch_step(active_layers(groups, context.state, context.noise), ordinary, context)
 
 
 def _prepared(groups: Sequence[dict[str, Any]], context: StepContext, unit: int) -> Any:
     """Return the fused step that is ready to take this step; None if the kernels cannot take it."""
     from molf.kernels.step import FusedStep
 
-    device = groups[0]["params"][0].device
+    device = next(p.device for group in groups for p in group["params"])
     fused_step = context.fused_steps.get(unit)
     if fused_step is None or fused_step.device != device:
         fused_step = context.fused_steps[unit] = FusedStep(device)
@@ -83,15 +83,3 @@ def _prepared(groups: Sequence[dict[str, Any]], context: StepContext, unit: int)
         logger.debug("PyTorch's kernels take this step: %s", unreadable)
         return None
     return fused_step
-
-
-def split_groups(
-    groups: Sequence[dict[str, Any]], context: StepContext
-) -> tuple[list[RoutedLayer], list[dict[str, Any]]]:
-    """Return the routed layers that have gradients, and the ordinary groups.
-
-    Raises:
-        MolfError: If an expert of such a layer has none.
-    """
-    active = active_layers(groups, context.state, context.noise)
-    return active, [group for group in groups if "module" not in group]

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.errors import MolfError
-from molf.layers.base import RoutedLayer, level_gradients_
+from molf.layers.base import RoutedLayer, level_gradients
 from molf.numerics.adamw import (
     Rates,
     TensorState,
@@ -27,9 +26,9 @@ from molf.numerics.adamw import (
 from molf.numerics.bf16 import master_dtype
 from molf.numerics.context import StepContext
 from molf.numerics.distributed import is_sharded, local
-from molf.numerics.gradients import check_dense, exact_norm, norm_over_shards
+from molf.numerics.gradients import exact_norm, norm_over_shards
 from molf.routing import Outcome, Routing, choose
-from molf.scores import Evidence
+from molf.scores import Evidence, scores_of
 
 __all__ = ["prepare_gradients", "route", "torch_step"]
 
@@ -47,10 +46,10 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
         ordinary: Groups of parameters that take plain AdamW.
         context: Of this step.
     """
-    level_gradients_(layers)
+    kept = level_gradients(layers)
     dense = [p.grad for group in ordinary for p in group["params"] if p.grad is not None]
     dense += [grad for layer in layers for grad in layer.gradients()]
-    norm = prepare_gradients(dense, layers, context)
+    norm = prepare_gradients(dense, kept, layers, context)
     if context.found_inf or not norm.isfinite():
         return Outcome(None, norm, taken=False)
     routing = route(layers, context) if layers else None
@@ -59,7 +58,9 @@ def torch_step(layers: Sequence[RoutedLayer], ordinary: Sequence[dict[str, Any]]
     return Outcome(routing, norm, taken=True)
 
 
-def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
+def prepare_gradients(
+    dense: Sequence[Tensor], kept: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext
+) -> Tensor:
     """Unscale and clip the gradients in place, and return their norm in between, 0-dim.
 
     The norm is not finite if a gradient is not, or if it is not clipped and its square is not. Clipping counts the gradients
@@ -67,19 +68,16 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     norm is that of the dense gradients.
 
     Args:
-        dense: Gradients that backward left on parameters.
+        dense: The gradients of parameters.
+        kept: Gradients that backward left where ``dense`` has copies in other units; they follow.
         layers: The routed layers; with shards, their gradients of A are summed over the ranks here.
         context: Of this step.
-
-    Raises:
-        MolfError: If a gradient is sparse.
     """
-    check_dense(dense)
     if not dense:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
     if context.grad_scale is not None:
-        torch._foreach_mul_(parts, context.grad_scale.double().reciprocal())
+        torch._foreach_mul_([*parts, *kept], context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
     norm = _reduce_over_shards(dense, layers, context) if sharded else exact_norm(parts, max_norm is not None)
     if max_norm is None or not norm.isfinite():
@@ -87,7 +85,7 @@ def prepare_gradients(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], co
     lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
     if not sharded:
         norm = exact_norm([*parts, *lora], clipped=True)
-    torch._foreach_mul_([*parts, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([*parts, *kept, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -120,12 +118,7 @@ def route(layers: Sequence[RoutedLayer], context: StepContext) -> Routing:
         layer.count_step()
     parts = [part for layer in layers for part in layer.parts(_budget(layer, _CPU_STACK))]
     evidence = _update_moments(parts, context, workspace)
-    scores = context.score.scores(evidence)
-    if scores.shape != evidence.lr.shape:
-        raise MolfError(
-            f"{type(context.score).__name__} returned scores {list(scores.shape)} for {len(evidence.modules)} modules with "
-            f"{len(layers[0].experts)} experts: finish must return [M, E] = {list(evidence.lr.shape)}"
-        )
+    scores = scores_of(context.score, evidence)
     decision = choose(scores, context.top_k)
     chosen = context.ranks.broadcast_decision(decision, layers[0].group["params"][0].device)
     rows = iter(torch.split(chosen, [len(part.modules) for part in parts]))
@@ -175,7 +168,7 @@ def _update_moments(layers: Sequence[RoutedLayer], context: StepContext, workspa
     def by_module(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(counts, dim=0)
 
-    lr, steps, n = by_module([x.lrs for x in layers]), by_module([x.step for x in layers]), by_module(sizes)
+    lr, steps, n = by_module([x.score_lrs for x in layers]), by_module([x.step for x in layers]), by_module(sizes)
     return Evidence(modules, total[..., 0], n, lr, total[..., -1], steps)
 
 

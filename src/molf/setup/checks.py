@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,12 @@ NO_GRADIENTS_KEPT = "optimizer_in_backward=True moves a layer as soon as its gra
 
 
 def check_options(
-    betas: tuple[float, float], eps: float, max_grad_norm: float | None, bf16_update: str, fused: bool | None
+    betas: Sequence[float],
+    eps: float,
+    max_grad_norm: float | None = None,
+    bf16_update: str = "split",
+    fused: bool | None = None,
+    optimizer_in_backward: bool = False,
 ) -> None:
     """Check options that need no model.
 
@@ -44,11 +50,13 @@ def check_options(
     if not (is_number(eps) and eps > 0):
         raise MolfError(f"eps={eps!r}: must be above 0, because the scores divide by sqrt(v) + eps")
     if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
-        raise MolfError(f"max_grad_norm={max_grad_norm!r}: must be above 0, or None for no clipping")
+        raise MolfError(f"max_grad_norm={max_grad_norm!r}: must be above 0 and finite, or None for no clipping")
     if bf16_update not in BF16_UPDATES:
         raise MolfError(f"bf16_update={bf16_update!r}: use one of {list(BF16_UPDATES)}")
     if not (fused is None or isinstance(fused, bool)):
         raise MolfError(f"fused={fused!r}: use True, False, or None, which decides by itself")
+    if not isinstance(optimizer_in_backward, bool):
+        raise MolfError(f"optimizer_in_backward={optimizer_in_backward!r}: use True or False")
 
 
 def check_optim_bits(optim_bits: int, groups: list[dict[str, Any]]) -> int:
@@ -90,34 +98,57 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
     return top_k
 
 
-def check_given_groups(groups: Iterable[Any], grouping: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return groups that ``param_groups`` made before.
+def check_given_groups(
+    groups: Iterable[Any], grouping: dict[str, Any], defaults: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return copies of groups that ``param_groups`` made before, and of others, with lists of parameters.
 
     Args:
         groups: What the user gave in place of the model.
         grouping: Options that take effect in ``param_groups`` only, by name.
+        defaults: ``lr`` and ``weight_decay``, which groups without their own take.
 
     Raises:
         TypeError: For bare parameters.
-        MolfError: For an option that would be ignored, or groups with different experts.
+        MolfError: For an option that would be ignored, or groups with different experts or of equal names.
     """
     groups = list(groups)
-    if not any(isinstance(group, dict) and "module" in group for group in groups):
+    if not all(isinstance(group, dict) for group in groups) or not any("module" in group for group in groups):
         raise TypeError(
             "MoLF needs to know the layers: pass the model, MoLF(model, ...), or MoLF(molf.param_groups(model, ...)), not bare "
             "parameters"
         )
     options = inspect.signature(param_groups).parameters
+    check_numbers(**defaults)
+    routed = [group for group in groups if "module" in group]
+    for name, value in defaults.items():
+        differs = any(float(group.get(name, value)) != float(value) for group in routed)
+        if differs and all(name in group for group in groups):
+            grouping = {**grouping, name: value}
     for name, value in grouping.items():
         if value != options[name].default:
             raise MolfError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
-    if len({group["experts"] for group in groups if "module" in group}) > 1:
+    if len({group["experts"] for group in routed}) > 1:
         raise MolfError("all routed groups must have the same experts")
-    return groups
+    modules = Counter(group["module"] for group in routed)
+    if twice := [name for name, count in modules.items() if count > 1]:
+        raise MolfError(
+            f"{len(twice)} routed layers have the same name as another ({twice[0]}): routing, views and checkpoints tell layers "
+            "apart by name. Several models in one optimizer need one module around them: "
+            "MoLF(nn.ModuleDict({'first': first, 'second': second}))"
+        )
+    return [{**group, "params": _listed(group["params"])} for group in groups]
+
+
+def _listed(params: Any) -> Any:
+    """Return a group's parameters as torch does; a generator could be looked through only once, and torch refuses a set."""
+    if isinstance(params, torch.Tensor):
+        return [params]
+    return params if isinstance(params, set) else list(params)
 
 
 def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
-    """Check a group that the base class has accepted.
+    """Check a group that the base class has accepted, and make plain numbers of its numbers: states hash, compare and save them.
 
     Raises:
         MolfError: If a parameter cannot be trained, or a rate, a decay or another option has a value that is not allowed.
@@ -127,7 +158,9 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
             check_parameter(group.get("module", f"parameter {i} of the group"), p)
     _check_precision(optim_bits, group["params"])
     check_numbers(lr=group["lr"], weight_decay=group["weight_decay"])
-    check_options(group["betas"], group["eps"], None, BF16_UPDATES[0], None)
+    check_options(group["betas"], group["eps"])
+    plain = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
+    group.update(plain, weight_decay=float(group["weight_decay"]))
 
 
 def check_backward_step(max_grad_norm: float | None, compares_modules: bool, ranks: Ranks, model: Any = None) -> None:

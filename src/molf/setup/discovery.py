@@ -12,7 +12,7 @@ from torch import nn
 from molf.errors import MolfError
 from molf.layers.fit import check_not_split
 
-__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears"]
+__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears", "unmatched"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,18 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
                 f"{patterns!r} is no regular expression for module names: {error}; or give a list of names"
             ) from error
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def unmatched(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return those of the patterns that match no name, with what may be meant; a regular expression is one pattern."""
+    if isinstance(patterns, str):
+        return [] if any(matches(name, patterns) for name in names) else [repr(patterns)]
+    parts = [name.split(".") for name in names]
+    endings = {".".join(own[i:]) for own in parts for i in range(len(own))}
+    missing = [
+        (pattern, difflib.get_close_matches(pattern, endings, n=1)) for pattern in patterns if pattern not in endings
+    ]
+    return [f"{pattern!r}" + (f" (did you mean {near[0]!r}?)" if near else "") for pattern, near in missing]
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

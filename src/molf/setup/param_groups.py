@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from molf.errors import MolfError
 from molf.layers.fit import check_parameter
@@ -106,25 +107,32 @@ def param_groups(
         lora_weight_decay: Decoupled decay of A and B.
         lora_alpha: LoRA's alpha, one for all or one per rank.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts.
-        exclude_modules: Modules never routed, in the same notation. "all-linear" excludes the output embedding, too.
+        target_modules: ``"all-linear"``, a regular expression for the whole module name, or names or their last parts, each of
+            which must match something. None means ``"all-linear"``.
+        exclude_modules: Modules never routed, in the same notation; None means none. "all-linear" excludes the output
+            embedding, too.
         target_parameters: More parameters to route that are in no ``nn.Linear`` layer, as in PEFT: names or their last parts, for
             example ``["router.weight"]``. Matrices ``[out, in]`` and stacks ``[n, out, in]``, of which each matrix is routed on
             its own. Stacks of a mixture's experts are routed as layers are, without being named here.
 
     Raises:
-        MolfError: If nothing matches, a rank is too large, or a weight is tied or has an unsupported shape or dtype.
+        MolfError: If nothing matches, a rank is too large, or a weight is tied, has no shape yet, or an unsupported one or dtype.
         TypeError: If ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise MolfError(f"{lazy[0]} has no shape yet, as in nn.LazyLinear: run one forward pass of the model first")
+    target_modules = _names("target_modules", target_modules, "all-linear")
+    exclude_modules = _names("exclude_modules", exclude_modules, ())
+    target_parameters = _names("target_parameters", target_parameters, None)
     matched = _is_matched(lora_lr)
     fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
     check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
     rates = {
-        "weight_decay": weight_decay,
+        "weight_decay": float(weight_decay),
         "lora_lr_ratio": _ratio(lr, fixed_lora_lr),
-        "lora_weight_decay": lora_weight_decay,
+        "lora_weight_decay": float(lora_weight_decay),
     }
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora={use_rslora!r}: give True or False")
@@ -145,7 +153,7 @@ def param_groups(
             check_parameter(name, p)
     seed = torch.initial_seed() * 1_000_003
     routed = [{**group, **rates, "lora_seed": (seed + i) % 2**63} for i, group in enumerate(routed)]
-    groups = [*_ordinary_groups(model, routed, weight_decay), *routed]
+    groups = [*_ordinary_groups(model, routed, rates["weight_decay"]), *routed]
     for group in groups:
         group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
     _check_coverage(model, groups)
@@ -202,6 +210,16 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     return [p for key, p in module.named_parameters(recurse=False) if norm or p.ndim < 2 or key.endswith("bias")]
 
 
+def _names(option: str, given: Any, if_none: Any) -> Any:
+    """Return a regular expression as it is, and names as a tuple, which can be looked through twice."""
+    if given is None or isinstance(given, str):
+        return if_none if given is None else given
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option}={given!r}: give a list of names")
+    return names
+
+
 def _is_matched(lora_lr: float | str | None) -> bool:
     if isinstance(lora_lr, str) and lora_lr != "matched":
         raise MolfError(f'lora_lr={lora_lr!r}: give a number, None for lr, or "matched"')
@@ -213,7 +231,7 @@ def _ratio(lr: float | torch.Tensor, lora_lr: float | None) -> float:
         return 1.0
     if float(lr) == 0:
         raise MolfError(f"lr=0 with lora_lr={lora_lr}: LoRA's rate follows lr as a ratio, so lr must be above 0")
-    return lora_lr / float(lr)
+    return float(lora_lr) / float(lr)
 
 
 def _refuse_lora_options(options: dict[str, Any]) -> None:

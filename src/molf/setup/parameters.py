@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from molf.errors import MolfError
-from molf.setup.discovery import check_not_tied, matches, module_names, routed_linears
+from molf.setup.discovery import check_not_tied, matches, module_names, routed_linears, unmatched
 
 __all__ = ["RoutedParameter", "routed_parameters", "routed_weights", "unrouted_kinds"]
+
+logger = logging.getLogger(__name__)
 
 # How modules call the number of their experts, if they do not use transformers' interface for experts.
 _COUNTS = (
@@ -40,13 +43,27 @@ def routed_weights(
     """Return everything that is routed in the merged form, by name: linear layers in model order, then other parameters.
 
     Raises:
-        MolfError: If nothing matches, or something that is named cannot be routed.
+        MolfError: If nothing matches, or something that is named matches nothing or cannot be routed.
     """
     parameters = routed_parameters(model, target_modules, exclude_modules, target_parameters)
-    stacks = [name for name, module, key, p in _raw_parameters(module_names(model)) if _is_layer(module, key, p)]
+    modules = module_names(model)
+    stacks = [name for name, module, key, p in _raw_parameters(modules) if _is_layer(module, key, p)]
     linears = routed_linears(model, target_modules, exclude_modules, stacks, may_be_none=bool(parameters))
+    _check_names(target_modules, exclude_modules, [*modules, *stacks])
     found = {name: RoutedParameter(linear.weight, linear.bias, False) for name, linear in linears.items()}
     return found | parameters
+
+
+def _check_names(targets: str | Sequence[str], excluded: str | Sequence[str], names: Sequence[str]) -> None:
+    """Check that every target in a list matches something, and warn of exclusions that do not; ``lm_head`` is a default."""
+    if not isinstance(targets, str) and (missing := unmatched(targets, names)):
+        raise MolfError(
+            f"target_modules name {', '.join(missing)}, which match nothing in this model: leave them out, or rename"
+        )
+    if missing := [name for name in unmatched(excluded, names) if not name.startswith("'lm_head'")]:
+        logger.warning(
+            "exclude_modules name %s, which match nothing in this model and leave nothing out", ", ".join(missing)
+        )
 
 
 def routed_parameters(
@@ -111,7 +128,7 @@ def _is_layer(module: nn.Module, key: str, p: nn.Parameter) -> bool:
     """Return whether a parameter is a stack of experts' matrices or a fused attention projection."""
     if isinstance(module, nn.MultiheadAttention):
         return key == "in_proj_weight"
-    counts = {getattr(module, name, None) for name in _COUNTS}
+    counts = {count for name in _COUNTS if isinstance(count := getattr(module, name, None), int)}
     declared = isinstance(getattr(module, "is_transposed", None), bool)  # transformers' interface for experts
     return p.ndim == 3 and p.numel() > 0 and (declared or len(p) in counts) and not hasattr(module, "kernel_size")
 

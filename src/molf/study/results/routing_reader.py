@@ -34,8 +34,10 @@ def read_routing(path: Path, max_cells: int = MAX_CELLS) -> RoutingSummary:
 class RoutingReader:
     """Summarises a routing log, also while it is written: ``poll`` reads what is new.
 
-    At a learning rate of 0, as at the start of a warm-up, all scores are 0: such steps decide nothing and are left out, unless
-    all steps are of that kind. Memory depends on layers, experts and bins, and not on the number of steps.
+    Steps in which all scores are 0 decide nothing and are left out, unless all steps are of that kind: gradients are zero, or
+    in older logs the learning rate is, as at the start of a warm-up.
+
+    Memory depends on layers, experts and bins, and not on the number of steps.
 
     Args:
         path: The log, which need not exist yet. If a run that resumes has cut it, it is read again.

@@ -106,8 +106,8 @@ def _write(
 ) -> RecipeFile:
     if request.rule in _BY_ROUTING and not routing.bins.scores.any():
         raise MolfError(
-            f"{source} decided nothing: every score is 0, as at a learning rate of 0, where warm-ups start; take more steps, "
-            "or --allocation uniform or eva"
+            f"{source} decided nothing: every score is 0, as of gradients of zero, or in older logs where warm-ups start; take "
+            "more steps, or --allocation uniform or eva"
         )
     evidence = {name.removeprefix(_PEFT): own for name, own in evidence_of(routing.by_module).items()}
     layers = layers_of(model, list(evidence))
