@@ -7,6 +7,7 @@ from torch import nn
 from conftest import TOLERANCE
 from molf import MoLF, param_groups
 from molf.errors import MolfError
+from molf.optimizer import torch_step
 from small import (
     assert_same_bits,
     differing,
@@ -278,3 +279,14 @@ def test_a_compiled_step_is_the_step():
             loss_of(m, t).backward()
             step()
     assert_same_bits(model, optimizer, twin, other)
+
+
+def test_gradients_on_several_devices_are_scaled_where_they_are(monkeypatch):
+    """A factor on one GPU cannot scale a gradient on another; the meta device stands for the other one."""
+    scaled = []
+    monkeypatch.setattr(
+        torch, "_foreach_mul_", lambda own, factor: scaled.append(({x.device for x in own}, factor.device))
+    )
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    torch_step._scale_([here, there, here], torch.tensor(0.5))
+    assert sorted(map(str, scaled)) == sorted(str(({x.device}, x.device)) for x in (here, there))

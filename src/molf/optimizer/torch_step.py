@@ -77,7 +77,7 @@ def prepare_gradients(
         return torch.zeros((), dtype=torch.float32)
     parts, max_norm = [local(grad) for grad in dense], context.max_grad_norm
     if context.grad_scale is not None:
-        torch._foreach_mul_([*parts, *kept], context.grad_scale.double().reciprocal())
+        _scale_([*parts, *kept], context.grad_scale.double().reciprocal())
     sharded = context.ranks.shards is not None
     norm = _reduce_over_shards(dense, layers, context) if sharded else exact_norm(parts, max_norm is not None)
     if max_norm is None or not norm.isfinite():
@@ -85,8 +85,14 @@ def prepare_gradients(
     lora = [x.grad for layer in layers for x in layer.derived_tensors() if x.grad is not None]
     if not sharded:
         norm = exact_norm([*parts, *lora], clipped=True)
-    torch._foreach_mul_([*parts, *kept, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    _scale_([*parts, *kept, *lora], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients, which may lie on several devices, by a 0-dim factor, in place."""
+    for device in {grad.device for grad in gradients}:
+        torch._foreach_mul_([grad for grad in gradients if grad.device == device], factor.to(device))
 
 
 def _reduce_over_shards(dense: Sequence[Tensor], layers: Sequence[RoutedLayer], context: StepContext) -> Tensor:
