@@ -84,11 +84,6 @@ def test_gradients_are_clipped_once(tmp_path, caplog):
     assert caplog.text.count(clips) == 1 and given.max_grad_norm == 0
 
 
-def test_the_trainer_clips_where_molf_does_not(tmp_path):
-    trainer = Trainer(tiny_llama(), arguments(tmp_path, max_grad_norm=1e-3))
-    assert molf.use_in(trainer, ranks=(2,), max_grad_norm=None).args.max_grad_norm == 1e-3
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run of each precision."""

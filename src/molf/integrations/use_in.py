@@ -34,8 +34,8 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
     Reward trainers. Schedules, accumulation, checkpoints, resuming, DDP and FSDP2 stay the Trainer's.
 
     What is not given comes from the Trainer's arguments: ``lr`` (``learning_rate``), ``weight_decay`` (LoRA experts' is at most
-    0.01), ``betas``, ``eps`` and ``max_grad_norm``. MoLF clips in the step, where it sees the gradients of all experts; the
-    Trainer does not clip then.
+    0.01), ``betas``, ``eps`` and ``max_grad_norm``. MoLF clips in the step, where it sees the gradients of all experts, and the
+    Trainer does not; with ``max_grad_norm=None`` nobody does.
 
     Of a model with several PEFT adapters as experts, the Trainer activates only one when it loads a checkpoint: all are activated
     again. Where TRL would make an adapter the reference model, the base model without adapters is it.

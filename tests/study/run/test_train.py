@@ -145,8 +145,8 @@ def test_molf_without_lora_experts_is_full_fine_tuning(settings, tiny_model, sav
 def test_routing_is_summarised(finished):
     result, folder = vars(finished(method="molf")).values()
     summary = read_routing(folder / LOG_FILES["compact"])
-    # The warm-up begins at a rate of 0, which decides nothing.
-    assert (summary.steps, summary.bins.spans[0]) == (3, (2, 2))
+    # The warm-up begins at a rate of 0, at which the base rate's promises decide.
+    assert (summary.steps, summary.bins.spans[0]) == (4, (1, 1))
     assert len(summary.by_module) == 7
     assert result.routing == summary.shares
     assert sum(result.routing.values()) == pytest.approx(1)
