@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from families import FAMILIES
 from molf import add_lora_experts
 from molf.errors import MolfError
 from small import tiny_llama
@@ -55,6 +56,13 @@ def test_it_starts_as_the_plain_model():
 def test_bad_options(options, words):
     with pytest.raises((MolfError, TypeError), match=words):
         add_lora_experts(tiny_llama(), **options)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, FAMILIES["Mixtral"].build], ids=["dense", "stacks"])
+def test_a_target_that_matches_nothing_is_said(build, caplog):
+    model = add_lora_experts(build(), ranks=(2,), target_modules=iter(["v_proj", "q_porj"]))
+    assert "target_modules name 'q_porj' (did you mean 'q_proj'?), which match nothing" in caplog.text
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == {"v_proj"}
 
 
 def test_nothing_is_excluded():

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from molf.errors import MolfError
 from molf.integrations.joint_forward import join_experts
 from molf.integrations.lora_targets import find_targets, task_type
+from molf.setup.discovery import listed_names
 from molf.setup.param_groups import checked_ranks, expert_names, is_number
 
 
@@ -22,7 +23,7 @@ def add_lora_experts(
     lora_dropout: float = 0.0,
     use_rslora: bool = True,
     freeze_base: bool = True,
-    target_modules: str | Sequence[str] = "all-linear",
+    target_modules: str | Sequence[str] | None = "all-linear",
     exclude_modules: str | Sequence[str] | None = ("lm_head",),
 ) -> PeftModel:
     """Add one PEFT LoRA adapter per rank to a model, named ``lora_r{rank}``, all active together.
@@ -42,7 +43,8 @@ def add_lora_experts(
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         freeze_base: Train the experts only (MoLF-Efficient). Otherwise everything that trained before still does, and the weights
             of the adapted layers are the ``fft`` experts.
-        target_modules: As in PEFT; names of stacked tensors are understood, too.
+        target_modules: As in PEFT; names of stacked tensors are understood, too. A warning tells which
+            names in a list match nothing.
         exclude_modules: As in PEFT; None excludes nothing.
 
     Raises:
@@ -62,7 +64,9 @@ def add_lora_experts(
             raise TypeError(f"{option}={given!r}: give True or False")
     if not ranks:
         raise MolfError("ranks=(): give one or more different positive ranks, one for each LoRA expert")
-    targets = find_targets(model, target_modules, exclude_modules or (), stacks=lora_dropout == 0)
+    target_modules = listed_names("target_modules", target_modules, "all-linear")
+    exclude_modules = listed_names("exclude_modules", exclude_modules, ())
+    targets = find_targets(model, target_modules, exclude_modules, stacks=lora_dropout == 0)
     targets.log()
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     trained = [p for p in model.parameters() if p.requires_grad]

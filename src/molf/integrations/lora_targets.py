@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from molf.errors import MolfError
-from molf.setup.discovery import matches, output_embedding
+from molf.setup.discovery import matches, output_embedding, unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,15 @@ def find_targets(
         MolfError: Nothing that can be adapted matches.
     """
     everything = target_modules == "all-linear"
+    known = [name for name, _ in model.named_modules()] + [name for name, _ in _stacks(model)]
+    # Names that older versions had for stacked experts match nothing, and PEFT knows them.
+    new = (
+        target_modules
+        if isinstance(target_modules, str)
+        else [own for own in target_modules if not _is_older(own, model)]
+    )
+    if missing := [] if isinstance(new, str) else unmatched(new, known):
+        logger.warning("target_modules name %s, which match nothing in this model", ", ".join(missing))
     head = output_embedding(model)
     modules, parameters = _wanted(model, target_modules, exclude_modules, head)
     unfit = {name: reason for name, module in modules.items() if (reason := _unfit(model, name, module))}
@@ -217,6 +226,11 @@ def _as_peft_reads(names: Sequence[str], model: nn.Module) -> LoraConfig | None:
     except ValueError:
         return None
     return config
+
+
+def _is_older(name: str, model: nn.Module) -> bool:
+    read = _as_peft_reads([name], model)
+    return read is None or bool(read.target_parameters)
 
 
 def _left(

@@ -6,13 +6,23 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from molf.errors import MolfError
 from molf.layers.fit import check_not_split
 
-__all__ = ["check_not_tied", "check_rank", "matches", "module_names", "output_embedding", "routed_linears", "unmatched"]
+__all__ = [
+    "check_not_tied",
+    "check_rank",
+    "listed_names",
+    "matches",
+    "module_names",
+    "output_embedding",
+    "routed_linears",
+    "unmatched",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +135,16 @@ def unmatched(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
         (pattern, difflib.get_close_matches(pattern, endings, n=1)) for pattern in patterns if pattern not in endings
     ]
     return [f"{pattern!r}" + (f" (did you mean {near[0]!r}?)" if near else "") for pattern, near in missing]
+
+
+def listed_names(option: str, given: Any, if_none: Any) -> Any:
+    """Return a regular expression as it is, and names as a tuple, which can be looked through twice."""
+    if given is None or isinstance(given, str):
+        return if_none if given is None else given
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option}={given!r}: give a list of names")
+    return names
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from molf.errors import MolfError
 from molf.layers.fit import check_parameter
-from molf.setup.discovery import check_rank
+from molf.setup.discovery import check_rank, listed_names
 from molf.setup.parameters import RoutedParameter, routed_weights, unrouted_kinds
 from molf.setup.peft_adapters import adapted_groups, is_adapted
 
@@ -123,9 +123,9 @@ def param_groups(
         raise TypeError(f"param_groups needs the model (an nn.Module), got {type(model).__name__}")
     if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
         raise MolfError(f"{lazy[0]} has no shape yet, as in nn.LazyLinear: run one forward pass of the model first")
-    target_modules = _names("target_modules", target_modules, "all-linear")
-    exclude_modules = _names("exclude_modules", exclude_modules, ())
-    target_parameters = _names("target_parameters", target_parameters, None)
+    target_modules = listed_names("target_modules", target_modules, "all-linear")
+    exclude_modules = listed_names("exclude_modules", exclude_modules, ())
+    target_parameters = listed_names("target_parameters", target_parameters, None)
     matched = _is_matched(lora_lr)
     fixed_lora_lr = None if isinstance(lora_lr, str) else lora_lr
     check_numbers(lr=lr, lora_lr=fixed_lora_lr, weight_decay=weight_decay, lora_weight_decay=lora_weight_decay)
@@ -208,16 +208,6 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return a module's own vectors, and what is a norm's or a bias in more dimensions."""
     norm = type(module).__name__.endswith("Norm")
     return [p for key, p in module.named_parameters(recurse=False) if norm or p.ndim < 2 or key.endswith("bias")]
-
-
-def _names(option: str, given: Any, if_none: Any) -> Any:
-    """Return a regular expression as it is, and names as a tuple, which can be looked through twice."""
-    if given is None or isinstance(given, str):
-        return if_none if given is None else given
-    names = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{option}={given!r}: give a list of names")
-    return names
 
 
 def _is_matched(lora_lr: float | str | None) -> bool:
