@@ -261,7 +261,8 @@ def _any_layer(name: str) -> str:
 
 
 def _nothing(model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str], unfit: dict[str, str]) -> str:
-    what = f"no layer for LoRA experts matches target_modules={target!r} and exclude_modules={exclude!r}"
+    listed = [names if isinstance(names, str) else list(names) for names in (target, exclude)]
+    what = "no layer for LoRA experts matches target_modules={!r} and exclude_modules={!r}".format(*listed)
     if unfit:
         name, reason = next(iter(unfit.items()))
         return f"{what}: {name} is left out ({reason})"
