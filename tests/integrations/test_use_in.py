@@ -249,6 +249,19 @@ def test_another_call_replaces_the_first(tmp_path):
     assert sum(isinstance(callback, InUse) for callback in trainer.callback_handler.callbacks) == 1
 
 
+def test_another_call_keeps_the_clipping_of_the_arguments(tmp_path):
+    trainer = Trainer(
+        tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_grad_norm=0.5)
+    )
+    molf.use_in(molf.use_in(trainer, ranks=(2,), max_grad_norm=None), ranks=(3,))
+    assert trainer.create_optimizer().max_grad_norm == 0.5 and trainer.args.max_grad_norm == 0
+    trainer.optimizer = None
+    with pytest.raises(MolfError, match=r"optimizer_in_backward=True with max_grad_norm=0\.5"):
+        molf.use_in(trainer, ranks=(3,), optimizer_in_backward=True)
+    molf.use_in(trainer, ranks=(3,), optimizer_in_backward=True, max_grad_norm=None)
+    assert trainer.create_optimizer().max_grad_norm is None
+
+
 def test_no_clipping_is_nobodys(tmp_path):
     trainer = Trainer(tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     molf.use_in(trainer, ranks=(2,), max_grad_norm=None)

@@ -80,14 +80,18 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
             f"load_best_model_at_end with the adapters {', '.join(adapters)}: the Trainer would load only one of them; set it to "
             "False and load the best checkpoint's adapters after training"
         )
-    trainer.args = copy(trainer.args)  # the user may give the same arguments to another trainer
+    args = copy(trainer.args)  # the user may give the same arguments to another trainer
+    # An earlier call has turned the Trainer's clipping off.
+    earlier = next((own for own in trainer.callback_handler.callbacks if isinstance(own, InUse)), None)
+    clipping = args.max_grad_norm or (None if earlier is None else earlier.clipping)
+    options.setdefault("max_grad_norm", clipping or None)
+    args.max_grad_norm = 0.0
     if options.get("optimizer_in_backward"):
-        check_release_settings(vars(trainer.args))
-    options.setdefault("max_grad_norm", trainer.args.max_grad_norm or None)
-    trainer.args.max_grad_norm = 0.0
-    trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, trainer.args, adapters), options
+        check_release_settings({**vars(args), "max_grad_norm": options["max_grad_norm"]})
+    trainer.args = args
+    trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, args, adapters), options
     trainer.remove_callback(InUse)
-    trainer.add_callback(InUse(adapters))
+    trainer.add_callback(InUse(adapters, clipping))
     return trainer
 
 
@@ -116,10 +120,12 @@ class InUse(TrainerCallback):  # type: ignore[misc]
 
     Args:
         adapters: The PEFT adapters that are experts.
+        clipping: ``max_grad_norm`` of the Trainer's arguments, which another call of ``use_in`` asks for.
     """
 
-    def __init__(self, adapters: Sequence[str] = ()):
+    def __init__(self, adapters: Sequence[str] = (), clipping: float | None = None):
         self._adapters = adapters
+        self.clipping = clipping
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Activate all experts, after the Trainer has loaded a checkpoint.
