@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers import TrainingArguments as Arguments
 from trl import (
@@ -23,6 +24,7 @@ from trl import (
 import molf
 from molf import MoLF, add_lora_experts
 from molf.errors import MolfError
+from molf.integrations.lora_experts import unsaved_parameters
 from molf.integrations.use_in import InUse
 from small import tiny_llama
 from tiny_checkpoints import save_tiny_checkpoint
@@ -303,3 +305,29 @@ def test_resumed_experts_all_train(whole, tmp_path, checkpoint):
 def test_without_use_in_a_resumed_expert_that_would_rest_is_refused(whole, tmp_path, checkpoint):
     with pytest.raises(MolfError, match=r"lora_r4 would never move: .*molf\.use_in\(trainer, \.\.\.\)"):
         experts_in_sft(tmp_path, checkpoint, f"{whole.args.output_dir}/checkpoint-2", plain=True)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (2,)])
+def test_base_weights_that_no_checkpoint_has_are_named_and_not_resumed(ranks, tmp_path, checkpoint, caplog):
+    def trainer():
+        model = add_lora_experts(load(checkpoint), ranks=ranks, freeze_base=False)
+        return make("SFT", tmp_path, checkpoint, model, save_strategy="steps", save_steps=1)
+
+    molf.use_in(trainer()).train()
+    assert "have the adapters only, but 21 parameters of the base model train, too (base_model." in caplog.text
+    with pytest.raises(MolfError, match=r"step 1 has the adapters only, but 21 parameters.*Give the trainer the plain model"):
+        molf.use_in(trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    best = trainer()
+    best.args.load_best_model_at_end = True
+    with pytest.raises(MolfError, match="load_best_model_at_end"):
+        molf.use_in(best)
+
+
+def test_what_peft_saves_beside_adapters_is_no_base_weight(checkpoint):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1, 2], bias="all"
+    )
+    model = get_peft_model(load(checkpoint), config)
+    assert unsaved_parameters(model, ["default"]) == []
+    model.base_model.model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    assert unsaved_parameters(model, ["default"]) == ["base_model.model.model.layers.0.mlp.up_proj.weight"]
