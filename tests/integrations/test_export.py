@@ -59,6 +59,16 @@ def test_one_adapter_equals_the_experts(base, tmp_path, targets):
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-6, rtol=0)
 
 
+def test_wrappers_leave_no_trace_in_an_adapter(base, tmp_path):
+    plain = copy.deepcopy(base)
+    model = with_experts(base)
+    expected = logits(model)
+    layers = model.base_model.model.model.layers
+    layers[1] = torch.compile(layers[1], backend="eager")
+    export_peft(nn.DataParallel(torch.compile(model, backend="eager")), tmp_path / "one")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path / "one")), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss", "DeepSeek-V3"])
 def test_stacked_experts_in_one_adapter(name, tmp_path):
     plain = FAMILIES[name].build()

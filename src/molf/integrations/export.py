@@ -17,6 +17,7 @@ from molf.errors import MolfError
 from molf.files import atomic_folder
 from molf.integrations.lora_experts import trained_adapters
 from molf.integrations.merge import cast_error, merge
+from molf.setup.discovery import module_names, unwrapped
 from molf.setup.peft_adapters import target_name
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -53,7 +54,7 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
     programs ignore ``use_rslora``. ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
-        model: A base model with LoRA adapters; not changed.
+        model: A base model with LoRA adapters; not changed. DDP and ``torch.compile`` are taken off.
         folder: Where to write; it must be empty or not exist.
 
     Returns:
@@ -62,6 +63,7 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
     Raises:
         MolfError: One LoRA without bias cannot express the model's adapters, or the folder is not empty.
     """
+    model = unwrapped(model)
     adapters = trained_adapters(model)
     layers = _plain_lora_layers(model, adapters)
     pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}
@@ -143,7 +145,7 @@ def _peft_name(name: str, layer: LoraLayer) -> str:
 def _targets(base: nn.Module, adapted: set[str]) -> list[str]:
     """Name the adapted layers by the last parts of their names if these match no other layer, else in full."""
     endings = {name.rpartition(".")[2] for name in adapted}
-    matching = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
+    matching = {name for name in module_names(base) if name.rpartition(".")[2] in endings}
     return sorted(endings) if matching == adapted else sorted(adapted)
 
 
@@ -169,7 +171,7 @@ def _plain_lora_layers(model: PeftModel, adapters: Sequence[str]) -> dict[str, L
                 )
     layers = {
         name: layer
-        for name, layer in model.get_base_model().named_modules()
+        for name, layer in module_names(model.get_base_model()).items()
         if isinstance(layer, LoraLayer) and any(own in layer.r for own in adapters)
     }
     if not layers:
