@@ -174,6 +174,12 @@ def test_what_one_lora_cannot_express(base, tmp_path, settings, reason):
     assert not (tmp_path / "one").exists()
 
 
+def test_a_base_that_trains_too_is_refused(base, tmp_path):
+    model = add_lora_experts(base, ranks=(2, 6), freeze_base=False)
+    with pytest.raises(ValueError, match=r"20 parameters of the base model train, too .*merged checkpoint instead"):
+        export_peft(model, tmp_path / "one")
+
+
 def test_an_adapted_embedding_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="embed_tokens is not a linear layer"):

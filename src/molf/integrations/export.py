@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from molf.errors import MolfError
 from molf.files import atomic_folder
-from molf.integrations.lora_experts import trained_adapters
+from molf.integrations.lora_experts import trained_adapters, unsaved_parameters
 from molf.integrations.merge import cast_error, merge
 from molf.setup.discovery import module_names, unwrapped
 from molf.setup.peft_adapters import target_name
@@ -61,7 +61,7 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
         The rank of the adapter (the largest one if layers differ).
 
     Raises:
-        MolfError: One LoRA without bias cannot express the model's adapters, or the folder is not empty.
+        MolfError: One LoRA without bias cannot express the model's adapters, the base trains, too, or the folder is not empty.
     """
     model = unwrapped(model)
     adapters = trained_adapters(model)
@@ -169,6 +169,11 @@ def _plain_lora_layers(model: PeftModel, adapters: Sequence[str]) -> dict[str, L
                     f"the adapter {name!r} has {what} and is not a plain LoRA, so it cannot be part of one; export the merged "
                     "checkpoint instead"
                 )
+    if trained := unsaved_parameters(model, adapters):
+        raise MolfError(
+            f"{len(trained)} parameters of the base model train, too ({trained[0]}, ...), so that one LoRA is not what was "
+            "learnt; export the merged checkpoint instead"
+        )
     layers = {
         name: layer
         for name, layer in module_names(model.get_base_model()).items()
