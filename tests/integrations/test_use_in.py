@@ -307,6 +307,17 @@ def test_without_use_in_a_resumed_expert_that_would_rest_is_refused(whole, tmp_p
         experts_in_sft(tmp_path, checkpoint, f"{whole.args.output_dir}/checkpoint-2", plain=True)
 
 
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_checkpoint_without_the_optimizers_state_is_named(only_model, tmp_path, checkpoint, caplog):
+    def trainer(steps):
+        saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": only_model, "max_steps": steps}
+        return molf.use_in(make("SFT", tmp_path, checkpoint, **saving), ranks=(2,))
+
+    trainer(1).train()
+    trainer(2).train(resume_from_checkpoint=True)
+    assert ("step 1 has no state of the optimizer (save_only_model)" in caplog.text) == only_model
+
+
 @pytest.mark.parametrize("ranks", [(2, 4), (2,)])
 def test_base_weights_that_no_checkpoint_has_are_named_and_not_resumed(ranks, tmp_path, checkpoint, caplog):
     def trainer():
