@@ -21,6 +21,7 @@ from molf.setup.param_groups import check_numbers, is_number, param_groups
 __all__ = [
     "NO_GRADIENTS_KEPT",
     "check_added_group",
+    "check_alike",
     "check_backward_step",
     "check_given_groups",
     "check_optim_bits",
@@ -128,8 +129,20 @@ def check_given_groups(
     for name, value in grouping.items():
         if value != options[name].default:
             raise MolfError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
+    check_alike(routed)
+    return [{**group, "params": _listed(group["params"])} for group in groups]
+
+
+def check_alike(routed: Sequence[dict[str, Any]]) -> None:
+    """Check that routed groups have the same experts and names of their own.
+
+    Raises:
+        MolfError: If they have not.
+    """
     if len({group["experts"] for group in routed}) > 1:
-        raise MolfError("all routed groups must have the same experts")
+        raise MolfError(
+            "all routed groups must have the same experts: build them by param_groups with the same ranks, on models of one form"
+        )
     modules = Counter(group["module"] for group in routed)
     if twice := [name for name, count in modules.items() if count > 1]:
         raise MolfError(
@@ -137,7 +150,6 @@ def check_given_groups(
             "apart by name. Several models in one optimizer need one module around them: "
             "MoLF(nn.ModuleDict({'first': first, 'second': second}))"
         )
-    return [{**group, "params": _listed(group["params"])} for group in groups]
 
 
 def _listed(params: Any) -> Any:
