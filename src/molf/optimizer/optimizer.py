@@ -148,7 +148,7 @@ class MoLF(torch.optim.Optimizer):
         self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.bf16_update = bf16_update
         self.fused = fused
         if fused:

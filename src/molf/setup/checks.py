@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -92,11 +93,11 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
         MolfError: If there are not.
     """
     experts = next(group["experts"] for group in groups if "module" in group)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or not 1 <= top_k <= len(experts):
         raise MolfError(
             f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
         )
-    return top_k
+    return int(top_k)
 
 
 def check_given_groups(
@@ -173,6 +174,8 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
     check_options(group["betas"], group["eps"])
     plain = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
     group.update(plain, weight_decay=float(group["weight_decay"]))
+    if not isinstance(group["lr"], torch.Tensor):
+        group["lr"] = float(group["lr"])
 
 
 def check_backward_step(max_grad_norm: float | None, compares_modules: bool, ranks: Ranks, model: Any = None) -> None:
