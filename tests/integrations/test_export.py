@@ -180,6 +180,11 @@ def test_a_base_that_trains_too_is_refused(base, tmp_path):
         export_peft(model, tmp_path / "one")
 
 
+def test_a_plain_model_is_no_adapter(base, tmp_path):
+    with pytest.raises(TypeError, match=r"takes a PeftModel, got LlamaForCausalLM: save a plain model by"):
+        export_peft(base, tmp_path / "one")
+
+
 def test_an_adapted_embedding_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="embed_tokens is not a linear layer"):

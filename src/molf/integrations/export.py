@@ -62,8 +62,13 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
 
     Raises:
         MolfError: One LoRA without bias cannot express the model's adapters, the base trains, too, or the folder is not empty.
+        TypeError: The model is no ``PeftModel``.
     """
     model = unwrapped(model)
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"export_peft takes a PeftModel, got {type(model).__name__}: save a plain model by model.save_pretrained(folder)"
+        )
     adapters = trained_adapters(model)
     layers = _plain_lora_layers(model, adapters)
     pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}

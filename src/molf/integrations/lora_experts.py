@@ -13,6 +13,7 @@ from molf.integrations.joint_forward import join_experts
 from molf.integrations.lora_targets import find_targets, task_type
 from molf.setup.discovery import listed_names
 from molf.setup.param_groups import checked_ranks, expert_names, is_number
+from molf.setup.peft_adapters import is_adapted
 
 
 def add_lora_experts(
@@ -50,11 +51,12 @@ def add_lora_experts(
     Raises:
         MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, the dropout is
             outside [0, 1), or nothing that can be adapted matches.
-        TypeError: The model is a ``PeftModel`` already, or a switch is no bool.
+        TypeError: The model has adapters already, or a switch is no bool.
     """
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         raise TypeError(
-            "the model is a PeftModel already: give the plain model, or add adapters with model.add_adapter"
+            "the model has adapters: it is a PeftModel already, or from_pretrained or its own add_adapter have put one into it. "
+            "Give the plain model, or add adapters with model.add_adapter"
         )
     ranks, alphas = checked_ranks(ranks, lora_alpha)
     if not (is_number(lora_dropout) and 0 <= lora_dropout < 1):
