@@ -3,8 +3,8 @@ import re
 
 import pytest
 import torch
-from torch import nn
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 import molf
 from conftest import TOLERANCE

@@ -326,7 +326,9 @@ def test_base_weights_that_no_checkpoint_has_are_named_and_not_resumed(ranks, tm
 
     molf.use_in(trainer()).train()
     assert "have the adapters only, but 21 parameters of the base model train, too (base_model." in caplog.text
-    with pytest.raises(MolfError, match=r"step 1 has the adapters only, but 21 parameters.*Give the trainer the plain model"):
+    with pytest.raises(
+        MolfError, match=r"step 1 has the adapters only, but 21 parameters.*Give the trainer the plain model"
+    ):
         molf.use_in(trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     best = trainer()
     best.args.load_best_model_at_end = True

@@ -55,7 +55,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("edit", [lambda groups: groups.pop(0), lambda groups: groups.reverse()], ids=["pop", "reverse"])
+@pytest.mark.parametrize(
+    "edit", [lambda groups: groups.pop(0), lambda groups: groups.reverse()], ids=["pop", "reverse"]
+)
 def test_groups_that_were_edited_keep_their_parameters(edit):
     """All layers have the same shape, so that no parameter can be told from another by it."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))

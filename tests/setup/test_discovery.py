@@ -128,7 +128,9 @@ def test_an_output_embedding_inside_of_another_module_is_not_routed():
 def test_data_parallel_leaves_no_trace_in_names(wrap, adapted, tmp_path):
     def names(wrap):
         model = tiny_llama(tie_word_embeddings=False)
-        return list(MoLF(wrap(add_lora_experts(model)) if adapted else wrap(model), ranks=None if adapted else (2,)).experts)
+        return list(
+            MoLF(wrap(add_lora_experts(model)) if adapted else wrap(model), ranks=None if adapted else (2,)).experts
+        )
 
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -160,8 +160,8 @@ class InUse(TrainerCallback):  # type: ignore[misc]
             )
         if state.global_step and not any(molf.state.values()):
             logger.warning(
-                "The checkpoint of step %d has no state of the optimizer (save_only_model), so the moments, the LoRA experts of a "
-                "plain model and the schedule begin anew; set save_only_model=False for runs that are to be resumed",
+                "The checkpoint of step %d has no state of the optimizer (save_only_model), so the moments, the LoRA experts of "
+                "a plain model and the schedule begin anew; set save_only_model=False for runs that are to be resumed",
                 state.global_step,
             )
         if molf.optimizer_in_backward:

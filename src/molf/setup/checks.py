@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from molf.layers.fit import check_parameter
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.setup.param_groups import check_numbers, is_number, param_groups
+from molf.setup.param_groups import check_numbers, is_integer, is_number, param_groups
 
 __all__ = [
     "NO_GRADIENTS_KEPT",
@@ -93,7 +92,7 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
         MolfError: If there are not.
     """
     experts = next(group["experts"] for group in groups if "module" in group)
-    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or not 1 <= top_k <= len(experts):
+    if not is_integer(top_k) or not 1 <= top_k <= len(experts):
         raise MolfError(
             f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
         )

@@ -28,6 +28,7 @@ __all__ = [
     "check_numbers",
     "checked_ranks",
     "expert_names",
+    "is_integer",
     "is_number",
     "alignment",
     "level_scales",
@@ -247,7 +248,7 @@ def checked_ranks(
     if isinstance(ranks, Number | str):
         raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
     ranks = (128,) if ranks is None else tuple(ranks)
-    if any(isinstance(r, bool) or not isinstance(r, Integral) or r < 1 for r in ranks):
+    if not all(is_integer(r) and r >= 1 for r in ranks):
         raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
     ranks = tuple(map(int, ranks))
     if len(set(ranks)) < len(ranks):
@@ -262,11 +263,16 @@ def checked_ranks(
     return ranks, tuple(map(float, alphas))
 
 
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> TypeGuard[float | torch.Tensor]:
     """Return whether a value is a finite number: of Python or NumPy, or a tensor of one element."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and bool(value.isfinite())
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def check_numbers(**numbers: float | torch.Tensor | None) -> None:
