@@ -59,6 +59,16 @@ def test_one_adapter_equals_the_experts(base, tmp_path, targets):
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-6, rtol=0)
 
 
+def test_wrappers_leave_no_trace_in_an_adapter(base, tmp_path):
+    plain = copy.deepcopy(base)
+    model = with_experts(base)
+    expected = logits(model)
+    layers = model.base_model.model.model.layers
+    layers[1] = torch.compile(layers[1], backend="eager")
+    export_peft(nn.DataParallel(torch.compile(model, backend="eager")), tmp_path / "one")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path / "one")), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss", "DeepSeek-V3"])
 def test_stacked_experts_in_one_adapter(name, tmp_path):
     plain = FAMILIES[name].build()
@@ -162,6 +172,17 @@ def test_what_one_lora_cannot_express(base, tmp_path, settings, reason):
     with pytest.raises(ValueError, match=f"'odd' has .*{reason}"):
         export_peft(model, tmp_path / "one")
     assert not (tmp_path / "one").exists()
+
+
+def test_a_base_that_trains_too_is_refused(base, tmp_path):
+    model = add_lora_experts(base, ranks=(2, 6), freeze_base=False)
+    with pytest.raises(ValueError, match=r"20 parameters of the base model train, too .*merged checkpoint instead"):
+        export_peft(model, tmp_path / "one")
+
+
+def test_a_plain_model_is_no_adapter(base, tmp_path):
+    with pytest.raises(TypeError, match=r"takes a PeftModel, got LlamaForCausalLM: save a plain model by"):
+        export_peft(base, tmp_path / "one")
 
 
 def test_an_adapted_embedding_is_refused(tmp_path):

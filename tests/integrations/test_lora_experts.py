@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from families import FAMILIES
 from molf import add_lora_experts
@@ -73,3 +74,12 @@ def test_nothing_is_excluded():
 def test_a_peft_model_is_refused():
     with pytest.raises(TypeError, match="PeftModel already"):
         add_lora_experts(add_lora_experts(tiny_llama(), ranks=(2,)), ranks=(4,))
+
+
+def test_a_model_with_an_adapter_of_its_own_is_refused(tmp_path):
+    """``from_pretrained`` loads an adapter's folder as a plain class with LoRA layers in it, which are linear layers, too."""
+    add_lora_experts(tiny_llama(), ranks=(2,)).save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "lora_r2")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "lora_r2")
+    with pytest.raises(TypeError, match="from_pretrained or its own add_adapter have put one into it"):
+        add_lora_experts(model, ranks=(4,))

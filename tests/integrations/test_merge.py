@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 import molf
 from conftest import TOLERANCE
@@ -92,10 +93,12 @@ def test_experts_that_were_loaded_are_all_merged(tmp_path):
     torch.testing.assert_close(logits(molf.merge(loaded)), expected, atol=1e-5, rtol=0)
 
 
-def test_a_compiled_model_is_merged():
+@pytest.mark.parametrize("parallel", [lambda model: model, nn.DataParallel], ids=["alone", "parallel"])
+def test_a_compiled_model_is_merged(parallel):
     model = trained()
     expected = logits(model)
-    torch.testing.assert_close(logits(molf.merge(torch.compile(model, backend="eager"))), expected, atol=1e-5, rtol=0)
+    compiled = parallel(torch.compile(parallel(model), backend="eager"))
+    torch.testing.assert_close(logits(molf.merge(compiled)), expected, atol=1e-5, rtol=0)
 
 
 def test_adapters_that_the_model_added_itself_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers import TrainingArguments as Arguments
 from trl import (
@@ -23,6 +24,7 @@ from trl import (
 import molf
 from molf import MoLF, add_lora_experts
 from molf.errors import MolfError
+from molf.integrations.lora_experts import unsaved_parameters
 from molf.integrations.use_in import InUse
 from small import tiny_llama
 from tiny_checkpoints import save_tiny_checkpoint
@@ -249,6 +251,19 @@ def test_another_call_replaces_the_first(tmp_path):
     assert sum(isinstance(callback, InUse) for callback in trainer.callback_handler.callbacks) == 1
 
 
+def test_another_call_keeps_the_clipping_of_the_arguments(tmp_path):
+    trainer = Trainer(
+        tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_grad_norm=0.5)
+    )
+    molf.use_in(molf.use_in(trainer, ranks=(2,), max_grad_norm=None), ranks=(3,))
+    assert trainer.create_optimizer().max_grad_norm == 0.5 and trainer.args.max_grad_norm == 0
+    trainer.optimizer = None
+    with pytest.raises(MolfError, match=r"optimizer_in_backward=True with max_grad_norm=0\.5"):
+        molf.use_in(trainer, ranks=(3,), optimizer_in_backward=True)
+    molf.use_in(trainer, ranks=(3,), optimizer_in_backward=True, max_grad_norm=None)
+    assert trainer.create_optimizer().max_grad_norm is None
+
+
 def test_no_clipping_is_nobodys(tmp_path):
     trainer = Trainer(tiny_llama(), Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     molf.use_in(trainer, ranks=(2,), max_grad_norm=None)
@@ -290,3 +305,42 @@ def test_resumed_experts_all_train(whole, tmp_path, checkpoint):
 def test_without_use_in_a_resumed_expert_that_would_rest_is_refused(whole, tmp_path, checkpoint):
     with pytest.raises(MolfError, match=r"lora_r4 would never move: .*molf\.use_in\(trainer, \.\.\.\)"):
         experts_in_sft(tmp_path, checkpoint, f"{whole.args.output_dir}/checkpoint-2", plain=True)
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_checkpoint_without_the_optimizers_state_is_named(only_model, tmp_path, checkpoint, caplog):
+    def trainer(steps):
+        saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": only_model, "max_steps": steps}
+        return molf.use_in(make("SFT", tmp_path, checkpoint, **saving), ranks=(2,))
+
+    trainer(1).train()
+    trainer(2).train(resume_from_checkpoint=True)
+    assert ("step 1 has no state of the optimizer (save_only_model)" in caplog.text) == only_model
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (2,)])
+def test_base_weights_that_no_checkpoint_has_are_named_and_not_resumed(ranks, tmp_path, checkpoint, caplog):
+    def trainer():
+        model = add_lora_experts(load(checkpoint), ranks=ranks, freeze_base=False)
+        return make("SFT", tmp_path, checkpoint, model, save_strategy="steps", save_steps=1)
+
+    molf.use_in(trainer()).train()
+    assert "have the adapters only, but 21 parameters of the base model train, too (base_model." in caplog.text
+    with pytest.raises(
+        MolfError, match=r"step 1 has the adapters only, but 21 parameters.*Give the trainer the plain model"
+    ):
+        molf.use_in(trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    best = trainer()
+    best.args.load_best_model_at_end = True
+    with pytest.raises(MolfError, match="load_best_model_at_end"):
+        molf.use_in(best)
+
+
+def test_what_peft_saves_beside_adapters_is_no_base_weight(checkpoint):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1, 2], bias="all"
+    )
+    model = get_peft_model(load(checkpoint), config)
+    assert unsaved_parameters(model, ["default"]) == []
+    model.base_model.model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    assert unsaved_parameters(model, ["default"]) == ["base_model.model.model.layers.0.mlp.up_proj.weight"]

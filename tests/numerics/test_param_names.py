@@ -55,6 +55,19 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(
+    "edit", [lambda groups: groups.pop(0), lambda groups: groups.reverse()], ids=["pop", "reverse"]
+)
+def test_groups_that_were_edited_keep_their_parameters(edit):
+    """All layers have the same shape, so that no parameter can be told from another by it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = MoLF(model, ranks=(2,))
+    edit(optimizer.param_groups)
+    for group in optimizer.param_groups:
+        weight = model.get_submodule(group["module"]).weight
+        assert torch.equal(optimizer.experts[group["module"]]["fft"].weight, weight) and group["params"][0] is weight
+
+
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("change", CHANGES)

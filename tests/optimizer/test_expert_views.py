@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import TOLERANCE
-from molf import MoLF
+from molf import MoLF, add_lora_experts
 from molf.setup.param_groups import level_scales
 from small import loss_of, mlp, tiny_llama, train
 
@@ -125,6 +125,22 @@ def test_assigning_a_bf16_bias_resets_its_low_part():
             optimizer.state[p]["exp_avg"].zero_()
     optimizer.step()
     assert (model[1].bias < 0).all()
+
+
+def test_assigning_one_matrix_of_a_bf16_adapter_leaves_the_other_with_its_low_part():
+    model = add_lora_experts(tiny_llama(), ranks=(2, 4)).bfloat16()
+    optimizer = MoLF(model, lr=1e-3)
+    ids = torch.arange(12).view(1, 12)
+    for _ in range(2):  # B is zero at first
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    A, B, *_ = next(group["params"] for group in optimizer.param_groups if "module" in group)
+    for other, given in ((A, "B"), (B, "A")):
+        optimizer.state[other]["low"].fill_(7)
+        pair = optimizer.experts[next(iter(optimizer.experts))]["lora_r2"]
+        pair.assign(**{given: torch.full_like(getattr(pair, given), 0.5)})
+        assert (getattr(pair, given) == 0.5).all() and (optimizer.state[other]["low"] == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,24 @@ def test_later_groups_are_trained():
     assert (extra < 1).all() and optimizer.param_groups[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.parametrize("ranks", [(2,), (3,), (2, 3)])
+def test_a_later_routed_group_has_the_same_experts_and_a_name_of_its_own(ranks):
+    model, optimizer = routed_mlp(ranks=(2,))
+    other = nn.ModuleDict({"head": nn.Linear(3, 3), "1": nn.Linear(3, 3)}).double()
+    head, twice = param_groups(other, ranks=ranks)
+    if ranks == (2,):
+        optimizer.add_param_group(head)
+        zero_gradients(other)
+        optimizer.step()
+        assert optimizer.routing.modules == ("head",)
+        head = twice
+    words = "the same name as another" if ranks == (2,) else "must have the same experts"
+    before = len(optimizer.param_groups)
+    with pytest.raises(MolfError, match=words):
+        optimizer.add_param_group(head)
+    assert len(optimizer.param_groups) == before
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "given",

@@ -5,6 +5,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from families import FAMILIES
 from molf import MoLF, add_lora_experts
+from molf.integrations.lora_targets import find_targets
 from molf.setup.discovery import check_rank, routed_linears
 from small import mlp, tiny_llama
 
@@ -113,14 +114,32 @@ def test_a_compiled_model_still_knows_its_output_embedding():
     assert found(model, exclude=()) == found(tiny_llama())
 
 
-def test_data_parallel_leaves_no_trace_in_names(tmp_path):
+def test_an_output_embedding_inside_of_another_module_is_not_routed():
+    def model():
+        return tiny_llama(tie_word_embeddings=False)
+
+    outer = nn.ModuleDict({"first": model(), "others": nn.ModuleList([model()])})
+    assert found(outer, exclude=()) == [f"{at}.{name}" for at in ("first", "others.0") for name in found(tiny_llama())]
+    assert "others.0.lm_head" not in find_targets(outer, exclude_modules=()).modules
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, nn.DataParallel])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_data_parallel_leaves_no_trace_in_names(wrap, adapted, tmp_path):
+    def names(wrap):
+        model = tiny_llama(tie_word_embeddings=False)
+        return list(
+            MoLF(wrap(add_lora_experts(model)) if adapted else wrap(model), ranks=None if adapted else (2,)).experts
+        )
+
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        names = found(DistributedDataParallel(tiny_llama(tie_word_embeddings=False)), exclude=())
+        assert names(wrap) == names(lambda model: model) == found(tiny_llama())
+        if not adapted:
+            assert found(wrap(tiny_llama(tie_word_embeddings=False)), exclude=()) == found(tiny_llama())
     finally:
         torch.distributed.destroy_process_group()
-    assert names == found(tiny_llama())
 
 
 @pytest.mark.parametrize(

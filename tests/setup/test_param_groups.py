@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,6 +43,19 @@ def test_groups_are_flat(number):
                 assert all(isinstance(item, SCALARS) for item in flat), key
     if isinstance(lr, torch.Tensor):
         assert len({group["lr"].data_ptr() for group in groups[:5]} | {lr.data_ptr()}) == 6
+
+
+def test_numbers_of_numpy_are_taken_and_saved_as_plain_ones(tmp_path):
+    """As they come from ``np.logspace`` or a table of settings."""
+    rates = {name: np.float32(0.5) for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay", "max_grad_norm")}
+    counts = {"ranks": np.array([2, 3]), "top_k": np.int64(2), "lora_alpha": np.float32(8)}
+    optimizer = MoLF(mlp(), **rates, **counts)
+    twin = MoLF(mlp(), ranks=(2, 3), top_k=2, lora_alpha=8.0, **dict.fromkeys(rates, 0.5))
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(2)), "lr": np.float64(0.5), "eps": np.float32(0.5)})
+    assert (optimizer.top_k, optimizer.max_grad_norm) == (twin.top_k, twin.max_grad_norm)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    groups = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+    assert groups[:-1] == twin.state_dict()["param_groups"]
 
 
 def test_ordinary_groups_come_first():
@@ -188,6 +202,7 @@ def test_the_model_is_needed(given):
     ("options", "words"),
     [
         ({"ranks": 128}, "ranks=128: give one rank per LoRA expert"),
+        ({"ranks": 8.0}, r"ranks=8\.0: give one rank per LoRA expert"),
         ({"ranks": "128"}, "ranks='128': give one rank per LoRA expert"),
         ({"use_rslora": "no"}, "use_rslora='no': give True or False"),
         ({"target_modules": 5}, "target_modules=5: give a list of names"),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from molf.errors import MolfError
 from molf.files import atomic_folder
-from molf.integrations.lora_experts import trained_adapters
+from molf.integrations.lora_experts import trained_adapters, unsaved_parameters
 from molf.integrations.merge import cast_error, merge
+from molf.setup.discovery import module_names, unwrapped
 from molf.setup.peft_adapters import target_name
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -53,15 +54,21 @@ def export_peft(model: PeftModel, folder: str | Path) -> int:
     programs ignore ``use_rslora``. ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
-        model: A base model with LoRA adapters; not changed.
+        model: A base model with LoRA adapters; not changed. DDP and ``torch.compile`` are taken off.
         folder: Where to write; it must be empty or not exist.
 
     Returns:
         The rank of the adapter (the largest one if layers differ).
 
     Raises:
-        MolfError: One LoRA without bias cannot express the model's adapters, or the folder is not empty.
+        MolfError: One LoRA without bias cannot express the model's adapters, the base trains, too, or the folder is not empty.
+        TypeError: The model is no ``PeftModel``.
     """
+    model = unwrapped(model)
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"export_peft takes a PeftModel, got {type(model).__name__}: save a plain model by model.save_pretrained(folder)"
+        )
     adapters = trained_adapters(model)
     layers = _plain_lora_layers(model, adapters)
     pairs = {name: concatenate_pairs(layer, adapters) for name, layer in layers.items()}
@@ -143,7 +150,7 @@ def _peft_name(name: str, layer: LoraLayer) -> str:
 def _targets(base: nn.Module, adapted: set[str]) -> list[str]:
     """Name the adapted layers by the last parts of their names if these match no other layer, else in full."""
     endings = {name.rpartition(".")[2] for name in adapted}
-    matching = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
+    matching = {name for name in module_names(base) if name.rpartition(".")[2] in endings}
     return sorted(endings) if matching == adapted else sorted(adapted)
 
 
@@ -167,9 +174,14 @@ def _plain_lora_layers(model: PeftModel, adapters: Sequence[str]) -> dict[str, L
                     f"the adapter {name!r} has {what} and is not a plain LoRA, so it cannot be part of one; export the merged "
                     "checkpoint instead"
                 )
+    if trained := unsaved_parameters(model, adapters):
+        raise MolfError(
+            f"{len(trained)} parameters of the base model train, too ({trained[0]}, ...), so that one LoRA is not what was "
+            "learnt; export the merged checkpoint instead"
+        )
     layers = {
         name: layer
-        for name, layer in model.get_base_model().named_modules()
+        for name, layer in module_names(model.get_base_model()).items()
         if isinstance(layer, LoraLayer) and any(own in layer.r for own in adapters)
     }
     if not layers:

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +13,7 @@ from molf.integrations.joint_forward import join_experts
 from molf.integrations.lora_targets import find_targets, task_type
 from molf.setup.discovery import listed_names
 from molf.setup.param_groups import checked_ranks, expert_names, is_number
+from molf.setup.peft_adapters import is_adapted
 
 
 def add_lora_experts(
@@ -42,7 +43,7 @@ def add_lora_experts(
         lora_dropout: Dropout before each A, in [0, 1). Stacked weights take none: above 0 they get no experts.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
         freeze_base: Train the experts only (MoLF-Efficient). Otherwise everything that trained before still does, and the weights
-            of the adapted layers are the ``fft`` experts.
+            of the adapted layers are the ``fft`` experts. PEFT saves adapters only, so save the merged model then.
         target_modules: As in PEFT; names of stacked tensors are understood, too. A warning tells which
             names in a list match nothing.
         exclude_modules: As in PEFT; None excludes nothing.
@@ -50,11 +51,12 @@ def add_lora_experts(
     Raises:
         MolfError: ``ranks`` is empty, repeats a rank or has one below 1, there is another number of alphas, the dropout is
             outside [0, 1), or nothing that can be adapted matches.
-        TypeError: The model is a ``PeftModel`` already, or a switch is no bool.
+        TypeError: The model has adapters already, or a switch is no bool.
     """
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         raise TypeError(
-            "the model is a PeftModel already: give the plain model, or add adapters with model.add_adapter"
+            "the model has adapters: it is a PeftModel already, or from_pretrained or its own add_adapter have put one into it. "
+            "Give the plain model, or add adapters with model.add_adapter"
         )
     ranks, alphas = checked_ranks(ranks, lora_alpha)
     if not (is_number(lora_dropout) and 0 <= lora_dropout < 1):
@@ -118,3 +120,10 @@ def trained_adapters(model: PeftModel) -> tuple[str, ...]:
     active = model.active_adapters
     active = [active] if isinstance(active, str) else active
     return tuple(name for name in model.peft_config if name in active or re.fullmatch(r"lora_r\d+", name))
+
+
+def unsaved_parameters(model: PeftModel, adapters: Sequence[str]) -> list[str]:
+    """Return the names of the parameters that train and that PEFT does not save with these adapters: weights of the base."""
+    states = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in adapters]
+    saved = {tensor.data_ptr() for state in states for tensor in state.values()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]

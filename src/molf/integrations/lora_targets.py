@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from molf.errors import MolfError
-from molf.setup.discovery import matches, output_embedding, unmatched
+from molf.setup.discovery import matches, output_embeddings, unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ def find_targets(
     )
     if missing := [] if isinstance(new, str) else unmatched(new, known):
         logger.warning("target_modules name %s, which match nothing in this model", ", ".join(missing))
-    head = output_embedding(model)
-    modules, parameters = _wanted(model, target_modules, exclude_modules, head)
+    heads = output_embeddings(model)
+    modules, parameters = _wanted(model, target_modules, exclude_modules, heads)
     unfit = {name: reason for name, module in modules.items() if (reason := _unfit(model, name, module))}
     fit = {name: module for name, module in modules.items() if name not in unfit}
     renamed = _renamed({name.rpartition(".")[2] for name in fit}, model)
@@ -106,7 +106,7 @@ def find_targets(
     if not fit and not parameters:
         raise MolfError(_nothing(model, target_modules, exclude_modules, unfit))
     adapted = {id(getattr(module, "weight", None)) for module in fit.values()} | {id(p) for p in parameters.values()}
-    left = _left(model, adapted, head, exclude_modules) if everything else _named(model, unfit)
+    left = _left(model, adapted, heads, exclude_modules) if everything else _named(model, unfit)
     total = sum(p.numel() for p in model.parameters())
     return LoraTargets(
         modules=list(fit),
@@ -129,7 +129,7 @@ def task_type(model: nn.Module) -> str | None:
 
 
 def _wanted(
-    model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str], head: nn.Module | None
+    model: nn.Module, target: str | Sequence[str], exclude: str | Sequence[str], heads: Sequence[nn.Module]
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
     """Return the targeted modules and stacks by name."""
 
@@ -141,7 +141,7 @@ def _wanted(
     modules = {
         name: module
         for name, module in model.named_modules()
-        if name not in holders and wanted(name, isinstance(module, nn.Linear | Conv1D) and module is not head)
+        if name not in holders and wanted(name, isinstance(module, nn.Linear | Conv1D) and module not in heads)
     }
     read = None if isinstance(target, str) else _as_peft_reads(target, model)
     older = list(read.target_parameters or ()) if read is not None else []
@@ -234,10 +234,10 @@ def _is_older(name: str, model: nn.Module) -> bool:
 
 
 def _left(
-    model: nn.Module, adapted: set[int], head: nn.Module | None, exclude: str | Sequence[str]
+    model: nn.Module, adapted: set[int], heads: Sequence[nn.Module], exclude: str | Sequence[str]
 ) -> dict[str, tuple[str, int]]:
     """Return kind and size of the weights without experts that are no embeddings, nor left out on purpose."""
-    known = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+    known = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m in heads for p in m.parameters()}
     left = {}
     for name, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):

@@ -1,16 +1,15 @@
 """LoRA experts merged into the weights of their base model."""
 
 import logging
-from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from molf.errors import MolfError
 from molf.integrations.lora_experts import trained_adapters
+from molf.setup.discovery import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         MolfError: The base is quantised, a merged weight is not finite, or the adapters are not those of a ``PeftModel``.
     """
-    adapted: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    adapted = unwrapped(model)
     if not isinstance(adapted, PeftModel):
         if any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
             raise MolfError(

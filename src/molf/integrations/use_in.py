@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from molf.errors import MolfError
-from molf.integrations.lora_experts import trained_adapters
+from molf.integrations.lora_experts import trained_adapters, unsaved_parameters
 from molf.integrations.reference_model import prepare_reference
 from molf.integrations.trainer import MoLFFactory, activate, check_release_settings, clip_once
 from molf.optimizer import MoLF
@@ -38,7 +38,8 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
     Trainer does not; with ``max_grad_norm=None`` nobody does.
 
     Of a model with several PEFT adapters as experts, the Trainer activates only one when it loads a checkpoint: all are activated
-    again. Where TRL would make an adapter the reference model, the base model without adapters is it.
+    again. Where TRL would make an adapter the reference model, the base model without adapters is it. A Trainer saves adapters
+    only: base weights that train beside them are named in a warning, and such a run is not resumed.
 
     Args:
         trainer: The trainer, before ``train()``; made without ``optimizers`` and ``optimizer_cls_and_kwargs``.
@@ -50,7 +51,7 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
     Raises:
         MolfError: DeepSpeed is enabled, the trainer has an optimizer already, ``optimizer_in_backward`` meets accumulation,
             clipping or fp16, the base model would be the reference model but trains or has trained experts, or
-            ``load_best_model_at_end`` is set and there are several adapters.
+            ``load_best_model_at_end`` is set and there are several adapters, or base weights that train beside them.
         TypeError: An option is unknown, or ``trainer`` is no trainer.
     """
     if not isinstance(trainer, Trainer):
@@ -72,22 +73,38 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         )
     if trainer.args.optim not in _ADAMW:
         logger.warning("optim=%r of the Trainer has no effect: its optimizer is MoLF", str(trainer.args.optim.value))
-    adapters = trained_adapters(trainer.model) if isinstance(trainer.model, PeftModel) else ()
+    adapters: Sequence[str] = ()
+    unsaved: Sequence[str] = ()
     if isinstance(trainer.model, PeftModel):
+        adapters = trained_adapters(trainer.model)
         prepare_reference(trainer, adapters)
+        if not getattr(trainer, "parts", ()):  # of WholeCheckpoints
+            unsaved = unsaved_parameters(trainer.model, adapters)
     if trainer.args.load_best_model_at_end and len(adapters) > 1:
         raise MolfError(
             f"load_best_model_at_end with the adapters {', '.join(adapters)}: the Trainer would load only one of them; set it to "
             "False and load the best checkpoint's adapters after training"
         )
-    trainer.args = copy(trainer.args)  # the user may give the same arguments to another trainer
+    if trainer.args.load_best_model_at_end and unsaved:
+        raise MolfError(f"load_best_model_at_end would load the adapters only, but {_base_trains(unsaved)}")
+    if unsaved:
+        logger.warning(
+            "Checkpoints, and what the trainer saves, will have the adapters only, but %s. Or save "
+            "molf.merge(trainer.model) in the end",
+            _base_trains(unsaved),
+        )
+    args = copy(trainer.args)  # the user may give the same arguments to another trainer
+    # An earlier call has turned the Trainer's clipping off.
+    earlier = next((own for own in trainer.callback_handler.callbacks if isinstance(own, InUse)), None)
+    clipping = args.max_grad_norm or (None if earlier is None else earlier.clipping)
+    options.setdefault("max_grad_norm", clipping or None)
+    args.max_grad_norm = 0.0
     if options.get("optimizer_in_backward"):
-        check_release_settings(vars(trainer.args))
-    options.setdefault("max_grad_norm", trainer.args.max_grad_norm or None)
-    trainer.args.max_grad_norm = 0.0
-    trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, trainer.args, adapters), options
+        check_release_settings({**vars(args), "max_grad_norm": options["max_grad_norm"]})
+    trainer.args = args
+    trainer.optimizer_cls_and_kwargs = functools.partial(_Factory, args, adapters), options
     trainer.remove_callback(InUse)
-    trainer.add_callback(InUse(adapters))
+    trainer.add_callback(InUse(adapters, clipping, unsaved))
     return trainer
 
 
@@ -116,16 +133,20 @@ class InUse(TrainerCallback):  # type: ignore[misc]
 
     Args:
         adapters: The PEFT adapters that are experts.
+        clipping: ``max_grad_norm`` of the Trainer's arguments, which another call of ``use_in`` asks for.
+        unsaved: Trained parameters that checkpoints do not have.
     """
 
-    def __init__(self, adapters: Sequence[str] = ()):
-        self._adapters = adapters
+    def __init__(self, adapters: Sequence[str] = (), clipping: float | None = None, unsaved: Sequence[str] = ()):
+        self._adapters, self._unsaved = adapters, unsaved
+        self.clipping = clipping
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Activate all experts, after the Trainer has loaded a checkpoint.
 
         Raises:
-            MolfError: The Trainer built another optimizer, or its settings have become such that MoLF cannot work with them.
+            MolfError: The Trainer built another optimizer, its settings have become such that MoLF cannot work with them, or it
+                resumes from a checkpoint without weights that train.
         """
         molf = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(molf, MoLF):
@@ -133,11 +154,28 @@ class InUse(TrainerCallback):  # type: ignore[misc]
                 f"this trainer built {type(molf).__name__} although molf.use_in gave it MoLF: its create_optimizer does not read "
                 "optimizer_cls_and_kwargs. Use a trainer that does, or pass optimizers=(molf.MoLF(model, ...), None)"
             )
+        if state.global_step and self._unsaved:
+            raise MolfError(
+                f"the checkpoint of step {state.global_step} has the adapters only, but {_base_trains(self._unsaved)}"
+            )
+        if state.global_step and not any(molf.state.values()):
+            logger.warning(
+                "The checkpoint of step %d has no state of the optimizer (save_only_model), so the moments, the LoRA experts of "
+                "a plain model and the schedule begin anew; set save_only_model=False for runs that are to be resumed",
+                state.global_step,
+            )
         if molf.optimizer_in_backward:
             check_release_settings(vars(args))
         clip_once(args, molf.max_grad_norm)
         if self._adapters:
             activate(model, self._adapters)
+
+
+def _base_trains(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} parameters of the base model train, too ({names[0]}, ...). Give the trainer the plain model to have whole "
+        "checkpoints: molf.use_in(trainer, ranks=...) takes the same steps with it"
+    )
 
 
 def check_names(options: Mapping[str, Any]) -> None:

@@ -67,8 +67,8 @@ class Matrix(Protocol):
         """Set the bias from a whole vector."""
         ...
 
-    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
-        """Set the i-th pair from whole matrices; ``W`` stays."""
+    def set_pair(self, i: int, A: Tensor | None, B: Tensor | None) -> None:  # noqa: N803 - the paper's letters
+        """Set the i-th pair, or what is given of it, from whole matrices; ``W`` stays."""
         ...
 
 

@@ -54,11 +54,12 @@ class BranchedLayer(RoutedLayer):
         """Set ``W``."""
         self._write(self.base[0], local_part(value, self.base[0]))
 
-    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+    def set_pair(self, i: int, A: Tensor | None, B: Tensor | None) -> None:  # noqa: N803 - the paper's letters
         """Set a pair."""
         start = len(self.base) + 2 * i
         for p, value in zip(self.group["params"][start : start + 2], (A, B), strict=True):
-            self._write(p, local_part(value, p))
+            if value is not None:  # the other one keeps its low part, too
+                self._write(p, local_part(value, p))
 
     def check_experts(self) -> None:
         """Check that no expert is idle: PEFT's loading and ``set_adapter`` leave one adapter active, and freeze the others."""

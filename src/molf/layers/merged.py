@@ -93,12 +93,14 @@ class MergedLayer(PairsInState):
         change = local_part(value, self.base[0]) - local(self.base_weight())
         self._write(self.base[0], self._load(self.base[0]) + change)
 
-    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+    def set_pair(self, i: int, A: Tensor | None, B: Tensor | None) -> None:  # noqa: N803 - the paper's letters
         """Set a pair; the effective weight follows and ``W`` stays."""
         pair = self._local_pairs[i]
         before = _copy(pair)
-        pair.A.copy_(A)
-        pair.B.copy_(local_part(B, self.pairs[i].B))
+        if A is not None:
+            pair.A.copy_(A)
+        if B is not None:
+            pair.B.copy_(local_part(B, self.pairs[i].B))
         self._count_updates(i + 1)
         effective = self._load(self.base[0]).clone()
         apply_lora_delta_(effective, before, pair)

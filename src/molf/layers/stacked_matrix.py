@@ -54,10 +54,11 @@ class StackedMatrix:
         """Set the bias."""
         self._set(1, value)
 
-    def set_pair(self, i: int, A: Tensor, B: Tensor) -> None:  # noqa: N803 - the paper's letters
+    def set_pair(self, i: int, A: Tensor | None, B: Tensor | None) -> None:  # noqa: N803 - the paper's letters
         """Set a pair; the effective weight follows and ``W`` stays."""
         effective, pair = self._effective().clone(), self.pairs[i]
         before = pair._replace(A=pair.A.clone(), B=pair.B.clone())
+        A, B = pair.A if A is None else A, pair.B if B is None else B
         self._layer.set_pair_rows(i, A, B)
         apply_lora_delta_(effective, before, pair._replace(A=A, B=B))
         self._set(0, effective)

@@ -57,8 +57,9 @@ class ParamNames:
             return False
         before = (p for group in groups for p in group["params"])
         new = [(p, q) for p, q in zip(before, itertools.chain.from_iterable(now), strict=False) if p is not q]
-        if not new or any(p.shape != q.shape for p, q in new):
-            return False  # other layers, not shards of the same
+        held = set(map(id, itertools.chain.from_iterable(now)))
+        if not new or any(p.shape != q.shape or id(p) in held for p, q in new):
+            return False  # other layers, not shards of the same, or groups that were removed or reordered
         for group, params in zip(groups, now, strict=False):  # groups that were added later have no names
             group["params"] = params
         return True

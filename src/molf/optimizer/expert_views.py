@@ -103,8 +103,8 @@ class LoraExpert(_Expert):
         """
         matrix = self._matrix
         i, pair = self._pair(matrix)
-        new_A = self._checked(f"{self.name}.A", full(pair.A) if A is None else A, pair.A)
-        new_B = self._checked(f"{self.name}.B", full(pair.B) if B is None else B, pair.B)
+        new_A = None if A is None else self._checked(f"{self.name}.A", A, pair.A)
+        new_B = None if B is None else self._checked(f"{self.name}.B", B, pair.B)
         matrix.set_pair(i, new_A, new_B)
 
 

@@ -30,6 +30,7 @@ from molf.scores import Score, get_score, try_score
 from molf.setup.checks import (
     NO_GRADIENTS_KEPT,
     check_added_group,
+    check_alike,
     check_backward_step,
     check_given_groups,
     check_optim_bits,
@@ -147,7 +148,7 @@ class MoLF(torch.optim.Optimizer):
         self.optim_bits = check_optim_bits(optim_bits, groups)
         self.top_k = check_top_k(top_k, groups)
         self.score = get_score(score)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.bf16_update = bf16_update
         self.fused = fused
         if fused:
@@ -348,14 +349,17 @@ class MoLF(torch.optim.Optimizer):
             after.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of ordinary parameters.
+        """Add a group of ordinary parameters, or a routed one of ``molf.param_groups``.
 
         Raises:
-            MolfError: If a parameter has a dtype or a layout that cannot be trained, or an option a value that is not allowed.
+            MolfError: If a parameter has a dtype or a layout that cannot be trained, or an option a value that is not allowed, or
+                a routed group has other experts, or the name of another.
         """
         super().add_param_group(param_group)
         try:
             check_added_group(self.param_groups[-1], self.optim_bits)
+            if "module" in param_group and hasattr(self, "_kernels"):  # those of the start were checked together
+                check_alike([group for group in self.param_groups if "module" in group])
         except MolfError:
             self.param_groups.pop()
             raise

@@ -16,11 +16,12 @@ from molf.layers.fit import check_parameter
 from molf.numerics.bf16 import BF16_UPDATES
 from molf.numerics.distributed import Ranks
 from molf.numerics.quantization import OPTIM_BITS
-from molf.setup.param_groups import check_numbers, is_number, param_groups
+from molf.setup.param_groups import check_numbers, is_integer, is_number, param_groups
 
 __all__ = [
     "NO_GRADIENTS_KEPT",
     "check_added_group",
+    "check_alike",
     "check_backward_step",
     "check_given_groups",
     "check_optim_bits",
@@ -91,11 +92,11 @@ def check_top_k(top_k: int, groups: list[dict[str, Any]]) -> int:
         MolfError: If there are not.
     """
     experts = next(group["experts"] for group in groups if "module" in group)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
+    if not is_integer(top_k) or not 1 <= top_k <= len(experts):
         raise MolfError(
             f"top_k={top_k}: choose between 1 and {len(experts)}, the number of experts ({', '.join(experts)})"
         )
-    return top_k
+    return int(top_k)
 
 
 def check_given_groups(
@@ -128,8 +129,20 @@ def check_given_groups(
     for name, value in grouping.items():
         if value != options[name].default:
             raise MolfError(f"the groups are given, so {name} belongs to param_groups(model, {name}=...)")
+    check_alike(routed)
+    return [{**group, "params": _listed(group["params"])} for group in groups]
+
+
+def check_alike(routed: Sequence[dict[str, Any]]) -> None:
+    """Check that routed groups have the same experts and names of their own.
+
+    Raises:
+        MolfError: If they have not.
+    """
     if len({group["experts"] for group in routed}) > 1:
-        raise MolfError("all routed groups must have the same experts")
+        raise MolfError(
+            "all routed groups must have the same experts: build them by param_groups with the same ranks, on models of one form"
+        )
     modules = Counter(group["module"] for group in routed)
     if twice := [name for name, count in modules.items() if count > 1]:
         raise MolfError(
@@ -137,7 +150,6 @@ def check_given_groups(
             "apart by name. Several models in one optimizer need one module around them: "
             "MoLF(nn.ModuleDict({'first': first, 'second': second}))"
         )
-    return [{**group, "params": _listed(group["params"])} for group in groups]
 
 
 def _listed(params: Any) -> Any:
@@ -161,6 +173,8 @@ def check_added_group(group: dict[str, Any], optim_bits: int) -> None:
     check_options(group["betas"], group["eps"])
     plain = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
     group.update(plain, weight_decay=float(group["weight_decay"]))
+    if not isinstance(group["lr"], torch.Tensor):
+        group["lr"] = float(group["lr"])
 
 
 def check_backward_step(max_grad_norm: float | None, compares_modules: bool, ranks: Ranks, model: Any = None) -> None:

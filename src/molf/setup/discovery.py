@@ -19,9 +19,10 @@ __all__ = [
     "listed_names",
     "matches",
     "module_names",
-    "output_embedding",
+    "output_embeddings",
     "routed_linears",
     "unmatched",
+    "unwrapped",
 ]
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,11 @@ def routed_linears(
     """
     modules = module_names(model)
     everything = isinstance(target_modules, str) and target_modules == "all-linear"
-    output = output_embedding(_unwrapped(model)) if everything else None
+    output = output_embeddings(model) if everything else ()
     holders = {name.rpartition(".")[0] for name in others}
     matched: dict[str, nn.Linear] = {}
     for name, module in modules.items():
-        wanted = isinstance(module, nn.Linear) and module is not output if everything else matches(name, target_modules)
+        wanted = isinstance(module, nn.Linear) and module not in output if everything else matches(name, target_modules)
         if not wanted or name in holders or matches(name, exclude_modules):
             continue
         if not isinstance(module, nn.Linear):
@@ -93,17 +94,16 @@ def _warn_of_transposed(modules: Mapping[str, nn.Module]) -> None:
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by their names in the plain model, without the name parts that torch and PEFT wrappers add."""
-    names = {_WRAPPERS.sub("", n).lstrip("."): module for n, module in _unwrapped(model).named_modules()}
-    return {n.removeprefix("base_model.model.") if hasattr(model, "peft_config") else n: m for n, m in names.items()}
+    plain = unwrapped(model)
+    names = {_WRAPPERS.sub("", n).lstrip("."): module for n, module in plain.named_modules()}
+    return {n.removeprefix("base_model.model.") if hasattr(plain, "peft_config") else n: m for n, m in names.items()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
+    """Return a model without DDP, DataParallel and torch.compile around it, in any order."""
     while True:
-        inner = (
-            model.module
-            if isinstance(model, nn.parallel.DistributedDataParallel)
-            else getattr(model, "_orig_mod", None)
-        )
+        parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -147,10 +147,13 @@ def listed_names(option: str, given: Any, if_none: Any) -> Any:
     return names
 
 
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the layer that gives a model's logits over the vocabulary, if it has one."""
+def output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that give logits over a vocabulary: of a model of transformers, or of those in a module around them."""
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
+    if getter is None:
+        return [output for child in model.children() for output in output_embeddings(child)]
+    output = getter()
+    return [] if output is None else [output]
 
 
 def _nothing_to_route(

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
+from numbers import Integral, Number, Real
 from typing import Any, TypeGuard
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "check_numbers",
     "checked_ranks",
     "expert_names",
+    "is_integer",
     "is_number",
     "alignment",
     "level_scales",
@@ -155,7 +157,7 @@ def param_groups(
     routed = [{**group, **rates, "lora_seed": (seed + i) % 2**63} for i, group in enumerate(routed)]
     groups = [*_ordinary_groups(model, routed, rates["weight_decay"]), *routed]
     for group in groups:
-        group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else lr
+        group["lr"] = lr.clone() if isinstance(lr, torch.Tensor) else float(lr)
     _check_coverage(model, groups)
     _say_what_is_not_routed(model, groups)
     if ranks != () and {len(group["experts"]) for group in routed} == {1}:
@@ -243,11 +245,12 @@ def checked_ranks(
         MolfError: If a rank is not a positive integer of its own, or the alphas are not positive or not as many.
         TypeError: If ``ranks`` is no sequence.
     """
-    if isinstance(ranks, int | str):
+    if isinstance(ranks, Number | str):
         raise TypeError(f"ranks={ranks!r}: give one rank per LoRA expert, for example ranks=(128,)")
     ranks = (128,) if ranks is None else tuple(ranks)
-    if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+    if not all(is_integer(r) and r >= 1 for r in ranks):
         raise MolfError(f"ranks={ranks}: every rank must be a positive integer")
+    ranks = tuple(map(int, ranks))
     if len(set(ranks)) < len(ranks):
         raise MolfError(f"ranks={ranks}: the rank names an expert, so each may occur only once")
     given: Any = lora_alpha
@@ -260,11 +263,16 @@ def checked_ranks(
     return ranks, tuple(map(float, alphas))
 
 
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> TypeGuard[float | torch.Tensor]:
-    """Return whether a value is a finite number: an int, a float, or a tensor of one element."""
+    """Return whether a value is a finite number: of Python or NumPy, or a tensor of one element."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and bool(value.isfinite())
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def check_numbers(**numbers: float | torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from molf.errors import MolfError
 from molf.layers.fit import check_not_split
-from molf.setup.discovery import check_not_tied, module_names
+from molf.setup.discovery import check_not_tied, module_names, unwrapped
 
 __all__ = ["adapted_groups", "base_parameters", "is_adapted", "target_name"]
 
@@ -34,7 +34,7 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
     Raises:
         MolfError: If the adapters are not LoRA on linear layers, can't be told apart by rank, or differ between layers.
     """
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    for adapter, config in getattr(unwrapped(model), "peft_config", {}).items():
         if getattr(config, "target_modules_to_tie", None):
             raise MolfError(
                 f"the adapter {adapter!r} ties LoRA of the embedding to that of the output (ensure_weight_tying), which would "
