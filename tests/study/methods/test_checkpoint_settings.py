@@ -49,6 +49,7 @@ def test_the_same_and_what_may_change(tmp_path):
         ({"data": DATA[::-1]}, "training_data=2 examples of fact"),
         ({"max_grad_norm": 3.0}, r"max_grad_norm=1.0 \(here 3.0\)"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.0 \(here 0.1\)"),
+        ({"eos_token": "<|end|>"}, r"eos_token=None \(here <\|end\|>\)"),
         ({"loss_type": "dft"}, r"loss_type=\w+ \(here dft\)"),
         ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=None \(here 5.0\)"),
         (
