@@ -150,6 +150,10 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
         value = _items(given) if is_list(hints[name]) else given
         if allows(hints[name], bool) and isinstance(value, str) and value.lower() in ("on", "off"):
             value = value.lower() == "on"  # as YAML reads them
+        if value is False and not allows(hints[name], bool) and allows(hints[name], str):
+            value = "no"  # YAML reads a bare no as false
+        if "" in (value if isinstance(value, list) else [value]):  # such as of a variable that a shell does not know
+            raise UsageError(f"{name} is empty, or has an empty item: give it a value, or leave it out")
         if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         plain_list = isinstance(value, list) and not is_list(hints[name]) and allows(hints[name], list)
