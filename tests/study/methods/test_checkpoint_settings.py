@@ -29,6 +29,13 @@ def test_the_same_and_what_may_change(tmp_path):
     made(data_path="moved", gradient_accumulation_steps=2, processes=2).check(tmp_path)
 
 
+def test_a_tokenizer_may_have_several_templates(tmp_path):
+    made(template={"default": "{{ a }}", "tool_use": "{{ b }}"}).save(None, tmp_path)
+    made(template={"tool_use": "{{ b }}", "default": "{{ a }}"}).check(tmp_path)
+    with pytest.raises(MolfError, match="chat_template=SHA-256"):
+        made(template={"default": "{{ a }}", "tool_use": "{{ c }}"}).check(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
