@@ -177,6 +177,16 @@ def test_a_bare_no_in_a_file_is_a_word_where_the_setting_takes_words(tmp_path):
     assert config.task.eval_before is False
 
 
+def test_paths_of_flags_and_files_may_begin_with_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("chat_template_path: ~/chat.jinja")
+    config = parse("--config=~/run.yaml --output_root=~/runs")
+    assert (config.output.output_root, config.train["chat_template_path"]) == (
+        str(tmp_path / "runs"),
+        str(tmp_path / "chat.jinja"),
+    )
+
+
 def test_a_missing_file():
     with pytest.raises(MolfError, match="there is no configuration file no/such"):
         read_yaml("no/such/file.yaml")
