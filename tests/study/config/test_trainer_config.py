@@ -45,8 +45,14 @@ def test_telemetry_is_off():
     [
         ({"deepspeed": "zero3.json"}, "deepspeed is not supported.*--fsdp True"),
         ({"save_only_model": True}, "save_only_model=True would leave checkpoints that no run can resume from"),
-        ({"model_init_kwargs": {"revision": "main"}}, "model_init_kwargs={'revision': 'main'} has no effect, as a model is"),
-        ({"dataset_text_field": "content"}, "dataset_text_field=content has no effect, as texts are in the column text"),
+        (
+            {"model_init_kwargs": {"revision": "main"}},
+            "model_init_kwargs={'revision': 'main'} has no effect, as a model is",
+        ),
+        (
+            {"dataset_text_field": "content"},
+            "dataset_text_field=content has no effect, as texts are in the column text",
+        ),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs=.* has no effect, as rows are always"),
         ({"eval_strategy": "epoch", "greater_is_better": True}, "greater_is_better=True would keep .* highest loss"),
         ({"push_to_hub": True}, "push_to_hub=True uploads checkpoints, and save_strategy=no writes none"),

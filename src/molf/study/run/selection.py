@@ -22,8 +22,9 @@ def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
 def selection_split(split: Split, everything: list[Row], count: int) -> Split:
     """Return the rows to choose settings on; none of them is in ``split.eval``.
 
-    The last ``count`` training rows are held out for evaluation, and rows that equal them are not trained on. A benchmark that evaluates the very rows it trains on, such as
-    edits of facts, would measure something else that way: there the first ``count`` other rows serve as both.
+    The last ``count`` training rows are held out for evaluation, and rows that equal them are not trained on. A benchmark that
+    evaluates the very rows it trains on, such as edits of facts, would measure something else that way: there the first ``count``
+    other rows serve as both.
     """
     evaluated = {row_key(row) for row in split.eval}
     same = split.train == split.eval
