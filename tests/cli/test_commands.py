@@ -174,7 +174,7 @@ def test_a_demo_replaces_an_earlier_demo():
         ("train MODEL --dataloader_prefetch_factor 2 --dry_run", 1, "dataloader_prefetch_factor can only"),
         ("train MODEL --neftune_noise_alpha nan --dry_run", 1, "neftune_noise_alpha=nan must be a finite number"),
         ("train MODEL --label_smoothing_factor nan --dry_run", 1, "label_smoothing_factor=nan must be a finite number"),
-        ("train MODEL --eos_token nope --limit 4", 1, "('nope') is not found in the vocabulary"),
+        ("train MODEL --eos_token nope --limit 4", 1, "eos_token='nope' is no token of the tokenizer"),
         ("train MODEL --assistant_only_loss True --limit 4", 1, "assistant_only_loss=True"),
         ("train MODEL --padding_free True --limit 4 --dry_run", 1, "padding_free=True"),
         ("train MODEL --activation_offloading True --use_cpu True", 1, "activation_offloading=True moves"),

@@ -109,6 +109,13 @@ def test_following_is_for_one_run(more, capsys):
     assert "--follow shows one run" in capsys.readouterr().err
 
 
+def test_a_run_to_follow_may_be_given_by_its_result(tmp_path, monkeypatch):
+    followed = []
+    monkeypatch.setattr("molf.study.run.follow.follow", lambda run, console: followed.append(run))
+    assert main(["report", str(tmp_path / "run" / "result.json"), "--follow"]) == 0
+    assert followed == [tmp_path / "run"]
+
+
 def test_a_run_given_twice_or_by_its_result_is_shown_once_and_whole(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     page = tmp_path / "page.html"

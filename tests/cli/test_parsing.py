@@ -136,6 +136,8 @@ def test_a_written_configuration_is_read_back(tmp_path):
         ("--warmup_steps 10 --warm_up_ratio 0.1", "two names of one setting"),
         ("train.yaml --seed 1", "unexpected 'train.yaml'"),
         ("--config", "needs one file, got none"),
+        ("--data_path=", "data_path is empty, or has an empty item: give it a value, or leave it out"),
+        ("--target_modules q_proj,", "target_modules is empty, or has an empty item"),
     ],
 )
 def test_mistakes_are_explained(line, message):
@@ -150,6 +152,9 @@ def test_mistakes_are_explained(line, message):
         ("task: fact\ndataset_type: sql", "two names of one setting"),
         ("learning_rate: null", "learning_rate cannot be None"),
         ("task: {a: 1}", "task cannot be"),
+        ("save_strategy: yes", "save_strategy needs a value other than true or false"),
+        ("learning_rate: no", "learning_rate needs a value other than true or false"),
+        ("output_dir: ''", "output_dir is empty"),
         ("- a", "one mapping of setting to value"),
         ("1: a", "one mapping of setting to value"),
         ("", "one mapping of setting to value"),
@@ -163,6 +168,23 @@ def test_mistakes_in_files_are_explained(content, message, tmp_path):
     path.write_text(content)
     with pytest.raises(UsageError, match=message):
         parse(f"--config {path}")
+
+
+def test_a_bare_no_in_a_file_is_a_word_where_the_setting_takes_words(tmp_path):
+    (tmp_path / "run.yaml").write_text("save_strategy: no\neval_strategy: no\neval_before: no\n")
+    config = parse(f"--config {tmp_path / 'run.yaml'}")
+    assert (config.train["save_strategy"], config.train["eval_strategy"]) == ("no", "no")
+    assert config.task.eval_before is False
+
+
+def test_paths_of_flags_and_files_may_begin_with_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("chat_template_path: ~/chat.jinja")
+    config = parse("--config=~/run.yaml --output_root=~/runs")
+    assert (config.output.output_root, config.train["chat_template_path"]) == (
+        str(tmp_path / "runs"),
+        str(tmp_path / "chat.jinja"),
+    )
 
 
 def test_a_missing_file():

@@ -53,3 +53,11 @@ def test_a_ratio_of_sums():
 def test_nothing_to_average_is_an_error(columns):
     with pytest.raises(ValueError, match="one value per record"):
         statistic(lambda c: c[0].mean(-1), *columns)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_values_have_infinite_ends_and_no_warning():
+    metric = statistic(lambda columns: np.exp(columns[0].mean(-1)), [900.0, 950.0, 800.0])
+    assert metric.value == metric.low == metric.high == float("inf")
+    some = mean([float("inf"), 1.0, 2.0])
+    assert (some.value, some.low, some.high) == (float("inf"), 1.0, float("inf"))

@@ -109,3 +109,8 @@ def test_bad_cells_are_named(record, message):
 def test_bad_conversations_are_named(record, message):
     with pytest.raises(MolfError, match=f"f.jsonl, line 1.*{re.escape(message)}"):
         kept(record)
+
+
+def test_a_message_in_parts_is_not_told_to_become_a_column():
+    with pytest.raises(MolfError, match="message 1, content: must be a string, found a list$"):
+        kept(says(("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hello")))

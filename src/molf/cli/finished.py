@@ -59,14 +59,16 @@ def report(argv: Sequence[str]) -> None:
         "--follow", action="store_true", help="show the routing of one run in a table while it goes on, until it ends"
     )
     given = parser.parse_args(argv)
+
+    from molf.study.results.result import check_predictions, folder_of, read_result
+
     if given.follow:
         if len(given.runs) > 1 or given.check or given.html is not None:
             raise UsageError("--follow shows one run that goes on; leave --check, --html and other runs out")
         from molf.study.run.follow import follow
 
-        return follow(given.runs[0], console())
+        return follow(folder_of(given.runs[0]), console())
 
-    from molf.study.results.result import check_predictions, folder_of, read_result
     from molf.study.results.tables import PICTURE_FILE, draw_log, metrics_table, runs_table
 
     found = {folder: read_result(folder) for folder in map(folder_of, given.runs)}

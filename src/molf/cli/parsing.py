@@ -97,10 +97,11 @@ def read_yaml(path: Any) -> dict[str, Any]:
     if not isinstance(path, str | Path):
         given = "none" if path is True else repr(path)
         raise UsageError(f"--{CONFIG_FLAG} needs one file, got {given}")
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise MolfError(f"there is no configuration file {path}")
     try:
-        content = load_yaml(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, an integer too long, lists too deep
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -150,6 +151,12 @@ def _typed(settings: Mapping[str, Any], hints: Mapping[str, Any], parser: Any) -
         value = _items(given) if is_list(hints[name]) else given
         if allows(hints[name], bool) and isinstance(value, str) and value.lower() in ("on", "off"):
             value = value.lower() == "on"  # as YAML reads them
+        if value is False and not allows(hints[name], bool) and allows(hints[name], str):
+            value = "no"  # YAML reads a bare no as false
+        if isinstance(value, str) and value.startswith("~/"):  # a shell expands it only where a word begins
+            value = str(Path(value).expanduser())
+        if "" in (value if isinstance(value, list) else [value]):  # such as of a variable that a shell does not know
+            raise UsageError(f"{name} is empty, or has an empty item: give it a value, or leave it out")
         if isinstance(value, bool) and not allows(hints[name], bool):
             raise UsageError(f"{name} needs a value other than true or false")
         plain_list = isinstance(value, list) and not is_list(hints[name]) and allows(hints[name], list)

@@ -51,9 +51,12 @@ def statistic(compute: Callable[[list[np.ndarray]], np.ndarray], *columns: Seque
         raise MolfError(f"a metric averages one value per record; got columns of {[len(c) for c in columns]} values")
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     tail = (1 - CONFIDENCE) / 2
-    drawn = np.concatenate([compute([array[draws] for array in arrays]) for draws in _draws(n)])
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Metric(float(compute(arrays)), n, float(low), float(high))
+    with np.errstate(over="ignore", invalid="ignore"):  # the perplexity of a training that diverged may be infinite
+        drawn = np.concatenate([compute([array[draws] for array in arrays]) for draws in _draws(n)])
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        value = float(compute(arrays))
+    ends = (float("inf") if np.isnan(end) and np.isinf(drawn).any() else float(end) for end in (low, high))
+    return Metric(value, n, *ends)
 
 
 def _draws(n: int) -> Iterator[np.ndarray]:

@@ -80,7 +80,8 @@ def schema_of(record: Row, where: str) -> tuple[str, ...]:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        hint = "; conversations go in a column 'messages'" if isinstance(value, list) else ""
+        told = isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value)
+        hint = "; conversations go in a column 'messages'" if told else ""
         raise MolfError(f"{where}: must be a string, found {json_name(value)}{hint}")
     if not value.strip():
         raise MolfError(f"{where}: empty")

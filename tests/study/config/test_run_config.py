@@ -41,6 +41,13 @@ def test_secrets_are_never_written():
     assert "hub_token" not in RunConfig(train={"hub_token": "hf_secret"}).to_dict()
 
 
+def test_a_folder_may_begin_with_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = RunConfig.from_dict({"output_dir": "~/here"}).resolved()
+    assert (config.output_dir, config.train["output_dir"]) == (tmp_path / "here", str(tmp_path / "here"))
+    assert RunConfig.from_dict({"output_root": "~/runs", "run_name": "mine"}).output_dir == tmp_path / "runs" / "mine"
+
+
 def test_output_dir_is_named_after_what_differs():
     base = {"model_name_or_path": "org/Small-1B", "output_root": "root"}
     names = [

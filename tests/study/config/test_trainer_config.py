@@ -45,6 +45,17 @@ def test_telemetry_is_off():
     [
         ({"deepspeed": "zero3.json"}, "deepspeed is not supported.*--fsdp True"),
         ({"save_only_model": True}, "save_only_model=True would leave checkpoints that no run can resume from"),
+        (
+            {"model_init_kwargs": {"revision": "main"}},
+            "model_init_kwargs={'revision': 'main'} has no effect, as a model is",
+        ),
+        (
+            {"dataset_text_field": "content"},
+            "dataset_text_field=content has no effect, as texts are in the column text",
+        ),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs=.* has no effect, as rows are always"),
+        ({"eval_strategy": "epoch", "greater_is_better": True}, "greater_is_better=True would keep .* highest loss"),
+        ({"push_to_hub": True}, "push_to_hub=True uploads checkpoints, and save_strategy=no writes none"),
         ({"report_to": "wandbb"}, "report_to=wandbb is not a tracker; did you mean 'wandb'"),
         ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
         ({"learning_rate": -1e-3}, r"learning_rate=-0\.001 must be 0 or more"),
@@ -60,6 +71,7 @@ def test_telemetry_is_off():
 )
 def test_what_cannot_be_used_says_what_can(settings, message, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_config, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(trainer_config, "HF_HUB_OFFLINE", False)
     with pytest.raises(MolfError, match=message):
         build_train_config({"output_dir": str(tmp_path), **settings})
 

@@ -94,6 +94,17 @@ def test_selection_never_reads_rows_that_are_evaluated(comparison, engine):
     assert (len(seen[True]), len(seen[False])) == (3, 4) and not seen[True] & seen[False]
 
 
+def test_settings_of_the_final_runs_alone_do_not_stop_the_choice(settings, tmp_path):
+    own = settings | {"validation_limit": 2, "eval_strategy": "epoch", "retention_path": "texts.jsonl"}
+    candidates = {"molf": {f"lr{rate}": RunConfig.from_dict(own | {"learning_rate": rate}) for rate in (1e-4, 1e-3)}}
+    comparison = Comparison(candidates, (1,), 3, tmp_path / "out")
+    for trial in comparison.trials.values():
+        task = trial.config.task
+        assert (task.selection_limit, task.validation_limit, task.retention_path) == (3, None, None)
+    (final,) = comparison.finals("molf", "lr0.001")
+    assert (final.config.task.validation_limit, final.config.task.retention_path) == (2, "texts.jsonl")
+
+
 def test_a_failed_run_is_reported_and_tried_again(comparison, engine):
     engine.failing = lambda spec: spec.name.startswith("lora-") and spec.name.endswith("-s2")
     outcome = compare(comparison, engine)

@@ -29,6 +29,13 @@ def test_the_same_and_what_may_change(tmp_path):
     made(data_path="moved", gradient_accumulation_steps=2, processes=2).check(tmp_path)
 
 
+def test_a_tokenizer_may_have_several_templates(tmp_path):
+    made(template={"default": "{{ a }}", "tool_use": "{{ b }}"}).save(None, tmp_path)
+    made(template={"tool_use": "{{ b }}", "default": "{{ a }}"}).check(tmp_path)
+    with pytest.raises(MolfError, match="chat_template=SHA-256"):
+        made(template={"default": "{{ a }}", "tool_use": "{{ c }}"}).check(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -49,6 +56,7 @@ def test_the_same_and_what_may_change(tmp_path):
         ({"data": DATA[::-1]}, "training_data=2 examples of fact"),
         ({"max_grad_norm": 3.0}, r"max_grad_norm=1.0 \(here 3.0\)"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.0 \(here 0.1\)"),
+        ({"eos_token": "<|end|>"}, r"eos_token=None \(here <\|end\|>\)"),
         ({"loss_type": "dft"}, r"loss_type=\w+ \(here dft\)"),
         ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=None \(here 5.0\)"),
         (

@@ -65,6 +65,18 @@ def test_without_whole_layers_peft_saves_no_module_and_axolotl_which_would_train
     assert not (folder / "axolotl.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "axolotl.yaml", "peft/adapter_config.json"])
+def test_files_of_the_user_are_neither_replaced_nor_removed(tmp_path, name):
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("base_model: mine")
+    with pytest.raises(ValueError, match=f"holds {name}, which no recipe wrote .*choose another --output_dir"):
+        written(tmp_path, replace(RECIPE, whole=[]))
+    assert own.read_text() == "base_model: mine"
+    own.unlink()
+    assert read_recipe(written(tmp_path) / "recipe.yaml") == read_recipe(written(tmp_path) / "recipe.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -39,7 +39,7 @@ def test_its_needs_are_those_of_the_plan(method, lora, settings, shared_model):
 def test_no_repository_is_created(settings, monkeypatch):
     monkeypatch.setattr("molf.study.config.trainer_config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *given, **more: pytest.fail("created"))
-    make_plan(small_config(settings, push_to_hub=True))
+    make_plan(small_config(settings, push_to_hub=True, save_strategy="epoch"))
 
 
 def test_contradictions():

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from molf.errors import MolfError
 from molf.study.config.run_config import RunConfig
@@ -57,6 +57,29 @@ def test_of_a_conversation_only_what_the_assistant_says_is_learned(saved_model, 
     learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert loaded.tokenizer.decode(row["input_ids"]) == "<user>Who?<assistant>the king</s>"
     assert loaded.tokenizer.decode(learned) == "the king</s>"
+
+
+def test_a_template_of_another_tokenizer_adds_no_token(saved_model, tmp_path, conversations):
+    other = AutoTokenizer.from_pretrained(saved_model)
+    other.chat_template = TEMPLATE
+    other.add_tokens(["<of_another>"])
+    other.save_pretrained(tmp_path / "other")
+    told = {"task": "custom", "data_path": conversations, "chat_template_path": str(tmp_path / "other")}
+    loaded = job(saved_model, tmp_path, **told)
+    tokens, weights = len(loaded.tokenizer), loaded.model.get_input_embeddings().weight.shape
+    trainer = make_trainer(loaded, Recipe(train={}))
+    assert loaded.tokenizer.decode(trainer.train_dataset[0]["input_ids"]) == "<user>Who?<assistant>the king</s>"
+    assert (len(loaded.tokenizer), loaded.model.get_input_embeddings().weight.shape) == (tokens, weights)
+
+
+def test_another_end_token_ends_the_rows_of_training_and_of_evaluation(saved_model, tmp_path):
+    loaded = job(saved_model, tmp_path, sample=True, limit=2, eos_token="<s>")
+    rows = make_trainer(loaded, Recipe(train={})).train_dataset
+    assert [loaded.tokenizer.decode(row["input_ids"][-1]) for row in rows] == ["<s>", "<s>"]
+    evaluated = job(saved_model, tmp_path, sample=True, limit=2, eos_token="<s>", only_eval=True)
+    assert evaluated.tokenizer.eos_token == "<s>"
+    with pytest.raises(MolfError, match="eos_token='<none>' is no token of the tokenizer; give one that it has"):
+        job(saved_model, tmp_path, sample=True, eos_token="<none>")
 
 
 def test_conversations_need_a_chat_template(saved_model, tmp_path, conversations):

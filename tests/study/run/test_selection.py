@@ -14,6 +14,14 @@ def test_training_rows_are_held_out():
     assert "selection" in chosen.origin
 
 
+def test_rows_that_equal_a_held_out_one_are_not_trained_on():
+    split = Split([ROWS[1], ROWS[0], ROWS[2], ROWS[0]], ROWS[6:], "here")
+    chosen = selection_split(split, split.train, 1)
+    assert (chosen.train, chosen.eval) == ([ROWS[1], ROWS[2]], [ROWS[0]])
+    with pytest.raises(ValueError, match="at least one more to train on"):
+        selection_split(Split([ROWS[0], ROWS[0]], ROWS[6:], "here"), [], 1)
+
+
 def test_where_training_rows_are_evaluated_other_rows_are():
     split = Split(ROWS[:4], ROWS[:4], "here")
     chosen = selection_split(split, ROWS, 5)

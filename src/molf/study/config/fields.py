@@ -51,7 +51,7 @@ _TRAINER: dict[Level, str] = {
         learning_rate weight_decay lr_scheduler_type lr_scheduler_kwargs warmup_steps seed data_seed
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args optim_target_modules
         label_smoothing_factor loss_type router_aux_loss_coef neftune_noise_alpha bf16 fp16
-        max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss
+        eos_token max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss
         shuffle_dataset dataloader_drop_last train_sampling_strategy ignore_data_skip auto_find_batch_size accelerator_config
     """,
 }

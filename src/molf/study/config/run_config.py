@@ -212,8 +212,8 @@ class RunConfig:
             MolfError: ``output_dir`` is not set, and the run's name cannot be that of a folder.
         """
         if chosen := self.train.get("output_dir"):
-            return Path(chosen)
-        return Path(self.output.output_root) / folder_name(self.run_name, "run_name")
+            return Path(chosen).expanduser()
+        return Path(self.output.output_root).expanduser() / folder_name(self.run_name, "run_name")
 
     @property
     def run_name(self) -> str:

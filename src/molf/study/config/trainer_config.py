@@ -26,6 +26,14 @@ _NOT_LISTED = ("azure_ml", "flyte")
 """Trackers that transformers does not always list as available, even if they are."""
 
 
+_NOT_READ = {
+    "model_init_kwargs": "a model is loaded by dtype, attn_implementation and trust_remote_code",
+    "dataset_text_field": "texts are in the column text",
+    "dataset_kwargs": "rows are always tokenised and cut",
+}
+"""Settings of TRL's trainer that have no effect, as it gets a model and tokens; and why."""
+
+
 def _published(name: str, help: str) -> Any:
     return setting(PUBLISHED_RECIPE[name], help)
 
@@ -83,8 +91,8 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """Build the trainer's settings.
 
     Raises:
-        MolfError: A name is not a field of ``TrainConfig``, ``fsdp_config`` is not usable, a tracker of ``report_to`` is unknown
-            or not installed, or DeepSpeed is asked for.
+        MolfError: A name is not a field of ``TrainConfig``, a setting has no effect, ``fsdp_config`` is not usable, a tracker of
+            ``report_to`` is unknown or not installed, or DeepSpeed is asked for.
     """
     known = [f.name for f in fields(TrainConfig) if f.init]
     for name in settings:
@@ -100,6 +108,9 @@ def build_train_config(settings: Mapping[str, Any]) -> TrainConfig:
             "save_only_model=True would leave checkpoints that no run can resume from, also after a signal; leave it out, and "
             "limit checkpoints by save_total_limit or save_strategy. The model itself is always saved at the end"
         )
+    for name, why in _NOT_READ.items():
+        if settings.get(name) not in (None, "text", {}):
+            raise MolfError(f"{name}={settings[name]} has no effect, as {why}; leave it out")
     _check_trackers(settings.get("report_to"))
     _check_numbers(settings)
     if settings.get("load_best_model_at_end") and "save_steps" not in settings:  # a checkpoint at every evaluation
@@ -158,6 +169,11 @@ def _check_available(config: TrainConfig) -> None:
         )
     if config.push_to_hub and HF_HUB_OFFLINE:
         raise MolfError("push_to_hub=True, but HF_HUB_OFFLINE forbids it: unset one of them")
+    if config.push_to_hub and config.save_strategy == "no":
+        raise MolfError(
+            "push_to_hub=True uploads checkpoints, and save_strategy=no writes none: give another save_strategy, or upload the "
+            "finished run with `hf upload NAME FOLDER`"
+        )
 
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
@@ -192,6 +208,8 @@ def _check_validation(config: TrainConfig) -> None:
     metric = config.metric_for_best_model
     if metric not in (None, "loss", "eval_loss"):
         raise MolfError(f"metric_for_best_model={metric}: evaluations during training measure the loss only; use loss")
+    if config.greater_is_better:
+        raise MolfError("greater_is_better=True would keep the weights with the highest loss; leave it out")
     choosing = "load_best_model_at_end" if config.load_best_model_at_end else "save_strategy=best"
     if (config.load_best_model_at_end or config.save_strategy == "best") and config.eval_strategy == "no":
         raise MolfError(f"{choosing} needs evaluations during training: pass --eval_strategy steps or epoch too")

@@ -195,7 +195,13 @@ def _spec(comparison: Comparison, name: str, label: str, seed: int, select: bool
     if not select:
         return make_spec(comparison.folder, f"{name}-{label}-s{seed}", config, comparison.processes)
     task = replace(
-        config.task, selection_limit=comparison.selection_limit, eval_limit=None, eval_before=False, retention=False
+        config.task,
+        selection_limit=comparison.selection_limit,
+        validation_limit=None,  # its rows are those for selection then
+        eval_limit=None,
+        eval_before=False,
+        retention=False,
+        retention_path=None,
     )
     folder = comparison.folder / "selection"
     return make_spec(folder, f"{name}-{label}", replace(config, task=task), comparison.processes)

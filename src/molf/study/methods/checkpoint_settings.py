@@ -34,7 +34,7 @@ class CheckpointSettings(CheckpointPart):
         examples: Sequence[Mapping[str, Any]],
         sharded: bool = False,
         base: str = "",
-        template: str | None = None,
+        template: str | dict[str, str] | None = None,
     ):
         declared = vars(args) | vars(config.method) | vars(config.model)
         settings = {name: declared[name] for name in shaping("checkpoint")}
@@ -42,6 +42,8 @@ class CheckpointSettings(CheckpointPart):
         settings["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         settings["training_data"] = _fingerprint(config.task.task, examples)
         settings["base_model"] = base
+        if isinstance(template, dict):  # some tokenizers have several, by name
+            template = json.dumps(template, sort_keys=True)
         settings["chat_template"] = template and _sha(template.encode())
         if config.method.allocation:  # by its contents, wherever it is
             settings["recipe"] = _sha(Path(config.method.allocation).read_bytes())

@@ -87,6 +87,22 @@ def read_recipe(path: Path) -> RecipeFile:
     return found
 
 
+def check_recipe_folder(folder: Path) -> None:
+    """Refuse a folder with files of the user of the names that a recipe writes or removes.
+
+    Raises:
+        MolfError: There are such files, and no recipe beside them; they are named.
+    """
+    found = [name for name in (RECIPE_FILE, AXOLOTL_FILE, f"{PEFT_FOLDER}/{PEFT_FILE}") if (folder / name).exists()]
+    try:
+        if found:
+            read_recipe(folder / RECIPE_FILE)
+    except MolfError as error:
+        raise MolfError(
+            f"{folder} holds {', '.join(found)}, which no recipe wrote and this one would replace; choose another --output_dir"
+        ) from error
+
+
 def write_recipe(folder: Path, recipe: RecipeFile, parameters: Iterable[str]) -> None:
     """Write ``recipe.yaml`` for ``molf train --recipe``, a PEFT configuration, and ``unfrozen_parameters`` for axolotl.
 
@@ -98,7 +114,11 @@ def write_recipe(folder: Path, recipe: RecipeFile, parameters: Iterable[str]) ->
         folder: Where to write.
         recipe: The recipe.
         parameters: Names of the model's parameters.
+
+    Raises:
+        MolfError: The folder holds files of the user by these names, or cannot be written.
     """
+    check_recipe_folder(folder)
     _write(folder / RECIPE_FILE, _yaml(asdict(recipe), "Train with: molf train --recipe FILE --model_name_or_path ..."))
     names = set(parameters)
     stacks = [name for name in recipe.whole if name in names]

@@ -24,7 +24,7 @@ from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
 from molf.study.methods.trainable import freeze_all_but_routed, trained_base
 from molf.study.run.model_limits import check_causal, check_evaluation_rows, check_training_rows
-from molf.study.run.models import load_model_and_tokenizer, use_chat_template
+from molf.study.run.models import load_model_and_tokenizer, use_chat_template, use_end_token
 from molf.study.run.process_group import from_rank_0
 from molf.study.run.selection import load_split, validation_split
 from molf.study.run.sharding import TrainedShards, check_processes, check_sharding
@@ -92,6 +92,8 @@ def load_job(config: RunConfig) -> Job:
         _refuse_quantised(model, config)
     if template := config.train.get("chat_template_path"):
         use_chat_template(tokenizer, str(template))
+    if token := config.train.get("eos_token"):
+        use_end_token(tokenizer, str(token))
     return Job(config, model, tokenizer, task, split, validation, background)
 
 
@@ -163,6 +165,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
     asked = args.assistant_only_loss
     if conversations:
         args.assistant_only_loss = False  # the labels say it already, and TRL would look for conversations
+    args.chat_template_path = None  # the tokenizer has it; TRL would also add another one's tokens, with random weights
     callbacks: list[TrainerCallback] = [] if recipe.adalora is None else [AdaLoraAllocation()]
     callbacks += [] if stop is None else [StopAtStep(stop)]
     with trainer_errors():

@@ -84,3 +84,18 @@ def use_chat_template(tokenizer: Any, path: str) -> None:
             tokenizer.chat_template = template
         else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+
+
+def use_end_token(tokenizer: Any, token: str) -> None:
+    """Replace the token that ends texts, in place: rows are tokenised before the trainer would do so.
+
+    Args:
+        tokenizer: The tokenizer.
+        token: The text of a token that it has.
+
+    Raises:
+        MolfError: It has no such token.
+    """
+    if token not in tokenizer.get_vocab():
+        raise MolfError(f"eos_token={token!r} is no token of the tokenizer; give one that it has, or leave it out")
+    tokenizer.eos_token = token

@@ -17,7 +17,7 @@ from molf.integrations.lora_targets import find_targets
 from molf.integrations.routing_lines import find_log
 from molf.study.config.method_config import MethodConfig
 from molf.study.config.run_config import RunConfig
-from molf.study.methods.recipe_file import RecipeFile, write_recipe
+from molf.study.methods.recipe_file import RecipeFile, check_recipe_folder, write_recipe
 from molf.study.methods.static import parameters_of
 from molf.study.results.result import folder_of, read_result
 from molf.study.results.routing import RoutingSummary
@@ -83,6 +83,7 @@ def recipe_from_probe(config: RunConfig, steps: int, request: Request, folder: P
         raise MolfError(f"a probe with method {config.method.method}, which does not route: use molf or molf_e")
     if steps < 1:
         raise MolfError(f"probe_steps={steps} must be at least 1")
+    check_recipe_folder(folder)  # before the training
     with tempfile.TemporaryDirectory() as scratch:
         job, trainer = _prepared(config, scratch, max_steps=steps)
         trainer.train()

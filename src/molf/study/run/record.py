@@ -71,7 +71,8 @@ def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> N
     with atomic_write(folder / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if log_file := os.environ.get("LOG_FILE"):
-        with report_full_disk(Path(log_file)):  # which may be another disk than the run's
-            append_csv(Path(log_file), result.row(), key="run_id")
+        log = Path(log_file).expanduser()
+        with report_full_disk(log):  # which may be another disk than the run's
+            append_csv(log, result.row(), key="run_id")
     write_result(folder, result)
     (folder / RUN_ID_FILE).unlink()

@@ -68,7 +68,7 @@ def check_folder(config: RunConfig) -> None:
     _check_inputs(config)
     _check_foreign(config)
     if log := os.environ.get("LOG_FILE"):
-        check_log(Path(log))
+        check_log(Path(log).expanduser())
     finished = (folder / RESULT_FILE).exists()
     resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
     last = config.resume_from is True
@@ -149,7 +149,7 @@ def _check_inputs(config: RunConfig) -> None:
                 f"{name}={given} is {'' if first == '' else 'in '}output_dir={config.output_dir}, where the run would replace "
                 "it; choose another --output_dir"
             )
-        if log and name != "LOG_FILE" and path == Path(os.path.realpath(log)):
+        if log and name != "LOG_FILE" and path == Path(os.path.realpath(Path(log).expanduser())):
             raise MolfError(f"LOG_FILE={log} is also {name}, which the run reads; choose another LOG_FILE")
 
 

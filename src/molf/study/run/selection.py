@@ -22,18 +22,21 @@ def load_split(task: Task, config: TaskConfig, seed: int) -> Split:
 def selection_split(split: Split, everything: list[Row], count: int) -> Split:
     """Return the rows to choose settings on; none of them is in ``split.eval``.
 
-    The last ``count`` training rows are held out for evaluation. A benchmark that evaluates the very rows it trains on, such as
-    edits of facts, would measure something else that way: there the first ``count`` other rows serve as both.
+    The last ``count`` training rows are held out for evaluation, and rows that equal them are not trained on. A benchmark that
+    evaluates the very rows it trains on, such as edits of facts, would measure something else that way: there the first ``count``
+    other rows serve as both.
     """
     evaluated = {row_key(row) for row in split.eval}
     same = split.train == split.eval
     free = [row for row in (everything if same else split.train) if row_key(row) not in evaluated]
-    if len(free) < count + (not same):
+    held_out = free[:count] if same else free[-count:]
+    held = {row_key(row) for row in held_out}
+    train = held_out if same else [row for row in free if row_key(row) not in held]
+    if len(held_out) < count or not train:
         raise MolfError(
             f"selection_limit={count} needs {count} rows of {split.origin} that are not evaluated on"
             f"{'' if same else ', and at least one more to train on'}, but there are {len(free)}; lower selection_limit or limit"
         )
-    train, held_out = (free[:count], free[:count]) if same else (free[:-count], free[-count:])
     return Split(train, held_out, f"{split.origin}, rows for selection")
 
 
