@@ -57,6 +57,12 @@ def test_a_method_has_its_own_settings_and_flags_choose_among_methods(tmp_path):
     assert list(parse(f"--config {path} --methods molf lora").candidates) == ["molf", "lora"]
 
 
+@pytest.mark.parametrize("rates", ["1e-4 1.0e-4", "1.0000001e-4 1e-4"])
+def test_candidates_whose_names_would_be_equal(rates):
+    with pytest.raises(UsageError, match=r"fft has two candidates called lr0\.0001: .* first six digits"):
+        parse(f"--methods fft --learning_rate {rates} --model_name_or_path m")
+
+
 def test_a_comparison_may_run_on_a_cluster():
     options, _ = parse_comparison(shlex.split("--methods fft --engine slurm --partition gpu --output_root out"))
     engine = options.make_engine(print)

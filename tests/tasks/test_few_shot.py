@@ -77,3 +77,5 @@ def test_what_cannot_be_done_is_told():
 
     with pytest.raises(ValueError, match="--few_shot 1 needs rows with a prompt and a completion, but those of sums"):
         load(1, task=Texts())
+    with pytest.raises(ValueError, match="--few_shot 2 takes every row to evaluate on of .*; give fewer examples"):
+        with_examples(get_task("fact"), get_task("fact").load(None, sample=True, limit=2, seed=0), 2, seed=0)

@@ -110,5 +110,12 @@ def _candidates(name: str, settings: Mapping[str, Any]) -> dict[str, RunConfig]:
     """Return the settings to choose from, by label: all combinations of the listed rates and schedules."""
     axes = {axis: as_list(settings[axis]) for axis in AXES if axis in settings}
     varied = [axis for axis in axes if len(axes[axis]) > 1] or list(axes)[:1]
-    found = configs(name, settings, axes)
-    return {"-".join(label(axis, config) for axis in varied) or "default": config for config in found}
+    candidates: dict[str, RunConfig] = {}
+    for config in configs(name, settings, axes):
+        own = "-".join(label(axis, config) for axis in varied) or "default"
+        if own in candidates:
+            raise UsageError(
+                f"{name} has two candidates called {own}: give values that differ in their first six digits"
+            )
+        candidates[own] = config
+    return candidates

@@ -47,7 +47,11 @@ class FewShot:
 
 
 def with_examples(task: Task, split: Split, count: int, seed: int) -> tuple[Task, Split]:
-    """Put training rows, chosen by the seed, before every prompt; remove them from those to train and evaluate on."""
+    """Put training rows, chosen by the seed, before every prompt; remove them from those to train and evaluate on.
+
+    Raises:
+        MolfError: There are too few rows, so that none is left to evaluate on, or the rows have no prompts.
+    """
     if len(split.train) < count:
         raise MolfError(f"--few_shot {count} needs {count} training rows, but {split.origin} has {len(split.train)}")
     chosen = random.Random(seed).sample(split.train, count)
@@ -58,4 +62,8 @@ def with_examples(task: Task, split: Split, count: int, seed: int) -> tuple[Task
         )
     shots = "".join(f"{example['prompt']}{example['completion']}\n\n" for example in examples)
     train, evaluation = ([row for row in rows if row not in chosen] for rows in (split.train, split.eval))
+    if split.eval and not evaluation:
+        raise MolfError(
+            f"--few_shot {count} takes every row to evaluate on of {split.origin}; give fewer examples or more rows"
+        )
     return FewShot(task, shots), Split(train, evaluation, f"{split.origin}, {count} of the training rows as examples")
