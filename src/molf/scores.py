@@ -193,8 +193,8 @@ class Coherence(Score):
         raise NotImplementedError
 
     def scores(self, evidence: Evidence) -> Tensor:
-        """Return ``descent / sum sqrt(v)``, 0 without a gradient."""
-        return (evidence.descent / evidence.total).nan_to_num(nan=0.0)
+        """Return ``descent / sum sqrt(v)``, 0 where that sum is: without a gradient, or with one whose square is 0 in float32."""
+        return (evidence.descent / evidence.total).where(evidence.total != 0, 0.0)
 
 
 class Random(EPD):
