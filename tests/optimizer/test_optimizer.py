@@ -310,14 +310,26 @@ class Misspelt(EPD):
         return m.summ()
 
 
+class Number(EPD):
+    def partial(self, m, v, u, eps):
+        return float((m * u).sum())
+
+
+class Unsummed(EPD):
+    def partials(self, m, v, u, eps):
+        return m * u
+
+
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(
     ("score", "error", "words"),
     [
         (Short(), molf.errors.MolfError, r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"),
         (Misspelt(), AttributeError, "summ"),
+        (Number(), molf.errors.MolfError, "Number.partial returned a float: it must return a tensor"),
+        (Unsummed(), molf.errors.MolfError, r"Unsummed.partials returned a tensor \[2, 2\]: it must .* over each row"),
     ],
-    ids=["shape", "term"],
+    ids=["shape", "term", "partial", "partials"],
 )
 def test_a_score_that_cannot_work_fails_before_anything_moves(score, error, words, later):
     model, optimizer = routed_mlp()
