@@ -371,6 +371,7 @@ class MoLF(torch.optim.Optimizer):
         except MolfError:
             self.param_groups.pop()
             raise
+        self._seeds_are_shared = False
         if self._backward_step is not None:
             self._backward_step.register_hooks(len(self.param_groups) - 1, self.param_groups[-1])
 
