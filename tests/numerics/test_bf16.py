@@ -155,9 +155,7 @@ def test_stochastic_noise_changes_while_the_routed_layers_that_moved_most_rest(r
     """As where a head is trained first, or the layers of a model one after the other."""
     model = Constant(torch.bfloat16, unused=True)
     excluded = () if routed else ("linear",)
-    optimizer = MoLF(
-        model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update="stochastic", exclude_modules=excluded
-    )
+    optimizer = MoLF(model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update="stochastic", exclude_modules=excluded)
     for _ in range(200):
         model.unused.weight.grad = torch.ones_like(model.unused.weight)
         optimizer.step()
