@@ -48,6 +48,12 @@ def test_winners_best_first(routing):
     assert routing.winners() == {"a": ["lora_r2", "lora_r4"], "b": ["lora_r4", "fft"]}
 
 
+def test_an_expert_without_a_score_is_the_last_of_the_winners():
+    scores = torch.tensor([[torch.nan, 1.0, 2.0]], dtype=torch.float64)
+    routing = Routing(("a",), ("fft", "lora_r2", "lora_r4"), scores, choose(scores, 3))
+    assert routing.winners() == {"a": ["lora_r4", "lora_r2", "fft"]}
+
+
 def test_share_counts_wins(routing):
     assert routing.share("lora_r4") == 0.5
     assert routing.share("fft") == routing.share("lora_r2") == 0.25

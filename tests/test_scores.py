@@ -121,6 +121,12 @@ def test_shuffled_deals_the_scores_of_epd_to_other_modules():
     assert kept.sum() < 10 and not torch.equal(shuffled(1), shuffled(2))
 
 
+def test_coherence_is_zero_where_no_square_of_a_gradient_is_left():
+    """As with gradients of 1e-23 in float32, or a second beta of 0 where the gradient is zero now."""
+    nothing = replace(evidence(["a"], [1]), total=torch.zeros(1, 2, dtype=torch.float64))
+    assert SCORES["coherence"].scores(nothing).tolist() == [[0.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [

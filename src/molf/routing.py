@@ -26,8 +26,12 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
     Returns:
         Boolean ``[M, E]`` with exactly ``top_k`` true entries a row.
     """
-    order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, _order(scores)[:, :top_k], True)
+
+
+def _order(scores: Tensor) -> Tensor:
+    """Return the experts of every module, best first."""
+    return scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class Routing:
 
     def winners(self) -> dict[str, list[str]]:
         """Return each module's winning experts, best score first."""
-        order = self.scores.argsort(dim=1, descending=True, stable=True).tolist()
-        chosen = self.chosen.tolist()
+        order, chosen = _order(self.scores).tolist(), self.chosen.tolist()
         return {module: [self.experts[e] for e in order[i] if chosen[i][e]] for i, module in enumerate(self.modules)}
 
     def share(self, expert: str) -> float:

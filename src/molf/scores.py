@@ -193,8 +193,8 @@ class Coherence(Score):
         raise NotImplementedError
 
     def scores(self, evidence: Evidence) -> Tensor:
-        """Return ``descent / sum sqrt(v)``, 0 without a gradient."""
-        return (evidence.descent / evidence.total).nan_to_num(nan=0.0)
+        """Return ``descent / sum sqrt(v)``, 0 where that sum is: without a gradient, or with one whose square is 0 in float32."""
+        return (evidence.descent / evidence.total).where(evidence.total != 0, 0.0)
 
 
 class Random(EPD):
@@ -270,14 +270,27 @@ def scores_of(score: Score, evidence: Evidence) -> Tensor:
 
 
 def try_score(score: Score, modules: Sequence[str], experts: int, eps: float) -> None:
-    """Ask a copy of a user's score once, with ones, and raise what would come in the middle of a step."""
+    """Ask a copy of a user's score once, with ones, and raise what would come in the middle of a step.
+
+    Raises:
+        MolfError: If the score returns sums or scores of another shape than it must.
+    """
     if type(score) in {type(known) for known in SCORES.values()}:
         return
     tried, ones = copy.copy(score), torch.ones(len(modules), experts, dtype=torch.float64, device="cpu")
-    m, v, u = ones.new_ones(3, 2).unbind()
-    tried.partial(m, v, u, eps)
+    m, v, u = ones.new_ones(3, 2, 2).unbind()
+    _check_sums(f"{type(score).__name__}.partial", tried.partial(m[0], v[0], u[0], eps), 1)
+    _check_sums(f"{type(score).__name__}.partials", tried.partials(m, v, u, eps), 2)
     total, n, lr, descent = ones.repeat(4, 1, 1).unbind()
     scores_of(tried, Evidence(tuple(modules), total, n, lr, descent, torch.ones_like(ones[:, 0])))
+
+
+def _check_sums(name: str, found: Any, count: int) -> None:
+    if not isinstance(found, Tensor) or found.numel() != count:
+        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise MolfError(
+            f"{name} returned {what}: it must return a tensor, the sum of term over a slice; for partials, over each row"
+        )
 
 
 def get_score(score: str | Score) -> Score:

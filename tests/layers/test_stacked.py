@@ -99,6 +99,24 @@ def test_other_dtypes(dtype):
         torch.testing.assert_close(value, state_of(twin, other)[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"score": "pfn"}, {"optimizer_in_backward": True}], ids=str)
+def test_autocast_around_a_step_has_no_say(options):
+    """Gradients are so small that sums of scores in half precision would be 0 everywhere, a tie."""
+    ends = []
+    for enabled in (False, True):
+        stacks, optimizer, *_ = pair_of(torch.float32, **options)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            for t in range(2):
+                optimizer.zero_grad()
+                generator = torch.Generator().manual_seed(t)
+                noise = [torch.randn(p.shape, generator=generator) for p in stacks.parameters()]
+                sum((1e-7 * x * p).sum() for x, p in zip(noise, stacks.parameters(), strict=True)).backward()
+                optimizer.step()
+        ends.append((optimizer.routing.scores, stacks, optimizer))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert_same_bits(*ends[0][1:], *ends[1][1:])
+
+
 def test_a_matrix_that_no_token_reached_decays_as_adamw_does():
     """Without a gradient from the start, no expert wins by rounding: fft wins the tie, and its step is decay alone."""
     stacks, optimizer, *_ = pair_of(ranks=(2,), weight_decay=0.5)

@@ -150,6 +150,21 @@ def test_stochastic_noise_changes_while_the_first_layer_is_unused():
     assert model.linear.weight.min() > 0.9  # and none at every step
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_stochastic_noise_changes_while_the_routed_layers_that_moved_most_rest(routed):
+    """As where a head is trained first, or the layers of a model one after the other."""
+    model = Constant(torch.bfloat16, unused=True)
+    excluded = () if routed else ("linear",)
+    optimizer = MoLF(model, ranks=(), lr=1e-4, weight_decay=0.0, bf16_update="stochastic", exclude_modules=excluded)
+    for _ in range(200):
+        model.unused.weight.grad = torch.ones_like(model.unused.weight)
+        optimizer.step()
+    model.unused.weight.grad = None
+    model.push(optimizer, 200)
+    assert (model.linear.weight < 1.0).double().mean() > 0.95  # nearly every element has moved
+    assert model.linear.weight.min() > 0.9  # and none at every step
+
+
 def test_weights_zeroed_by_hand_go_on_training():
     """Pruning, or a padding row reset to zero: an old low part must not make 0.0 a NaN."""
     model = Constant(torch.bfloat16)

@@ -7,13 +7,14 @@ import warnings
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch import multiprocessing, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import ranks
-from molf import MoLF
-from small import mlp
+from molf import MoLF, param_groups
+from molf.numerics.distributed import Ranks
+from small import mlp, train
 from stacks import mixture
 
 # How far apart several ranks and one process may end in float64.
@@ -91,6 +92,23 @@ def test_both_kinds_of_experts_win_somewhere(two):
 
 def test_ranks_seeded_differently_start_alike(reports):
     assert all(report["apart"] == 0 for report in reports("different_seeds"))
+
+
+def test_layers_that_are_added_later_start_as_on_the_first_rank(monkeypatch):
+    class Told(Ranks):
+        def broadcast_decision(self, x, device):
+            return x if x.dtype == torch.bool else torch.arange(len(x)) + 70
+
+    monkeypatch.setattr("molf.optimizer.optimizer.find_ranks", lambda *_: Told())
+    model, later = mlp(), nn.ModuleDict({"later": nn.Linear(4, 4)})
+    optimizer = MoLF(model, **ranks.MERGED)
+    train(model, optimizer, 1)
+    groups = param_groups(later, **{key: value for key, value in ranks.MERGED.items() if key in ("ranks", "lora_lr")})
+    for group in (group for group in groups if "module" in group):
+        optimizer.add_param_group(group)
+    train(model, optimizer, 1)
+    seeds = [group["lora_seed"] for group in optimizer.param_groups if "module" in group]
+    assert seeds == [70, 71, 72, 73]
 
 
 def test_the_first_rank_decides(reports):

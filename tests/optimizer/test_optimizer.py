@@ -310,14 +310,26 @@ class Misspelt(EPD):
         return m.summ()
 
 
+class Number(EPD):
+    def partial(self, m, v, u, eps):
+        return float((m * u).sum())
+
+
+class Unsummed(EPD):
+    def partials(self, m, v, u, eps):
+        return m * u
+
+
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(
     ("score", "error", "words"),
     [
         (Short(), molf.errors.MolfError, r"Short returned scores \[3\].*must return \[M, E\] = \[3, 3\]"),
         (Misspelt(), AttributeError, "summ"),
+        (Number(), molf.errors.MolfError, "Number.partial returned a float: it must return a tensor"),
+        (Unsummed(), molf.errors.MolfError, r"Unsummed.partials returned a tensor \[2, 2\]: it must .* over each row"),
     ],
-    ids=["shape", "term"],
+    ids=["shape", "term", "partial", "partials"],
 )
 def test_a_score_that_cannot_work_fails_before_anything_moves(score, error, words, later):
     model, optimizer = routed_mlp()
@@ -328,6 +340,35 @@ def test_a_score_that_cannot_work_fails_before_anything_moves(score, error, word
     after = snapshot(model, optimizer)
     assert not differing(before, {key: after[key] for key in before})
     assert all(own["step"] == later for own in optimizer.state.values() if "step" in own)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("score", "pnf", r"unknown score 'pnf'.*did you mean 'pfn'"),
+        ("top_k", 0, "top_k=0: choose between 1 and 3"),
+        ("top_k", 4, "top_k=4: choose between 1 and 3"),
+        ("max_grad_norm", 0.0, r"max_grad_norm=0\.0: must be above 0 and finite, or None"),
+    ],
+)
+def test_options_that_are_set_between_steps_are_checked(option, value, words, later):
+    model, optimizer = routed_mlp()
+    train(model, optimizer, int(later))
+    setattr(optimizer, option, value)
+    before = snapshot(model, optimizer)
+    with pytest.raises(molf.errors.MolfError, match=words):
+        train(model, optimizer, 1)
+    after = snapshot(model, optimizer)
+    assert not differing(before, {key: after[key] for key in before})
+
+
+def test_a_score_may_be_set_by_name_between_steps():
+    (model, optimizer), (twin, other) = routed_mlp(score="pfn"), routed_mlp()
+    other.score = "pfn"
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    assert_same_bits(model, optimizer, twin, other)
 
 
 def test_a_score_of_ones_own_is_tried_once_on_a_copy():

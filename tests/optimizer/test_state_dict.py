@@ -255,3 +255,24 @@ def test_hooks_see_the_state_that_is_loaded():
     other.load_state_dict(state)
     assert seen == [len(state["state"]), len(changed["state"])]
     assert {int(own["step"]) for own in other.state.values()} == {7}
+
+
+def test_the_state_of_a_single_number_goes_where_the_parameter_is():
+    """Of CLIP's ``logit_scale``, for example; only counts are on the host, whatever the device."""
+
+    class Scaled(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(3, 4))
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    model = Scaled()
+    optimizer = MoLF(model, ranks=(2,))
+    (model(torch.ones(2, 3)) * model.scale).sum().backward()
+    optimizer.step()
+    there = Scaled().to("meta")
+    other = MoLF(there, ranks=(2,))
+    other.load_state_dict(optimizer.state_dict())
+    devices = {key: value.device.type for key, value in other.state[there.scale].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+    devices = {key: value.device.type for key, value in other.state[there[0].weight].items()}
+    assert {key for key, device in devices.items() if device == "cpu"} == {"step", "lora_r2.wins"}

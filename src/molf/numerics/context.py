@@ -77,8 +77,8 @@ class StepContext:
     def _make_noise(self) -> Noise | None:
         if not self.stochastic:
             return None
-        routed = [group for group in self.groups if "module" in group]
-        step = max(int(self.state.get(group["params"][0], {}).get("step", 0)) for group in routed)
+        # Of all, because any of them may rest: the sum is new whenever something has moved.
+        step = sum(int(entries.get("step", 0)) for entries in self.state.values())
         params = [p for group in self.groups for p in group["params"]]
         # Replicated parameters are rounded alike on all ranks; every shard has a stream of its own.
         offset = (self.ranks.shard_index + 1) * len(params)

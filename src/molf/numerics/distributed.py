@@ -228,7 +228,7 @@ def broadcast_seeds(groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], 
     routed = [group for group in groups if "module" in group]
     own = torch.tensor([group["lora_seed"] for group in routed], device="cpu")
     seeds = ranks.broadcast_decision(own, routed[0]["params"][0].device)
-    if state and not own.equal(seeds):
+    if any(group["params"][0] in state for group, same in zip(routed, own == seeds, strict=True) if not same):
         raise RuntimeError(
             "this rank initialised its LoRA experts from another torch seed than rank 0: seed all ranks alike "
             "(torch.manual_seed), or don't access optimizer.experts before the first step"

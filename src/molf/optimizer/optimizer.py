@@ -169,7 +169,7 @@ class MoLF(torch.optim.Optimizer):
         self._process_group = process_group
         self._names = None if model is None else ParamNames(model, self.param_groups)
         self._seeds_are_shared = False
-        self._tried: Score | None = None
+        self._checked: tuple[Any, ...] = ()
         if self.optimizer_in_backward:
             check_backward_step(
                 self.max_grad_norm, self.score.compares_modules, find_ranks(self.param_groups, process_group), model
@@ -249,10 +249,7 @@ class MoLF(torch.optim.Optimizer):
         """Return the context of a new step, with all missing state created."""
         check_not_flat(self.param_groups)
         self._follow_model()
-        if self._tried is not self.score:
-            routed = next(group for group in self.param_groups if "module" in group)
-            try_score(self.score, self._modules(), len(routed["experts"]), routed["eps"])
-            self._tried = self.score
+        self._check_settings()
         ranks = find_ranks(self.param_groups, self._process_group)
         if self.optimizer_in_backward:
             check_backward_step(self.max_grad_norm, self.score.compares_modules, ranks)
@@ -272,6 +269,17 @@ class MoLF(torch.optim.Optimizer):
         )
         init_state_(self.param_groups, context)
         return replace(context, fused=self._kernels.select(context, self.fused))
+
+    def _check_settings(self) -> None:
+        """Check what the user may have set since the last step."""
+        if self._checked == (self.score, self.top_k, self.max_grad_norm):
+            return
+        self.score = get_score(self.score)
+        routed = next(group for group in self.param_groups if "module" in group)
+        check_top_k(self.top_k, self.param_groups)
+        check_options(routed["betas"], routed["eps"], self.max_grad_norm)
+        try_score(self.score, self._modules(), len(routed["experts"]), routed["eps"])
+        self._checked = self.score, self.top_k, self.max_grad_norm
 
     def _follow_model(self) -> None:
         """Take over parameters that were replaced in the model."""
@@ -363,6 +371,7 @@ class MoLF(torch.optim.Optimizer):
         except MolfError:
             self.param_groups.pop()
             raise
+        self._seeds_are_shared = False
         if self._backward_step is not None:
             self._backward_step.register_hooks(len(self.param_groups) - 1, self.param_groups[-1])
 

@@ -177,7 +177,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], 
         for name, value in saved.get(key, {}).items():
             if name == "low" and not keep_low:
                 continue
-            if value.ndim == 0:  # counts live on the host
+            if name == "step" or name.endswith(".wins"):  # counts live on the host
                 optimizer.state[p][name] = value.detach().clone().cpu()
                 continue
             here = value.detach().to(p.device, copy=True)

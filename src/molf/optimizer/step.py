@@ -9,6 +9,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from molf.errors import MolfError
 from molf.layers.build import active_layers
 from molf.numerics.context import StepContext
@@ -47,7 +49,7 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
     """Take the step of the layers and ordinary parameters in these groups that have gradients.
 
     If kernels that the user did not insist on cannot read a gradient, PyTorch's take this step. All ranks decide alike,
-    because gradients have the same layout on all of them.
+    because gradients have the same layout on all of them. An autocast around the step, or around backward, has no say.
 
     Args:
         groups: All groups of the optimizer, some of them, or parts of ordinary ones; their state exists.
@@ -57,14 +59,15 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
     Raises:
         MolfError: If ``fused=True`` and the kernels cannot take the step, or an expert of a layer with gradients has none.
     """
-    if context.fused:
-        fused_step = _prepared(groups, context, unit)
-        if fused_step is not None:
-            outcome: Outcome = fused_step.step(context, seed=context.seed + unit * _UNIT_STRIDE)
-            return outcome
-        context = context.without_fused()
-    ordinary = [group for group in groups if "module" not in group]
-    return torch_step(active_layers(groups, context.state, context.noise), ordinary, context)
+    with torch._C._DisableAutocast():  # on all devices; it would round the sums of scores to half precision
+        if context.fused:
+            fused_step = _prepared(groups, context, unit)
+            if fused_step is not None:
+                outcome: Outcome = fused_step.step(context, seed=context.seed + unit * _UNIT_STRIDE)
+                return outcome
+            context = context.without_fused()
+        ordinary = [group for group in groups if "module" not in group]
+        return torch_step(active_layers(groups, context.state, context.noise), ordinary, context)
 
 
 def _prepared(groups: Sequence[dict[str, Any]], context: StepContext, unit: int) -> Any:
