@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def step_groups(groups: Sequence[dict[str, Any]], context: StepContext, unit: in
     Raises:
         MolfError: If ``fused=True`` and the kernels cannot take the step, or an expert of a layer with gradients has none.
     """
-    with torch._C._DisableAutocast():  # on all devices; it would round the sums of scores to half precision
+    with ExitStack() as without:
+        for device in {group["params"][0].device.type for group in groups if group["params"]}:
+            without.enter_context(torch.autocast(device, enabled=False))  # it would round the sums of scores
         if context.fused:
             fused_step = _prepared(groups, context, unit)
             if fused_step is not None:
