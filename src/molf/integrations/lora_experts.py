@@ -84,9 +84,8 @@ def add_lora_experts(
             target_parameters=list(targets.parameters) or None,
             task_type=task_type(model),
         )
-        with (
-            warnings.catch_warnings()
-        ):  # of models that have Conv1D and nn.Linear layers: PEFT does what is right for each
+        with warnings.catch_warnings():
+            # Of models that have Conv1D and nn.Linear layers: PEFT does what is right for each.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             if adapted is None:
                 adapted = get_peft_model(model, config, adapter_name=name)

@@ -80,15 +80,8 @@ def find_targets(
         MolfError: Nothing that can be adapted matches.
     """
     everything = target_modules == "all-linear"
-    known = [name for name, _ in model.named_modules()] + [name for name, _ in _stacks(model)]
-    # Names that older versions had for stacked experts match nothing, and PEFT knows them.
-    new = (
-        target_modules
-        if isinstance(target_modules, str)
-        else [own for own in target_modules if not _is_older(own, model)]
-    )
-    if missing := [] if isinstance(new, str) else unmatched(new, known):
-        logger.warning("target_modules name %s, which match nothing in this model", ", ".join(missing))
+    if not isinstance(target_modules, str):
+        _warn_of_unmatched(model, target_modules)
     heads = output_embeddings(model)
     modules, parameters = _wanted(model, target_modules, exclude_modules, heads)
     unfit = {name: reason for name, module in modules.items() if (reason := _unfit(model, name, module))}
@@ -226,6 +219,14 @@ def _as_peft_reads(names: Sequence[str], model: nn.Module) -> LoraConfig | None:
     except ValueError:
         return None
     return config
+
+
+def _warn_of_unmatched(model: nn.Module, target_modules: Sequence[str]) -> None:
+    known = [name for name, _ in model.named_modules()] + [name for name, _ in _stacks(model)]
+    # Names that older versions had for stacked experts match nothing, and PEFT knows them.
+    new = [name for name in target_modules if not _is_older(name, model)]
+    if missing := unmatched(new, known):
+        logger.warning("target_modules name %s, which match nothing in this model", ", ".join(missing))
 
 
 def _is_older(name: str, model: nn.Module) -> bool:

@@ -73,26 +73,9 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
         )
     if trainer.args.optim not in _ADAMW:
         logger.warning("optim=%r of the Trainer has no effect: its optimizer is MoLF", str(trainer.args.optim.value))
-    adapters: Sequence[str] = ()
-    unsaved: Sequence[str] = ()
-    if isinstance(trainer.model, PeftModel):
-        adapters = trained_adapters(trainer.model)
-        prepare_reference(trainer, adapters)
-        if not getattr(trainer, "parts", ()):  # of WholeCheckpoints
-            unsaved = unsaved_parameters(trainer.model, adapters)
-    if trainer.args.load_best_model_at_end and len(adapters) > 1:
-        raise MolfError(
-            f"load_best_model_at_end with the adapters {', '.join(adapters)}: the Trainer would load only one of them; set it to "
-            "False and load the best checkpoint's adapters after training"
-        )
-    if trainer.args.load_best_model_at_end and unsaved:
-        raise MolfError(f"load_best_model_at_end would load the adapters only, but {_base_trains(unsaved)}")
-    if unsaved:
-        logger.warning(
-            "Checkpoints, and what the trainer saves, will have the adapters only, but %s. Or save "
-            "molf.merge(trainer.model) in the end",
-            _base_trains(unsaved),
-        )
+    adapted = isinstance(trainer.model, PeftModel)
+    adapters = trained_adapters(trainer.model) if adapted else ()
+    unsaved = _check_adapters(trainer, adapters) if adapted else []
     args = copy(trainer.args)  # the user may give the same arguments to another trainer
     # An earlier call has turned the Trainer's clipping off.
     earlier = next((own for own in trainer.callback_handler.callbacks if isinstance(own, InUse)), None)
@@ -106,6 +89,27 @@ def use_in(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
     trainer.remove_callback(InUse)
     trainer.add_callback(InUse(adapters, clipping, unsaved))
     return trainer
+
+
+def _check_adapters(trainer: AnyTrainer, adapters: Sequence[str]) -> list[str]:
+    """Check that a Trainer can train adapters as experts; return the trained parameters that its checkpoints will not have."""
+    prepare_reference(trainer, adapters)
+    whole = getattr(trainer, "parts", ())  # of WholeCheckpoints
+    unsaved = [] if whole else unsaved_parameters(trainer.model, adapters)
+    if trainer.args.load_best_model_at_end and len(adapters) > 1:
+        raise MolfError(
+            f"load_best_model_at_end with the adapters {', '.join(adapters)}: the Trainer would load only one of them; set it to "
+            "False and load the best checkpoint's adapters after training"
+        )
+    if trainer.args.load_best_model_at_end and unsaved:
+        raise MolfError(f"load_best_model_at_end would load the adapters only, but {_base_trains(unsaved)}")
+    if unsaved:
+        logger.warning(
+            "Checkpoints, and what the trainer saves, will have the adapters only, but %s. Or save "
+            "molf.merge(trainer.model) in the end",
+            _base_trains(unsaved),
+        )
+    return unsaved
 
 
 class _Factory(MoLFFactory):

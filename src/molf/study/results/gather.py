@@ -136,6 +136,11 @@ def append_csv(path: Path, row: Mapping[str, Any], key: str | None = None) -> No
         _write_rows(tables, partial)
 
 
+def log_file() -> Path | None:
+    """Return the CSV file that ``$LOG_FILE`` asks for."""
+    return Path(given).expanduser() if (given := os.environ.get("LOG_FILE")) else None
+
+
 def check_log(path: Path) -> None:
     """Check that ``append_csv`` can add a row to a file, before there is one; nothing is changed.
 

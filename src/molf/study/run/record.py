@@ -1,9 +1,7 @@
 """The record of a finished run: its result, and the files that are written from it."""
 
-import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
@@ -13,7 +11,7 @@ from molf.study.engine.evaluate import Evaluation
 from molf.study.engine.predictions import PREDICTIONS_FILE, write_predictions
 from molf.study.faults.trained import Trained
 from molf.study.results.environment import device_name, library_versions, peak_memory_bytes, source_commit
-from molf.study.results.gather import append_csv
+from molf.study.results.gather import append_csv, log_file
 from molf.study.results.result import Result, write_result
 from molf.study.results.routing import RoutingSummary
 from molf.study.run.card import model_card
@@ -70,8 +68,7 @@ def write_record(config: RunConfig, result: Result, evaluation: Evaluation) -> N
             partial.write_text(model_card(result), encoding="utf-8")
     with atomic_write(folder / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    if log_file := os.environ.get("LOG_FILE"):
-        log = Path(log_file).expanduser()
+    if (log := log_file()) is not None:
         with report_full_disk(log):  # which may be another disk than the run's
             append_csv(log, result.row(), key="run_id")
     write_result(folder, result)

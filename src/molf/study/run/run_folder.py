@@ -21,7 +21,7 @@ from molf.study.engine.predictions import PREDICTIONS_BEFORE_FILE, PREDICTIONS_F
 from molf.study.faults.run_lock import lock_file
 from molf.study.faults.trained import TRAINED_FILE
 from molf.study.methods.adapters import ADAPTERS_FOLDER
-from molf.study.results.gather import check_log
+from molf.study.results.gather import check_log, log_file
 from molf.study.results.history import HISTORY_FILE
 from molf.study.results.result import RESULT_FILE, Result, check_link, read_result
 from molf.study.results.tables import PICTURE_FILE
@@ -67,8 +67,8 @@ def check_folder(config: RunConfig) -> None:
     _check_writable(folder)
     _check_inputs(config)
     _check_foreign(config)
-    if log := os.environ.get("LOG_FILE"):
-        check_log(Path(log).expanduser())
+    if (log := log_file()) is not None:
+        check_log(log)
     finished = (folder / RESULT_FILE).exists()
     resumable = can_resume(folder) or (folder / TRAINED_FILE).exists()
     last = config.resume_from is True
@@ -137,7 +137,7 @@ def _check_inputs(config: RunConfig) -> None:
     settings = config.to_dict()
     inputs = [(name, settings.get(name)) for name in _INPUTS if isinstance(settings.get(name), str)]
     inputs += [("config", file) for file in config.files] + [("recipe", config.method.allocation)]
-    log = os.environ.get("LOG_FILE")
+    log = log_file()
     for name, given in [*inputs, ("LOG_FILE", log)]:
         if not given:
             continue
@@ -149,7 +149,7 @@ def _check_inputs(config: RunConfig) -> None:
                 f"{name}={given} is {'' if first == '' else 'in '}output_dir={config.output_dir}, where the run would replace "
                 "it; choose another --output_dir"
             )
-        if log and name != "LOG_FILE" and path == Path(os.path.realpath(Path(log).expanduser())):
+        if log and name != "LOG_FILE" and path == Path(os.path.realpath(log)):
             raise MolfError(f"LOG_FILE={log} is also {name}, which the run reads; choose another LOG_FILE")
 
 

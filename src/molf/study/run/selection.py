@@ -26,12 +26,10 @@ def selection_split(split: Split, everything: list[Row], count: int) -> Split:
     evaluates the very rows it trains on, such as edits of facts, would measure something else that way: there the first ``count``
     other rows serve as both.
     """
-    evaluated = {row_key(row) for row in split.eval}
     same = split.train == split.eval
-    free = [row for row in (everything if same else split.train) if row_key(row) not in evaluated]
+    free = _others(everything if same else split.train, split.eval)
     held_out = free[:count] if same else free[-count:]
-    held = {row_key(row) for row in held_out}
-    train = held_out if same else [row for row in free if row_key(row) not in held]
+    train = held_out if same else _others(free, held_out)
     if len(held_out) < count or not train:
         raise MolfError(
             f"selection_limit={count} needs {count} rows of {split.origin} that are not evaluated on"
@@ -49,11 +47,9 @@ def validation_split(split: Split, config: TaskConfig) -> tuple[Split, list[Row]
     if config.selection_limit is not None:
         return split, split.eval
     same = split.train == split.eval
-    evaluated = set() if same else {row_key(row) for row in split.eval}
     count = config.validation_limit or max(1, round(VALIDATION_SHARE * len(split.train)))
-    held_out = [row for row in split.train if row_key(row) not in evaluated][-count:]
-    held = {row_key(row) for row in held_out}
-    train = [row for row in split.train if row_key(row) not in held]
+    held_out = _others(split.train, [] if same else split.eval)[-count:]
+    train = _others(split.train, held_out)
     if len(held_out) < count or not train:
         raise MolfError(
             f"eval_strategy holds out {count} of the {len(split.train)} training rows of {split.origin}, which leaves none to "
@@ -61,6 +57,12 @@ def validation_split(split: Split, config: TaskConfig) -> tuple[Split, list[Row]
         )
     origin = f"{split.origin}, without {len(held_out)} training rows for validation"
     return Split(train, train if same else split.eval, origin), held_out
+
+
+def _others(rows: list[Row], left_out: list[Row]) -> list[Row]:
+    """Return the rows that equal none of those that are left out."""
+    keys = {row_key(row) for row in left_out}
+    return [row for row in rows if row_key(row) not in keys]
 
 
 def row_key(row: Row) -> str:
