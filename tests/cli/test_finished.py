@@ -116,10 +116,11 @@ def test_a_run_to_follow_may_be_given_by_its_result(tmp_path, monkeypatch):
     assert followed == [tmp_path / "run"]
 
 
-def test_a_run_given_twice_or_by_its_result_is_shown_once_and_whole(tmp_path, capsys):
+def test_a_run_given_twice_or_by_its_result_is_shown_once_and_whole(tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "run")
     page = tmp_path / "page.html"
-    assert main(["report", str(run), str(run / "result.json"), "--html", str(page)]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["report", str(run), str(run / "result.json"), "--html=~/page.html"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("efficacy_score") == 1 and f"routing: {run / 'routing.png'}" in shown
     assert 'id="routing"' in page.read_text() and 'id="examples"' in page.read_text()

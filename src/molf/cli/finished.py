@@ -2,8 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from molf.cli.parsing import user_path
 from molf.cli.show import console, write_page
 from molf.errors import MolfError, UsageError
 
@@ -13,9 +13,9 @@ def results(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="molf results", description="Gather the results of any number of runs.", allow_abbrev=False
     )
-    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="folder with runs in it, at any depth")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all settings and measurements as CSV")
-    parser.add_argument("--parquet", type=Path, metavar="FILE", help="the same as Parquet")
+    parser.add_argument("places", nargs="+", type=user_path, metavar="DIR", help="folder with runs in it, at any depth")
+    parser.add_argument("--csv", type=user_path, metavar="FILE", help="write all settings and measurements as CSV")
+    parser.add_argument("--parquet", type=user_path, metavar="FILE", help="the same as Parquet")
     parser.add_argument("--strict", action="store_true", help="fail if a result cannot be read")
     given = parser.parse_args(argv)
 
@@ -50,10 +50,10 @@ def results(argv: Sequence[str]) -> None:
 def report(argv: Sequence[str]) -> None:
     """``molf report``: tables of finished runs, and their routing pictures drawn again."""
     parser = argparse.ArgumentParser(prog="molf report", description="Show finished runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--check", action="store_true", help="compute the metrics again from the predictions")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write one page about all runs, which needs no network"
+        "--html", type=user_path, metavar="FILE", help="write one page about all runs, which needs no network"
     )
     parser.add_argument(
         "--follow", action="store_true", help="show the routing of one run in a table while it goes on, until it ends"
@@ -98,9 +98,9 @@ def _reason(error: OSError) -> str:
 def export(argv: Sequence[str]) -> None:
     """``molf export``: the LoRA experts of a run, as one adapter or merged."""
     parser = argparse.ArgumentParser(prog="molf export", description="Write the LoRA experts of a molf_e run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of the run")
     parser.add_argument("--to", choices=("peft", "merged"), required=True, help="one PEFT LoRA, or a plain checkpoint")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, help="where to write (default: RUN/export-TO)")
+    parser.add_argument("--output_dir", "--output-dir", type=user_path, help="where to write (default: RUN/export-TO)")
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument(
         "--dtype", choices=dtypes, default="float32", help="type of merged weights (default: %(default)s)"

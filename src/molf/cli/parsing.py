@@ -92,6 +92,11 @@ def positive_flags(flags: Sequence[tuple[str, Any]], known: Mapping[str, Any]) -
     return [(negated[name], False) if name in negated and value is True else (name, value) for name, value in flags]
 
 
+def user_path(text: str) -> Path:
+    """Return a path with the user's home for ``~``, which a shell leaves alone in ``--html=~/page.html``."""
+    return Path(text).expanduser()
+
+
 def read_yaml(path: Any) -> dict[str, Any]:
     """Read a configuration file: one flat mapping of setting to value."""
     if not isinstance(path, str | Path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from molf.cli.parsing import parse_run
+from molf.cli.parsing import parse_run, user_path
 from molf.cli.show import console
 from molf.errors import UsageError
 
@@ -38,7 +38,7 @@ def recipe(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--draw", type=int, default=0, help="seed of --allocation random and of ties (default: 0)")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, help="where to write (default: RUN/recipe-ALLOCATION)"
+        "--output_dir", "--output-dir", type=user_path, help="where to write (default: RUN/recipe-ALLOCATION)"
     )
     # Settings of a probe may have several values, which a positional argument of the parser would take.
     run = Path(argv[0]) if argv and not argv[0].startswith("-") else None

@@ -67,7 +67,7 @@ def test_the_verdict(outcome):
 def test_the_verdict_on_a_metric_of_which_less_is_better():
     methods = [contender("fft", 2.0), contender("lora", 1.5), contender("molf", 1.0)]
     said = verdict(Outcome("score", methods, [], [], less_is_better=True))
-    assert said.startswith("MoLF is 0.50 points ahead of the better of full fine-tuning and LoRA (lora)")
+    assert said.startswith("MoLF is 0.50 ahead of the better of full fine-tuning and LoRA (lora)")
     assert said.endswith("in score (less is better), 1.00 to 1.50.")
 
 

@@ -86,7 +86,10 @@ def _distance(outcome: Outcome, method: str, against: Sequence[str], label: str,
         return None
     (name, value), (other, reference) = ours, theirs
     difference = reference - value if outcome.less_is_better else value - reference
-    where = f"{abs(difference):.2f} points {'ahead of' if difference > 0 else 'behind'}" if difference else "level with"
+    points = "" if outcome.less_is_better else " points"  # a loss has no points
+    where = (
+        f"{abs(difference):.2f}{points} {'ahead of' if difference > 0 else 'behind'}" if difference else "level with"
+    )
     shown = label if name == method else f"{label} ({name})"
     less = " (less is better)" if outcome.less_is_better else ""
     return f"{shown} is {where} {others} ({other}) in {outcome.metric}{less}, {value:.2f} to {reference:.2f}"
