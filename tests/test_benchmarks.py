@@ -341,11 +341,21 @@ def test_maps(tmp_path, monkeypatch, capsys):
 
 
 def test_promise(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["promise", str(tmp_path / "picture.png")])
+    pictures = tmp_path / "tasks.png", tmp_path / "promise.png"
+    monkeypatch.setattr(sys, "argv", ["promise", *map(str, pictures)])
     promise.main()
-    for rank in (8, 32, 128):  # a column without runs would be left out
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    for rank in (8, 32, 128):
         assert len(promise.scores(evidence.read("smollm2-fact-aligned"), f"epd_r{rank}", 2e-4)) == 3
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    for (
+        _,
+        files,
+        metric,
+        rates,
+    ) in promise.TASKS:  # every contender of the picture has its seeds at the rate that is drawn
+        for name, (key, *_) in promise.SHOWN.items():
+            found = [promise.scores(evidence.read(file), name, rates[key], metric) for file in files]
+            assert any(len(own) == promise.SEEDS for own in found) or (name, *files) == ("random_r32", "smollm2-sql")
 
 
 def test_router_bed():
