@@ -36,6 +36,15 @@ def test_its_needs_are_those_of_the_plan(method, lora, settings, shared_model):
     assert needs.memory.weights == 4 * total
 
 
+@pytest.mark.parametrize(
+    ("method", "dtype", "told"),
+    [("fft", "bfloat16", True), ("molf", "bfloat16", False), ("lora", "bfloat16", False), ("fft", "float32", False)],
+)
+def test_steps_that_rounding_loses_are_told(method, dtype, told, settings):
+    warnings = make_plan(small_config(settings | {"method": method, "dtype": dtype})).warnings
+    assert any("--dtype float32" in warning for warning in warnings) is told
+
+
 def test_no_repository_is_created(settings, monkeypatch):
     monkeypatch.setattr("molf.study.config.trainer_config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *given, **more: pytest.fail("created"))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from molf.setup.parameters import RoutedParameter, routed_weights
@@ -22,6 +23,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def trained_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base model's parameters that train, by name."""
     return {name: p for name, p in trained(model).items() if not is_adapter(name)}
+
+
+def rounded_steps(model: nn.Module) -> list[str]:
+    """Say that AdamW loses small steps of bfloat16 weights, which MoLF keeps, if the model trains any."""
+    if not any(p.dtype == torch.bfloat16 for p in trained(model).values()):
+        return []
+    return [
+        "the weights that train are bfloat16, and AdamW rounds every step to their 8 significant bits, so most small steps are "
+        "lost: use --dtype float32 (with --bf16 True), or --method molf, whose --ranks [] is AdamW that keeps the low bits"
+    ]
 
 
 def target_modules(method: MethodConfig) -> str | Sequence[str]:

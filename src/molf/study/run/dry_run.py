@@ -27,7 +27,7 @@ class Plan:
         rows: Number of training rows and of evaluation rows.
         held_out: Number of training rows held out to evaluate on during training.
         needs: Parameter counts and memory; None for an evaluation.
-        warnings: What looks wrong with the data.
+        warnings: What looks wrong with the data and the settings.
     """
 
     config: dict[str, Any]
@@ -79,7 +79,7 @@ def _warnings(job: Job, trainer: Any) -> list[str]:
         found.append(f"{contradicting} prompts occur with different completions; a model cannot learn them all")
     if seen := seen_in_training(job.split):
         found.append(f"{seen} evaluation rows are also training rows")
-    warnings: list[str] = found + trainer.cut.warnings()
+    warnings: list[str] = found + trainer.warnings
     return warnings
 
 

@@ -22,7 +22,7 @@ from molf.study.methods.checkpoint_parts import AdaLoraState, TrainedBase
 from molf.study.methods.checkpoint_settings import CheckpointSettings, model_fingerprint
 from molf.study.methods.eva import initialise_eva
 from molf.study.methods.recipe import Recipe, method_recipe
-from molf.study.methods.trainable import freeze_all_but_routed, trained_base
+from molf.study.methods.trainable import freeze_all_but_routed, rounded_steps, trained_base
 from molf.study.run.model_limits import check_causal, check_evaluation_rows, check_training_rows
 from molf.study.run.models import load_model_and_tokenizer, use_chat_template, use_end_token
 from molf.study.run.process_group import from_rank_0
@@ -131,6 +131,9 @@ class StudyTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]  # TRL i
     cut: CutTargets
     """What ``max_length`` cuts off the training data."""
 
+    warnings: list[str]
+    """What of the data is cut off, and of the steps rounded away, in words."""
+
 
 def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **settings: Any) -> StudyTrainer:
     """Build the trainer for a method.
@@ -188,6 +191,7 @@ def make_trainer(job: Job, recipe: Recipe, stop: StopRequest | None = None, **se
             )
     args.assistant_only_loss = asked
     trainer.cut = cut
+    trainer.warnings = cut.warnings() + ([] if recipe.molf is not None else rounded_steps(trainer.model))
     check_sharding(trainer, recipe)
     own = CheckpointSettings(job.config, args, examples, sharded=trainer.is_fsdp_enabled, base=base, template=template)
     trainer.parts = [own, *_checkpoint_parts(recipe, trainer)]

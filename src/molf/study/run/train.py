@@ -187,7 +187,7 @@ def _fit(trainer: StudyTrainer, job: Job, recipe: Recipe, checkpoint: Path | Non
     parameters = count_parameters(trainer.model, lora_pairs(trainer.model, job.config.method) if recipe.merged else 0)
     base = base_count(parameters)
     if trainer.is_world_process_zero():
-        for warning in trainer.cut.warnings():
+        for warning in trainer.warnings:
             _log.warning(warning)
     since = 0 if checkpoint is None else global_step(checkpoint)  # which may be gone after the training
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
