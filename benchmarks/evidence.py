@@ -33,7 +33,7 @@ METRICS = {
 }
 FORMS = {"kl": "{:.2f}"}
 SETTINGS = ("task", "method", "allocation", "score", "ranks", "lora_alpha", "match_lora_rate", "top_k", "learning_rate")
-SETTINGS += ("lora_learning_rate", "num_train_epochs", "limit", "seed")
+SETTINGS += ("lora_learning_rate", "dtype", "bf16_update", "num_train_epochs", "limit", "seed")
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:

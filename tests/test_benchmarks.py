@@ -17,6 +17,7 @@ import gpu
 import gpu_cost
 import gpu_kernels
 import gpu_step
+import grpo
 import many_layers
 import maps
 import moe_step
@@ -347,15 +348,26 @@ def test_promise(tmp_path, monkeypatch):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     for rank in (8, 32, 128):
         assert len(promise.scores(evidence.read("smollm2-fact-aligned"), f"epd_r{rank}", 2e-4)) == 3
-    for (
-        _,
-        files,
-        metric,
-        rates,
-    ) in promise.TASKS:  # every contender of the picture has its seeds at the rate that is drawn
+    # Every contender of the picture has its seeds at the rate that is drawn.
+    for _, files, metric, rates in promise.TASKS:
         for name, (key, *_) in promise.SHOWN.items():
             found = [promise.scores(evidence.read(file), name, rates[key], metric) for file in files]
             assert any(len(own) == promise.SEEDS for own in found) or (name, *files) == ("random_r32", "smollm2-sql")
+
+
+def test_grpo(tmp_path, monkeypatch, capsys):
+    train, choose, test = grpo.sums()
+    prompts = [row["prompt"] for rows in (train, choose, test) for row in rows]
+    assert len(set(prompts)) == len(prompts), "no sum is in two of the sets"
+    assert grpo.is_right([" 56\n", "x 7", "", "-5"], [56, 8, 1, 5]) == [1.0, 0.0, 0.0, 1.0]
+    monkeypatch.setattr(grpo, "GATHERED", tmp_path / "grpo.json")
+    ran = {"before": 30.0, "after": 50.0, "rewards": [0.0] * 10 + [1.0] * 10, "fft_share": [0.5, 1.0]}
+    monkeypatch.setattr(grpo, "run", lambda *key: dict(zip(grpo.KEY, [*key[:4], "test"], strict=True)) | ran)
+    for _ in range(2):  # what is there is not run again
+        monkeypatch.setattr(sys, "argv", ["grpo", "molf", "--lr", "1e-5"])
+        grpo.main()
+    assert len(grpo.gathered()) == 1
+    assert "| molf | 1e-05 | 42 | test | 30.0 | 50.0 | 0.00 | 1.00 | 75% |" in capsys.readouterr().out
 
 
 def test_router_bed():
