@@ -26,6 +26,17 @@ def test_a_broken_model_is_an_error(tiny_model, tiny_tokenizer):
         answer(tiny_model, tiny_tokenizer, [Likelihood(PROMPT, " Paris")])
 
 
+def test_the_output_layer_gets_contiguous_states(tiny_model, tiny_tokenizer, monkeypatch):
+    # With a frozen weight, as after LoRA is merged, torch would copy the weight for every row of strided states.
+    head, seen = tiny_model.lm_head, []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: seen.append(x.is_contiguous()) or forward(x))
+    tiny_model.requires_grad_(False)
+    answer(tiny_model, tiny_tokenizer, make_requests(20))
+    assert len(seen) > 2 and all(seen)
+    assert not head._forward_pre_hooks
+
+
 def test_mixed_requests_keep_their_order_in_any_order(tiny_model, tiny_tokenizer):
     requests = [*make_requests(20), Generate(PROMPT, 4), Generate("SELECT", 4), Generate(PROMPT, 4)]
     random.Random(3).shuffle(requests)

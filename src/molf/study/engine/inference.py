@@ -6,8 +6,10 @@ from itertools import chain
 from typing import TypeAlias
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molf.setup.discovery import output_embeddings
 from molf.study.engine.batching import Ids
 from molf.study.engine.examples import runs_in_loss, tokenize_examples
 from molf.study.engine.generation import generate_texts, prompt_ids
@@ -104,21 +106,30 @@ def _join(request: Request, scores: Sequence[TargetScores]) -> Answer:
     return TargetScores(logprobs, token_ids, tuple(chain.from_iterable(score.greedy for score in scores)))
 
 
+def _contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in args)
+
+
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in evaluation mode; on exit, restore every module's own training flag.
 
-    A mixture's router logits are left out meanwhile: the loss that transformers computes of them fails with a cache.
+    A mixture's router logits are left out meanwhile: the loss that transformers computes of them fails with a cache. The output
+    layer gets contiguous states: for the last positions of all rows, which are strided, torch multiplies each row by a copy of
+    a weight that is frozen (in bfloat16 on a CPU, gigabytes).
     """
     training = [module for module in model.modules() if module.training]
     config = model.config.get_text_config()
     router_logits = getattr(config, "output_router_logits", None)
+    heads = [head.register_forward_pre_hook(_contiguous) for head in output_embeddings(model)]
     model.eval()
     try:
         if router_logits:
             config.output_router_logits = False
         yield
     finally:
+        for hook in heads:
+            hook.remove()
         if router_logits:
             config.output_router_logits = router_logits
         for module in training:
