@@ -24,6 +24,7 @@ import moe_step
 import optimizer_step
 import plan_vs_measured
 import promise
+import rounding
 import router_bed
 import routing_log
 import sql_rows
@@ -368,6 +369,14 @@ def test_grpo(tmp_path, monkeypatch, capsys):
         grpo.main()
     assert len(grpo.gathered()) == 1
     assert "| molf | 1e-05 | 42 | test | 30.0 | 50.0 | 0.00 | 1.00 | 75% |" in capsys.readouterr().out
+
+
+def test_rounding():
+    weight = torch.tensor(
+        [1.0, 1.0, 2.0**-14, 2.0**-14]
+    ).bfloat16()  # half of the last bit of 1 is above 1e-3 on either side
+    assert rounding.moved(weight, 1e-3, torch.Generator().manual_seed(0)) == 2
+    assert "| 1e-05" not in rounding.table([weight]) and rounding.table([weight]).endswith("| 50% |")
 
 
 def test_router_bed():
